@@ -1,0 +1,52 @@
+"""A small Mixer on real handwritten digits: the whole job in a minute, offline.
+
+Expected: 96 to 99 % top-1 on the 297 held-out images.
+Cost: 1,500 steps, about a minute on two laptop cores.
+Data: the UCI optical digits (1,797 images of 8x8), embedded in the package.
+
+    python -m mlp_mixer.train --config=configs/digits.py
+"""
+
+from mlp_mixer import recipe
+
+
+def get_config(argument: str = ""):
+    """The recipe; it knows no words."""
+    recipe.words(argument, [])
+    config = recipe.base()
+    config.dataset.name = "digits"
+    config.dataset.num_examples = 1500
+    config.dataset.num_classes = 10
+    config.batch_size = 100
+    config.epochs = 100.0
+    config.loss = "softmax_xent"
+    config.mixup = 0.2
+    config.log_every_steps = 25
+
+    # A digit moves by a pixel, but is never mirrored.
+    config.input.crop = "resize"
+    config.input.flip = False
+    config.input.shift = 1
+
+    # 16 tokens; D_S = C/2 and D_C = 4C, as everywhere in Table 1.
+    config.model.name = "mixer_s16"
+    config.model.image_size = (8, 8)
+    config.model.patch_size = (2, 2)
+    config.model.num_blocks = 4
+    config.model.hidden_dim = 64
+    config.model.tokens_mlp_dim = 32
+    config.model.channels_mlp_dim = 256
+    # Too small for scanning to pay.
+    config.model.scan = False
+    config.model.remat = "none"
+
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 50
+    config.optim.decay = "cosine"
+    config.optim.weight_decay = 0.05
+
+    config.evals.test = recipe.evaluation(
+        config, "test", every_steps=250, preprocess="vision_transformer"
+    )
+    config.checkpoint.every_steps = 250
+    return config

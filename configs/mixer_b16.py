@@ -1,0 +1,47 @@
+"""Mixer-B/16, pretrained from scratch as in arXiv 2105.01601, Table 4.
+
+Words: imagenet21k, jft300m (ImageNet-1k without a word).
+
+Expected:
+  ImageNet-1k    76.3 % top-1 (big_vision's run of this recipe; the paper: 76.44 %)
+  imagenet21k    80.64 % on ImageNet after fine-tuning at 224 (Table 3)
+  jft300m        80.00 % on ImageNet after fine-tuning at 224 (Table 3)
+Cost: 0.01k, 0.15k and 0.08k TPUv3 core-days (Table 3). ImageNet-1k: 92,897 steps;
+  big_vision needed 2 h 11 min on a TPU v3-128, evaluations included.
+
+    python -m mlp_mixer.train --config=configs/mixer_b16.py
+    python -m mlp_mixer.train --config=configs/mixer_b16.py:imagenet21k
+"""
+
+from mlp_mixer import recipe
+
+TABLE_4 = {
+    "imagenet2012": recipe.table_4(
+        epochs=300,
+        learning_rate=0.001,
+        weight_decay=0.1,
+        randaugment=15,
+        mixup=0.5,
+        stochastic_depth=0.1,
+    ),
+    "imagenet21k": recipe.table_4(
+        epochs=300,
+        learning_rate=0.001,
+        weight_decay=0.1,
+        randaugment=10,
+        mixup=0.2,
+        stochastic_depth=0.1,
+    ),
+    "jft300m": recipe.table_4(epochs=7, learning_rate=0.003, weight_decay=0.03),
+}
+
+
+def get_config(argument: str = ""):
+    """The recipe for the data set that `argument` names."""
+    config = recipe.pretraining("mixer_b16", argument, TABLE_4)
+    if config.dataset.name == "imagenet2012":
+        # The run that is known to reach 76.3 % ends at 1e-5 of the peak; the authors'
+        # other code reads the same number as a learning rate.
+        config.optim.end_learning_rate = None
+        config.optim.end_factor = 1e-5
+    return config

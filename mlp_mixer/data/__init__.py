@@ -1,0 +1,1 @@
+"""Data on the host: sources, image operations, batches; numpy only, never jax."""

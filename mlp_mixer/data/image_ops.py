@@ -1,0 +1,344 @@
+"""Pure image functions on NumPy: decode, crop, resize, flip, evaluation protocols.
+
+They follow big_vision's `pp/ops_image.py` (the input code of arXiv 2105.01601), whose
+TensorFlow kernels they equal bit for bit, without TensorFlow. Images are
+(height, width, channels), uint8 or float32 in levels 0..255; the step, not the host,
+maps them to [-1, 1].
+"""
+
+import difflib
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import PIL.Image
+import simplejpeg
+from jaxtyping import Float32, Int64, UInt8
+
+Image = UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
+Resized = UInt8[np.ndarray, "height width c"] | Float32[np.ndarray, "height width c"]
+Size = int | tuple[int, int]
+
+
+def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an encoded image to RGB; the content decides the format, not a name.
+
+    Alpha is dropped and 16-bit samples lose their low byte, as in
+    `tf.io.decode_image(channels=3)`. Of an animation the first frame is taken.
+
+    Args:
+        data: the bytes of a JPEG, or of anything that Pillow reads.
+        dct: "fast" gives the pixels of TensorFlow's default, on which the published
+            models were trained; "accurate" those of Pillow and OpenCV. Only for JPEG.
+
+    Raises:
+        ValueError: `dct` is unknown, or the data are truncated or not an image.
+    """
+    if dct not in ("fast", "accurate"):
+        raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
+    if data[:3] == b"\xff\xd8\xff":
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB", fastdct=dct == "fast")
+        except ValueError as error:
+            if "premature" in str(error).lower():
+                raise _undecodable(data, str(error)) from error
+            # simplejpeg also refuses what loses no pixel (stray bytes between
+            # segments, rare chroma samplings); Pillow has the last word on those.
+    return _decode_with_pillow(data)
+
+
+def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    try:
+        image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
+        image.load()
+    except PIL.UnidentifiedImageError as error:
+        raise _undecodable(data, "no image format that Pillow knows") from error
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise _undecodable(data, str(error)) from error
+    if image.mode.startswith("I"):
+        # Pillow clips 16-bit grey to 255 where everyone else keeps the high byte.
+        levels = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+        image = PIL.Image.fromarray(levels)
+    elif "transparency" in image.info:
+        # A palette's transparency cannot be dropped in one step without a warning.
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+def _undecodable(data: bytes, reason: str) -> ValueError:
+    return ValueError(
+        f"cannot decode {len(data)} bytes that begin with {data[:8]!r}: {reason}; "
+        "is the file complete, and an image?"
+    )
+
+
+def resize(image: Image, size: Size) -> Resized:
+    """Resizes bilinearly: half-pixel centres, no antialiasing, aspect not kept.
+
+    Equals `tf.image.resize(image, size, antialias=False)` bit for bit, then for uint8
+    clip and truncation, as in big_vision `pp/ops_image.py`; float32 stays unrounded.
+
+    Args:
+        image: uint8 or float32.
+        size: the side of a square, or (height, width).
+    """
+    height, width = _pair(size)
+    y0, y1, t = _neighbours(image.shape[0], height)
+    x0, x1, u = _neighbours(image.shape[1], width)
+    rows = np.union1d(y0, y1)
+    band = image[rows]
+    # Across first, then down, each as a + (b - a)·t: TensorFlow's order of rounding.
+    band = _lerp(np.take(band, x0, axis=1), np.take(band, x1, axis=1), u[:, None])
+    top, bottom = band[np.searchsorted(rows, y0)], band[np.searchsorted(rows, y1)]
+    return _as_dtype(_lerp(top, bottom, t[:, None, None]), image.dtype)
+
+
+def _neighbours(
+    n_in: int, n_out: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    half = np.float32(0.5)
+    scale = np.float32(n_in / n_out)
+    at = (np.arange(n_out, dtype=np.float32) + half) * scale - half
+    low = np.floor(at)
+    i = low.astype(np.int64)
+    return np.clip(i, 0, n_in - 1), np.clip(i + 1, 0, n_in - 1), at - low
+
+
+def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
+    a, out = a.astype(np.float32), b.astype(np.float32)
+    out -= a
+    out *= t
+    out += a
+    return out
+
+
+def resize_small(image: Image, size: Size, method: str = "area") -> Resized:
+    """Resizes so that the shorter side becomes `size`; the aspect ratio is kept.
+
+    Given (height, width), resizes so that the image just covers that rectangle. The
+    other side is rounded half to even, from a float32 ratio as in big_vision
+    `pp/ops_image.py`. Values as in `resize`.
+
+    Args:
+        image: uint8 or float32.
+        size: the new shorter side, or the (height, width) to cover.
+        method: "area" (box average, `tf.image.resize(method="area")` bit for bit) or
+            "bilinear" (as `resize`).
+
+    Raises:
+        ValueError: `method` is neither.
+    """
+    if method not in ("area", "bilinear"):
+        raise ValueError(f"method is {method!r}; it must be 'area' or 'bilinear'.")
+    sides = np.array(image.shape[:2], np.float32)
+    ratio = np.max(np.array(_pair(size), np.float32) / sides)
+    height, width = (int(side) for side in np.rint(sides * ratio))
+    if method == "bilinear":
+        return resize(image, (height, width))
+    return _area(image, height, width)
+
+
+def _area(image: Image, height: int, width: int) -> Resized:
+    iy, wy, sy = _cells(image.shape[0], height)
+    ix, wx, sx = _cells(image.shape[1], width)
+    x = image.astype(np.float32)
+    rows = np.zeros((image.shape[0], width, image.shape[2]), np.float32)
+    for cell, weight in zip(ix, wx, strict=True):
+        rows += np.take(x, cell, axis=1) * weight[:, None]
+    out = np.zeros((height, width, image.shape[2]), np.float32)
+    for cell, weight in zip(iy, wy, strict=True):
+        out += rows[cell] * weight[:, None, None]
+    return _as_dtype(out * (np.float32(1) / (sy * sx)), image.dtype)
+
+
+def _cells(
+    n_in: int, n_out: int
+) -> tuple[Int64[np.ndarray, "k n"], Float32[np.ndarray, "k n"], np.float32]:
+    """The input cells that each of n output cells overlaps, and by how much."""
+    scale = np.float32(n_in) / np.float32(n_out)
+    o = np.arange(n_out, dtype=np.float32)
+    low, high = o * scale, (o + 1) * scale
+    first = np.floor(low).astype(np.int64)
+    count = np.ceil(high).astype(np.int64) - first
+    k = np.arange(count.max())[:, None]
+    cell = (first + k).astype(np.float32)
+    weight = np.minimum(high, cell + 1) - np.maximum(low, cell)
+    # TensorFlow's weight where the output lies inside one cell.
+    weight = np.where((cell < low) & (cell + 1 > high), scale, weight)
+    weight = np.where(k >= count, np.float32(0), weight)
+    return np.minimum(first + k, n_in - 1), weight, scale
+
+
+def central_crop(image: Image, size: Size) -> Resized:
+    """Cuts `size` (a side, or (height, width)) out of the middle.
+
+    The offset is (n - size) // 2, as in big_vision `pp/ops_image.py`.
+
+    Raises:
+        ValueError: the image is smaller than `size`.
+    """
+    height, width = _pair(size)
+    y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return _cut(image, (y, x, height, width))
+
+
+def crop_and_resize(
+    image: Image, box: tuple[int, int, int, int], size: Size
+) -> Resized:
+    """Cuts out `box` = (y, x, height, width) and resizes it as `resize` does.
+
+    Raises:
+        ValueError: the box leaves the image.
+    """
+    return resize(_cut(image, box), size)
+
+
+def _cut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    y, x, height, width = box
+    if min(y, x) < 0 or y + height > image.shape[0] or x + width > image.shape[1]:
+        raise ValueError(
+            f"cannot crop {height}x{width} at ({y}, {x}) from an image of "
+            f"{image.shape[0]}x{image.shape[1]}; crop less, or resize it first."
+        )
+    return image[y : y + height, x : x + width]
+
+
+def inception_crop_box(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Draws the random crop of training, as (y, x, height, width).
+
+    Area 5 to 100 % of the image, aspect 0.75 to 1.33 (width/height), 100 attempts, else
+    the whole image (big_vision `pp/ops_image.py`). This is the law of TensorFlow's
+    `sample_distorted_bounding_box`: the height is uniform, not the area, so small crops
+    come more often than in PyTorch's libraries, and the last offset is never drawn.
+    """
+    smallest, largest = 0.05 * height * width, 1.0 * height * width
+    for _ in range(100):
+        ratio = rng.uniform(0.75, 1.33)
+        h_max = round(math.sqrt(largest / ratio))
+        if round(h_max * ratio) > width:
+            h_max = math.floor((width + 0.5 - 1e-7) / ratio)
+            h_max -= round(h_max * ratio) > width
+        h_max = min(h_max, height)
+        h_min = min(round(math.sqrt(smallest / ratio)), h_max)
+        h = int(rng.integers(h_min, h_max, endpoint=True))
+        # Rounding may leave the area range by a hair; one row more or less mends that.
+        h += h * round(h * ratio) < smallest
+        h -= h * round(h * ratio) > largest
+        w = round(h * ratio)
+        if smallest <= h * w <= largest and 0 < h <= height and 0 < w <= width:
+            y = int(rng.integers(height - h)) if h < height else 0
+            x = int(rng.integers(width - w)) if w < width else 0
+            return y, x, h, w
+    return 0, 0, height, width
+
+
+def flip_lr(image: Image) -> Image:
+    """Mirrors left and right."""
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def shift(image: Image, dy: int, dx: int) -> Image:
+    """Moves the content down by `dy` and right by `dx` pixels; zeros come in."""
+    h, w = image.shape[:2]
+    out = np.zeros_like(image)
+    out[max(dy, 0) : max(h + dy, 0), max(dx, 0) : max(w + dx, 0)] = image[
+        max(-dy, 0) : max(h - dy, 0), max(-dx, 0) : max(w - dx, 0)
+    ]
+    return out
+
+
+def _big_vision(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
+    """big_vision's ImageNet configs: resize_small(256), central_crop(224)."""
+    return central_crop(resize_small(image, _margin(size)), size)
+
+
+def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
+    """vision_transformer `input_pipeline.py`: straight to 224, not rounded."""
+    return resize(image.astype(np.float32), size)
+
+
+def _paper_resize_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
+    """arXiv 2105.01601 Appendix C, `resize-crop`; bilinear is our choice."""
+    return central_crop(resize(image, _margin(size)), size)
+
+
+def _paper_resmall_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
+    """arXiv 2105.01601 Appendix C, `resmall-crop`; bilinear is our choice."""
+    return central_crop(resize_small(image, _margin(size), "bilinear"), size)
+
+
+def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
+    """timm's `transforms_imagenet_eval`: Pillow's antialiased bicubic, crop_pct 0.875.
+
+    Sizes are truncated and offsets rounded half to even, as torchvision does.
+    """
+    height, width = _pair(size)
+    box_h, box_w = math.floor(height / 0.875), math.floor(width / 0.875)
+    h, w = image.shape[:2]
+    new_h, new_w = max(box_h, int(box_w * h / w)), max(box_w, int(box_h * w / h))
+    resized = PIL.Image.fromarray(image).resize(
+        (new_w, new_h), PIL.Image.Resampling.BICUBIC
+    )
+    offset = round((new_h - height) / 2), round((new_w - width) / 2)
+    return _cut(np.array(resized), (*offset, height, width))
+
+
+PROTOCOLS: dict[str, Callable[[UInt8[np.ndarray, "h w 3"], Size], Resized]] = {
+    "big_vision": _big_vision,
+    "vision_transformer": _vision_transformer,
+    "paper-resize-crop": _paper_resize_crop,
+    "paper-resmall-crop": _paper_resmall_crop,
+    "timm": _timm,
+}
+
+
+def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> Resized:
+    """Brings a decoded image to `size` the way a named evaluation protocol does.
+
+    At another resolution R the intermediate 256 becomes round(R·256/224) ("timm":
+    floor(R/0.875)). For a rectangle the intermediate box grows likewise on both sides;
+    the protocols that keep the aspect ratio scale the image so that it just covers the
+    box, then crop the middle.
+
+    Args:
+        image: decoded with `dct="accurate"` for "timm", "fast" for the others.
+        protocol: a key of `PROTOCOLS`.
+        size: the side of a square, or (height, width).
+
+    Returns:
+        uint8, or for "vision_transformer" float32, in levels 0..255.
+
+    Raises:
+        ValueError: the protocol is unknown.
+
+    Example:
+        >>> preprocess(decode(data), "big_vision", 224).shape
+        (224, 224, 3)
+    """
+    if protocol not in PROTOCOLS:
+        nearest = difflib.get_close_matches(protocol, PROTOCOLS, len(PROTOCOLS), 0)
+        raise ValueError(
+            f"unknown protocol {protocol!r}; try one of {', '.join(nearest)}."
+        )
+    return PROTOCOLS[protocol](image, size)
+
+
+def _margin(size: Size) -> tuple[int, int]:
+    height, width = _pair(size)
+    return round(height * 256 / 224), round(width * 256 / 224)
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"size is {size}; each side must be at least 1 pixel.")
+    return height, width
+
+
+def _as_dtype(levels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype == np.uint8:
+        return np.clip(levels, 0, 255).astype(np.uint8)
+    return levels

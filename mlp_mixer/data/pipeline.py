@@ -1,0 +1,338 @@
+"""Batches for training and evaluation, on the host, through Grain.
+
+Which example stands where, and every random draw of its augmentation, is a function of
+the seed and the position in the global stream alone. So a run may start at any step,
+and the global batches are the same, row for row, for any number of processes and
+worker processes. The augmentation is big_vision's `configs/mlp_mixer_i1k.py`:
+Inception crop, flip, RandAugment, all on uint8; the device normalises.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+
+from mlp_mixer.data import image_ops, randaugment
+from mlp_mixer.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+Image = UInt8[np.ndarray, "h w 3"]
+Cropped = UInt8[np.ndarray, "height width 3"]
+
+_log = logging.getLogger(__name__)
+
+
+def train_batches(
+    source: Source,
+    *,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    crop: str = "inception",
+    flip: bool = True,
+    shift: int = 0,
+    randaugment_layers: int = 0,
+    randaugment_magnitude: int | float = 0,
+    workers: int = 0,
+    max_broken_images: int = 10,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Shuffled, augmented batches for ever; each epoch has its own order and draws.
+
+    Args:
+        source: the examples; it repeats, so a batch may be larger.
+        image_size: side of a square or (height, width), in pixels.
+        batch_size: of the global batch; this process yields its rows p·b ... (p+1)·b,
+            b = batch_size / process_count.
+        seed: of order and augmentation, 0 ... 2**32 - 1.
+        start_step: how many batches to skip, at no cost.
+        crop: a key of `CROPS`: "inception", or "resize" (the whole image).
+        flip: mirror with probability 1/2.
+        shift: move by a uniform -shift ... shift pixels each way, zeros come in.
+        randaugment_layers: how many random operations are applied; 0 is none.
+        randaugment_magnitude: their strength, 0 ... 20.
+        workers: processes that decode and augment; 0 does so in threads.
+        max_broken_images: a broken image is logged by name and replaced by the next
+            good one; one more distinct broken image than this, in this process, ends
+            the run.
+
+    Returns:
+        An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`.
+
+    Raises:
+        ValueError: an argument is impossible, at once; or, from `next`, too many
+            images are broken.
+    """
+    if crop not in CROPS:
+        raise ValueError(f"unknown crop {crop!r}; try one of {', '.join(CROPS)}.")
+    for name, value in (("start_step", start_step), ("shift", shift)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0.")
+    augment = _Augment(
+        source=source,
+        size=_pair(image_size),
+        crop=crop,
+        flip=flip,
+        shift=shift,
+        layers=randaugment_layers,
+        magnitude=randaugment_magnitude,
+        max_broken_images=max_broken_images,
+    )
+    stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    # Before the share: order and draws follow the global position.
+    stream = stream.random_map(augment)
+    rows = _local_batch_size(batch_size, process_index, process_count)
+    share = _Share(stream, rows, process_index, process_count, start_step, 2**40)
+    return _replaced(_batches(share, rows, workers), source, max_broken_images)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    image_size: int | tuple[int, int],
+    batch_size: int,
+    preprocess: str = "big_vision",
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Every example once, over all processes, in the order of the source.
+
+    All processes get the same number of batches, ceil(len(source) / batch_size); what
+    the last one lacks is padded with rows of zeros.
+
+    Args:
+        source: the examples.
+        image_size: side of a square or (height, width), in pixels.
+        batch_size: of the global batch, shared out as in `train_batches`.
+        preprocess: a key of `image_ops.PROTOCOLS`.
+        workers: processes that decode; 0 does so in threads.
+
+    Returns:
+        An iterator of `{"image": (b, h, w, 3), "label": int32 (b,), "mask": bool (b,),
+        "index": int32 (b,)}`, images uint8 or float32 as the protocol has it. Padding
+        has index -1. A broken image is logged by name and has its index, but mask
+        False and zeros; count `~mask & (index >= 0)`.
+
+    Raises:
+        ValueError: an argument is impossible.
+    """
+    rows = _local_batch_size(batch_size, process_index, process_count)
+    size = _pair(image_size)
+    # What padding looks like; and an unknown protocol is refused before any work.
+    blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, size)
+    prepare = _Prepare(source=source, size=size, protocol=preprocess, blank=blank)
+    steps = math.ceil(len(source) / batch_size)
+    positions = grain.MapDataset.range(steps * batch_size).map(prepare)
+    share = _Share(positions, rows, process_index, process_count, 0, steps)
+    return _logged(_batches(share, rows, workers), source)
+
+
+def _inception(
+    image: Image, rng: np.random.Generator, size: tuple[int, int]
+) -> Cropped:
+    box = image_ops.inception_crop_box(rng, *image.shape[:2])
+    return image_ops.crop_and_resize(image, box, size)
+
+
+def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cropped:
+    return image if image.shape[:2] == size else image_ops.resize(image, size)
+
+
+CROPS: dict[str, Callable[..., Cropped]] = {"inception": _inception, "resize": _resize}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Augment(grain.transforms.RandomMap):
+    """From an index to a row of a training batch."""
+
+    source: Source
+    size: tuple[int, int]
+    crop: str
+    flip: bool
+    shift: int
+    layers: int
+    magnitude: int | float
+    max_broken_images: int
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        image, label, broken = self._read(element)
+        image = CROPS[self.crop](image, rng, self.size)
+        if self.flip and rng.random() < 0.5:
+            image = image_ops.flip_lr(image)
+        if self.shift:
+            dy, dx = rng.integers(-self.shift, self.shift, size=2, endpoint=True)
+            image = image_ops.shift(image, int(dy), int(dx))
+        if self.layers:
+            image = randaugment.randaugment(image, rng, self.layers, self.magnitude)
+        # Worker processes share no counter, so what is broken travels with its row.
+        return {"image": image, "label": np.int32(label), "broken": np.int32(broken)}
+
+    def _read(self, index: int) -> tuple[Image, int, int]:
+        """The first good example from `index` on, and `index` if that was not it."""
+        n = len(self.source)
+        tried = [(index + k) % n for k in range(min(n, self.max_broken_images + 1))]
+        for at in tried:
+            try:
+                image, label = _decoded(self.source, at, "fast")
+            except (OSError, ValueError):  # named where the batch arrives
+                continue
+            return image, label, -1 if at == index else index
+        raise _too_many(self.source, tried, self.max_broken_images)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepare(grain.transforms.Map):
+    """From a position to a row of an evaluation batch."""
+
+    source: Source
+    size: tuple[int, int]
+    protocol: str
+    blank: np.ndarray
+
+    def map(self, element: int) -> dict[str, Any]:
+        index = element if element < len(self.source) else -1
+        row = {
+            "image": self.blank,
+            "label": np.int32(0),
+            "mask": np.bool_(False),
+            "index": np.int32(index),
+        }
+        if index < 0:
+            return row
+        # timm's models saw Pillow's pixels, the others TensorFlow's.
+        dct = "accurate" if self.protocol == "timm" else "fast"
+        try:
+            image, label = _decoded(self.source, index, dct)
+        except (OSError, ValueError):  # named where the batch arrives
+            return row
+        image = image_ops.preprocess(image, self.protocol, self.size)
+        good = {"image": image, "label": np.int32(label), "mask": np.bool_(True)}
+        return row | good
+
+
+def _decoded(source: Source, index: int, dct: str) -> tuple[Image, int]:
+    example = source[index]
+    image = example["image"]
+    if isinstance(image, bytes):
+        image = image_ops.decode(image, dct)
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.shape[-1] == 1:
+        image = np.repeat(image, 3, axis=-1)
+    return image, example["label"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """This process's examples of the global stream.
+
+    They are rows p·b ... (p+1)·b of every global batch, from `start_step` on. The share
+    comes before `batch`, so that many threads build one batch, and rows stay in place
+    whatever the number of processes.
+    """
+
+    stream: Any
+    rows: int
+    process_index: int
+    process_count: int
+    start_step: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, row = divmod(index, self.rows)
+        block = (step + self.start_step) * self.process_count + self.process_index
+        return self.stream[block * self.rows + row]
+
+
+def _batches(share: _Share, rows: int, workers: int) -> Iterator[Batch]:
+    if workers and not flags.FLAGS.is_parsed():
+        # Grain hands absl's flags on to its workers, also outside of `app.run`.
+        flags.FLAGS.mark_as_parsed()
+    buffer = min(500, max(16, 2 * rows))
+    examples = grain.MapDataset.source(share).to_iter_dataset(
+        grain.ReadOptions(num_threads=16, prefetch_buffer_size=buffer)
+    )
+    if workers:
+        examples = examples.mp_prefetch(grain.MultiprocessingOptions(workers))
+    # Last, because the buffers above count examples, and rows keep the share's order.
+    batches = examples.batch(rows, drop_remainder=True)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(
+        batches, prefetch_buffer_size=1
+    )
+    return iter(ahead)
+
+
+def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
+    """Counts and names the broken images of a stream, and ends it above `limit`."""
+    seen: list[int] = []
+    try:
+        for batch in batches:
+            broken = batch.pop("broken")
+            for index in map(int, broken[broken >= 0]):
+                if index not in seen:
+                    seen.append(index)
+                    _warn(source, index, "the next good one stands in for it")
+            if len(seen) > limit:
+                raise _too_many(source, seen, limit)
+            yield batch
+    finally:
+        batches.close()
+
+
+def _logged(batches: Any, source: Source) -> Iterator[Batch]:
+    """Names the broken images of an evaluation."""
+    try:
+        for batch in batches:
+            for index in map(int, batch["index"][~batch["mask"]]):
+                if index >= 0:
+                    _warn(source, index, "it is not counted")
+            yield batch
+    finally:
+        batches.close()
+
+
+def _warn(source: Source, index: int, consequence: str) -> None:
+    try:
+        _decoded(source, index, "fast")
+        reason = "readable at a second try"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    _log.warning("Broken image %s: %s; %s.", source.name_of(index), reason, consequence)
+
+
+def _too_many(source: Source, indices: Iterable[int], limit: int) -> ValueError:
+    names = "\n  ".join(source.name_of(i) for i in indices)
+    return ValueError(
+        f"More than max_broken_images={limit} images cannot be read:\n  {names}\n"
+        "Repair or remove them, or allow more."
+    )
+
+
+def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {process_count} processes;"
+            f" try {max(1, round(batch_size / process_count)) * process_count}."
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index is {process_index}; of {process_count} processes it must"
+            f" be 0 ... {process_count - 1}."
+        )
+    return batch_size // process_count
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size

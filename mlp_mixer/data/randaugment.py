@@ -1,0 +1,271 @@
+"""The reference RandAugment (arXiv 1909.13719), op by op, on uint8 images.
+
+A port of big_vision's `pp/archive/autoaugment.py`, which descends from the TPU
+EfficientNet code; AugReg (arXiv 2106.10270) stresses that it is not timm's. Its quirks
+are kept, because the published models were trained with them: every drawn op is always
+applied, the threshold of Solarize wraps, Contrast blends towards a constant that does
+not depend on the image. Magnitude 0 is not the identity.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float32, Int64, UInt8
+
+Image = UInt8[np.ndarray, "h w 3"]
+Number = int | float
+
+_GREY = 128  # fills what comes from outside, and Cutout's square
+_LEVELS = np.arange(256, dtype=np.uint8)
+
+
+def randaugment(
+    image: Image, rng: np.random.Generator, num_layers: int, magnitude: Number
+) -> Image:
+    """Applies `num_layers` ops, each drawn uniformly from the 16, with replacement.
+
+    Args:
+        image: (height, width, 3), after crop and resize.
+        rng: draws the ops, the signs (each with probability 1/2) and Cutout's centre.
+        num_layers: how many ops in a row; arXiv 2105.01601 uses 2.
+        magnitude: the same for every op, 0 to 20; Table 4 uses 10, 15 and 20.
+
+    Raises:
+        ValueError: `magnitude` or `num_layers` is out of range.
+    """
+    if not 0 <= magnitude <= 20:
+        raise ValueError(f"magnitude is {magnitude}; it must be in 0..20, e.g. 15.")
+    if num_layers < 0:
+        raise ValueError(f"num_layers is {num_layers}; it must be at least 0, e.g. 2.")
+    names = list(OPS)
+    for _ in range(num_layers):
+        name = names[rng.integers(len(names))]
+        if name == "Cutout":
+            centre = (
+                int(rng.integers(image.shape[0])),
+                int(rng.integers(image.shape[1])),
+            )
+            image = OPS[name](image, magnitude, centre=centre)
+        else:
+            image = OPS[name](image, magnitude, negate=bool(rng.integers(2)))
+    return image
+
+
+def auto_contrast(image: Image) -> Image:
+    """Stretches each channel to 0..255; a constant channel stays."""
+    low, high = (f(image, axis=(0, 1)).astype(np.float32) for f in (np.min, np.max))
+    scale = np.float32(255) / np.maximum(high - low, np.float32(1))
+    tables = _LEVELS[:, None] * scale + -low * scale
+    return _look_up(image, np.where(high > low, _truncate(tables), _LEVELS[:, None]))
+
+
+def equalize(image: Image) -> Image:
+    """Flattens each channel's histogram, in Pillow's integer arithmetic."""
+    tables = []
+    for channel in range(3):
+        histogram = np.bincount(image[..., channel].ravel(), minlength=256)
+        step = (histogram.sum() - histogram[histogram.nonzero()[0][-1]]) // 255
+        if step == 0:
+            tables.append(_LEVELS)
+            continue
+        below = np.cumsum(histogram) - histogram
+        table = np.clip((below + step // 2) // step, 0, 255)
+        table[0] = 0
+        tables.append(table.astype(np.uint8))
+    return _look_up(image, np.stack(tables, axis=1))
+
+
+def invert(image: Image) -> Image:
+    """255 - x."""
+    return np.uint8(255) - image
+
+
+def posterize(image: Image, bits: int) -> Image:
+    """Keeps the upper `bits` bits."""
+    # TensorFlow on the CPU clamps a shift by 8 to 7: with 0 bits one survives.
+    shift = min(8 - bits, 7)
+    return image >> shift << shift
+
+
+def solarize(image: Image, threshold: int) -> Image:
+    """Inverts the levels from `threshold` on."""
+    # TensorFlow casts the threshold to uint8: 256 and 512 become 0, 384 becomes 128.
+    return np.where(image < threshold % 256, image, np.uint8(255) - image)
+
+
+def solarize_add(image: Image, addition: int) -> Image:
+    """Adds to the levels below 128, up to 255."""
+    added = np.clip(np.arange(256) + addition, 0, 255)
+    return np.where(_LEVELS < 128, added, _LEVELS).astype(np.uint8)[image]
+
+
+def color(image: Image, factor: Number) -> Image:
+    """Blends from greyscale (factor 0) through the image (1) and beyond."""
+    # The order of these float32 operations is tf.image.rgb_to_grayscale's; another
+    # order moves single levels.
+    levels = _LEVELS * np.float32(1 / 255)
+    red = (levels * np.float32(0.2989))[image[..., 0]]
+    green = (levels * np.float32(0.5870))[image[..., 1]]
+    blue = (levels * np.float32(0.1140))[image[..., 2]]
+    grey = ((red + green + blue) * np.float32(255.5)).astype(np.uint8)
+    return _blend(grey[..., None], image, factor)
+
+
+def contrast(image: Image, factor: Number) -> Image:
+    """Blends from a constant grey, min(255, h·w/256), through the image and beyond."""
+    # The inherited code sums the histogram where it means to average: 196 for 224x224.
+    grey = min(255, image.shape[0] * image.shape[1] // 256)
+    return _blend(np.full_like(_LEVELS, grey), _LEVELS, factor)[image]
+
+
+def brightness(image: Image, factor: Number) -> Image:
+    """Blends from black through the image and beyond."""
+    return _blend(np.zeros_like(_LEVELS), _LEVELS, factor)[image]
+
+
+def sharpness(image: Image, factor: Number) -> Image:
+    """Blends from a 3x3 smoothing through the image and beyond; the border stays."""
+    h, w = image.shape[:2]
+    smooth = image.copy()
+    if min(h, w) > 2:
+        x = image.astype(np.float32)
+        total = np.zeros((h - 2, w - 2, 3), np.float32)
+        for dy in range(3):
+            for dx in range(3):
+                weight = np.float32(5 if dy == dx == 1 else 1) / np.float32(13)
+                total += x[dy : dy + h - 2, dx : dx + w - 2] * weight
+        smooth[1:-1, 1:-1] = _truncate(total)
+    return _blend(smooth, image, factor)
+
+
+def rotate(image: Image, degrees: Number) -> Image:
+    """Rotates about the centre."""
+    radians = np.float32(degrees) * np.float32(math.pi / 180)
+    cos, sin = np.float32(math.cos(radians)), np.float32(math.sin(radians))
+    y, x = (np.float32(n - 1) for n in image.shape[:2])
+    offset_x = (x - (cos * x - sin * y)) / np.float32(2)
+    offset_y = (y - (sin * x + cos * y)) / np.float32(2)
+    rows = [[cos, -sin, offset_x], [sin, cos, offset_y]]
+    return _transform(image, np.array(rows, np.float32))
+
+
+def shear_x(image: Image, slope: Number) -> Image:
+    """Moves row y by `slope`·y pixels to the left; the top row stays."""
+    return _transform(image, np.array([[1, slope, 0], [0, 1, 0]], np.float32))
+
+
+def shear_y(image: Image, slope: Number) -> Image:
+    """Moves column x by `slope`·x pixels up; the left column stays."""
+    return _transform(image, np.array([[1, 0, 0], [slope, 1, 0]], np.float32))
+
+
+def translate_x(image: Image, pixels: Number) -> Image:
+    """Moves the content to the left."""
+    return _transform(image, np.array([[1, 0, pixels], [0, 1, 0]], np.float32))
+
+
+def translate_y(image: Image, pixels: Number) -> Image:
+    """Moves the content up."""
+    return _transform(image, np.array([[1, 0, 0], [0, 1, pixels]], np.float32))
+
+
+def cutout(image: Image, radius: int, centre: tuple[int, int] | None = None) -> Image:
+    """Greys the square of side 2·`radius` at `centre` = (y, x), or at the middle."""
+    y, x = centre or (image.shape[0] // 2, image.shape[1] // 2)
+    out = image.copy()
+    out[max(0, y - radius) : y + radius, max(0, x - radius) : x + radius] = _GREY
+    return out
+
+
+def _look_up(image: Image, tables: UInt8[np.ndarray, "256 3"]) -> Image:
+    return np.stack([tables[:, c][image[..., c]] for c in range(3)], axis=-1)
+
+
+def _blend(start: np.ndarray, end: np.ndarray, factor: Number) -> np.ndarray:
+    """start + factor·(end - start) in float32, clipped and truncated to uint8."""
+    a, b = start.astype(np.float32), end.astype(np.float32)
+    return _truncate(a + np.float32(factor) * (b - a))
+
+
+def _truncate(levels: np.ndarray) -> np.ndarray:
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def _transform(image: Image, rows: Float32[np.ndarray, "2 3"]) -> Image:
+    """Samples the input at (x', y') = `rows` · (x, y, 1), to the nearest pixel.
+
+    Float32 coordinates, rounded half away from zero, as in tensorflow_addons'
+    `transform_ops.py`.
+    """
+    h, w = image.shape[:2]
+    x = np.arange(w, dtype=np.float32)
+    y = np.arange(h, dtype=np.float32)[:, None]
+    column, row = (_round_half_away(a * x + b * y + c) for a, b, c in rows)
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    out = np.full_like(image, _GREY)
+    out[inside] = image[row[inside], column[inside]]
+    return out
+
+
+def _round_half_away(at: Float32[np.ndarray, "h w"]) -> Int64[np.ndarray, "h w"]:
+    # In float64 adding the half is exact; in float32 0.49999997 would become 1.
+    at64 = at.astype(np.float64)
+    return np.trunc(at64 + np.copysign(0.5, at64)).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One of the 16: what it does, and how strongly at a magnitude.
+
+    Called as `op(image, magnitude, negate=False)`; Cutout also takes `centre=(y, x)`.
+
+    Attributes:
+        function: the operation, of the image and its argument, if it has one.
+        argument: maps level = magnitude/10 to the argument; None if there is none.
+        signed: whether `negate` flips the argument's sign; others ignore it.
+    """
+
+    function: Callable[..., Image]
+    argument: Callable[[float], Number] | None = None
+    signed: bool = False
+
+    def __call__(
+        self,
+        image: Image,
+        magnitude: Number,
+        negate: bool = False,
+        **where: tuple[int, int],
+    ) -> Image:
+        """Applies the op at `magnitude`, on the recipe's scale of 0 to 20."""
+        if self.argument is None:
+            return self.function(image)
+        sign = -1 if negate and self.signed else 1
+        return self.function(image, sign * self.argument(magnitude / 10), **where)
+
+
+def _enhance(level: Number) -> float:
+    return level * 1.8 + 0.1
+
+
+# The order and the constants of big_vision `pp/archive/autoaugment.py`,
+# distort_image_with_randaugment (translate 100, cutout 40) and level_to_arg.
+OPS: dict[str, Op] = {
+    "AutoContrast": Op(auto_contrast),
+    "Equalize": Op(equalize),
+    "Invert": Op(invert),
+    "Rotate": Op(rotate, lambda level: level * 30, signed=True),
+    "Posterize": Op(posterize, lambda level: int(level * 4)),
+    "Solarize": Op(solarize, lambda level: int(level * 256)),
+    "Color": Op(color, _enhance),
+    "Contrast": Op(contrast, _enhance),
+    "Brightness": Op(brightness, _enhance),
+    "Sharpness": Op(sharpness, _enhance),
+    "ShearX": Op(shear_x, lambda level: level * 0.3, signed=True),
+    "ShearY": Op(shear_y, lambda level: level * 0.3, signed=True),
+    "TranslateX": Op(translate_x, lambda level: level * 100, signed=True),
+    "TranslateY": Op(translate_y, lambda level: level * 100, signed=True),
+    "Cutout": Op(cutout, lambda level: int(level * 40)),
+    "SolarizeAdd": Op(solarize_add, lambda level: int(level * 110)),
+}

@@ -1,0 +1,138 @@
+"""Optimiser and learning-rate schedule: section 3 of arXiv 2105.01601 and Table 4.
+
+The order of an update is that of big_vision's: clip by global norm → direction (Adam
+or momentum) → + decay · param → × learning rate → × −1. Decay is decoupled and
+follows the schedule, so `weight_decay` 0.1 at learning rate 0.001 is big_vision's 1e-4.
+"""
+
+import difflib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+DECAYS = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+}
+DECAYED = ("kernels", "all")
+
+
+def make_schedule(
+    *,
+    total_steps: int,
+    learning_rate: float,
+    warmup_steps: int = 10_000,
+    decay: str = "linear",
+    end_learning_rate: float | None = 1e-5,
+    end_factor: float | None = None,
+) -> Schedule:
+    """Linear warm-up times linear or cosine decay.
+
+    lr(t) = [end + (base − end)·decay(p)] · min(1, t/warmup), with
+    p = clip((t − warmup)/(total − warmup), 0, 1) and t counted from 0, so the very
+    first update has learning rate 0 (vit_jax and big_vision utils.py).
+
+    Args:
+      total_steps: T.
+      learning_rate: base, the peak.
+      warmup_steps: of linear warm-up.
+      decay: "linear" or "cosine".
+      end_learning_rate: the value at T.
+      end_factor: instead of `end_learning_rate`, the value at T as a fraction of
+        `learning_rate` (what `linear_end` means in big_vision).
+
+    Raises:
+      ValueError: unknown decay, or not exactly one of the two ends.
+    """
+    _known("decay", decay, tuple(DECAYS))
+    if (end_learning_rate is None) == (end_factor is None):
+        raise ValueError(
+            f"end_learning_rate is {end_learning_rate} and end_factor is {end_factor}; "
+            "set exactly one of them and the other to None."
+        )
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps {warmup_steps} is not below total_steps {total_steps}; a "
+            f"shorter run needs a shorter warm-up, e.g. {total_steps // 10}."
+        )
+    end = end_learning_rate
+    if end is None:
+        end = end_factor * learning_rate
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = (step - warmup_steps) / (total_steps - warmup_steps)
+        decayed = DECAYS[decay](jnp.clip(progress, 0.0, 1.0))
+        warm = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
+        return (end + (learning_rate - end) * decayed) * warm
+
+    return schedule
+
+
+def create(
+    *,
+    total_steps: int,
+    name: str = "adam",
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    decayed: str = "kernels",
+    clip_norm: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    momentum_dtype: str = "float32",
+    **schedule_fields,
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Returns (optimiser, schedule).
+
+    Args:
+      total_steps: updates of the whole run.
+      name: "adam" (pretraining) or "momentum" (SGD, not Nesterov: fine-tuning).
+      learning_rate: peak of the schedule.
+      weight_decay: decoupled, times the learning rate of the moment.
+      decayed: "kernels" (the run that is known to reach 76.3 %) or "all" parameters.
+      clip_norm: global norm of the gradient; None does not clip.
+      b1: Adam's, like b2 and eps.
+      b2: see b1.
+      eps: see b1.
+      momentum: of "momentum", like momentum_dtype.
+      momentum_dtype: of the accumulator; the authors fine-tune with "bfloat16".
+      **schedule_fields: of `make_schedule`.
+
+    Raises:
+      ValueError: unknown optimiser, `decayed` or schedule.
+    """
+    directions = {
+        "adam": lambda: optax.scale_by_adam(b1, b2, eps),
+        "momentum": lambda: optax.trace(momentum, accumulator_dtype=momentum_dtype),
+    }
+    _known("optimiser", name, tuple(directions))
+    _known("decayed", decayed, DECAYED)
+    schedule = make_schedule(
+        total_steps=total_steps, learning_rate=learning_rate, **schedule_fields
+    )
+    parts = [directions[name](), optax.scale_by_learning_rate(schedule)]
+    if clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    if weight_decay:
+        mask = _is_kernel if decayed == "kernels" else None
+        parts.insert(-1, optax.add_decayed_weights(weight_decay, mask))
+    return optax.chain(*parts), schedule
+
+
+def _is_kernel(params):
+    """True where a parameter is the kernel of a product or of the stem."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key == "kernel", params
+    )
+
+
+def _known(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, len(known), 0)
+        raise ValueError(f"{what} {value!r} is unknown; try {', '.join(near)}.")

@@ -1,0 +1,102 @@
+"""The device mesh, and where arrays live on it.
+
+One axis, `data`: every device has a slice of the batch. Parameters and moments are
+either on every device ("replicated") or cut over the same axis ("fsdp").
+"""
+
+import difflib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Smaller arrays stay replicated: biases and LayerNorms, where a gather would cost more
+# than it saves. Every kernel of Table 1 is larger (token mixing's smallest: 12,544).
+FSDP_MIN_ELEMENTS = 4096
+
+
+def make_mesh(data: int = -1) -> Mesh:
+    """Returns a mesh of `data` devices, by default all of them.
+
+    Raises:
+      ValueError: fewer devices than asked for, or not all in a run of several
+        processes.
+    """
+    count = jax.device_count() if data == -1 else data
+    if not 0 < count <= jax.device_count():
+        raise ValueError(
+            f"mesh.data is {data}, but there are {jax.device_count()} devices; "
+            "-1 takes all of them."
+        )
+    if count < jax.device_count() and jax.process_count() > 1:
+        raise ValueError(
+            f"mesh.data is {data} of {jax.device_count()} devices; with "
+            f"{jax.process_count()} processes use all of them (-1)."
+        )
+    devices = jax.devices()[:count]
+    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch(mesh: Mesh) -> NamedSharding:
+    """The leading axis cut over the devices."""
+    return NamedSharding(mesh, P("data"))
+
+
+def _fsdp(mesh: Mesh, leaf: Any) -> NamedSharding:
+    spec: list[str | None] = [None] * leaf.ndim
+    if leaf.size >= FSDP_MIN_ELEMENTS:
+        for axis in np.argsort(leaf.shape)[::-1]:
+            if leaf.shape[axis] % mesh.size == 0:
+                spec[axis] = "data"
+                break
+    return NamedSharding(mesh, P(*spec))
+
+
+STRATEGIES = {
+    "replicated": lambda mesh, leaf: replicated(mesh),
+    "fsdp": _fsdp,
+}
+
+
+def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
+    """Returns a NamedSharding for every array (or shape) of `tree`.
+
+    Args:
+      tree: parameters, optimiser state or a whole train state.
+      mesh: of `make_mesh`.
+      strategy: "replicated", or "fsdp": every array of `FSDP_MIN_ELEMENTS` or more is
+        cut along its largest axis that the devices divide.
+    """
+    if strategy not in STRATEGIES:
+        near = difflib.get_close_matches(strategy, STRATEGIES, len(STRATEGIES), 0)
+        raise ValueError(f"sharding {strategy!r} is unknown; try {', '.join(near)}.")
+    return jax.tree.map(lambda leaf: STRATEGIES[strategy](mesh, leaf), tree)
+
+
+def put(tree: Any, mesh: Mesh) -> Any:
+    """Makes one global array per leaf from this process's rows, cut over the devices.
+
+    Raises:
+      ValueError: the devices do not divide the batch.
+    """
+    rows = len(jax.tree.leaves(tree)[0]) * jax.process_count()
+    if rows % mesh.size:
+        raise ValueError(
+            f"A batch of {rows} does not divide among {mesh.size} devices; try "
+            f"{max(rows // mesh.size, 1) * mesh.size}."
+        )
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
+    )
+
+
+def is_one_cpu(mesh: Mesh) -> bool:
+    """Whether products may be flattened: faster on one CPU device, wrong elsewhere."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"

@@ -1,0 +1,186 @@
+"""Trains a model from a recipe.
+
+    python -m mlp_mixer.train --config=configs/mixer_b16.py
+
+The same command again resumes the run, on any number of devices. A run lives in one
+folder (`runs/<recipe>` by default): config.json, class_names.json, metrics.jsonl,
+tensorboard/, checkpoints/.
+"""
+
+import logging
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from mlp_mixer import (
+    checkpoint,
+    evaluators,
+    metrics,
+    models,
+    optim,
+    recipe,
+    sharding,
+    steps,
+)
+from mlp_mixer.data import pipeline, sources
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    config: ConfigDict,
+    workdir: str,
+    *,
+    data_dir: str | None = None,
+    profile: str | None = None,
+) -> steps.TrainState:
+    """Runs `config` to its last step, evaluating and checkpointing on the way.
+
+    Args:
+      config: of a recipe.
+      workdir: folder of the run; what it holds is resumed.
+      data_dir: where data sets are; TFDS's own folder by default.
+      profile: "START:STOP", steps of which a trace is written.
+
+    Returns:
+      The state after the last update, or after the one at which the process was asked
+      to stop (SIGTERM, SIGINT, or the cluster's preemption notice).
+    """
+    # Descriptions: nothing is on a device yet.
+    mesh = sharding.make_mesh(**config.mesh)
+    size = config.model.image_size
+    source = sources.open_source(**config.dataset, data_dir=data_dir, image_size=size)
+    model = models.create(**config.model, flat=sharding.is_one_cpu(mesh))
+    total_steps = recipe.total_steps(config)
+    tx, schedule = optim.create(**config.optim, total_steps=total_steps)
+    target = steps.state_shapes(
+        model, tx, mesh, image_size=size, strategy=config.sharding
+    )
+    predict = steps.make_predict(model, mesh)
+    evals = evaluators.create(
+        config.evals,
+        predict=predict,
+        mesh=mesh,
+        loss=config.loss,
+        image_size=size,
+        data_dir=data_dir,
+    )
+    profiler = metrics.Profiler(workdir, profile)
+    recipe.claim(config, workdir, source.class_names)
+
+    with checkpoint.Checkpointer(
+        f"{workdir}/checkpoints", **config.checkpoint
+    ) as checkpointer:
+        # State: the newest good checkpoint, else a fresh start.
+        state = checkpointer.restore(target)
+        if state is None:
+            state = steps.init_state(
+                model, tx, target, seed=config.seed, image_size=size
+            )
+        first_step = int(state.step)
+        logger.info(
+            "%s: %s of %s, %s parameters, from step %d to %d on %d %s device(s)",
+            workdir,
+            config.model.name,
+            config.dataset.name,
+            f"{sum(x.size for x in jax.tree.leaves(state.params)):,}",
+            first_step,
+            total_steps,
+            mesh.size,
+            jax.default_backend(),
+        )
+        train_step = steps.make_train_step(
+            model,
+            tx,
+            mesh,
+            target,
+            loss=config.loss,
+            seed=config.seed,
+            mixup=config.mixup,
+            accumulate=config.accumulate,
+        )
+        batches = pipeline.train_batches(
+            source,
+            **config.input,
+            image_size=size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=first_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with metrics.Writer(
+            workdir,
+            first_step=first_step,
+            total_steps=total_steps,
+            batch_size=config.batch_size,
+            every_steps=config.log_every_steps,
+            learning_rate=schedule,
+            last_good=checkpointer.latest_step,
+        ) as writer:
+            for step in range(first_step + 1, total_steps + 1):
+                last = step == total_steps
+                profiler.before(step)
+                batch = sharding.put(next(batches), mesh)
+                state, scalars = train_step(state, batch)
+                writer.train(step, scalars)
+                profiler.after(step, last, scalars)
+
+                def stop(step=step):
+                    return checkpointer.stop_requested(step)
+
+                results = {}
+                for name, evaluator in evals.items():
+                    if (last or step % evaluator.every_steps == 0) and not stop():
+                        writer.flush()
+                        scores = evaluator.run(state.params, stop)
+                        if scores is not None:
+                            writer.evaluation(step, name, scores)
+                            results |= {f"{name}/{k}": v for k, v in scores.items()}
+
+                stopping = stop() and not last
+                if last or stopping or checkpointer.due(step):
+                    # A state that is not finite must not become a checkpoint.
+                    writer.flush()
+                    checkpointer.save(step, state, results, force=last or stopping)
+                if stopping:
+                    logger.info(
+                        "Stopped after step %d; the same command goes on from there.",
+                        step,
+                    )
+                    break
+            else:
+                logger.info("%s is trained to step %d.", workdir, total_steps)
+    return state
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    del argv
+    if flags.FLAGS.distributed:
+        jax.distributed.initialize()
+    metrics.log_to_terminal()
+    train(
+        flags.FLAGS.config,
+        flags.FLAGS.workdir or recipe.default_workdir(sys.argv),
+        data_dir=flags.FLAGS.data_dir,
+        profile=flags.FLAGS.profile,
+    )
+
+
+def define_flags() -> None:
+    """Flags of this program."""
+    config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run; runs/<recipe> if not set.")
+    flags.DEFINE_string("data_dir", None, "Folder of data sets; TFDS's own if not set.")
+    flags.DEFINE_string("profile", None, "START:STOP: steps to write a trace of.")
+    flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
+    flags.mark_flag_as_required("config")
+
+
+if __name__ == "__main__":
+    sys.argv = recipe.resolve(sys.argv)
+    define_flags()
+    app.run(main)

@@ -1,0 +1,49 @@
+"""One process: checkpoint_worker.py MODE DIRECTORY INDEX COUNT DEVICES PORT"""
+
+import logging
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import jax
+
+mode, directory = sys.argv[1:3]
+index, count, devices, port = map(int, sys.argv[3:])
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", devices)
+jax.distributed.initialize(f"localhost:{port}", count, index)
+
+import test_checkpoint as cases  # noqa: E402
+
+from mlp_mixer.checkpoint import Checkpointer  # noqa: E402
+
+logging.basicConfig(level=logging.INFO)
+everywhere = cases.target(count * devices)
+shardings = jax.tree.map(lambda a: a.sharding, everywhere)
+
+
+def state_at(step):
+    return jax.jit(lambda: cases.init(step), out_shardings=shardings)()
+
+
+with Checkpointer(directory, every_steps=10) as checkpointer:
+    if mode == "save":
+        checkpointer.save(10, state_at(10))
+        checkpointer.save(20, state_at(20))
+    else:
+        state = checkpointer.restore(everywhere)
+        step = int(state.step)
+        same = jax.tree.map(lambda a, b: (a == b).all(), state, state_at(step))
+        if not all(map(bool, jax.tree.leaves(same))):
+            raise ValueError(f"restored wrong arrays: {same}")
+        print("restored", step, flush=True)
+    if mode == "train":
+        print("running", flush=True)
+        while not checkpointer.stop_requested(step):
+            step += 1
+            time.sleep(0.05)
+        checkpointer.save(step, state_at(step), force=True)
+        print("stopped at", step, flush=True)
+jax.distributed.shutdown()

@@ -1,0 +1,401 @@
+"""The pipeline: same rows anywhere, each example once, no image ends a run."""
+
+import dataclasses
+import io
+import itertools
+import logging
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlp_mixer.data import image_ops, pipeline, sources
+
+
+@dataclasses.dataclass
+class Listed:
+    """A source of given images; label i belongs to image i. None cannot be read."""
+
+    images: list[Any]
+    class_names = None
+
+    @property
+    def num_classes(self):
+        return len(self.images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if self.images[index] is None:
+            raise FileNotFoundError(f"nothing at {index}")
+        return {"image": self.images[index], "label": index}
+
+    def name_of(self, index):
+        return f"<example {index}>"
+
+
+def noise(n, *shape):
+    return Listed(list(np.random.default_rng(0).integers(0, 256, (n, *shape), "uint8")))
+
+
+def png(image):
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "png")
+    return data.getvalue()
+
+
+def with_broken(n, *broken):
+    """n encoded images; those in `broken` are cut off."""
+    images = [png(image) for image in noise(n, 8, 8, 3).images]
+    return Listed([d[:50] if i in broken else d for i, d in enumerate(images)])
+
+
+def train(source, steps, **kwargs):
+    """The first batches of a stream, as one dict of rows."""
+    kwargs = {"image_size": 8, "batch_size": 8, "seed": 0} | kwargs
+    batches = list(itertools.islice(pipeline.train_batches(source, **kwargs), steps))
+    return {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+PLAIN: dict[str, Any] = {"crop": "resize", "flip": False}
+EVERYTHING: dict[str, Any] = {
+    "crop": "inception",
+    "shift": 2,
+    "randaugment_layers": 2,
+    "randaugment_magnitude": 15,
+}
+
+
+@pytest.mark.parametrize("source", [noise(21, 12, 10, 3), with_broken(21, 3, 4)])
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_same_global_batches(source, count):
+    steps = 7  # more than two epochs
+    whole = list(itertools.islice(stream(source, 1, 0), steps))
+    parts = [
+        list(itertools.islice(stream(source, count, p), steps)) for p in range(count)
+    ]
+    for step in range(steps):
+        rows = {
+            k: np.concatenate([part[step][k] for part in parts]) for k in whole[step]
+        }
+        assert_same(rows, whole[step])
+
+
+def stream(source, count, index):
+    return pipeline.train_batches(
+        source,
+        image_size=8,
+        batch_size=8,
+        seed=1,
+        process_index=index,
+        process_count=count,
+        **EVERYTHING,
+    )
+
+
+def test_worker_processes_change_nothing_and_report_what_is_broken(tmp_path, caplog):
+    for i, data in enumerate(with_broken(12, 5).images):
+        (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
+        (tmp_path / f"{i % 2}" / f"{i:02}.png").write_bytes(data)
+    source = sources.open_source(f"folder:{tmp_path}", "all")
+    none, two = (train(source, 4, workers=w, **EVERYTHING) for w in (0, 2))
+    assert_same(none, two)
+    assert caplog.text.count("Broken image") == 2  # once in each run
+    assert caplog.text.count(str(tmp_path / "1" / "05.png")) == 2
+    evaluated = [
+        list(pipeline.eval_batches(source, image_size=8, batch_size=5, workers=w))
+        for w in (0, 2)
+    ]
+    for a, b in zip(*evaluated, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_starting_at_a_step_is_skipping_the_steps_before(k):
+    source = noise(21, 12, 10, 3)
+    rows = train(source, 12, **EVERYTHING)
+    late = train(source, 12 - k, start_step=k, **EVERYTHING)
+    assert_same(late, {key: value[8 * k :] for key, value in rows.items()})
+
+
+def test_an_epoch_has_every_example_once_and_no_two_are_alike():
+    rows = train(noise(21, 12, 10, 3), 8, batch_size=8)
+    labels = rows["label"][:63].reshape(3, 21)
+    assert all(sorted(epoch) == list(range(21)) for epoch in labels)
+    assert len({tuple(epoch) for epoch in labels}) == 3
+    for label in range(21):  # the crops of one image, epoch by epoch
+        first, second, third = rows["image"][:63][labels.reshape(-1) == label]
+        assert (first != second).any()
+        assert (second != third).any()
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    rows = train(noise(5, 8, 8, 3), 1, batch_size=12)
+    assert set(Counter(rows["label"].tolist()).values()) == {2, 3}
+
+
+def test_the_seed_decides_order_and_augmentation():
+    source = noise(21, 12, 10, 3)
+    zero, again, one = (train(source, 3, seed=seed) for seed in (0, 0, 1))
+    assert_same(zero, again)
+    assert (zero["label"] != one["label"]).any()
+    first = zero["image"][zero["label"] == 7][0]
+    assert (first != one["image"][one["label"] == 7][0]).any()
+
+
+def test_the_stream_is_the_recorded_one():
+    # Recorded with grain 0.2.18; another stream would break the resuming of old runs.
+    rows = train(noise(21, 8, 8, 3), 2, shift=1, **PLAIN)
+    assert rows["label"].tolist() == [
+        16,
+        2,
+        13,
+        14,
+        9,
+        7,
+        17,
+        6,
+        18,
+        3,
+        20,
+        15,
+        12,
+        11,
+        5,
+        4,
+    ]
+    sums = rows["image"].astype(int).sum((1, 2, 3))
+    assert sums[:4].tolist() == [22200, 19881, 21248, 18362]
+
+
+def test_batches_have_the_documented_types():
+    rows = train(noise(9, 12, 10, 3), 1, image_size=(6, 4))
+    assert (rows["image"].dtype, rows["image"].shape) == (np.uint8, (8, 6, 4, 3))
+    assert (rows["label"].dtype, rows["label"].shape) == (np.int32, (8,))
+    assert rows.keys() == {"image", "label"}
+
+
+def test_resize_keeps_an_image_of_the_right_size():
+    source = noise(9, 8, 8, 3)
+    rows = train(source, 3, **PLAIN)
+    expected = np.stack([source.images[i] for i in rows["label"]])
+    np.testing.assert_array_equal(rows["image"], expected)
+
+
+def test_resize_takes_the_whole_image():
+    source = noise(9, 12, 10, 3)
+    for image, label in zip(*train(source, 1, **PLAIN).values(), strict=True):
+        np.testing.assert_array_equal(image, image_ops.resize(source.images[label], 8))
+
+
+def test_half_of_the_images_are_flipped():
+    source = noise(9, 8, 8, 3)
+    rows = train(source, 25, crop="resize")
+    plain = np.stack([source.images[i] for i in rows["label"]])
+    kept = (rows["image"] == plain).all((1, 2, 3))
+    flipped = (rows["image"] == plain[:, :, ::-1]).all((1, 2, 3))
+    assert (kept ^ flipped).all()
+    assert 70 < flipped.sum() < 130
+
+
+def test_shifts_are_uniform_in_both_directions():
+    source = noise(1, 8, 8, 3)
+    offsets = list(itertools.product((-1, 0, 1), repeat=2))
+    possible = np.stack([image_ops.shift(source.images[0], *o) for o in offsets])
+    images = train(source, 60, shift=1, **PLAIN)["image"]
+    drawn = (images[:, None] == possible).all((2, 3, 4))
+    assert (drawn.sum(1) == 1).all()
+    assert drawn.sum(0).min() > 480 / 9 / 2
+
+
+def test_randaugment_is_the_last_step():
+    source = noise(9, 8, 8, 3)
+    plain = train(source, 2, **PLAIN)
+    augmented = train(
+        source, 2, randaugment_layers=2, randaugment_magnitude=15, **PLAIN
+    )
+    np.testing.assert_array_equal(plain["label"], augmented["label"])
+    assert (plain["image"] != augmented["image"]).any((1, 2, 3)).sum() > 8
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 1)])
+def test_grey_images_get_three_channels(shape):
+    source = noise(3, *shape)
+    rows = train(source, 1, **PLAIN)
+    for image, label in zip(rows["image"], rows["label"], strict=True):
+        for channel in range(3):
+            expected = source.images[label].reshape(8, 8)
+            np.testing.assert_array_equal(image[..., channel], expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"crop": "center"}, "unknown crop 'center'; try one of inception, resize"),
+        ({"process_count": 3}, "batch_size 8 does not divide among 3 .* try 9"),
+        ({"batch_size": 0}, "batch_size 0 .* try 1"),
+        ({"process_count": 2, "process_index": 2}, r"must be 0 \.\.\. 1"),
+        ({"start_step": -1}, "start_step is -1"),
+        ({"shift": -1}, "shift is -1"),
+    ],
+)
+def test_impossible_arguments_are_refused_at_once(wrong, message):
+    arguments = {"image_size": 8, "batch_size": 8, "seed": 0} | wrong
+    with pytest.raises(ValueError, match=message):
+        pipeline.train_batches(noise(9, 8, 8, 3), **arguments)
+
+
+def test_the_next_good_image_stands_in_for_a_broken_one(caplog):
+    source = with_broken(9, 3, 4, 8)
+    rows = train(source, 9, batch_size=9, max_broken_images=3, **PLAIN)
+    for epoch in rows["label"].reshape(9, 9):
+        assert Counter(epoch.tolist()) == Counter([0, 0, 1, 2, 5, 5, 5, 6, 7])
+    for image, label in zip(rows["image"], rows["label"], strict=True):
+        expected = image_ops.decode(source.images[label])
+        np.testing.assert_array_equal(image, expected)
+    assert rows.keys() == {"image", "label"}
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 3  # each once, in nine epochs
+    for i in (3, 4, 8):
+        assert f"Broken image <example {i}>: cannot decode 50 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_more_broken_images_than_allowed_end_the_run_and_are_named(limit):
+    source = with_broken(40, *range(0, 2 * limit + 2, 2))
+    message = rf"max_broken_images={limit} .*(\n  <example \d>){{{limit + 1}}}\n"
+    with pytest.raises(ValueError, match=message) as caught:
+        train(source, 100, max_broken_images=limit)
+    for i in range(0, 2 * limit + 2, 2):
+        assert f"<example {i}>" in str(caught.value)
+    train(source, 20, max_broken_images=limit + 1)
+
+
+def test_a_row_of_broken_images_ends_the_run_too():
+    with pytest.raises(ValueError, match="max_broken_images=2 "):
+        train(with_broken(9, 3, 4, 5), 9, max_broken_images=2)
+    with pytest.raises(ValueError, match="max_broken_images=50 "):
+        train(with_broken(2, 0, 1), 1, max_broken_images=50)
+
+
+def test_a_file_that_vanished_is_broken(caplog):
+    source = Listed([*noise(7, 8, 8, 3).images, None])
+    rows = train(source, 2, max_broken_images=1, **PLAIN)
+    assert 7 not in rows["label"]
+    assert "<example 7>: nothing at 7" in caplog.text
+
+
+class FailsOnce(Listed):
+    """Example 2 cannot be read the first time."""
+
+    error: BaseException | None = None
+
+    def __getitem__(self, index):
+        if index == 2 and self.error:
+            error, self.error = self.error, None
+            raise error
+        return super().__getitem__(index)
+
+
+def test_only_unreadable_images_are_broken_not_faults_of_the_program(caplog):
+    def train_once(source):
+        return train(source, 2, **PLAIN)["label"]
+
+    def evaluate_once(source):
+        return list(pipeline.eval_batches(source, image_size=8, batch_size=8))
+
+    for run in (train_once, evaluate_once):
+        source = FailsOnce(noise(7, 8, 8, 3).images)
+        source.error = KeyError("a typo")
+        with pytest.raises(KeyError):
+            run(source)
+        source.error = TimeoutError("the disk is slow")
+        run(source)
+    assert caplog.text.count("<example 2>: readable at a second try") == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(("n", "batch_size"), [(16, 8), (17, 8), (3, 8), (13, 4)])
+def test_every_example_is_counted_once(n, batch_size, count):
+    source = noise(n, 12, 10, 3)
+    parts = [
+        list(
+            pipeline.eval_batches(
+                source,
+                image_size=8,
+                batch_size=batch_size,
+                process_index=index,
+                process_count=count,
+            )
+        )
+        for index in range(count)
+    ]
+    assert {len(part) for part in parts} == {-(-n // batch_size)}
+    seen = []
+    for batches in zip(*parts, strict=True):  # one global batch
+        batch = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+        assert batch["image"].shape == (batch_size, 8, 8, 3)
+        dtypes = {k: v.dtype for k, v in batch.items()}
+        assert dtypes == {
+            "image": np.uint8,
+            "label": np.int32,
+            "mask": np.bool_,
+            "index": np.int32,
+        }
+        np.testing.assert_array_equal(batch["mask"], batch["index"] >= 0)
+        np.testing.assert_array_equal(
+            batch["label"], np.where(batch["mask"], batch["index"], 0)
+        )
+        assert not batch["image"][~batch["mask"]].any()
+        for image, i in zip(batch["image"], batch["index"], strict=True):
+            if i >= 0:
+                expected = image_ops.preprocess(source.images[i], "big_vision", 8)
+                np.testing.assert_array_equal(image, expected)
+        seen += batch["index"][batch["mask"]].tolist()
+    assert seen == list(range(n))
+
+
+@pytest.mark.parametrize("protocol", image_ops.PROTOCOLS)
+def test_evaluation_follows_its_protocol(protocol):
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), "uint8")
+    data = io.BytesIO()
+    Image.fromarray(photo).save(data, "jpeg")
+    (batch,) = pipeline.eval_batches(
+        Listed([data.getvalue()]), image_size=(8, 12), batch_size=2, preprocess=protocol
+    )
+    dct = "accurate" if protocol == "timm" else "fast"
+    decoded = image_ops.decode(data.getvalue(), dct)
+    expected = image_ops.preprocess(decoded, protocol, (8, 12))
+    assert batch["image"].dtype == expected.dtype
+    np.testing.assert_array_equal(batch["image"][0], expected)
+
+
+def test_an_unknown_protocol_is_refused_at_once():
+    with pytest.raises(ValueError, match="big_vision"):
+        pipeline.eval_batches(
+            noise(3, 8, 8, 3), image_size=8, batch_size=2, preprocess="bigvision"
+        )
+
+
+def test_a_broken_image_is_not_counted_but_reported(caplog):
+    source = with_broken(9, 3, 8)
+    batches = list(pipeline.eval_batches(source, image_size=8, batch_size=4))
+    rows = {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
+    assert rows["index"].tolist() == [*range(9), -1, -1, -1]
+    broken = ~rows["mask"] & (rows["index"] >= 0)
+    assert rows["index"][broken].tolist() == [3, 8]
+    assert not rows["image"][broken].any()
+    assert not rows["label"][broken].any()
+    assert caplog.text.count("Broken image") == 2
+    assert "<example 3>" in caplog.text
+    assert "<example 8>" in caplog.text

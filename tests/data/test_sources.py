@@ -1,0 +1,322 @@
+"""Sources: what they hold, in every format, and what they say when it is not there."""
+
+import json
+import os
+import pathlib
+import pickle
+import struct
+import time
+
+import grain
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mlp_mixer.data import image_ops, preparation, sources
+
+
+class NamedDigits(preparation.MixerDigits):
+    """Fifty digits with what real data sets add: a file name, another image."""
+
+    def _info(self):
+        features = dict(super()._info().features)
+        features |= {"file_name": tfds.features.Text(), "mask": features["image"]}
+        return preparation._OfflineInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _generate_examples(self, rows):
+        for i, example in super()._generate_examples(rows[:50]):
+            yield i, example | {"file_name": f"digit_{i}.png", "mask": example["image"]}
+
+
+@pytest.fixture(scope="module")
+def array_record_dir(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("array_record")
+    NamedDigits(data_dir=data_dir, file_format="array_record").download_and_prepare(
+        download_config=tfds.download.DownloadConfig(
+            try_download_gcs=False, num_shards=3
+        )
+    )
+    return data_dir
+
+
+@pytest.fixture
+def tfrecord_dir(array_record_dir, tmp_path):
+    """The same records in TFRecord framing; readers of TFRecord may skip the crcs."""
+    new = tmp_path / "named_digits" / "1.0.0"
+    new.mkdir(parents=True)
+    for path in (array_record_dir / "named_digits" / "1.0.0").iterdir():
+        if "array_record" in path.name:
+            records = grain.sources.ArrayRecordDataSource(str(path))
+            (new / path.name.replace("array_record", "tfrecord")).write_bytes(
+                b"".join(
+                    struct.pack("<QI", len(r), 0) + r + bytes(4)
+                    for r in (records[i] for i in range(len(records)))
+                )
+            )
+        else:
+            text = path.read_text().replace('"array_record"', '"tfrecord"')
+            (new / path.name).write_text(text)
+    info = json.loads((new / "dataset_info.json").read_text())
+    assert info["fileFormat"] == "tfrecord"
+    return tmp_path
+
+
+def everything(source):
+    examples = [source[i] for i in range(len(source))]
+    return [(example["image"], example["label"]) for example in examples]
+
+
+SPLITS = ["train", "test", "train[:99%]", "train[30:]", "train[10:20]+test[:7]", "all"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tfrecord_equals_array_record(split, array_record_dir, tfrecord_dir):
+    expected, found = (
+        sources.open_source("named_digits", split, data_dir=data_dir)
+        for data_dir in (array_record_dir, tfrecord_dir)
+    )
+    assert everything(found) == everything(expected)
+    assert found.class_names == expected.class_names
+    assert found.name_of(3) == expected.name_of(3)
+    again = pickle.loads(pickle.dumps(found))
+    assert everything(again) == everything(expected)
+
+
+def test_parts_of_a_split_make_the_whole(array_record_dir, tfrecord_dir):
+    for data_dir in (array_record_dir, tfrecord_dir):
+        whole, head, tail = (
+            everything(sources.open_source("named_digits", split, data_dir=data_dir))
+            for split in ("train", "train[:33%]", "train[33%:]")
+        )
+        assert len(whole) == 50
+        assert len(head) == 16
+        assert head + tail == whole
+
+
+def test_images_stay_encoded_and_examples_have_names(array_record_dir):
+    source = sources.open_source(
+        "named_digits", "train[40:]", data_dir=array_record_dir
+    )
+    assert isinstance(source, sources.Source)
+    assert image_ops.decode(source[3]["image"]).shape == (8, 8, 3)
+    assert set(source[3]) == {"image", "label"}
+    assert source.name_of(3).startswith("named_digits train[40:][3] (digit_")
+
+
+def test_tfrecord_index_is_cached_and_a_stale_one_is_not_used(
+    tfrecord_dir, monkeypatch
+):
+    def open_train():
+        return sources.open_source("named_digits", "train", data_dir=tfrecord_dir)
+
+    expected = everything(open_train())
+    folder = tfrecord_dir / "named_digits" / "1.0.0"
+    caches = sorted(folder.glob(".*train*.index.npy"))
+    assert len(caches) == 3
+    assert not [p for p in folder.glob(".*.npy") if "index" not in p.name]
+
+    # Another file of the same size and another time: the cache must not be believed.
+    shard = sorted(folder.glob("named*train*"))[0]
+    cached = np.load(caches[0])
+    cached[3:] += 1
+    np.save(caches[0], cached)
+    with pytest.raises((ValueError, struct.error)):
+        everything(open_train())  # proves that the cache is read
+    os.utime(shard, ns=(1, 1))
+    assert everything(open_train()) == expected
+
+    # A damaged cache, and a folder that cannot be written.
+    for cache in caches:
+        cache.write_bytes(b"\x93NUMPY")
+
+    def refuse(*args, **kwargs):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(np, "save", refuse)
+    assert everything(open_train()) == expected
+
+
+def test_a_truncated_tfrecord_file_is_named(tfrecord_dir):
+    shard = sorted((tfrecord_dir / "named_digits" / "1.0.0").glob("named*train*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{shard.name} .* cut off or damaged"):
+        sources.open_source("named_digits", "train", data_dir=tfrecord_dir)
+
+
+def test_a_tfrecord_file_with_other_records_is_named(tfrecord_dir):
+    shards = sorted((tfrecord_dir / "named_digits" / "1.0.0").glob("named*train*"))
+    shards[1].write_bytes(shards[1].read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"holds 3\d records, but .* says 1\d"):
+        sources.open_source("named_digits", "train", data_dir=tfrecord_dir)
+
+
+def test_a_damaged_record_is_a_value_error(tfrecord_dir):
+    shard = sorted((tfrecord_dir / "named_digits" / "1.0.0").glob("named*train*"))[0]
+    data = bytearray(shard.read_bytes())
+    data[12:30] = b"\xff" * 18
+    shard.write_bytes(data)
+    source = sources.open_source("named_digits", "train", data_dir=tfrecord_dir)
+    with pytest.raises(ValueError, match=r"named_digits train\[0\]"):
+        source[0]
+    assert source.name_of(0) == "named_digits train[0]"
+
+
+def test_missing_features_are_named(tfrecord_dir):
+    path = tfrecord_dir / "named_digits" / "1.0.0" / "features.json"
+    path.write_text(path.read_text().replace('"label"', '"digit"'))
+    with pytest.raises(ValueError, match=r"'label' \(ClassLabel\); it has .*digit"):
+        sources.open_source("named_digits", "train", data_dir=tfrecord_dir)
+
+
+@pytest.mark.parametrize(
+    "split", ["val", "train[", "train[:5000]", "train[:200%]", "all[:5%]"]
+)
+def test_an_impossible_split_lists_the_splits(split, array_record_dir):
+    with pytest.raises(ValueError, match=r"Its splits are (train, test|test, train)"):
+        sources.open_source("named_digits", split, data_dir=array_record_dir)
+
+
+@pytest.mark.parametrize("split", ["train[:0]", "train[10:5]"])
+def test_an_empty_split_is_refused(split, array_record_dir):
+    with pytest.raises(ValueError, match="0 examples"):
+        sources.open_source("named_digits", split, data_dir=array_record_dir)
+
+
+@pytest.mark.parametrize("field", ["num_examples", "num_classes"])
+def test_what_the_recipe_states_is_checked(field, array_record_dir):
+    right = {"num_examples": 50, "num_classes": 10}
+    for name, data_dir in (("named_digits", array_record_dir), ("synthetic", None)):
+        sources.open_source(name, "train", data_dir=data_dir, **right)
+    message = f"{field}={right[field]}, but the recipe states 7.*config.dataset.{field}"
+    with pytest.raises(ValueError, match=message):
+        sources.open_source(
+            "named_digits", "train", data_dir=array_record_dir, **{field: 7}
+        )
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def test_a_missing_data_set_says_how_to_get_it(tmp_path, no_network):
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError) as caught:
+        sources.open_source("imagenet2012", "train", data_dir=tmp_path)
+    assert time.monotonic() - began < 15
+    message = str(caught.value)
+    assert f"in {tmp_path}." in message
+    assert f"ILSVRC2012_img_val.tar into {tmp_path}/downloads/manual/" in message
+    assert "pip install 'mlp-mixer[prepare]'" in message
+    assert f"tfds.builder('imagenet2012', data_dir='{tmp_path}'" in message
+
+    with pytest.raises(FileNotFoundError) as caught:
+        sources.open_source("cifar10:3.0.2", "train", data_dir=tmp_path)
+    assert "ILSVRC" not in str(caught.value)
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("digit", "digits"),
+        ("imagenet", "imagenet2012"),
+        ("name_digits", "named_digits"),
+        ("named_digits:2.0.0", "1.0.0"),
+    ],
+)
+def test_a_misspelt_name_is_guessed(name, meant, array_record_dir, no_network):
+    with pytest.raises(FileNotFoundError, match=f"(mean|only) '?{meant}"):
+        sources.open_source(name, "train", data_dir=array_record_dir)
+
+
+def test_a_name_that_is_none_lists_what_there_is():
+    with pytest.raises(ValueError, match="digits, folder, synthetic"):
+        sources.open_source("foo bar", "train")
+
+
+def test_synthetic_images_are_functions_of_the_index():
+    source = sources.open_source(
+        "synthetic", "train", num_examples=30, num_classes=7, image_size=(4, 6)
+    )
+    image = source[8]["image"]
+    assert (len(source), source.num_classes, source.class_names) == (30, 7, None)
+    assert (image.shape, image.dtype, source[8]["label"]) == ((4, 6, 3), np.uint8, 1)
+    np.testing.assert_array_equal(image, source[8]["image"])
+    assert (image != source[9]["image"]).any()
+    default = sources.open_source("synthetic", "test")
+    assert (len(default), default.num_classes) == (1024, 1000)
+    assert default[0]["image"].shape == (224, 224, 3)
+
+
+def write_images(root, counts, suffix=".png"):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (5, 4), (i, 0, 0)).save(root / name / f"{i:03}{suffix}")
+
+
+def opened(root, split, **kwargs):
+    return sources.open_source(f"folder:{root}", split, **kwargs)
+
+
+def test_a_folder_with_splits_has_them(tmp_path):
+    write_images(tmp_path / "train", {"cat": 3, "ant": 2, "bee": 4})
+    write_images(tmp_path / "val", {"cat": 1, "ant": 1, "bee": 1}, ".JPEG")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "cat" / "._000.png").write_text("nor this")
+    train, val, both = (
+        opened(tmp_path, s, num_classes=3) for s in ("train", "val", "train+val[1:]")
+    )
+    assert train.class_names == ("ant", "bee", "cat")
+    assert (len(train), len(val), len(both)) == (9, 3, 11)
+    for source in (train, val, both):
+        for i in range(len(source)):
+            path = pathlib.Path(source.name_of(i))
+            assert source.class_names[source[i]["label"]] == path.parent.name
+            assert source[i]["image"] == path.read_bytes()
+    assert pickle.loads(pickle.dumps(train)).name_of(4) == train.name_of(4)
+
+
+def test_slices_of_a_folder_partition_it_and_mix_its_classes(tmp_path):
+    write_images(tmp_path, {"ant": 50, "bee": 50})
+    names = {
+        split: [source.name_of(i) for i in range(len(source))]
+        for split in ("all", "all[:90%]", "all[90%:]", "all[-4:]")
+        for source in [opened(tmp_path, split)]
+    }
+    assert names["all[:90%]"] + names["all[90%:]"] == names["all"]
+    assert names["all[-4:]"] == names["all"][-4:]
+    assert len(set(names["all"])) == 100
+    held_out = opened(tmp_path, "all[90%:]")
+    assert len(held_out) == 10
+    assert {held_out[i]["label"] for i in range(10)} == {0, 1}
+    assert held_out.class_names == ("ant", "bee")
+
+
+def test_splits_of_a_folder_must_agree_on_the_classes(tmp_path):
+    write_images(tmp_path / "train", {"ant": 1, "bee": 1})
+    write_images(tmp_path / "val", {"ant": 1, "cow": 1})
+    for split in ("val", "val+train"):
+        with pytest.raises(ValueError, match=r"differ.*\['bee', 'cow'\]"):
+            opened(tmp_path, split)
+
+
+def test_folder_errors_say_what_is_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="one sub-folder of images per class"):
+        opened(tmp_path / "nowhere", "train")
+    write_images(tmp_path, {"ant": 1, "bee": 0})
+    with pytest.raises(ValueError, match=r"train/<class>/\*.*\('ant', 'bee'\)"):
+        opened(tmp_path, "train")
+    with pytest.raises(ValueError, match="incompatible with 1 examples"):
+        opened(tmp_path, "all[:2]")
+    write_images(tmp_path / "empty", {"train": 0})
+    with pytest.raises(ValueError, match="No images"):
+        opened(tmp_path / "empty", "all")

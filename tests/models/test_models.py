@@ -1,0 +1,100 @@
+"""Table 1 of the paper, and the errors of `models.create`."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mlp_mixer import models
+
+# Computed from the paper's Table 1; the counts of B/32, B/16 and L/16 with 1,000
+# classes are asserted by the official code's own test (vit_jax/models_test.py).
+PARAMETERS = {
+    "mixer_s32": {None: 18_591_624, 1000: 19_104_624, 21_843: 29_797_083},
+    "mixer_s16": {None: 18_015_264, 1000: 18_528_264, 21_843: 29_220_723},
+    "mixer_b32": {None: 59_524_428, 1000: 60_293_428, 21_843: 76_321_695},
+    "mixer_b16": {None: 59_111_472, 1000: 59_880_472, 21_843: 75_908_739},
+    "mixer_l32": {None: 205_914_264, 1000: 206_939_264, 21_843: 228_303_339},
+    "mixer_l16": {None: 207_171_168, 1000: 208_196_168, 21_843: 229_560_243},
+    "mixer_h14": {None: 431_069_952, 1000: 432_350_952, 21_843: 459_050_835},
+}
+
+
+def shapes(model, image_size=224):
+    image = jnp.zeros((1, image_size, image_size, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+
+
+@pytest.mark.parametrize("classes", [None, 1000, 21_843])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_the_papers(name, classes):
+    tree = shapes(models.create(name, num_classes=classes))
+    assert sum(x.size for x in jax.tree.leaves(tree)) == PARAMETERS[name][classes]
+
+
+def test_the_table_holds_the_seven_variants():
+    assert list(models.MODELS) == list(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_widths_keep_the_papers_ratios(name):
+    model = models.create(name)
+    assert model.channels_mlp_dim == 4 * model.hidden_dim
+    assert 2 * model.tokens_mlp_dim == model.hidden_dim
+
+
+def test_the_parameter_tree_has_the_official_names():
+    tree = shapes(models.create("mixer_s32", num_classes=10, num_blocks=2))
+    names = {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    block = {
+        "LayerNorm_0/scale": (512,),
+        "LayerNorm_0/bias": (512,),
+        "token_mixing/Dense_0/kernel": (49, 256),
+        "token_mixing/Dense_0/bias": (256,),
+        "token_mixing/Dense_1/kernel": (256, 49),
+        "token_mixing/Dense_1/bias": (49,),
+        "LayerNorm_1/scale": (512,),
+        "LayerNorm_1/bias": (512,),
+        "channel_mixing/Dense_0/kernel": (512, 2048),
+        "channel_mixing/Dense_0/bias": (2048,),
+        "channel_mixing/Dense_1/kernel": (2048, 512),
+        "channel_mixing/Dense_1/bias": (512,),
+    }
+    expected = {
+        "stem/kernel": (32, 32, 3, 512),
+        "stem/bias": (512,),
+        "pre_head_layer_norm/scale": (512,),
+        "pre_head_layer_norm/bias": (512,),
+        "head/kernel": (512, 10),
+        "head/bias": (10,),
+    }
+    expected |= {f"MixerBlock_{i}/{k}": v for i in range(2) for k, v in block.items()}
+    assert names == expected
+    assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+
+
+def test_an_override_of_none_means_the_tables_value():
+    model = models.create("mixer_b16", num_blocks=None, hidden_dim=64)
+    assert (model.num_blocks, model.hidden_dim) == (12, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mixer_b61"}, "'mixer_b61' is unknown; try mixer_b16"),
+        (
+            {"name": "mixer_b16", "image_size": 225},
+            "image_size 225 is not divisible by patch_size 16; try 224 or 240",
+        ),
+        (
+            {"name": "mixer_h14", "image_size": (224, 5)},
+            "image_size 5 is not divisible by patch_size 14; try 14",
+        ),
+        ({"name": "mixer_b16", "droput": 0.1}, "no field 'droput'; try dropout"),
+    ],
+)
+def test_errors_teach(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(**arguments)

@@ -1,0 +1,789 @@
+import json
+import logging
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mlp_mixer import checkpoint
+from mlp_mixer.checkpoint import Checkpointer, CheckpointError, restore_params
+
+
+class State(NamedTuple):
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+TX = optax.chain(optax.clip(1.0), optax.adam(1e-3, mu_dtype=jnp.bfloat16))
+
+
+def init(step=0, width=512):
+    key = jax.random.key(step)
+    # Random bits do not compress, so a flipped bit of the file is one of the array.
+    bits = jax.random.bits(key, (1024, width), jnp.uint32)
+    weights = {
+        "w": jax.random.normal(key, (512, width)),
+        "b": jnp.arange(16.0) + step,
+        "half": jnp.full((8,), step, jnp.bfloat16),
+    }
+    moments = jax.tree.map(lambda x: x + step, TX.init(weights))
+    return State(jnp.int32(step), {"bits": bits, **weights}, moments)
+
+
+def target(devices=1, sharded=True, **kwargs):
+    mesh = jax.make_mesh(
+        (devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+    def place(a):
+        spec = P("data") if sharded and a.ndim == 2 else P()
+        return jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    return jax.tree.map(place, jax.eval_shape(lambda: init(**kwargs)))
+
+
+def state_at(step, devices=1, **kwargs):
+    shardings = jax.tree.map(lambda a: a.sharding, target(devices, **kwargs))
+    return jax.device_put(init(step, **kwargs), shardings)
+
+
+def write(directory, *steps, **kwargs):
+    with Checkpointer(directory, every_steps=10, keep_latest=5, **kwargs) as c:
+        for step in steps:
+            assert c.save(step, state_at(step))
+
+
+def restored_step(directory, **kwargs):
+    """Restores, checks every array, and returns the step."""
+    with Checkpointer(directory, every_steps=10) as c:
+        state = c.restore(target(**kwargs))
+    assert isinstance(state, State)
+    assert_equal(state, init(int(state.step)))
+    return int(state.step)
+
+
+def assert_equal(got, expected):
+    def same(a, b):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    jax.tree.map(same, got, expected)
+
+
+def flip(path, position=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 16
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def folder(directory, step):
+    return pathlib.Path(directory) / f"{step:08d}"
+
+
+def large_file(step_folder):
+    files = step_folder.glob("state/ocdbt.process_0/d/*")
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def small_file(step_folder):
+    return max(step_folder.glob("state/d/*"), key=lambda p: p.stat().st_size)
+
+
+def flip_an_element(step_folder, array):
+    """Flips a bit of an array, found by its bytes in the file."""
+    path = large_file(step_folder)
+    needle = np.asarray(array).tobytes()[4096:4128]
+    position = path.read_bytes().find(needle)
+    assert position > 0
+    flip(path, position)
+
+
+def names(directory):
+    return sorted(p.name for p in pathlib.Path(directory).iterdir())
+
+
+def damaged(directory):
+    return [name for name in names(directory) if name.startswith("damaged-")]
+
+
+# Retention and the decision to save.
+
+
+def test_the_latest_the_periodic_and_the_best_are_kept(tmp_path):
+    scores = {10: float("nan"), 20: 0.9, 30: 0.2, 40: 0.3, 50: 0.2, 60: 0.1, 70: 0.1}
+    with Checkpointer(
+        tmp_path, every_steps=10, keep_latest=2, keep_every_steps=40, keep_best="top1"
+    ) as c:
+        for step, score in scores.items():
+            assert c.due(step)
+            assert not c.due(step + 1)
+            assert not c.save(step + 1, state_at(step))
+            assert c.save(step, state_at(step), {"top1": np.float32(score)})
+    assert names(tmp_path) == [f"{s:08d}" for s in (20, 40, 60, 70)]
+
+
+def test_the_best_is_still_known_after_a_restart(tmp_path):
+    options: dict[str, Any] = {"every_steps": 10, "keep_latest": 1, "keep_best": "top1"}
+    with Checkpointer(tmp_path, **options) as c:
+        c.save(10, state_at(10), {"top1": 0.9})
+        c.save(20, state_at(20), {"top1": 0.1})
+    with Checkpointer(tmp_path, **options) as c:
+        assert int(c.restore(target()).step) == 20
+        c.save(30, state_at(30))
+        c.save(40, state_at(40), {"top1": 0.8})
+    assert names(tmp_path) == ["00000010", "00000040"]
+
+
+def test_a_checkpoint_that_may_be_the_best_is_not_removed(tmp_path):
+    options: dict[str, Any] = {"every_steps": 10, "keep_latest": 1, "keep_best": "top1"}
+    with Checkpointer(tmp_path, **options) as c:
+        c.save(10, state_at(10), {"top1": 0.9})
+        c.save(20, state_at(20), {"top1": 0.1})
+    flip(folder(tmp_path, 10) / "meta" / "metadata")
+    with Checkpointer(tmp_path, **options) as c:
+        c.restore(target())
+        c.save(30, state_at(30), {"top1": 0.5})
+    assert names(tmp_path) == ["00000010", "00000030"]
+
+
+def test_the_last_step_is_saved_whatever_its_number_and_only_once(tmp_path):
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        assert c.save(10, state_at(10))
+        assert not c.save(10, state_at(10), force=True)
+        assert not c.save(13, state_at(13))
+        assert c.save(13, state_at(13), force=True)
+        assert c.all_steps() == [10, 13]
+        assert c.latest_step() == 13
+    assert restored_step(tmp_path) == 13
+
+
+def test_a_step_that_orbax_would_skip_silently_is_an_error(tmp_path):
+    write(tmp_path, 20)
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        for step in (10, 20):
+            with pytest.raises(ValueError, match="already holds step 20"):
+                c.save(step, state_at(step))
+        c.restore(target())
+        assert not c.save(20, state_at(20), force=True)
+        assert c.save(30, state_at(30))
+
+
+def test_a_best_metric_that_is_not_measured_is_named(tmp_path, caplog):
+    with Checkpointer(tmp_path, every_steps=10, keep_best="val/top1") as c:
+        c.save(10, state_at(10), {"val/top-1": 0.5})
+    assert "has no 'val/top1', only ['val/top-1']" in caplog.text
+
+
+def test_useless_numbers_are_refused(tmp_path):
+    for name in ("every_steps", "keep_latest", "keep_every_steps"):
+        with pytest.raises(ValueError, match="1 or more"):
+            Checkpointer(tmp_path, **dict[str, Any]({"every_steps": 1, name: 0}))
+
+
+def test_a_state_with_leaves_that_are_not_arrays_is_refused(tmp_path):
+    with (
+        Checkpointer(tmp_path, every_steps=10) as c,
+        pytest.raises(TypeError, match="params/w"),
+    ):
+        c.save(10, {"params": {"w": np.zeros(3)}})
+
+
+# What is restored.
+
+
+@pytest.mark.parametrize("devices", [8, 4, 1])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_state_of_eight_devices_is_restored_on(devices, sharded, tmp_path):
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        c.save(10, state_at(10, devices=8))
+    wanted = target(devices, sharded)
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        state = c.restore(wanted)
+    assert isinstance(state, State)
+    assert_equal(state, init(10))
+    assert state.opt_state[1][0].mu["w"].dtype == jnp.bfloat16
+    jax.tree.map(lambda x, t: x.sharding.is_equivalent_to(t.sharding, x.ndim) or
+                 pytest.fail(f"{x.sharding}"), state, wanted)  # fmt: skip
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    state = state_at(10, devices=8)
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        c.save(10, state)
+        for _ in range(3):
+            state = step(state)
+        jax.block_until_ready(state)
+    assert restored_step(tmp_path) == 10
+
+
+def test_nothing_saved_is_none_and_a_relative_directory_stays_where_it_was(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("run/checkpoints", every_steps=10) as c:
+        assert c.restore(target()) is None
+        assert c.latest_step() is None
+        monkeypatch.chdir("/")
+        c.save(10, state_at(10))
+    assert restored_step(tmp_path / "run" / "checkpoints") == 10
+
+
+def test_a_bucket_is_not_made_a_local_path():
+    assert str(checkpoint._absolute("gs://bucket/run")) == "gs://bucket/run"
+
+
+def test_typed_keys_and_bools_round_trip(tmp_path):
+    tree = {"key": jax.random.key(3), "mask": jnp.arange(5) > 2}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
+    )
+    with Checkpointer(tmp_path, every_steps=1) as c:
+        c.save(1, tree)
+        c.wait()
+        got = c.restore(shapes)
+    assert (jax.random.key_data(got["key"]) == jax.random.key_data(tree["key"])).all()
+    assert_equal(got["mask"], tree["mask"])
+
+
+# The fingerprint.
+
+
+def test_the_fingerprint_is_the_same_on_every_topology():
+    expected = checkpoint.fingerprint(init(3))
+    assert set(expected) >= {"step", "params/w", "opt_state/1/0/mu/half"}
+    for devices in (1, 4, 8):
+        assert checkpoint.fingerprint(state_at(3, devices)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "int32", "bool"])
+def test_one_changed_bit_or_two_swapped_elements_change_the_fingerprint(dtype):
+    x = np.arange(24).reshape(2, 3, 4)
+    x = (x % 2 if dtype == "bool" else x).astype(dtype)
+    prints = {checkpoint.fingerprint({"x": jnp.asarray(x)})["x"]}
+    changed, swapped, crossed = x.copy(), x.copy(), x.copy()
+    changed.reshape(-1).view(np.uint8)[-1] ^= 1
+    swapped[0, 0, 0], swapped[1, 2, 3] = x[1, 2, 3], x[0, 0, 0]
+    crossed[0, 0, 1], crossed[0, 1, 0] = x[0, 1, 0], x[0, 0, 1]
+    for other in (changed, swapped, crossed):
+        prints.add(checkpoint.fingerprint({"x": jnp.asarray(other)})["x"])
+    assert len(prints) == 4
+
+
+# Damage.
+
+
+def test_a_flipped_bit_is_noticed_and_the_older_checkpoint_is_used(tmp_path, caplog):
+    write(tmp_path, 10, 20)
+    flip_an_element(folder(tmp_path, 20), init(20).params["bits"])
+    assert restored_step(tmp_path) == 10
+    [name] = damaged(tmp_path)
+    [record] = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert "wrong bits in ['params/bits']" in record.message
+    assert "Checkpoint 20" in record.message
+    assert name in record.message
+    assert large_file(tmp_path / name).stat().st_size > 2**20
+
+
+@pytest.mark.parametrize("which", [large_file, small_file])
+@pytest.mark.parametrize("harm", [flip, truncate, os.unlink])
+def test_a_damaged_array_file_is_noticed(which, harm, tmp_path):
+    write(tmp_path, 10, 20)
+    harm(which(folder(tmp_path, 20)))
+    assert restored_step(tmp_path, devices=4) == 10
+    assert len(damaged(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("item", ["", "state", "meta", "state/_METADATA"])
+def test_an_empty_folder_or_a_missing_item_is_damage(item, tmp_path):
+    write(tmp_path, 10, 20)
+    path = folder(tmp_path, 20) / item
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    folder(tmp_path, 20).mkdir(exist_ok=True)
+    assert restored_step(tmp_path) == 10
+    assert len(damaged(tmp_path)) == 1
+
+
+def test_a_changed_description_is_damage_not_another_model(tmp_path):
+    write(tmp_path, 10, 20)
+    path = folder(tmp_path, 20) / "meta" / "metadata"
+    path.write_text(path.read_text().replace("[1024, 512]", "[1024, 513]"))
+    assert restored_step(tmp_path) == 10
+
+
+@pytest.mark.slow
+def test_no_damaged_file_gives_wrong_arrays(tmp_path):
+    write(tmp_path / "good", 10, 20)
+    good = folder(tmp_path / "good", 20)
+    files = [p.relative_to(good) for p in sorted(good.rglob("*")) if p.is_file()]
+    assert len(files) > 10
+    noticed = set()
+    for file in files:
+        for harm in (flip, truncate, os.unlink):
+            run = tmp_path / "run"
+            shutil.copytree(tmp_path / "good", run)
+            harm(folder(run, 20) / file)
+            if restored_step(run) == 10:
+                noticed.add(str(file.parent))
+            shutil.rmtree(run)
+    assert noticed >= {"meta", "state", "state/d", "state/ocdbt.process_0/d"}
+
+
+def test_training_goes_on_over_the_steps_of_a_damaged_checkpoint(tmp_path):
+    write(tmp_path, 10, 20, 30)
+    for step in (20, 30):
+        truncate(large_file(folder(tmp_path, step)))
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        assert int(c.restore(target()).step) == 10
+        assert c.all_steps() == [10]
+        assert c.save(20, state_at(20))
+    assert restored_step(tmp_path) == 20
+    assert len(damaged(tmp_path)) == 2
+
+
+def test_only_damaged_ones_left_is_an_error_at_this_start_and_the_next(tmp_path):
+    write(tmp_path, 10, 20)
+    for step in (10, 20):
+        truncate(large_file(folder(tmp_path, step)))
+    for _ in range(2):
+        with Checkpointer(tmp_path, every_steps=10) as c:
+            with pytest.raises(FileNotFoundError, match="move them all away") as error:
+                c.restore(target())
+            assert len(damaged(tmp_path)) == 2
+            assert all(name in str(error.value) for name in damaged(tmp_path))
+    with pytest.raises(FileNotFoundError, match="damaged-00000010"):
+        restore_params(tmp_path, target().params)
+
+
+def test_another_model_is_an_error_that_lists_the_arrays(tmp_path):
+    write(tmp_path, 10)
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        with pytest.raises(ValueError, match="another model") as error:
+            c.restore(target(width=256))
+        lines = str(error.value).splitlines()
+        assert "  params/w: got [[512, 512], 'float32'], " in lines[2] + lines[3]
+        assert "expected [[512, 256], 'float32']" in str(error.value)
+        wrong = target()
+        wrong.params["more"] = wrong.params.pop("b")
+        with pytest.raises(ValueError, match="more: got nothing, expected"):
+            c.restore(wrong)
+        half = target()
+        half.params["w"] = half.params["half"]
+        with pytest.raises(ValueError, match="bfloat16"):
+            c.restore(half)
+    assert names(tmp_path) == ["00000010"]
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), PermissionError(13, "no"), ConnectionError("no"), TimeoutError("no"),
+    OSError(5, "Input/output error"), OSError(24, "Too many open files"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
+    ValueError("PERMISSION_DENIED: Error opening zarr driver"),
+])  # fmt: skip
+def test_trouble_of_the_machine_is_not_damage(error, tmp_path, monkeypatch):
+    write(tmp_path, 10)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    def fail_within(*args, **kwargs):
+        raise Exception("Encountered error while reading array index") from error
+
+    for trouble in (fail, fail_within):
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", trouble)
+        with Checkpointer(tmp_path, every_steps=10) as c:
+            with pytest.raises(Exception) as raised:  # noqa: PT011
+                c.restore(target())
+            assert error in (raised.value, raised.value.__cause__)
+        with pytest.raises(Exception) as raised:  # noqa: PT011
+            restore_params(tmp_path, target().params)
+        assert error in (raised.value, raised.value.__cause__)
+    assert names(tmp_path) == ["00000010"]
+
+
+def test_a_folder_that_may_not_be_read_is_not_damage(tmp_path, monkeypatch):
+    write(tmp_path, 10)
+    forbidden = folder(tmp_path, 10) / "meta"
+    if os.getuid() == 0:  # root may read everything
+        list_all = checkpoint._list_all
+
+        def refuse(path):
+            if os.fspath(path) == os.fspath(forbidden):
+                raise PermissionError(13, "Permission denied", os.fspath(path))
+            list_all(path)
+
+        monkeypatch.setattr(checkpoint, "_list_all", refuse)
+        (forbidden / "metadata").unlink()
+    else:
+        forbidden.chmod(0)
+    with (
+        Checkpointer(tmp_path, every_steps=10) as c,
+        pytest.raises(PermissionError),
+    ):
+        c.restore(target())
+    forbidden.chmod(0o755)
+    assert names(tmp_path) == ["00000010"]
+
+
+def test_a_target_that_cannot_be_restored_is_not_damage(tmp_path):
+    write(tmp_path, 10)
+    bare = jax.eval_shape(init)
+    with (
+        Checkpointer(tmp_path, every_steps=10) as c,
+        pytest.raises(TypeError, match="sharding"),
+    ):
+        c.restore(bare)
+    assert names(tmp_path) == ["00000010"]
+
+
+# Reading beside a training run.
+
+
+def test_params_alone_are_restored_without_reading_the_moments(tmp_path):
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        c.save(10, state_at(10, devices=8))
+    gigabytes = []
+
+    def listen(event, value, **kwargs):
+        if event == "/jax/checkpoint/read/gbytes":
+            gigabytes.append(value)
+
+    jax.monitoring.register_scalar_listener(listen)
+    try:
+        step, params = restore_params(tmp_path, target(4).params)
+    finally:
+        jax.monitoring.unregister_scalar_listener(listen)
+    assert step == 10
+    assert_equal(params, init(10).params)
+    size = sum(x.nbytes for x in jax.tree.leaves(init().params))
+    assert sum(gigabytes) * 2**30 == pytest.approx(size, rel=1e-3)
+
+
+def test_params_of_the_latest_of_a_step_and_of_the_best(tmp_path):
+    with Checkpointer(tmp_path, every_steps=10, keep_latest=5) as c:
+        for step, score in ((10, 0.3), (20, 0.7), (30, 0.5)):
+            c.save(step, state_at(step), {"top1": score})
+        c.save(40, state_at(40))
+    params = target().params
+    assert restore_params(tmp_path, params)[0] == 40
+    step, got = restore_params(tmp_path, params, best="top1")
+    assert step == 20
+    assert_equal(got, init(20).params)
+    assert_equal(restore_params(tmp_path, params, step=10)[1], init(10).params)
+    with pytest.raises(ValueError, match="has the metric 'top5'"):
+        restore_params(tmp_path, params, best="top5")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint 15 .*\[40, 30, 20, 10\]"):
+        restore_params(tmp_path, params, step=15)
+    with pytest.raises(ValueError, match="one of them"):
+        restore_params(tmp_path, params, step=10, best="top1")
+
+
+def test_params_of_nothing_are_an_error_and_create_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        restore_params(tmp_path / "none", target().params)
+    with pytest.raises(FileNotFoundError, match="has the run saved one"):
+        restore_params(tmp_path, target().params)
+    assert names(tmp_path) == []
+
+
+def test_params_of_another_model_are_an_error(tmp_path):
+    write(tmp_path, 10)
+    wrong = target().params
+    wrong["head"] = wrong.pop("b")
+    with pytest.raises(ValueError, match="head: got nothing, expected"):
+        restore_params(tmp_path, wrong)
+
+
+def test_reading_changes_nothing_however_damaged(tmp_path, caplog):
+    write(tmp_path, 10, 20)
+    flip_an_element(folder(tmp_path, 20), init(20).params["bits"])
+    # What looks like a left-over may be what a training run is writing.
+    shutil.copytree(folder(tmp_path, 10), tmp_path / "00000030.orbax-checkpoint-tmp")
+    before = sorted(p for p in tmp_path.rglob("*"))
+    params = target().params
+    step, got = restore_params(tmp_path, params)
+    assert step == 10
+    assert_equal(got, init(10).params)
+    assert "wrong bits in ['bits']" in caplog.text
+    with pytest.raises(CheckpointError, match="Choose another"):
+        restore_params(tmp_path, params, step=20)
+    truncate(large_file(folder(tmp_path, 10)))
+    with pytest.raises(FileNotFoundError, match=r"only damaged ones: .*20.*10"):
+        restore_params(tmp_path, params)
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+def test_params_that_orbax_does_not_find_are_damage(tmp_path):
+    write(tmp_path, 10)
+    path = folder(tmp_path, 10) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["arrays"]["params/more"] = [[16], "float32"]
+    meta["fingerprints"]["params/more"] = 0
+    del meta["checksum"]
+    meta["checksum"] = checkpoint._checksum(meta)
+    path.write_text(json.dumps(meta))
+    wanted = target().params
+    wanted["more"] = wanted["b"]
+    with pytest.raises(FileNotFoundError, match="only damaged"):
+        restore_params(tmp_path, wanted)
+
+
+# Failing saves.
+
+
+@pytest.fixture
+def small_files_only():
+    """No file may grow beyond 1 MB, as on a full disk."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(on):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20 if on else soft, hard))
+
+    yield limit
+    limit(False)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("when", ["save", "wait", "close", "restore"])
+def test_a_save_that_fails_is_an_error_at_the_latest_at(
+    when, tmp_path, small_files_only, caplog
+):
+    c = Checkpointer(tmp_path, every_steps=10)
+    c.save(10, state_at(10))
+    c.save(20, state_at(20))
+    c.wait()
+    small_files_only(True)
+    c.save(30, state_at(30))
+    with pytest.raises(CheckpointError) as error:
+        {
+            "save": lambda: c.save(40, state_at(40)),
+            "wait": c.wait,
+            "close": c.close,
+            "restore": lambda: c.restore(target()),
+        }[when]()
+    small_files_only(False)
+    assert f"step 30 in {tmp_path} failed" in str(error.value)
+    assert "intact: [10, 20]" in str(error.value)
+    c.close()
+    unfinished = [name for name in names(tmp_path) if "tmp" in name]
+    assert len(unfinished) == 1
+    assert restored_step(tmp_path) == 20
+    assert f"Removing unfinished saves in {tmp_path}: {unfinished}" in caplog.text
+
+
+def test_after_a_failed_save_the_same_step_can_be_saved(tmp_path, small_files_only):
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        c.save(10, state_at(10))
+        c.wait()
+        small_files_only(True)
+        c.save(20, state_at(20))
+        with pytest.raises(CheckpointError):
+            c.wait()
+        small_files_only(False)
+        assert c.all_steps() == [10]
+        assert c.save(20, state_at(20))
+    assert restored_step(tmp_path) == 20
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        with Checkpointer(disk / "run", every_steps=10) as c:
+            c.save(10, state_at(10))
+            c.save(20, state_at(20))
+            c.wait()
+            free = shutil.disk_usage(disk).free
+            (disk / "filler").write_bytes(bytes(free - 2**20))
+            c.save(30, state_at(30))
+            with pytest.raises(CheckpointError, match=f"step 30 in {disk}/run failed"):
+                c.wait()
+            assert c.all_steps() == [10, 20]
+            (disk / "filler").unlink()
+        assert restored_step(disk / "run") == 20
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_unfinished_saves_are_named_and_removed(tmp_path, caplog):
+    write(tmp_path, 10)
+    name = "00000020.orbax-checkpoint-tmp"
+    shutil.copytree(folder(tmp_path, 10), tmp_path / name)
+    assert restored_step(tmp_path) == 10
+    assert f"Removing unfinished saves in {tmp_path}: ['{name}']" in caplog.text
+    deadline = time.monotonic() + 10
+    while (tmp_path / name).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert names(tmp_path) == ["00000010"]
+
+
+# Signals and logs.
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_to_stop_the_second_does_what_it_did_before(
+    signum, tmp_path, caplog
+):
+    received = []
+    before = signal.signal(signum, lambda number, frame: received.append(number))
+    try:
+        with Checkpointer(tmp_path, every_steps=10) as c:
+            assert not c.stop_requested(1)
+            os.kill(os.getpid(), signum)
+            assert c.stop_requested(2)
+            assert received == []
+            assert f"{signum.name} received: saving and stopping" in caplog.text
+            os.kill(os.getpid(), signum)
+            assert received == [signum]
+            assert c.save(2, state_at(2), force=c.stop_requested(2))
+    finally:
+        signal.signal(signum, before)
+    assert restored_step(tmp_path) == 2
+
+
+def test_the_signal_handlers_are_given_back(tmp_path):
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(s) for s in signals]
+    with Checkpointer(tmp_path, every_steps=10):
+        assert [signal.getsignal(s) for s in signals] != before
+    assert [signal.getsignal(s) for s in signals] == before
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Checkpointer(tmp_path, every_steps=10) as c:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not c.stop_requested(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("why", ["in another thread", "under jax.distributed"])
+def test_no_handler_is_installed(why, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def use():
+        with Checkpointer(tmp_path, every_steps=10) as c:
+            seen.append(signal.getsignal(signal.SIGTERM))
+            if why == "in another thread":
+                assert not c.stop_requested(1)
+
+    if why == "in another thread":
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    else:
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+        use()
+    assert seen == [before]
+
+
+def test_our_lines_are_seen_and_the_chatter_of_orbax_is_not(tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG):
+        write(tmp_path, 10, 20)
+        truncate(large_file(folder(tmp_path, 20)))
+        restored_step(tmp_path)
+        restore_params(tmp_path, target().params)
+        logging.getLogger("absl").info("a line of another user of absl")
+    ours = [r.levelname for r in caplog.records if r.name == "mlp_mixer.checkpoint"]
+    assert ours == ["ERROR", "INFO"]
+    assert "a line of another user of absl" in caplog.text
+    assert [r for r in caplog.records if f"{os.sep}orbax{os.sep}" in r.pathname] == []
+
+
+# Several processes.
+
+
+def run_workers(mode, directory, count=2, devices=2, send=None):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    worker = pathlib.Path(__file__).with_name("checkpoint_worker.py")
+    command = [sys.executable, str(worker), mode, str(directory)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), str(count), str(devices), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    try:
+        if send is not None:
+            assert processes[0].stdout
+            for line in processes[0].stdout:
+                if "running" in line:
+                    break
+            processes[0].send_signal(send)
+        outputs = [p.communicate(timeout=120)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    assert all(p.returncode == 0 for p in processes), "\n".join(outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_restore_and_one_restores_what_they_saved(tmp_path):
+    run_workers("save", tmp_path)
+    run_workers("restore", tmp_path)
+    assert restored_step(tmp_path, devices=8) == 20
+
+
+@pytest.mark.slow
+def test_two_processes_walk_back_in_place_from_a_wrong_fingerprint(tmp_path):
+    run_workers("save", tmp_path)
+    path = folder(tmp_path, 20)
+    flip_an_element_of_any_process(path, init(20).params["bits"])
+    outputs = run_workers("restore", tmp_path)
+    assert all("restored 10" in output for output in outputs), "\n".join(outputs)
+    assert len(damaged(tmp_path)) == 1
+
+
+def flip_an_element_of_any_process(step_folder, array):
+    needle = np.asarray(array).tobytes()[4096:4128]
+    for path in step_folder.glob("state/ocdbt.process_*/d/*"):
+        position = path.read_bytes().find(needle)
+        if position > 0:
+            return flip(path, position)
+    raise LookupError("the bytes of the array are in no file")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_after_a_signal_to_one(tmp_path):
+    write(tmp_path, 10)
+    outputs = run_workers("train", tmp_path, send=signal.SIGTERM)
+    [a, b] = [o.split("stopped at ")[1].split()[0] for o in outputs]
+    assert a == b
+    assert restored_step(tmp_path) == int(a)
