@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,12 +28,13 @@ logger = logging.getLogger(__name__)
 def log_to_terminal() -> None:
     """Sends the programs' own lines to stderr, above the progress bar if there is one.
 
-    Absl's handler prefixes every line with its source, which a person does not read.
+    Absl's handler would prefix each with its source; what libraries say through absl
+    is shown from warnings on.
     """
-    absl_logging.use_absl_handler()
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
+    absl_logging.set_verbosity(absl_logging.WARNING)
     if _CONSOLE.is_terminal:
         handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -227,6 +228,22 @@ class Profiler:
             logger.info(
                 "Wrote a trace of steps %d to %d to %s.", start, step, self._folder
             )
+
+
+def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """Returns `track(items, count)`, which shows a bar on a terminal."""
+
+    def track(items: Iterable[Any], count: int) -> Iterable[Any]:
+        return rich.progress.track(
+            items,
+            name,
+            total=count,
+            console=_CONSOLE,
+            transient=True,
+            disable=not _CONSOLE.is_terminal,
+        )
+
+    return track
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -61,7 +61,7 @@ def make_schedule(
         )
     end = end_learning_rate
     if end is None:
-        end = end_factor * learning_rate
+        end = (end_factor or 0.0) * learning_rate
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

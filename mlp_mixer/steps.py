@@ -182,7 +182,7 @@ def make_train_step(
 
 def make_predict(
     model: nn.Module, mesh: Mesh
-) -> Callable[[Any, Any], tuple[Array, dict[str, Array]]]:
+) -> Callable[[Any, Any], tuple[Array, Array]]:
     """Returns `predict(params, image) -> (logits, features)`.
 
     `image` (n, h, w, 3), 0 … 255, uint8 or float, of `sharding.put`; logits (n, k) and

@@ -11,7 +11,7 @@ import logging
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mlp_mixer import (
@@ -20,6 +20,7 @@ from mlp_mixer import (
     metrics,
     models,
     optim,
+    program,
     recipe,
     sharding,
     steps,
@@ -60,7 +61,7 @@ def train(
     )
     predict = steps.make_predict(model, mesh)
     evals = evaluators.create(
-        config.evals,
+        config.evals.to_dict(),
         predict=predict,
         mesh=mesh,
         loss=config.loss,
@@ -131,7 +132,7 @@ def train(
                 def stop(step=step):
                     return checkpointer.stop_requested(step)
 
-                results = {}
+                results: dict[str, float] = {}
                 for name, evaluator in evals.items():
                     if (last or step % evaluator.every_steps == 0) and not stop():
                         writer.flush()
@@ -156,12 +157,9 @@ def train(
     return state
 
 
-def main(argv: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """The command line."""
-    del argv
-    if flags.FLAGS.distributed:
-        jax.distributed.initialize()
-    metrics.log_to_terminal()
+    del arguments
     train(
         flags.FLAGS.config,
         flags.FLAGS.workdir or recipe.default_workdir(sys.argv),
@@ -170,17 +168,10 @@ def main(argv: list[str]) -> None:
     )
 
 
-def define_flags() -> None:
-    """Flags of this program."""
+if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/<recipe> if not set.")
     flags.DEFINE_string("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to write a trace of.")
-    flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
     flags.mark_flag_as_required("config")
-
-
-if __name__ == "__main__":
-    sys.argv = recipe.resolve(sys.argv)
-    define_flags()
-    app.run(main)
+    program.run(main, distributed=True)

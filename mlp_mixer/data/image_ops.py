@@ -43,8 +43,8 @@ def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
         except ValueError as error:
             if "premature" in str(error).lower():
                 raise _undecodable(data, str(error)) from error
-            # simplejpeg also refuses what loses no pixel (stray bytes between
-            # segments, rare chroma samplings); Pillow has the last word on those.
+            # simplejpeg also refuses stray bytes and rare chroma samplings, which
+            # TensorFlow reads over; on those Pillow has the last word.
     return _decode_with_pillow(data)
 
 

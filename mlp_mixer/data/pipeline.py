@@ -182,7 +182,7 @@ class _Augment(grain.transforms.RandomMap):
         tried = [(index + k) % n for k in range(min(n, self.max_broken_images + 1))]
         for at in tried:
             try:
-                image, label = _decoded(self.source, at, "fast")
+                image, label = read_image(self.source, at, "fast")
             except (OSError, ValueError):  # named where the batch arrives
                 continue
             return image, label, -1 if at == index else index
@@ -211,7 +211,7 @@ class _Prepare(grain.transforms.Map):
         # timm's models saw Pillow's pixels, the others TensorFlow's.
         dct = "accurate" if self.protocol == "timm" else "fast"
         try:
-            image, label = _decoded(self.source, index, dct)
+            image, label = read_image(self.source, index, dct)
         except (OSError, ValueError):  # named where the batch arrives
             return row
         image = image_ops.preprocess(image, self.protocol, self.size)
@@ -219,7 +219,15 @@ class _Prepare(grain.transforms.Map):
         return row | good
 
 
-def _decoded(source: Source, index: int, dct: str) -> tuple[Image, int]:
+def read_image(
+    source: Source, index: int, dct: str = "fast"
+) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+    """The decoded image and the label of one example; a grey image gets 3 channels.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not an image, or damaged.
+    """
     example = source[index]
     image = example["image"]
     if isinstance(image, bytes):
@@ -305,7 +313,7 @@ def _logged(batches: Any, source: Source) -> Iterator[Batch]:
 
 def _warn(source: Source, index: int, consequence: str) -> None:
     try:
-        _decoded(source, index, "fast")
+        read_image(source, index, "fast")
         reason = "readable at a second try"
     except (OSError, ValueError) as error:
         reason = str(error)

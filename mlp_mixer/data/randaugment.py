@@ -2,9 +2,9 @@
 
 A port of big_vision's `pp/archive/autoaugment.py`, which descends from the TPU
 EfficientNet code; AugReg (arXiv 2106.10270) stresses that it is not timm's. Its quirks
-are kept, because the published models were trained with them: every drawn op is always
-applied, the threshold of Solarize wraps, Contrast blends towards a constant that does
-not depend on the image. Magnitude 0 is not the identity.
+are kept, because the recipe was tuned with them: every drawn op is always applied, the
+threshold of Solarize wraps, Contrast blends towards a constant that does not depend on
+the image. Magnitude 0 is not the identity.
 """
 
 import dataclasses
@@ -55,7 +55,9 @@ def randaugment(
 
 def auto_contrast(image: Image) -> Image:
     """Stretches each channel to 0..255; a constant channel stays."""
-    low, high = (f(image, axis=(0, 1)).astype(np.float32) for f in (np.min, np.max))
+    # Rows first: NumPy reduces both axes at once five times slower.
+    low = image.min(axis=0).min(axis=0).astype(np.float32)
+    high = image.max(axis=0).max(axis=0).astype(np.float32)
     scale = np.float32(255) / np.maximum(high - low, np.float32(1))
     tables = _LEVELS[:, None] * scale + -low * scale
     return _look_up(image, np.where(high > low, _truncate(tables), _LEVELS[:, None]))
@@ -72,7 +74,6 @@ def equalize(image: Image) -> Image:
             continue
         below = np.cumsum(histogram) - histogram
         table = np.clip((below + step // 2) // step, 0, 255)
-        table[0] = 0
         tables.append(table.astype(np.uint8))
     return _look_up(image, np.stack(tables, axis=1))
 
@@ -98,7 +99,7 @@ def solarize(image: Image, threshold: int) -> Image:
 def solarize_add(image: Image, addition: int) -> Image:
     """Adds to the levels below 128, up to 255."""
     added = np.clip(np.arange(256) + addition, 0, 255)
-    return np.where(_LEVELS < 128, added, _LEVELS).astype(np.uint8)[image]
+    return _look_up(image, np.where(_LEVELS < 128, added, _LEVELS).astype(np.uint8))
 
 
 def color(image: Image, factor: Number) -> Image:
@@ -106,9 +107,9 @@ def color(image: Image, factor: Number) -> Image:
     # The order of these float32 operations is tf.image.rgb_to_grayscale's; another
     # order moves single levels.
     levels = _LEVELS * np.float32(1 / 255)
-    red = (levels * np.float32(0.2989))[image[..., 0]]
-    green = (levels * np.float32(0.5870))[image[..., 1]]
-    blue = (levels * np.float32(0.1140))[image[..., 2]]
+    red = np.take(levels * np.float32(0.2989), image[..., 0])
+    green = np.take(levels * np.float32(0.5870), image[..., 1])
+    blue = np.take(levels * np.float32(0.1140), image[..., 2])
     grey = ((red + green + blue) * np.float32(255.5)).astype(np.uint8)
     return _blend(grey[..., None], image, factor)
 
@@ -117,12 +118,12 @@ def contrast(image: Image, factor: Number) -> Image:
     """Blends from a constant grey, min(255, h·w/256), through the image and beyond."""
     # The inherited code sums the histogram where it means to average: 196 for 224x224.
     grey = min(255, image.shape[0] * image.shape[1] // 256)
-    return _blend(np.full_like(_LEVELS, grey), _LEVELS, factor)[image]
+    return _look_up(image, _blend(np.full_like(_LEVELS, grey), _LEVELS, factor))
 
 
 def brightness(image: Image, factor: Number) -> Image:
     """Blends from black through the image and beyond."""
-    return _blend(np.zeros_like(_LEVELS), _LEVELS, factor)[image]
+    return _look_up(image, _blend(np.zeros_like(_LEVELS), _LEVELS, factor))
 
 
 def sharpness(image: Image, factor: Number) -> Image:
@@ -179,8 +180,12 @@ def cutout(image: Image, radius: int, centre: tuple[int, int] | None = None) -> 
     return out
 
 
-def _look_up(image: Image, tables: UInt8[np.ndarray, "256 3"]) -> Image:
-    return np.stack([tables[:, c][image[..., c]] for c in range(3)], axis=-1)
+def _look_up(
+    image: Image, table: UInt8[np.ndarray, "256"] | UInt8[np.ndarray, "256 3"]
+) -> Image:
+    if table.ndim == 1:
+        return np.take(table, image)
+    return np.stack([np.take(table[:, c], image[..., c]) for c in range(3)], axis=-1)
 
 
 def _blend(start: np.ndarray, end: np.ndarray, factor: Number) -> np.ndarray:
@@ -204,9 +209,9 @@ def _transform(image: Image, rows: Float32[np.ndarray, "2 3"]) -> Image:
     y = np.arange(h, dtype=np.float32)[:, None]
     column, row = (_round_half_away(a * x + b * y + c) for a, b, c in rows)
     inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-    out = np.full_like(image, _GREY)
-    out[inside] = image[row[inside], column[inside]]
-    return out
+    # One more pixel behind the last: the grey that all outside points to.
+    pixels = np.append(image.reshape(-1, 3), np.full((1, 3), _GREY, np.uint8), axis=0)
+    return np.take(pixels, np.where(inside, row * w + column, h * w), axis=0)
 
 
 def _round_half_away(at: Float32[np.ndarray, "h w"]) -> Int64[np.ndarray, "h w"]:

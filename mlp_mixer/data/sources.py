@@ -26,7 +26,7 @@ from tensorflow_datasets.core.utils import file_utils
 
 from mlp_mixer.data import preparation
 
-_IMAGE_FILES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm")
 _WELL_KNOWN = (  # only for the hint at a misspelt name
     "imagenet2012",
     "cifar10",
@@ -373,7 +373,7 @@ def _open_folder(path: str, split: str, **_: Any) -> Source:
                 f"No images {folder}/<class>/* for split {split!r}; {path} holds the"
                 f" folders {_subfolders(root)}. Write 'train' for train/<class>/*, and"
                 " 'all' or 'all[:90%]' for <class>/*. Images end in"
-                f" {', '.join(_IMAGE_FILES)}."
+                f" {', '.join(IMAGE_SUFFIXES)}."
             )
     if "all" not in classes and (root / "train").is_dir():
         classes["train"] = _subfolders(root / "train")
@@ -408,7 +408,7 @@ def _list_images(folder: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
         f"{name}/{file}"
         for name in classes
         for file in os.listdir(folder / name)
-        if file.lower().endswith(_IMAGE_FILES) and not file.startswith(".")
+        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
     ]
     return sorted(files), classes
 

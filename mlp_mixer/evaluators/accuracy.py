@@ -4,19 +4,21 @@ The last batch is padded and masked, so the result does not depend on the batch 
 nor on the number of devices and processes.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from mlp_mixer import losses, sharding
 from mlp_mixer.data import pipeline, sources
 
 
-class Examples(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Examples:
     """What a model makes of each example of a split, on the host."""
 
     index: Int[np.ndarray, " n"]  # position in the source
@@ -119,9 +121,14 @@ class Accuracy:
             mask = part.pop("mask")
             self.broken += int((~mask & (part["index"] >= 0)).sum())
             parts.append({key: value[mask] for key, value in part.items()})
+        fields = [field.name for field in dataclasses.fields(Examples)]
         return Examples(
-            *(np.concatenate([part[key] for part in parts]) for key in Examples._fields)
+            **{key: np.concatenate([part[key] for part in parts]) for key in fields}
         )
+
+    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The image at `index` of the source as it is, for people to look at."""
+        return pipeline.read_image(self.source, index)[0]
 
     def run(
         self, params: Any, stop: Callable[[], bool] = lambda: False

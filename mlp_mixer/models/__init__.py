@@ -70,5 +70,5 @@ def create(
     given = {k: v for k, v in overrides.items() if v is not None}
     model = cls(**sizes | given, num_classes=num_classes)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    check_divisible(size, model.patch_size)  # type: ignore[attr-defined]
+    check_divisible(size, model.patch_size)
     return model

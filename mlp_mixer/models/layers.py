@@ -13,6 +13,7 @@ depth, and GELU's keeps several activations instead of its input alone.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -114,7 +115,10 @@ def _gelu_bwd(x, dy):
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
 
-GELUS = {"tanh": gelu, "exact": functools.partial(jax.nn.gelu, approximate=False)}
+GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": gelu,
+    "exact": functools.partial(jax.nn.gelu, approximate=False),
+}
 
 
 # --- Products -----------------------------------------------------------------------

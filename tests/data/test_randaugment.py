@@ -29,6 +29,14 @@ def one_level():
     return image
 
 
+# Of the 2^24 colours, some whose grey depends on the order of its float32 operations:
+# 47 in all on that of the sum, 71 on dividing by 255 in place of multiplying.
+EDGES = [
+    [(5, 49, 41), (50, 205, 39), (118, 127, 96), (153, 185, 12), (212, 121, 3)],
+    [(11, 169, 99), (91, 117, 157), (134, 90, 122), (193, 159, 41), (252, 95, 32)],
+    [(5, 171, 227), (70, 105, 90), (170, 219, 55), (235, 50, 247), (249, 96, 96)],
+]
+
 IMAGES = {
     "photo": photo(32, 32),
     "wide": photo(25, 38),
@@ -37,6 +45,8 @@ IMAGES = {
     "constant": np.full((24, 24, 3), 77, np.uint8),
     "one level": one_level(),
     "tiny": photo(2, 3),
+    "line": photo(1, 6),
+    "edges": np.array(EDGES, np.uint8),
 }
 
 

@@ -1,0 +1,39 @@
+"""Mixer-B/32, pretrained from scratch as in arXiv 2105.01601, Table 4.
+
+Words: imagenet21k, jft300m (ImageNet-1k without a word).
+
+Expected:
+  ImageNet-1k    not trained in the paper; Table 4 says Mixer-B of any patch size
+  imagenet21k    not trained in the paper; Table 4 says Mixer-B of any patch size
+  jft300m        75.53 % on ImageNet after fine-tuning at 224 (Table 3)
+Cost: jft300m 0.05k TPUv3 core-days (Table 3); ImageNet-1k: 92,897 steps, not known.
+
+    python -m mlp_mixer.train --config=configs/mixer_b32.py:jft300m
+"""
+
+from mlp_mixer import recipe
+
+TABLE_4 = {
+    "imagenet2012": recipe.table_4(
+        epochs=300,
+        learning_rate=0.001,
+        weight_decay=0.1,
+        randaugment=15,
+        mixup=0.5,
+        stochastic_depth=0.1,
+    ),
+    "imagenet21k": recipe.table_4(
+        epochs=300,
+        learning_rate=0.001,
+        weight_decay=0.1,
+        randaugment=10,
+        mixup=0.2,
+        stochastic_depth=0.1,
+    ),
+    "jft300m": recipe.table_4(epochs=7, learning_rate=0.003, weight_decay=0.03),
+}
+
+
+def get_config(argument: str = ""):
+    """The recipe for the data set that `argument` names."""
+    return recipe.pretraining("mixer_b32", argument, TABLE_4)

@@ -1,0 +1,61 @@
+"""How a program starts: flags, logging, several processes, errors in one line."""
+
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import app, flags
+
+from mlp_mixer import metrics, recipe
+
+
+def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None:
+    """Runs `main(arguments)` with the flags that are defined, and exits.
+
+    An error that this project raises says what to do, so it is printed alone; one
+    from a library keeps its traceback. Both exit with 1.
+
+    Args:
+      main: receives what is left of the command line without flags.
+      distributed: whether the program may be one of several processes.
+    """
+    if distributed:
+        flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
+
+    def start(argv):
+        if distributed and flags.FLAGS.distributed:
+            jax.distributed.initialize()
+        metrics.log_to_terminal()
+        main(argv[1:])
+
+    try:
+        app.run(start, recipe.resolve(sys.argv), flags_parser=_parse)
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        sys.exit(str(error))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError) as error:
+        # ml_collections wraps what a recipe raises into a page of text.
+        root: BaseException = error
+        while root.__cause__ or root.__context__:
+            root = root.__cause__ or root.__context__  # type: ignore[assignment]
+        said = str(root if _is_ours(root) else error)
+        if isinstance(error, AttributeError | KeyError):
+            said = "The recipe has no such field: " + said.strip("'\"").replace(
+                "\\'", "'"
+            ).replace("\\n", ". ")
+        sys.exit(f"{said}\nSee --help for the flags.")
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the line that raised it is this project's."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    name = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return name.partition(".")[0] in ("mlp_mixer", "__main__")

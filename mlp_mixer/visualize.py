@@ -1,0 +1,130 @@
+"""Pictures for people who would rather look: a run at a glance."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# More classes make a confusion matrix that nobody can read.
+MAX_CONFUSION_CLASSES = 40
+
+
+def mistakes_first(examples: Any, count: int) -> np.ndarray:
+    """Positions of `count` examples: the surest mistakes, then the least sure hits."""
+    surest = np.where(examples.top1, 1.0 + examples.probability, -examples.probability)
+    return np.argsort(surest, kind="stable")[:count]
+
+
+def report(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    name: str,
+    examples: Any,
+    shown: Sequence[int] | np.ndarray,
+    images: Sequence[np.ndarray],
+    class_names: Sequence[str],
+) -> Figure:
+    """Curves of a run and what its model makes of a split.
+
+    Args:
+      records: of metrics.jsonl.
+      name: the evaluator that saw the split.
+      examples: `evaluators.accuracy.Examples` of the split.
+      shown: positions of the examples on the sheet.
+      images: their images, uint8 (h, w, 3).
+      class_names: of all classes.
+    """
+    confusion = len(class_names) <= MAX_CONFUSION_CLASSES
+    columns = 10
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(15, 5 + 1.7 * rows), layout="constrained")
+    heights = [4.6, 1.7 * max(rows, 1)]
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=heights))
+    axes = top.subplots(1, 4 if confusion else 3)
+    _loss(axes[0], records)
+    _learning_rate(axes[1], records)
+    _accuracy(axes[2], records)
+    if confusion:
+        _confusion(axes[3], examples, class_names)
+    wrong = int((~examples.top1).sum())
+    bottom.suptitle(
+        f"{name}: {wrong} of {len(examples.top1)} are wrong "
+        f"(top-1 {100 * examples.top1.mean():.2f} %); mistakes first"
+    )
+    sheet = list(bottom.subplots(max(rows, 1), columns, squeeze=False).flat)
+    for axis in sheet:
+        axis.set_axis_off()
+    for axis, i, image in zip(sheet, shown, images, strict=False):
+        axis.imshow(image)
+        said = class_names[examples.prediction[i]]
+        text = f"{_short(said)} ({100 * examples.probability[i]:.0f} %)"
+        if not examples.top1[i]:
+            text += f"\nis {_short(class_names[examples.label[i]])}"
+        axis.set_title(
+            text, fontsize=8, color="black" if examples.top1[i] else "tab:red"
+        )
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _curve(records, key):
+    points = [(r["step"], r[key]) for r in records if key in r]
+    return zip(*points, strict=True) if points else ((), ())
+
+
+def _keys(records, ending):
+    return sorted({k for r in records for k in r if k.endswith(ending)})
+
+
+def _loss(axis: Axes, records) -> None:
+    axis.plot(*_curve(records, "train/loss"), label="train", linewidth=0.8)
+    for key in _keys(records, "/loss"):
+        if key != "train/loss":
+            axis.plot(*_curve(records, key), "o-", label=key.removesuffix("/loss"))
+    axis.set(title="loss", xlabel="step", ylabel="nats", yscale="log")
+    axis.legend()
+
+
+def _learning_rate(axis: Axes, records) -> None:
+    axis.plot(*_curve(records, "train/lr"))
+    axis.set(title="learning rate", xlabel="step")
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+
+
+def _accuracy(axis: Axes, records) -> None:
+    for ending in ("/top1", "/top5"):
+        for key in _keys(records, ending):
+            steps, values = _curve(records, key)
+            axis.plot(steps, [100 * v for v in values], "o-", label=key)
+    axis.set(title="accuracy", xlabel="step", ylabel="%")
+    if axis.lines:
+        axis.legend()
+
+
+def _confusion(axis: Axes, examples, class_names) -> None:
+    k = len(class_names)
+    counts = np.zeros((k, k), int)
+    np.add.at(counts, (examples.label, examples.prediction), 1)
+    axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues")
+    axis.set(title="confusion", xlabel="predicted", ylabel="true")
+    names = [_short(name) for name in class_names]
+    axis.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0)
+    axis.set_yticks(range(k), names)
+    if k <= 12:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if i == j else "black"
+                axis.text(j, i, count, ha="center", va="center", color=colour, size=7)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"

@@ -1,0 +1,499 @@
+"""Speed, memory and compile time: this package's model beside the literal one.
+
+    python scripts/benchmark.py mixer_b16 --batch=8
+    python scripts/benchmark.py mixer_h14 --batch=8 --compile-only
+    python scripts/benchmark.py configs/mixer_b16.py:imagenet21k --out=b16.json
+
+Forward pass and training step of both, interleaved round by round in one process with
+the same flags, optimiser and loss, beside a large matrix product as the ceiling. A
+model's name runs with jax, flax, optax, einops and jaxtyping alone; a recipe needs
+ml_collections too. CPU: by default one thread, compared by CPU time, which other
+programs on the machine disturb least. Elsewhere: wall time.
+"""
+
+import argparse
+import ast
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import platform
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Also in a bare clone, where the package is not installed; and always this clone's.
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import flax
+import jax
+import jax.extend
+import jax.numpy as jnp
+import jaxlib
+import literal_mixer
+import numpy as np
+import optax
+
+from mlp_mixer import losses, models, optim, sharding, steps
+from mlp_mixer.models.mixer import REMAT_POLICIES, MlpMixer
+
+# Table 4's pretraining; decayed and clipped as in the recipes.
+OPTIM = {"total_steps": 100_000, "learning_rate": 1e-3, "weight_decay": 0.1}
+KINDS = ("forward", "train")
+MIB = 2**20
+
+
+@dataclasses.dataclass
+class Job:
+    """What is measured: arguments of `models.create`, `optim.create` and the step."""
+
+    model: dict[str, Any]
+    optim: dict[str, Any]
+    loss: str = "sigmoid_xent"
+    mixup: float = 0.0
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """The job that the command line describes, a model's name or a recipe."""
+    path, _, words = args.what.partition(":")
+    if path.endswith(".py"):
+        from mlp_mixer import recipe  # needs ml_collections
+
+        found = recipe.resolve([f"--config={args.what}"])[0].partition("=")[2]
+        config = runpy.run_path(found.partition(":")[0])["get_config"](words)
+        total = {"total_steps": recipe.total_steps(config)}
+        job = Job(
+            dict(config.model),
+            dict(config.optim) | total,
+            config.loss,
+            config.mixup,
+        )
+    else:
+        fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
+        job = Job(fields | {"scan": True, "remat": "pre_gelu"}, dict(OPTIM))
+    given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
+    if args.image_size:
+        given["image_size"] = (args.image_size, args.image_size)
+    job.model |= {key: value for key, value in given.items() if value is not None}
+    for word in args.override:
+        key, _, value = word.partition("=")
+        try:
+            job.model[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            job.model[key] = value
+    return job
+
+
+def literal_of(model: MlpMixer) -> literal_mixer.LiteralMixer:
+    """The literal model of the same sizes, hence of the same parameter tree."""
+    fields = [f.name for f in dataclasses.fields(literal_mixer.LiteralMixer)]
+    sizes = {f: getattr(model, f) for f in fields if f not in ("parent", "name")}
+    return literal_mixer.LiteralMixer(**sizes)
+
+
+def flops(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, int]:
+    """Floating-point operations per image: 2 per multiply-add, products only.
+
+    Training is three times the forward pass, less the stem's input gradient; what
+    rematerialisation computes again is not work done.
+    """
+    (height, width), (ph, pw) = image_size, model.patch_size
+    s, c = (height // ph) * (width // pw), model.hidden_dim
+    stem = s * ph * pw * 3 * c
+    block = 2 * s * model.tokens_mlp_dim * c + 2 * s * c * model.channels_mlp_dim
+    forward = stem + model.num_blocks * block + c * (model.num_classes or 0)
+    return {"forward": 2 * forward, "train": 2 * (3 * forward - stem)}
+
+
+def start_devices(threads: int | None, count: int) -> int | None:
+    """Prepares the backend; returns its CPU threads (None: all, or not a CPU)."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    if jax.default_backend() != "cpu":
+        return None
+    # The CPU client sizes its pool by NPROC (or by the affinity mask) when it is made;
+    # --xla_cpu_multi_thread_eigen=false no longer has an effect.
+    threads = 1 if threads is None else threads
+    jax.extend.backend.clear_backends()
+    if threads:
+        os.environ["NPROC"] = str(threads)
+    if count > 1:
+        jax.config.update("jax_num_cpu_devices", count)
+    return threads or None
+
+
+def say(message: str) -> None:
+    """A line of progress, apart from the results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Bench:
+    """Both models on one mesh: compiles, runs and times them."""
+
+    def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
+        self.mesh = sharding.make_mesh(devices)
+        ours: Any = models.create(**job.model, flat=sharding.is_one_cpu(self.mesh))
+        self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
+        self.job, self.batch = job, batch
+        self.size = tuple(job.model["image_size"])
+        self.flops = flops(ours, self.size)
+        self.tx, _ = optim.create(**job.optim)
+        self.target = self._target(ours)
+
+    def _target(self, model):
+        return steps.state_shapes(model, self.tx, self.mesh, image_size=self.size)
+
+    def _jitted(self, kind: str, model: Any) -> tuple[Any, tuple]:
+        cut = sharding.batch(self.mesh)
+        image = jax.ShapeDtypeStruct((self.batch, *self.size, 3), "uint8", sharding=cut)
+        if kind == "forward":
+
+            def forward(params, image):
+                image = steps.value_range(image)
+                return model.apply({"params": params}, image)[0]
+
+            return jax.jit(forward, out_shardings=cut), (self.target.params, image)
+        label = jax.ShapeDtypeStruct((self.batch,), "int32", sharding=cut)
+        step = steps.make_train_step(
+            model,
+            self.tx,
+            self.mesh,
+            self._target(model),
+            loss=self.job.loss,
+            seed=0,
+            mixup=self.job.mixup,
+        )
+        return step, (self.target, {"image": image, "label": label})
+
+    def compile(self, kind: str, name: str) -> tuple[Any, dict[str, Any]]:
+        """Returns the executable, and what it cost and needs."""
+        # Functions are traced once per identity: an earlier trace must not be free.
+        jax.clear_caches()
+        gc.collect()
+        cpu, wall = time.process_time(), time.perf_counter()
+        jitted, arguments = self._jitted(kind, self.models[name])
+        lowered = jitted.lower(*arguments)
+        executable = lowered.compile()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        result = {"compile_cpu_s": [cpu], "compile_wall_s": [wall]}
+        if memory := executable.memory_analysis():
+            for field in ("temp", "argument", "output", "alias"):
+                result[f"{field}_bytes"] = getattr(memory, f"{field}_size_in_bytes")
+        looped = kind == "train" and getattr(self.models[name], "scan", False)
+        # XLA counts the body of a loop once, whatever its number of turns.
+        cost = None if looped else lowered.cost_analysis()
+        result["xla_flops_per_image"] = cost and cost["flops"] / self.batch
+        return executable, result
+
+    def data(self) -> tuple[steps.TrainState, Any]:
+        """A state whose head is random, and a batch of noise.
+
+        A head of zeros would make all logits equal and all gradients below it zero.
+        """
+        model = self.models["ours"]
+        state = steps.init_state(
+            model, self.tx, self.target, seed=0, image_size=self.size
+        )
+        rng = np.random.default_rng(0)
+        kernel = state.params["head"]["kernel"]
+        random = rng.normal(0, kernel.shape[0] ** -0.5, kernel.shape)
+        state.params["head"]["kernel"] = jax.device_put(
+            random.astype(kernel.dtype), kernel.sharding
+        )
+        image = rng.integers(0, 256, (self.batch, *self.size, 3), np.uint8)
+        label = rng.integers(0, model.num_classes, self.batch, np.int32)
+        return state, sharding.put({"image": image, "label": label}, self.mesh)
+
+    def product(self) -> tuple[Callable[[], Any], int]:
+        """A large square product in the compute dtype, and its operations."""
+        # Sizes at which the rate no longer grows.
+        n = 2048 if self.mesh.devices.flat[0].platform == "cpu" else 8192
+        a, b = (
+            jax.random.normal(jax.random.key(i), (n, n)).astype(
+                self.models["ours"].dtype
+            )
+            for i in range(2)
+        )
+        multiply = jax.jit(lambda a, b: a @ b)
+        return lambda: multiply(a, b), 2 * n**3
+
+
+def clock(run: Callable[[], Any], times: int) -> dict[str, float]:
+    """Seconds per call, until the device is done."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(times):
+        out = run()
+    jax.block_until_ready(out)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {"cpu_s": cpu / times, "wall_s": wall / times}
+
+
+def training(executable: Any, state: Any, batch: Any) -> Callable[[], Any]:
+    """A run that takes the next step of a state of its own."""
+    state = jax.tree.map(jnp.copy, state)  # each step destroys its input
+
+    def run():
+        nonlocal state
+        state, scalars = executable(state, batch)
+        return scalars
+
+    return run
+
+
+def measure(
+    bench: Bench, variants: dict[str, dict[str, Any]], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Compiles and times; fills `variants` and returns what concerns all of them."""
+    state, batch = bench.data()
+    runs: dict[str, Callable[[], Any]] = {}
+    logits: dict[str, Any] = {}
+    product, operations = bench.product()
+    runs["product"] = product
+    say("matrix product ...")
+    product_times: dict[str, Any] = {"operations": operations}
+    repeats = {"product": warm(product, seconds)}
+    for name, result in variants.items():
+        kind, _, whose = name.partition(" ")
+        say(f"compiling {name} ...")
+        try:
+            executable, costs = bench.compile(kind, whose)
+            result |= costs
+            if kind == "forward":
+                image = batch["image"]
+                logits[whose] = np.asarray(executable(state.params, image))
+
+                def run(executable=executable, image=image):
+                    return executable(state.params, image)
+            else:
+                run = training(executable, state, batch)
+            repeats[name] = warm(run, seconds)
+        except jax.errors.JaxRuntimeError as error:  # e.g. out of memory: the rest runs
+            result["error"] = str(error).splitlines()[0]
+            say(f"{name}: {result['error']}")
+        else:
+            runs[name] = run
+    timed = {"product": product_times} | variants
+    for i in range(rounds):
+        say(f"round {i + 1}/{rounds} ...")
+        # There and back, so that a drift of the machine favours nobody.
+        for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
+            for key, value in clock(runs[name], repeats[name]).items():
+                timed[name].setdefault(key, []).append(value)
+    out: dict[str, Any] = {"product": product_times}
+    stats = jax.devices()[0].memory_stats() or {}
+    out["device_peak_bytes"] = stats.get("peak_bytes_in_use")  # of the whole run
+    if len(logits) == 2:
+        difference = np.abs(logits["ours"] - logits["literal"]).max()
+        largest = np.abs(logits["literal"]).max()
+        out["logits"] = {
+            "largest_difference": float(difference),
+            "largest": float(largest),
+        }
+    return out
+
+
+def warm(run: Callable[[], Any], seconds: float) -> int:
+    """Runs once; returns how many calls last `seconds`."""
+    jax.block_until_ready(run())
+    return max(1, round(seconds / clock(run, 1)["wall_s"])) if seconds else 1
+
+
+def summarise(report: dict[str, Any]) -> None:
+    """Adds medians, rates, shares and ratios to the raw times of `report`."""
+    key = report["compared_by"]
+    variants = report["variants"]
+    rate = None
+    if "product" in report:
+        product = report["product"]
+        rate = product["operations"] / statistics.median(product[key])
+        product["flops_per_s"] = rate
+    for result in variants.values():
+        if key in result:
+            times = result[key]
+            median = statistics.median(times)
+            result |= {
+                "median_s": median,
+                "min_s": min(times),
+                "max_s": max(times),
+                "spread": (max(times) - min(times)) / median,
+                "images_per_s": report["batch"] / median,
+            }
+            work = result["flops_per_image"] * report["batch"] / median
+            result["share_of_product_rate"] = work / rate / report["devices"]
+    ratios = report["ratios"] = {}
+    for kind in KINDS:
+        ours, literal = (variants.get(f"{kind} {x}", {}) for x in ("ours", "literal"))
+        if key in ours and key in literal:
+            ratios[f"{kind}_speed"] = literal["median_s"] / ours["median_s"]
+            pairs = zip(literal[key], ours[key], strict=True)
+            ratios[f"{kind}_speed_by_round"] = [b / a for b, a in pairs]
+        for field in ("temp_bytes", "compile_cpu_s"):
+            if field in ours and field in literal:
+                a, b = (np.median(x[field]) for x in (ours, literal))
+                name = field.rpartition("_")[0]
+                ratios[f"{kind}_{name}"] = float(a / b) if b else None
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report to read: one line per variant, then the ratios."""
+    model, key = report["model"], report["compared_by"]
+    threads = report["cpu_threads"]
+    lines = [
+        f"{report['what']}: batch {report['batch']}, {model['image_size']}, "
+        f"{model['dtype']}; training with scan={model['scan']} remat={model['remat']}",
+        f"{report['devices']} x {report['device_kind']}"
+        + (f" ({report['cpu_model']}, {threads or 'all'} thread(s) a device)")
+        * (report["platform"] == "cpu")
+        + f"; jax {report['versions']['jax']}, flax {report['versions']['flax']}",
+        "",
+        f"{'':16}{'images/s':>10}{'s/call':>9}{'min':>9}{'max':>9}{'spread':>8}"
+        f"{'of rate':>9}{'GFLOP/img':>11}{'temp MB':>9}{'args MB':>9}"
+        f"{'compile s CPU/wall':>20}",
+    ]
+    for name, r in report["variants"].items():
+        if "error" in r:
+            lines.append(f"{name:16}{r['error']}")
+            continue
+        times = "-".rjust(10) + "-".rjust(9) * 3 + "-".rjust(8) + "-".rjust(9)
+        if "median_s" in r:
+            times = (
+                f"{r['images_per_s']:10.2f}{r['median_s']:9.4f}{r['min_s']:9.4f}"
+                f"{r['max_s']:9.4f}{r['spread']:8.1%}{r['share_of_product_rate']:9.1%}"
+            )
+        cpu, wall = (np.median(r[f"compile_{x}_s"]) for x in ("cpu", "wall"))
+        memory = "".join(
+            f"{r[f'{x}_bytes'] / MIB:9.1f}" if f"{x}_bytes" in r else "-".rjust(9)
+            for x in ("temp", "argument")
+        )
+        lines.append(
+            f"{name:16}{times}{r['flops_per_image'] / 1e9:11.2f}{memory}"
+            f"{cpu:12.1f} /{wall:6.1f}"
+        )
+    lines.append("")
+    if "product" in report:
+        gflops = report["product"]["flops_per_s"] / 1e9
+        kind = "CPU" if key == "cpu_s" else "wall"
+        lines.append(f"times: {kind} time; matrix product: {gflops:,.1f} GFLOP/s")
+    if "logits" in report:
+        difference, largest = report["logits"].values()
+        lines.append(f"logits: differ by {difference:.1e} of at most {largest:.1f}")
+    for name, ratio in report["ratios"].items():
+        if isinstance(ratio, float):
+            what = "literal time / our time" if "speed" in name else "ours / literal"
+            lines.append(f"{name:24}{ratio:6.2f}   ({what})")
+    return "\n".join(lines + report["notes"])
+
+
+def cpu_model() -> str:
+    """The processor's own name for itself."""
+    info = pathlib.Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag, switch = p.add_argument, argparse.BooleanOptionalAction
+    flag("what", help="a model, e.g. mixer_b16, or a recipe, configs/x.py[:words]")
+    flag("--batch", type=int, help="images; default: 8 on CPU, 256 elsewhere")
+    flag("--rounds", type=int, help="default: 5; with --compile-only 1")
+    flag("--seconds", type=float, default=1.0, help="at least, per timing")
+    flag("--dtype", help="of products: float32 or bfloat16")
+    flag("--image_size", type=int, help="side in pixels")
+    flag("--scan", action=switch, help="train with one scanned block (default)")
+    flag("--remat", choices=REMAT_POLICIES, help="in training; default: pre_gelu")
+    flag("--override", action="append", default=[], metavar="KEY=VALUE", help="a field")
+    flag("--peer", action=switch, default=True, help="the literal model too")
+    only = p.add_mutually_exclusive_group()
+    for kind in KINDS:
+        text = f"measure nothing but {kind}"
+        only.add_argument(
+            f"--{kind}-only", dest="kinds", action="store_const", const=(kind,),
+            default=KINDS, help=text,
+        )  # fmt: skip
+    flag("--compile-only", action="store_true", help="compile, but run nothing")
+    flag("--devices", type=int, default=1, help="on the mesh")
+    flag("--threads", type=int, help="of the CPU backend; default: 1; 0: all cores")
+    flag("--out", metavar="FILE.json", help="where all raw figures go")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the benchmark; prints the table and writes `--out`."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    try:
+        job = job_of(args)
+        threads = start_devices(args.threads, args.devices)
+        on_cpu = jax.default_backend() == "cpu"
+        batch = args.batch or (8 if on_cpu else 256)
+        bench = Bench(job, batch, args.devices, args.peer)
+    except (ValueError, FileNotFoundError) as error:
+        parser().error(str(error))
+    ours: Any = bench.models["ours"]
+    report: dict[str, Any] = {
+        "what": args.what,
+        "command": "python scripts/benchmark.py " + " ".join(argv),
+        "versions": {"python": platform.python_version()}
+        | {m.__name__: m.__version__ for m in (jax, jaxlib, flax, optax, np)},
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "cpu_model": cpu_model(),
+        "devices": bench.mesh.size,
+        "cpu_threads": threads,
+        "flags": {k: os.environ.get(k) for k in ("XLA_FLAGS", "NPROC")},
+        "batch": batch,
+        "model": {
+            f.name: getattr(ours, f.name)
+            for f in dataclasses.fields(ours)
+            if f.name not in ("parent", "name")
+        }
+        | {"image_size": bench.size, "dtype": np.dtype(ours.dtype).name},
+        "optim": job.optim,
+        "loss": job.loss,
+        "mixup": job.mixup,
+        "compared_by": "cpu_s" if on_cpu else "wall_s",
+        "notes": [
+            f"note: the literal model has no {field}={getattr(ours, field)}"
+            for field, plain in (
+                ("gelu", "tanh"), ("dropout", 0.0), ("stochastic_depth", 0.0),
+            )
+            if args.peer and getattr(ours, field) != plain
+        ],
+        "variants": {
+            f"{kind} {name}": {"flops_per_image": bench.flops[kind]}
+            for kind in args.kinds
+            for name in bench.models
+        },
+    }  # fmt: skip
+    jax.block_until_ready(jnp.ones(8) + 1)  # the compiler's own start is nobody's cost
+    if args.compile_only:
+        for i in range(args.rounds or 1):
+            for name, result in report["variants"].items():
+                say(f"compiling {name}, round {i + 1}/{args.rounds or 1} ...")
+                _, costs = bench.compile(*name.split())
+                for key in ("compile_cpu_s", "compile_wall_s"):
+                    costs[key] = result.get(key, []) + costs[key]
+                result |= costs
+    else:
+        report |= measure(
+            bench, report["variants"], args.rounds or 5, max(args.seconds, 0.0)
+        )
+    summarise(report)
+    print(table(report))
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(report, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Laws of the learning-rate schedule and of the optimiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mlp_mixer import optim, recipe
+
+TOTAL, WARMUP, PEAK = 1000, 100, 3e-3
+# A schedule that is the peak from the first step on.
+CONSTANT = {
+    "total_steps": TOTAL,
+    "learning_rate": PEAK,
+    "warmup_steps": 0,
+    "end_learning_rate": None,
+    "end_factor": 1.0,
+}
+
+
+def formula(t, decay, end, peak=PEAK, warmup=WARMUP, total=TOTAL):
+    """The published one, in float64."""
+    p = min(max((t - warmup) / (total - warmup), 0.0), 1.0)
+    left = 1 - p if decay == "linear" else (1 + np.cos(np.pi * p)) / 2
+    return (end + (peak - end) * left) * min(1.0, t / warmup)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+@pytest.mark.parametrize(
+    ("ends", "end"),
+    [
+        ({}, 1e-5),
+        ({"end_learning_rate": None, "end_factor": 1e-5}, 1e-5 * PEAK),
+        ({"end_learning_rate": 0.0}, 0.0),
+    ],
+    ids=["absolute", "relative", "to zero"],
+)
+def test_the_schedule_is_the_published_formula(decay, ends, end):
+    schedule = optim.make_schedule(
+        total_steps=TOTAL,
+        learning_rate=PEAK,
+        warmup_steps=WARMUP,
+        decay=decay,
+        **ends,
+    )
+    assert schedule(0) == 0
+    np.testing.assert_allclose(schedule(WARMUP), PEAK, rtol=1e-6)
+    np.testing.assert_allclose(schedule(TOTAL), end, rtol=1e-5, atol=1e-12)
+    for t in (1, 50, 99, 101, 300, 550, 999, TOTAL, TOTAL + 1, 2 * TOTAL):
+        expected = formula(t, decay, end)
+        np.testing.assert_allclose(schedule(t), expected, rtol=1e-5, atol=1e-9)
+    # As the optimiser calls it: an integer array, compiled.
+    inside = jax.jit(schedule)(jnp.asarray(300, jnp.int32))
+    np.testing.assert_allclose(inside, formula(300, decay, end), rtol=1e-5)
+
+
+def test_without_warm_up_the_first_update_has_the_peak():
+    schedule = optim.make_schedule(
+        total_steps=TOTAL, learning_rate=PEAK, warmup_steps=0
+    )
+    np.testing.assert_allclose(schedule(0), PEAK, rtol=1e-6)
+
+
+def test_the_default_recipe_has_the_papers_schedule():
+    """10,000 steps of warm-up, then linearly to 1e-5; 300 epochs of ImageNet."""
+    total = 92_897
+    _, schedule = optim.create(**recipe.base().optim, total_steps=total)
+    for t in (0, 1, 5000, 10_000, 50_000, 92_896, total):
+        expected = formula(t, "linear", 1e-5, 1e-3, 10_000, total)
+        np.testing.assert_allclose(schedule(t), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"end_learning_rate": 1e-5, "end_factor": 1e-5},
+        {"end_learning_rate": None, "end_factor": None},
+    ],
+    ids=["both", "neither"],
+)
+def test_exactly_one_end_must_be_given(ends):
+    with pytest.raises(ValueError, match="set exactly one of them"):
+        optim.make_schedule(
+            total_steps=TOTAL, learning_rate=PEAK, warmup_steps=WARMUP, **ends
+        )
+
+
+@pytest.mark.parametrize("warmup", [TOTAL, TOTAL + 1, -1])
+def test_a_warm_up_longer_than_the_run_is_explained(warmup):
+    message = rf"warmup_steps {warmup} is not below total_steps 1000.*e\.g\. 100"
+    with pytest.raises(ValueError, match=message):
+        optim.make_schedule(total_steps=TOTAL, learning_rate=PEAK, warmup_steps=warmup)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "adma"}, "optimiser 'adma' is unknown; try adam, momentum"),
+        ({"decayed": "kernel"}, "decayed 'kernel' is unknown; try kernels, all"),
+        ({"decay": "cosin"}, "decay 'cosin' is unknown; try cosine, linear"),
+    ],
+)
+def test_an_unknown_word_lists_the_known(fields, message):
+    with pytest.raises(ValueError, match=message):
+        optim.create(**CONSTANT | fields)
+
+
+# --- The chain ------------------------------------------------------------------------
+
+
+def parameters():
+    """Names of a Mixer's tree; nothing is zero, so that every decay would show."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return {
+        "stem": {"kernel": normal(2, 2, 3, 4), "bias": normal(4)},
+        "MixerBlock_0": {
+            "LayerNorm_0": {"scale": normal(4), "bias": normal(4)},
+            "token_mixing": {"Dense_0": {"kernel": normal(5, 6), "bias": normal(6)}},
+        },
+        "head": {"kernel": normal(4, 3), "bias": normal(3)},
+    }
+
+
+def is_kernel(path):
+    return jax.tree_util.keystr(path).endswith("['kernel']")
+
+
+def gradients(params, steps):
+    """Some above and some below the clipping norm of 1."""
+    rng = np.random.default_rng(1)
+    scales = [1.0, 0.01, 0.3, 0.001]
+    return [
+        jax.tree.map(
+            lambda x, s=scales[t % 4]: jnp.asarray(s * rng.normal(size=x.shape), "f4"),
+            params,
+        )
+        for t in range(steps)
+    ]
+
+
+def run(tx, params, grads):
+    """The parameters after every update."""
+    opt_state, out = tx.init(params), []
+    for grad in grads:
+        updates, opt_state = jax.jit(tx.update)(grad, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        out.append(params)
+    return out, opt_state
+
+
+def moved(params, before):
+    """Name → change, for all that changed."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(params),
+        jax.tree.leaves(before),
+        strict=True,
+    )
+    return {
+        jax.tree_util.keystr(path): np.asarray(x - y)
+        for (path, x), y in pairs
+        if (x != y).any()
+    }
+
+
+@pytest.mark.parametrize("decayed", ["kernels", "all"])
+def test_adam_is_big_visions_chain(decayed):
+    """clip → Adam's direction × lr → + wd·param, wd = 0.1·lr → × relative schedule →
+    × −1: weight decay 0.1 of the paper is 1e-4 there, at learning rate 0.001."""
+    lr, wd, total, warmup, steps = 1e-3, 0.1 * 1e-3, 40, 5, 30
+    tx, _ = optim.create(
+        total_steps=total,
+        learning_rate=lr,
+        warmup_steps=warmup,
+        end_learning_rate=None,
+        end_factor=1e-5,
+        weight_decay=0.1,
+        decayed=decayed,
+    )
+    params = parameters()
+    grads = gradients(params, steps)
+    ours, _ = run(tx, params, grads)
+
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    start = [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
+    now = list(start)
+    first = [np.zeros_like(x) for x in now]
+    second = [np.zeros_like(x) for x in now]
+    for t in range(steps):
+        grad = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads[t])]
+        norm = np.sqrt(sum((g * g).sum() for g in grad))
+        relative = formula(t, "linear", 1e-5, 1.0, warmup, total)
+        for i, path in enumerate(paths):
+            g = grad[i] / max(norm, 1.0)
+            first[i] = 0.9 * first[i] + 0.1 * g
+            second[i] = 0.999 * second[i] + 0.001 * g * g
+            mean, square = (
+                first[i] / (1 - 0.9 ** (t + 1)),
+                second[i] / (1 - 0.999 ** (t + 1)),
+            )
+            update = lr * mean / (np.sqrt(square) + 1e-8)
+            if decayed == "all" or is_kernel(path):
+                update = update + wd * now[i]
+            now[i] = now[i] - relative * update
+        for x, y in zip(jax.tree.leaves(ours[t]), now, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+    # What was compared is not the start.
+    assert all(abs(x - y).max() > 1e-3 for x, y in zip(now, start, strict=True))
+
+
+def test_adam_is_clipping_and_adamw_with_a_mask_of_kernels():
+    fields = {"total_steps": 40, "learning_rate": 1e-3, "warmup_steps": 5}
+    tx, schedule = optim.create(**fields, weight_decay=0.1)
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
+
+    adamw = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, weight_decay=0.1, mask=mask),
+    )
+    params = parameters()
+    grads = gradients(params, 10)
+    (*_, ours), _ = run(tx, params, grads)
+    (*_, theirs), _ = run(adamw, params, grads)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+@pytest.mark.parametrize("decayed", ["kernels", "all"])
+def test_decay_moves_kernels_only_unless_told_otherwise(name, decayed):
+    """With zero gradients nothing but decay is left: −lr · wd · param."""
+    tx, _ = optim.create(**CONSTANT, name=name, weight_decay=0.1, decayed=decayed)
+    params = parameters()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    (after,), _ = run(tx, params, [zero])
+    changes = moved(after, params)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        change = changes.pop(jax.tree_util.keystr(path), np.zeros(x.shape))
+        factor = PEAK * 0.1 if decayed == "all" or is_kernel(path) else 0.0
+        np.testing.assert_allclose(change, -factor * x, rtol=1e-3, atol=3e-7)
+    assert not changes
+
+
+def test_without_decay_zero_gradients_move_nothing():
+    tx, _ = optim.create(**CONSTANT)
+    params = parameters()
+    zero = jax.tree.map(jnp.zeros_like, params)
+    (*_, after), _ = run(tx, params, [zero, zero])
+    assert moved(after, params) == {}
+
+
+def test_momentum_is_not_nesterovs():
+    """u₁ = g₁, u₂ = 0.9·u₁ + g₂; Nesterov's would begin with 1.9·g₁."""
+    tx, _ = optim.create(**CONSTANT, name="momentum", clip_norm=None)
+    params = {"kernel": jnp.zeros((2, 3))}
+    g1, g2 = jnp.full((2, 3), 2.0), jnp.arange(6.0).reshape(2, 3)
+    (one, two), _ = run(tx, params, [{"kernel": g1}, {"kernel": g2}])
+    np.testing.assert_allclose(one["kernel"], -PEAK * g1, rtol=1e-6)
+    expected = -PEAK * (1.9 * np.asarray(g1) + np.asarray(g2))
+    np.testing.assert_allclose(two["kernel"], expected, rtol=1e-5)
+
+
+def test_the_accumulator_of_momentum_keeps_its_dtype():
+    tx, _ = optim.create(**CONSTANT, name="momentum", momentum_dtype="bfloat16")
+    params = parameters()
+    (*_, after), opt_state = run(tx, params, gradients(params, 3))
+    (trace,) = (s.trace for s in opt_state if isinstance(s, optax.TraceState))
+    assert {x.dtype for x in jax.tree.leaves(trace)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "length", "expected"),
+    [(1.0, 50.0, 1.0), (1.0, 0.5, 0.5), (2.0, 50.0, 2.0), (None, 50.0, 50.0)],
+)
+def test_gradients_are_clipped_by_their_global_norm(clip_norm, length, expected):
+    tx, _ = optim.create(**CONSTANT, name="momentum", clip_norm=clip_norm)
+    params = parameters()
+    (grad,) = gradients(params, 1)
+    scale = length / optax.tree.norm(grad)
+    grad = jax.tree.map(lambda g: g * scale, grad)
+    updates, _ = tx.update(grad, tx.init(params), params)
+    np.testing.assert_allclose(optax.tree.norm(updates), PEAK * expected, rtol=1e-5)
+    # Only the length changes, not the direction.
+    direction = jax.tree.map(lambda g: -PEAK * expected / length * g, grad)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, direction
+    )

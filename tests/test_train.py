@@ -1,0 +1,321 @@
+"""Laws of whole runs: resume, stop, refuse."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mlp_mixer import checkpoint, metrics, optim, recipe, sharding, steps, train
+from mlp_mixer import models as zoo
+from mlp_mixer.data import pipeline
+
+
+def state_of(config, workdir):
+    """The newest checkpoint, on one device, as NumPy arrays."""
+    mesh = sharding.make_mesh(1)
+    model = zoo.create(**config.model)
+    tx, _ = optim.create(**config.optim, total_steps=recipe.total_steps(config))
+    target = steps.state_shapes(model, tx, mesh, image_size=config.model.image_size)
+    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as reader:
+        return jax.tree.map(np.asarray, reader.restore(target))
+
+
+def assert_equal_runs(config, one, other):
+    """Bitwise: parameters, optimiser state, step and every recorded metric."""
+    jax.tree.map(
+        np.testing.assert_array_equal, state_of(config, one), state_of(config, other)
+    )
+    assert told(one) == told(other)
+
+
+def told(workdir):
+    """metrics.jsonl without the times, which no two runs share."""
+    records = metrics.read(workdir)
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+@pytest.fixture
+def straight(tiny, tmp_path):
+    """The uninterrupted run, on eight devices."""
+    workdir = str(tmp_path / "straight")
+    train.train(tiny, workdir)
+    return workdir
+
+
+def stopping_after(monkeypatch, step):
+    """Makes the next run stop as by a signal once `step` is done."""
+    monkeypatch.setattr(
+        checkpoint.Checkpointer, "stop_requested", lambda self, now: now >= step
+    )
+
+
+def test_a_run_records_evaluates_and_checkpoints(tiny, straight):
+    records = metrics.read(straight)
+    trained = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in trained] == list(range(1, 13))
+    assert {"train/loss", "train/grad_norm", "train/lr", "images_per_second"} <= set(
+        trained[0]
+    )
+    # t counts from 0: the first update has learning rate 0, the third the peak.
+    assert trained[0]["train/lr"] == 0.0
+    assert trained[2]["train/lr"] == pytest.approx(0.001)
+    evaluated = {r["step"]: r for r in records if "val/top1" in r}
+    assert set(evaluated) == {6, 12}
+    assert evaluated[12]["val/count"] == 37
+    assert 0 <= evaluated[12]["val/top1"] <= evaluated[12]["val/top5"] <= 1
+    assert sorted(os.listdir(f"{straight}/checkpoints")) == ["00000008", "00000012"]
+    assert any(pathlib.Path(straight, "tensorboard").iterdir())
+    assert recipe.load(straight).to_dict() == tiny.to_dict()
+
+
+@pytest.mark.parametrize("stop", [3, 8])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    tiny, straight, tmp_path, monkeypatch, stop
+):
+    workdir = str(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stopping_after(patch, stop)
+        assert int(train.train(tiny, workdir).step) == stop
+    train.train(tiny, workdir)
+    assert_equal_runs(tiny, straight, workdir)
+
+
+def test_a_finished_run_is_left_as_it_is(tiny, straight):
+    before = pathlib.Path(straight, "metrics.jsonl").read_text()
+    state = train.train(tiny, straight)
+    assert int(state.step) == 12
+    assert pathlib.Path(straight, "metrics.jsonl").read_text() == before
+
+
+def test_four_devices_continue_what_eight_began_with_the_same_batches(
+    tiny, straight, tmp_path, monkeypatch
+):
+    seen = []
+    original = pipeline.train_batches
+
+    def recorded(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            seen.append(batch)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", recorded)
+    train.train(tiny, str(tmp_path / "all"))
+    uninterrupted, seen[:] = seen[:12], []
+    workdir = str(tmp_path / "moved")
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 5)
+        train.train(tiny, workdir)
+    seen[5:] = []
+    tiny.mesh.data = 4
+    tiny.sharding = "fsdp"
+    train.train(tiny, workdir)
+    for one, other in zip(uninterrupted, seen[:12], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    for one, other in zip(told(straight), told(workdir), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_a_random_step_ends_bitwise_equal(
+    tiny, tmp_path, program, data_dir, seed
+):
+    """SIGKILL, as a machine that is taken away: nothing can be said or saved."""
+    arguments = [
+        "--config=configs/digits.py",
+        f"--data_dir={data_dir}",
+        "--config.total_steps=120",
+        "--config.log_every_steps=1",
+        "--config.checkpoint.every_steps=10",
+        "--config.evals.test.every_steps=30",
+    ]
+    runs = {name: tmp_path / name for name in ("straight", "killed")}
+    whole = program("train", *arguments, f"--workdir={runs['straight']}")
+    assert whole.wait(200) == 0, whole.stdout.read()
+    at = random.Random(seed).randrange(5, 110)
+    victim = program("train", *arguments, f"--workdir={runs['killed']}")
+    while len(metrics.read(runs["killed"])) < at:
+        assert victim.poll() is None, victim.stdout.read()
+        time.sleep(0.002)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait(60) == -signal.SIGKILL
+    again = program("train", *arguments, f"--workdir={runs['killed']}")
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert_equal_runs(recipe.load(str(runs["killed"])), *map(str, runs.values()))
+
+
+def stop_in_the_middle(process, workdir, moment):
+    """Sends SIGTERM at `moment` and returns what the program said until its end."""
+    deadline = time.time() + 120
+    while not moment():
+        assert process.poll() is None, process.stdout.read()
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "the same command goes on from there" in said
+    saved = sorted(os.listdir(f"{workdir}/checkpoints"))
+    assert saved, said
+    return said, int(saved[-1])
+
+
+STOPPABLE = [
+    "--config=configs/digits.py",
+    "--config.log_every_steps=1",
+    "--config.checkpoint.every_steps=100000",
+    "--config.evals.test.every_steps=5",
+    "--config.evals.test.batch_size=1",
+]
+
+
+def test_sigterm_during_evaluation_saves_and_exits(tmp_path, program, data_dir):
+    process = program(
+        "train", *STOPPABLE, f"--data_dir={data_dir}", f"--workdir={tmp_path}"
+    )
+
+    def evaluating():
+        return any(r["step"] == 5 for r in metrics.read(tmp_path))
+
+    said, saved = stop_in_the_middle(process, tmp_path, evaluating)
+    assert saved == 5, said
+    assert not any("test/top1" in r for r in metrics.read(tmp_path))
+
+
+@pytest.mark.slow
+def test_sigterm_during_the_first_compilation_saves_and_exits(
+    tmp_path, program, data_dir
+):
+    process = program(
+        "train", *STOPPABLE, f"--data_dir={data_dir}", f"--workdir={tmp_path}"
+    )
+    # The folder appears before the state and the step are compiled.
+    moment = (tmp_path / "checkpoints").exists
+    _, saved = stop_in_the_middle(process, tmp_path, moment)
+    assert saved == 1
+
+
+@pytest.mark.slow
+def test_sigint_between_steps_saves_and_exits(tmp_path, program, data_dir):
+    process = program(
+        "train",
+        *STOPPABLE[:3],
+        "--config.evals.test.every_steps=100000",
+        f"--data_dir={data_dir}",
+        f"--workdir={tmp_path}",
+    )
+    while len(metrics.read(tmp_path)) < 20:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert int(sorted(os.listdir(tmp_path / "checkpoints"))[-1]) >= 20
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
+    tiny, tmp_path, monkeypatch
+):
+    workdir = str(tmp_path / "nan")
+    make = steps.make_train_step
+
+    def poisoned(*args, **kwargs):
+        step = make(*args, **kwargs)
+
+        def train_step(state, batch):
+            state, scalars = step(state, batch)
+            if int(state.step) == 8:
+                scalars["loss"] = scalars["loss"] * np.float32("nan")
+            return state, scalars
+
+        return train_step
+
+    monkeypatch.setattr(steps, "make_train_step", poisoned)
+    with pytest.raises(
+        FloatingPointError, match=r"At step 8 .*loss is nan.*last good .* step 4"
+    ):
+        train.train(tiny, workdir)
+    assert os.listdir(f"{workdir}/checkpoints") == ["00000004"]
+
+
+def test_a_learning_rate_that_is_too_high_really_stops_the_run(tiny, tmp_path):
+    tiny.optim.learning_rate = 1e38
+    tiny.optim.clip_norm = None
+    with pytest.raises(FloatingPointError, match="There is no checkpoint yet"):
+        train.train(tiny, str(tmp_path / "run"))
+
+
+def test_another_recipe_is_refused_with_the_fields_that_differ(
+    tiny, tmp_path, monkeypatch
+):
+    workdir = str(tmp_path / "run")
+    stopping_after(monkeypatch, 1)
+    train.train(tiny, workdir)
+    tiny.optim.b1 = 0.8
+    tiny.model.dropout = 0.1
+    with pytest.raises(ValueError, match="another recipe") as caught:
+        train.train(tiny, workdir)
+    lines = str(caught.value).splitlines()[1:-1]
+    assert lines == [
+        "  model.dropout: 0.0 there, 0.1 here",
+        "  optim.b1: 0.9 there, 0.8 here",
+    ]
+
+
+def test_fields_that_move_no_result_may_change(tiny, tmp_path, monkeypatch):
+    workdir = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 1)
+        train.train(tiny, workdir)
+    tiny.mesh.data = 2
+    tiny.sharding = "fsdp"
+    tiny.model.scan = False
+    tiny.model.remat = "none"
+    tiny.accumulate = 2
+    tiny.log_every_steps = 3
+    tiny.checkpoint.keep_latest = 1
+    del tiny.evals.val
+    assert int(train.train(tiny, workdir).step) == 12
+
+
+def test_damage_is_set_aside_and_the_run_goes_on_from_before(
+    tiny, straight, tmp_path, caplog
+):
+    folder = pathlib.Path(straight, "checkpoints", "00000012")
+    largest = max(folder.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    stale = folder.with_name("00000014.orbax-checkpoint-tmp")
+    stale.mkdir()
+    expected = told(straight)
+    state = train.train(tiny, straight)
+    assert int(state.step) == 12
+    assert told(straight) == expected
+    names = sorted(p.name.split("-")[0] for p in folder.parent.iterdir())
+    assert names == ["00000008", "00000012", "damaged"]
+    assert "12" in caplog.text
+    assert stale.name in caplog.text
+
+
+def test_another_model_in_the_workdir_is_an_error_and_not_damage(tiny, straight):
+    saved = json.loads(pathlib.Path(straight, "config.json").read_text())
+    tiny.model.hidden_dim = saved["model"]["hidden_dim"] = 64
+    pathlib.Path(straight, "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"params/MixerBlock_0"):
+        train.train(tiny, straight)
+    names = sorted(os.listdir(f"{straight}/checkpoints"))
+    assert names == ["00000008", "00000012"]
+
+
+def test_a_profile_is_written(tiny, tmp_path):
+    tiny.total_steps = 4
+    train.train(tiny, str(tmp_path), profile="2:3")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match=r"'3:2'; expected START:STOP"):
+        train.train(tiny, str(tmp_path / "other"), profile="3:2")
