@@ -46,7 +46,7 @@ def get_config(argument: str = ""):
     config.optim.weight_decay = 0.05
 
     config.evals.test = recipe.evaluation(
-        config, "test", every_steps=250, preprocess="vision_transformer"
+        "test", every_steps=250, preprocess="vision_transformer"
     )
     config.checkpoint.every_steps = 250
     return config

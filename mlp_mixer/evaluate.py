@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from mlp_mixer import evaluators, metrics, program, runs, visualize
+from mlp_mixer import evaluators, metrics, program, recipe, runs, visualize
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ SHEET = 40  # images of the report's sheet
 
 
 def evaluate(
-    workdir: str,
+    workdir: epath.PathLike,
     *,
     step: int | None = None,
     best: str | None = None,
@@ -43,7 +43,7 @@ def evaluate(
     if not run.config.evals:
         raise ValueError(f"The recipe of {workdir} has no evaluators (config.evals).")
     evals = evaluators.create(
-        run.config.evals.to_dict(),
+        recipe.evaluations(run.config),
         predict=run.predict,
         mesh=run.mesh,
         loss=run.config.loss,
@@ -65,7 +65,7 @@ def evaluate(
             }
     if jax.process_index() == 0:
         folder = epath.Path(workdir)
-        said = {"workdir": workdir, "step": run.step, "results": results}
+        said = {"workdir": str(workdir), "step": run.step, "results": results}
         (folder / "evaluate.json").write_text(json.dumps(said, indent=2) + "\n")
         figure = visualize.report(
             metrics.read(workdir), class_names=run.class_names, **report

@@ -57,7 +57,7 @@ class Writer(contextlib.AbstractContextManager):
 
     def __init__(
         self,
-        workdir: str,
+        workdir: epath.PathLike,
         *,
         first_step: int,
         total_steps: int,
@@ -91,7 +91,7 @@ class Writer(contextlib.AbstractContextManager):
         text = "".join(f"{json.dumps(record)}\n" for record in kept)
         rewritten = self._path.with_name("metrics.jsonl.tmp")
         rewritten.write_text(text)
-        rewritten.rename(self._path)
+        rewritten.replace(self._path)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(
             str(self._path.parent / "tensorboard"), purge_step=first_step + 1
@@ -189,7 +189,7 @@ class Writer(contextlib.AbstractContextManager):
             self._board.close()
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The records of a run, in order; an unfinished last line is left out."""
     path = epath.Path(workdir) / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -199,7 +199,7 @@ def read(workdir: str) -> list[dict[str, Any]]:
 class Profiler:
     """Writes a trace of some steps, for TensorBoard or Perfetto."""
 
-    def __init__(self, workdir: str, steps: str | None):
+    def __init__(self, workdir: epath.PathLike, steps: str | None):
         """`steps` is "START:STOP" (both traced), or None.
 
         Raises:

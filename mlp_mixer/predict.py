@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
 from mlp_mixer import program, runs, sharding
 from mlp_mixer.data import image_ops, sources
@@ -28,7 +29,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    workdir: str,
+    workdir: epath.PathLike,
     paths: Sequence[str],
     *,
     top: int = 5,

@@ -65,7 +65,7 @@ def base() -> ConfigDict:
     config.dataset.name = "imagenet2012"
     config.dataset.split = "train"
     # What the recipe was computed for, so that a run can be planned without the data;
-    # compared with the data at the start.
+    # compared with the data at the start. None: what the data has.
     config.dataset.num_examples = config_dict.placeholder(int)
     config.dataset.num_classes = config_dict.placeholder(int)
 
@@ -79,10 +79,9 @@ def base() -> ConfigDict:
     config.input.workers = 0  # processes that decode; 0: threads of this one
     config.input.max_broken_images = 10  # distinct; one more ends the run
 
-    # models.create; None: what Table 1 says of the model, else the field's default
+    # models.create, with dataset.num_classes; None: what Table 1 says of the model
     config.model = ConfigDict()
     config.model.name = "mixer_b16"
-    config.model.num_classes = config.dataset.get_ref("num_classes")
     config.model.image_size = (224, 224)  # height, width in pixels
     config.model.patch_size = config_dict.placeholder(tuple)
     config.model.num_blocks = config_dict.placeholder(int)
@@ -118,7 +117,7 @@ def base() -> ConfigDict:
     config.optim.momentum = 0.9
     config.optim.momentum_dtype = "float32"
 
-    # evaluators.create: {name: evaluation(...)}
+    # evaluators.create: {name: evaluation(...)}, completed by `evaluations`
     config.evals = ConfigDict()
 
     # checkpoint.Checkpointer; the last step is kept in any case
@@ -130,24 +129,48 @@ def base() -> ConfigDict:
     return config
 
 
-def evaluation(config: ConfigDict, split: str, **differences: Any) -> ConfigDict:
-    """An evaluator's section: accuracy on a split of the training data set."""
+def evaluation(split: str, **differences: Any) -> ConfigDict:
+    """An evaluator's section: accuracy on a split. None: as in training."""
     section = ConfigDict()
     section.type = "accuracy"
     section.every_steps = 2500
-    section.batch_size = config.get_ref("batch_size")
+    section.batch_size = config_dict.placeholder(int)
     section.preprocess = "big_vision"  # a key of data.image_ops.PROTOCOLS
     section.dataset = ConfigDict()
-    section.dataset.name = config.dataset.get_ref("name")
+    section.dataset.name = config_dict.placeholder(str)
     section.dataset.split = split
     section.dataset.num_examples = config_dict.placeholder(int)
-    section.dataset.num_classes = config.dataset.get_ref("num_classes")
+    section.dataset.num_classes = config_dict.placeholder(int)
     section.update(differences)
     return section
 
 
+def evaluations(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The sections of `config.evals` with training's batch size and data set where
+    they name none of their own.
+    """
+    sections = config.evals.to_dict()
+    for section in sections.values():
+        if section["batch_size"] is None:
+            section["batch_size"] = config.batch_size
+        for field in ("name", "num_classes"):
+            if section["dataset"][field] is None:
+                section["dataset"][field] = config.dataset[field]
+    return sections
+
+
+def completed(config: ConfigDict, num_examples: int, num_classes: int) -> ConfigDict:
+    """The recipe with what its data set has, where it did not say."""
+    config = ConfigDict(config)
+    found = {"num_examples": num_examples, "num_classes": num_classes}
+    for field, value in found.items():
+        if config.dataset[field] is None:
+            config.dataset[field] = value
+    return config
+
+
 def table_4(
-    epochs: float,
+    epochs: int,
     learning_rate: float,
     weight_decay: float,
     randaugment: int | None = None,
@@ -219,7 +242,7 @@ def pretraining(
     config.model.head_bias = data["head_bias"]
     config.update(rows[name])
     for key, split in data["evals"].items():
-        config.evals[key] = evaluation(config, split)
+        config.evals[key] = evaluation(split)
     return config
 
 
@@ -314,7 +337,9 @@ def default_workdir(argv: Sequence[str]) -> str:
 
 
 def claim(
-    config: ConfigDict, workdir: str, class_names: Sequence[str] | None = None
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Writes the resolved recipe to `workdir`, or checks that it is the one there.
 
@@ -348,10 +373,10 @@ def claim(
         # Whole or not at all, also if the process is killed here.
         written = path.with_name(f"{name}.json.{os.getpid()}")
         written.write_text(json.dumps(content, indent=2) + "\n")
-        written.rename(path.with_name(f"{name}.json"))
+        written.replace(path.with_name(f"{name}.json"))
 
 
-def load(workdir: str) -> ConfigDict:
+def load(workdir: epath.PathLike) -> ConfigDict:
     """The recipe of the run in `workdir`.
 
     Raises:
@@ -366,7 +391,7 @@ def load(workdir: str) -> ConfigDict:
     return ConfigDict(_tuples(json.loads(path.read_text())))
 
 
-def load_class_names(workdir: str) -> list[str] | None:
+def load_class_names(workdir: epath.PathLike) -> list[str] | None:
     """The names of the classes of the run in `workdir`, if its data set has names."""
     return json.loads((epath.Path(workdir) / "class_names.json").read_text())
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,7 +26,9 @@ class Run(NamedTuple):
     class_names: list[str]
 
 
-def open_run(workdir: str, step: int | None = None, best: str | None = None) -> Run:
+def open_run(
+    workdir: epath.PathLike, step: int | None = None, best: str | None = None
+) -> Run:
     """Opens the run in `workdir` with its newest intact checkpoint.
 
     Args:
@@ -38,7 +41,11 @@ def open_run(workdir: str, step: int | None = None, best: str | None = None) -> 
     """
     config = recipe.load(workdir)
     mesh = sharding.make_mesh()
-    model = models.create(**config.model, flat=sharding.is_one_cpu(mesh))
+    model = models.create(
+        **config.model,
+        num_classes=config.dataset.num_classes,
+        flat=sharding.is_one_cpu(mesh),
+    )
     image = jnp.zeros((1, *config.model.image_size, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     target = jax.tree.map(
@@ -51,6 +58,6 @@ def open_run(workdir: str, step: int | None = None, best: str | None = None) -> 
     )
     names = recipe.load_class_names(workdir)
     if names is None:
-        names = [f"class {i}" for i in range(config.model.num_classes)]
+        names = [f"class {i}" for i in range(config.dataset.num_classes)]
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)

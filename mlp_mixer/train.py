@@ -12,6 +12,7 @@ import sys
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mlp_mixer import (
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def train(
     config: ConfigDict,
-    workdir: str,
+    workdir: epath.PathLike,
     *,
     data_dir: str | None = None,
     profile: str | None = None,
@@ -53,7 +54,12 @@ def train(
     mesh = sharding.make_mesh(**config.mesh)
     size = config.model.image_size
     source = sources.open_source(**config.dataset, data_dir=data_dir, image_size=size)
-    model = models.create(**config.model, flat=sharding.is_one_cpu(mesh))
+    config = recipe.completed(config, len(source), source.num_classes)
+    model = models.create(
+        **config.model,
+        num_classes=config.dataset.num_classes,
+        flat=sharding.is_one_cpu(mesh),
+    )
     total_steps = recipe.total_steps(config)
     tx, schedule = optim.create(**config.optim, total_steps=total_steps)
     target = steps.state_shapes(
@@ -61,7 +67,7 @@ def train(
     )
     predict = steps.make_predict(model, mesh)
     evals = evaluators.create(
-        config.evals.to_dict(),
+        recipe.evaluations(config),
         predict=predict,
         mesh=mesh,
         loss=config.loss,

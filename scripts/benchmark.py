@@ -14,6 +14,7 @@ programs on the machine disturb least. Elsewhere: wall time.
 import argparse
 import ast
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -38,13 +39,12 @@ import literal_mixer
 import numpy as np
 import optax
 
-from mlp_mixer import losses, models, optim, sharding, steps
+from mlp_mixer import models, optim, sharding, steps
 from mlp_mixer.models.mixer import REMAT_POLICIES, MlpMixer
 
 # Table 4's pretraining; decayed and clipped as in the recipes.
 OPTIM = {"total_steps": 100_000, "learning_rate": 1e-3, "weight_decay": 0.1}
 KINDS = ("forward", "train")
-MIB = 2**20
 
 
 @dataclasses.dataclass
@@ -66,12 +66,8 @@ def job_of(args: argparse.Namespace) -> Job:
         found = recipe.resolve([f"--config={args.what}"])[0].partition("=")[2]
         config = runpy.run_path(found.partition(":")[0])["get_config"](words)
         total = {"total_steps": recipe.total_steps(config)}
-        job = Job(
-            dict(config.model),
-            dict(config.optim) | total,
-            config.loss,
-            config.mixup,
-        )
+        optimiser = dict(config.optim) | total
+        job = Job(dict(config.model), optimiser, config.loss, config.mixup)
     else:
         fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
         job = Job(fields | {"scan": True, "remat": "pre_gelu"}, dict(OPTIM))
@@ -88,11 +84,16 @@ def job_of(args: argparse.Namespace) -> Job:
     return job
 
 
+def fields_of(model: MlpMixer, of: type = MlpMixer) -> dict[str, Any]:
+    """The values that `model` has for the fields of a module class."""
+    names = [f.name for f in dataclasses.fields(of)]
+    return {f: getattr(model, f) for f in names if f not in ("parent", "name")}
+
+
 def literal_of(model: MlpMixer) -> literal_mixer.LiteralMixer:
     """The literal model of the same sizes, hence of the same parameter tree."""
-    fields = [f.name for f in dataclasses.fields(literal_mixer.LiteralMixer)]
-    sizes = {f: getattr(model, f) for f in fields if f not in ("parent", "name")}
-    return literal_mixer.LiteralMixer(**sizes)
+    literal = literal_mixer.LiteralMixer
+    return literal(**fields_of(model, literal))
 
 
 def flops(model: MlpMixer, image_size: tuple[int, int]) -> dict[str, int]:
@@ -178,7 +179,7 @@ class Bench:
         lowered = jitted.lower(*arguments)
         executable = lowered.compile()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        result = {"compile_cpu_s": [cpu], "compile_wall_s": [wall]}
+        result: dict[str, Any] = {"compile_cpu_s": [cpu], "compile_wall_s": [wall]}
         if memory := executable.memory_analysis():
             for field in ("temp", "argument", "output", "alias"):
                 result[f"{field}_bytes"] = getattr(memory, f"{field}_size_in_bytes")
@@ -210,14 +211,11 @@ class Bench:
     def product(self) -> tuple[Callable[[], Any], int]:
         """A large square product in the compute dtype, and its operations."""
         # Sizes at which the rate no longer grows.
-        n = 2048 if self.mesh.devices.flat[0].platform == "cpu" else 8192
-        a, b = (
-            jax.random.normal(jax.random.key(i), (n, n)).astype(
-                self.models["ours"].dtype
-            )
-            for i in range(2)
+        n = 2048 if jax.default_backend() == "cpu" else 8192
+        a, b = jax.random.normal(jax.random.key(0), (2, n, n)).astype(
+            self.models["ours"].dtype
         )
-        multiply = jax.jit(lambda a, b: a @ b)
+        multiply = jax.jit(jnp.matmul).lower(a, b).compile()
         return lambda: multiply(a, b), 2 * n**3
 
 
@@ -248,142 +246,129 @@ def measure(
 ) -> dict[str, Any]:
     """Compiles and times; fills `variants` and returns what concerns all of them."""
     state, batch = bench.data()
-    runs: dict[str, Callable[[], Any]] = {}
-    logits: dict[str, Any] = {}
     product, operations = bench.product()
-    runs["product"] = product
-    say("matrix product ...")
-    product_times: dict[str, Any] = {"operations": operations}
-    repeats = {"product": warm(product, seconds)}
-    for name, result in variants.items():
+    timed: dict[str, Any] = {"product": {"operations": operations}} | variants
+    runs: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, int] = {}  # per timing, so that each lasts `seconds`
+    logits: dict[str, Any] = {}
+    for name, result in timed.items():
         kind, _, whose = name.partition(" ")
         say(f"compiling {name} ...")
         try:
-            executable, costs = bench.compile(kind, whose)
-            result |= costs
-            if kind == "forward":
-                image = batch["image"]
-                logits[whose] = np.asarray(executable(state.params, image))
-
-                def run(executable=executable, image=image):
-                    return executable(state.params, image)
+            if kind == "product":
+                run = product
             else:
-                run = training(executable, state, batch)
-            repeats[name] = warm(run, seconds)
+                executable, costs = bench.compile(kind, whose)
+                result |= costs
+                if kind == "train":
+                    run = training(executable, state, batch)
+                else:
+                    run = functools.partial(executable, state.params, batch["image"])
+                    logits[whose] = np.asarray(run())
+            jax.block_until_ready(run())
+            calls[name] = max(1, round(seconds / clock(run, 1)["wall_s"]))
+            runs[name] = run
         except jax.errors.JaxRuntimeError as error:  # e.g. out of memory: the rest runs
             result["error"] = str(error).splitlines()[0]
             say(f"{name}: {result['error']}")
-        else:
-            runs[name] = run
-    timed = {"product": product_times} | variants
     for i in range(rounds):
         say(f"round {i + 1}/{rounds} ...")
         # There and back, so that a drift of the machine favours nobody.
         for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
-            for key, value in clock(runs[name], repeats[name]).items():
+            for key, value in clock(runs[name], calls[name]).items():
                 timed[name].setdefault(key, []).append(value)
-    out: dict[str, Any] = {"product": product_times}
+    out: dict[str, Any] = {"product": timed["product"]}
     stats = jax.devices()[0].memory_stats() or {}
     out["device_peak_bytes"] = stats.get("peak_bytes_in_use")  # of the whole run
     if len(logits) == 2:
         difference = np.abs(logits["ours"] - logits["literal"]).max()
-        largest = np.abs(logits["literal"]).max()
-        out["logits"] = {
-            "largest_difference": float(difference),
-            "largest": float(largest),
-        }
+        out["logits_difference"] = float(difference)
+        out["logits_largest"] = float(np.abs(logits["literal"]).max())
     return out
-
-
-def warm(run: Callable[[], Any], seconds: float) -> int:
-    """Runs once; returns how many calls last `seconds`."""
-    jax.block_until_ready(run())
-    return max(1, round(seconds / clock(run, 1)["wall_s"])) if seconds else 1
 
 
 def summarise(report: dict[str, Any]) -> None:
     """Adds medians, rates, shares and ratios to the raw times of `report`."""
-    key = report["compared_by"]
-    variants = report["variants"]
+    key, batch, variants = (report[k] for k in ("compared_by", "batch", "variants"))
+    # CPU time adds up over devices as the work does; wall time passes once for all.
+    devices = report["devices"] if key == "wall_s" else 1
     rate = None
-    if "product" in report:
-        product = report["product"]
-        rate = product["operations"] / statistics.median(product[key])
-        product["flops_per_s"] = rate
+    if times := report.get("product", {}).get(key):
+        rate = report["product"]["operations"] / statistics.median(times)
+        report["product"]["flops_per_s"] = rate
     for result in variants.values():
-        if key in result:
-            times = result[key]
+        if times := result.get(key):
             median = statistics.median(times)
-            result |= {
-                "median_s": median,
-                "min_s": min(times),
-                "max_s": max(times),
-                "spread": (max(times) - min(times)) / median,
-                "images_per_s": report["batch"] / median,
-            }
-            work = result["flops_per_image"] * report["batch"] / median
-            result["share_of_product_rate"] = work / rate / report["devices"]
+            result |= {"median_s": median, "min_s": min(times), "max_s": max(times)}
+            result["spread"] = (max(times) - min(times)) / median
+            result["images_per_s"] = batch / median
+            if rate:
+                work = result["flops_per_image"] * batch / median
+                result["share_of_product_rate"] = work / rate / devices
+        for field in ("compile_cpu_s", "compile_wall_s"):
+            if field in result:
+                result[f"median_{field}"] = statistics.median(result[field])
     ratios = report["ratios"] = {}
     for kind in KINDS:
         ours, literal = (variants.get(f"{kind} {x}", {}) for x in ("ours", "literal"))
-        if key in ours and key in literal:
-            ratios[f"{kind}_speed"] = literal["median_s"] / ours["median_s"]
-            pairs = zip(literal[key], ours[key], strict=True)
-            ratios[f"{kind}_speed_by_round"] = [b / a for b, a in pairs]
-        for field in ("temp_bytes", "compile_cpu_s"):
-            if field in ours and field in literal:
-                a, b = (np.median(x[field]) for x in (ours, literal))
-                name = field.rpartition("_")[0]
-                ratios[f"{kind}_{name}"] = float(a / b) if b else None
+        for name, field, turned in (
+            ("speed", "median_s", True),
+            ("temp_memory", "temp_bytes", False),
+            ("compile_cpu", "median_compile_cpu_s", False),
+        ):
+            a, b = ours.get(field), literal.get(field)
+            if a and b:
+                ratios[f"{kind}_{name}"] = b / a if turned else a / b
+
+
+# Heading, key of a variant, unit, format.
+COLUMNS = (
+    ("images/s", "images_per_s", 1, ".2f"),
+    ("ms/call", "median_s", 1e-3, ".1f"),
+    ("min", "min_s", 1e-3, ".1f"),
+    ("max", "max_s", 1e-3, ".1f"),
+    ("spread", "spread", 1, ".1%"),
+    ("of rate", "share_of_product_rate", 1, ".1%"),
+    ("GFLOP/img", "flops_per_image", 1e9, ".2f"),
+    ("temp MiB", "temp_bytes", 2**20, ".1f"),
+    ("args MiB", "argument_bytes", 2**20, ".1f"),
+    ("compile: CPU s", "median_compile_cpu_s", 1, ".1f"),
+    ("wall s", "median_compile_wall_s", 1, ".1f"),
+)
 
 
 def table(report: dict[str, Any]) -> str:
     """The report to read: one line per variant, then the ratios."""
-    model, key = report["model"], report["compared_by"]
-    threads = report["cpu_threads"]
+    model = report["model"]
     lines = [
         f"{report['what']}: batch {report['batch']}, {model['image_size']}, "
-        f"{model['dtype']}; training with scan={model['scan']} remat={model['remat']}",
-        f"{report['devices']} x {report['device_kind']}"
-        + (f" ({report['cpu_model']}, {threads or 'all'} thread(s) a device)")
-        * (report["platform"] == "cpu")
-        + f"; jax {report['versions']['jax']}, flax {report['versions']['flax']}",
+        f"{model['dtype']}; training: scan={model['scan']}, remat={model['remat']}",
+        f"{report['devices']} x {report['device_kind']}; jax "
+        f"{report['versions']['jax']}, flax {report['versions']['flax']}; "
+        f"{report['cpu_model']}, {report['cpu_threads'] or 'all'} CPU thread(s)",
         "",
-        f"{'':16}{'images/s':>10}{'s/call':>9}{'min':>9}{'max':>9}{'spread':>8}"
-        f"{'of rate':>9}{'GFLOP/img':>11}{'temp MB':>9}{'args MB':>9}"
-        f"{'compile s CPU/wall':>20}",
+        " ".join([" " * 15, *(f"{c[0]:>9}" for c in COLUMNS)]),
     ]
-    for name, r in report["variants"].items():
-        if "error" in r:
-            lines.append(f"{name:16}{r['error']}")
-            continue
-        times = "-".rjust(10) + "-".rjust(9) * 3 + "-".rjust(8) + "-".rjust(9)
-        if "median_s" in r:
-            times = (
-                f"{r['images_per_s']:10.2f}{r['median_s']:9.4f}{r['min_s']:9.4f}"
-                f"{r['max_s']:9.4f}{r['spread']:8.1%}{r['share_of_product_rate']:9.1%}"
+    for name, result in report["variants"].items():
+        cells = [
+            (format(result[key] / unit, form) if key in result else "-").rjust(
+                max(9, len(heading))
             )
-        cpu, wall = (np.median(r[f"compile_{x}_s"]) for x in ("cpu", "wall"))
-        memory = "".join(
-            f"{r[f'{x}_bytes'] / MIB:9.1f}" if f"{x}_bytes" in r else "-".rjust(9)
-            for x in ("temp", "argument")
-        )
-        lines.append(
-            f"{name:16}{times}{r['flops_per_image'] / 1e9:11.2f}{memory}"
-            f"{cpu:12.1f} /{wall:6.1f}"
-        )
+            for heading, key, unit, form in COLUMNS
+        ]
+        lines.append(" ".join([f"{name:15}", *cells, result.get("error", "")]))
     lines.append("")
-    if "product" in report:
-        gflops = report["product"]["flops_per_s"] / 1e9
-        kind = "CPU" if key == "cpu_s" else "wall"
-        lines.append(f"times: {kind} time; matrix product: {gflops:,.1f} GFLOP/s")
-    if "logits" in report:
-        difference, largest = report["logits"].values()
-        lines.append(f"logits: differ by {difference:.1e} of at most {largest:.1f}")
+    if rate := report.get("product", {}).get("flops_per_s"):
+        kind = "CPU" if report["compared_by"] == "cpu_s" else "wall"
+        lines.append(f"times: {kind} time; matrix product: {rate / 1e9:,.1f} GFLOP/s")
+    if "logits_difference" in report:
+        difference, largest = report["logits_difference"], report["logits_largest"]
+        lines.append(
+            f"logits: differ by {difference:.1e}, the largest is {largest:.1f}"
+        )
     for name, ratio in report["ratios"].items():
-        if isinstance(ratio, float):
-            what = "literal time / our time" if "speed" in name else "ours / literal"
-            lines.append(f"{name:24}{ratio:6.2f}   ({what})")
+        what = "times the literal's" if "speed" in name else "of the literal's"
+        lines.append(f"{name:20}{ratio:6.2f} {what}")
     return "\n".join(lines + report["notes"])
 
 
@@ -406,19 +391,13 @@ def parser() -> argparse.ArgumentParser:
     flag("--batch", type=int, help="images; default: 8 on CPU, 256 elsewhere")
     flag("--rounds", type=int, help="default: 5; with --compile-only 1")
     flag("--seconds", type=float, default=1.0, help="at least, per timing")
-    flag("--dtype", help="of products: float32 or bfloat16")
+    flag("--dtype", choices=("float32", "bfloat16"), help="of products")
     flag("--image_size", type=int, help="side in pixels")
     flag("--scan", action=switch, help="train with one scanned block (default)")
     flag("--remat", choices=REMAT_POLICIES, help="in training; default: pre_gelu")
     flag("--override", action="append", default=[], metavar="KEY=VALUE", help="a field")
     flag("--peer", action=switch, default=True, help="the literal model too")
-    only = p.add_mutually_exclusive_group()
-    for kind in KINDS:
-        text = f"measure nothing but {kind}"
-        only.add_argument(
-            f"--{kind}-only", dest="kinds", action="store_const", const=(kind,),
-            default=KINDS, help=text,
-        )  # fmt: skip
+    flag("--only", choices=KINDS, help="half of it")
     flag("--compile-only", action="store_true", help="compile, but run nothing")
     flag("--devices", type=int, default=1, help="on the mesh")
     flag("--threads", type=int, help="of the CPU backend; default: 1; 0: all cores")
@@ -436,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         on_cpu = jax.default_backend() == "cpu"
         batch = args.batch or (8 if on_cpu else 256)
         bench = Bench(job, batch, args.devices, args.peer)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser().error(str(error))
     ours: Any = bench.models["ours"]
     report: dict[str, Any] = {
@@ -451,48 +430,40 @@ def main(argv: list[str] | None = None) -> None:
         "cpu_threads": threads,
         "flags": {k: os.environ.get(k) for k in ("XLA_FLAGS", "NPROC")},
         "batch": batch,
-        "model": {
-            f.name: getattr(ours, f.name)
-            for f in dataclasses.fields(ours)
-            if f.name not in ("parent", "name")
-        }
-        | {"image_size": bench.size, "dtype": np.dtype(ours.dtype).name},
+        "model": fields_of(ours)
+        | {"image_size": bench.size, "dtype": jnp.dtype(ours.dtype).name},
         "optim": job.optim,
         "loss": job.loss,
         "mixup": job.mixup,
         "compared_by": "cpu_s" if on_cpu else "wall_s",
         "notes": [
-            f"note: the literal model has no {field}={getattr(ours, field)}"
-            for field, plain in (
-                ("gelu", "tanh"), ("dropout", 0.0), ("stochastic_depth", 0.0),
-            )
-            if args.peer and getattr(ours, field) != plain
+            f"note: the literal model has no {field}; here it is {value}"
+            for field, value in fields_of(ours).items()
+            if args.peer and field in ("gelu", "dropout", "stochastic_depth")
+            if value not in ("tanh", 0)
         ],
         "variants": {
             f"{kind} {name}": {"flops_per_image": bench.flops[kind]}
-            for kind in args.kinds
+            for kind in ([args.only] if args.only else KINDS)
             for name in bench.models
         },
-    }  # fmt: skip
+    }
     jax.block_until_ready(jnp.ones(8) + 1)  # the compiler's own start is nobody's cost
-    if args.compile_only:
-        for i in range(args.rounds or 1):
+    rounds = args.rounds or (1 if args.compile_only else 5)
+    if not args.compile_only:
+        report |= measure(bench, report["variants"], rounds, args.seconds)
+    else:
+        for i in range(rounds):
             for name, result in report["variants"].items():
-                say(f"compiling {name}, round {i + 1}/{args.rounds or 1} ...")
+                say(f"compiling {name}, round {i + 1}/{rounds} ...")
                 _, costs = bench.compile(*name.split())
                 for key in ("compile_cpu_s", "compile_wall_s"):
                     costs[key] = result.get(key, []) + costs[key]
                 result |= costs
-    else:
-        report |= measure(
-            bench, report["variants"], args.rounds or 5, max(args.seconds, 0.0)
-        )
     summarise(report)
     print(table(report))
     if args.out:
-        with open(args.out, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
+        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

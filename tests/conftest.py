@@ -1,15 +1,27 @@
 """Every test sees eight CPU devices and may not promote ranks silently."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import pytest
 
 from mlp_mixer import recipe
 
+# Most of a small run is compiling, and the tests compile the same few programs: each
+# once for the whole session, the programs in other processes included.
+CACHE = {
+    "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="mlp_mixer_tests_"),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}
+atexit.register(shutil.rmtree, CACHE["jax_compilation_cache_dir"], ignore_errors=True)
+for name, value in CACHE.items():
+    jax.config.update(name, value)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -38,7 +50,7 @@ def tiny():
     config.optim.weight_decay = 0.1
     config.checkpoint.every_steps = 4
     config.evals.val = recipe.evaluation(
-        config, "val", every_steps=6, preprocess="vision_transformer"
+        "val", every_steps=6, preprocess="vision_transformer"
     )
     config.evals.val.dataset.num_examples = 37
     return config
@@ -50,28 +62,33 @@ def data_dir(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))
 
 
+def start_program(name, *arguments, cwd=None, devices=2):
+    """Starts `python -m mlp_mixer.NAME ARGUMENTS` with so many CPU devices."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"mlp_mixer.{name}", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        | {name.upper(): str(value) for name, value in CACHE.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @pytest.fixture
 def program():
-    """Starts `python -m mlp_mixer.NAME ARGUMENTS`, with two CPU devices."""
+    """`start_program`, for processes that end with the test at the latest."""
     started = []
 
-    def start(name, *arguments, cwd=None, devices=2):
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"mlp_mixer.{name}", *map(str, arguments)],
-            cwd=cwd,
-            env=os.environ
-            | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def start(*arguments, **options):
+        started.append(start_program(*arguments, **options))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

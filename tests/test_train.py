@@ -19,7 +19,7 @@ from mlp_mixer.data import pipeline
 def state_of(config, workdir):
     """The newest checkpoint, on one device, as NumPy arrays."""
     mesh = sharding.make_mesh(1)
-    model = zoo.create(**config.model)
+    model = zoo.create(**config.model, num_classes=config.dataset.num_classes)
     tx, _ = optim.create(**config.optim, total_steps=recipe.total_steps(config))
     target = steps.state_shapes(model, tx, mesh, image_size=config.model.image_size)
     with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as reader:

@@ -1,0 +1,87 @@
+"""Every shipped recipe builds what it names, and every key of it is read."""
+
+import pathlib
+
+import jax
+import pytest
+from test_recipe import load
+
+from mlp_mixer import evaluators, losses, models, optim, recipe, sharding, steps
+from mlp_mixer.data import image_ops, pipeline, sources
+from mlp_mixer.evaluators import accuracy
+
+RECIPES = [
+    *(
+        (f"mixer_{size}", "")
+        for size in ("s32", "s16", "b32", "b16", "l32", "l16", "h14")
+    ),
+    ("mixer_b16", "imagenet21k"),
+    ("mixer_h14", "jft300m"),
+    ("digits", ""),
+]
+
+
+def test_all_recipes_are_tested(root):
+    shipped = {path.stem for path in (root / "configs").glob("*.py")}
+    assert shipped == {name for name, _ in RECIPES}
+
+
+class Probe:
+    """Stands in for a source; remembers what it was opened with."""
+
+    def __init__(self, name, split, *, num_examples, num_classes, **rest):
+        self.opened = (name, split, num_examples, num_classes)
+        self.num_classes = num_classes
+        self.class_names = None
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+    def name_of(self, index):
+        return str(index)
+
+
+@pytest.mark.parametrize(("name", "argument"), RECIPES)
+def test_every_section_is_accepted_by_its_function(root, name, argument, monkeypatch):
+    config = load(root, name, argument)
+    size = config.model.image_size
+    monkeypatch.setattr(sources, "open_source", Probe)
+    mesh = sharding.make_mesh(**config.mesh)
+    source = sources.open_source(**config.dataset, data_dir=None, image_size=size)
+    model = models.create(**config.model, num_classes=source.num_classes)
+    tx, schedule = optim.create(**config.optim, total_steps=recipe.total_steps(config))
+    target = steps.state_shapes(
+        model, tx, mesh, image_size=size, strategy=config.sharding
+    )
+    assert target.params["head"]["kernel"].shape[1] == source.num_classes
+    assert float(schedule(config.optim.warmup_steps)) == pytest.approx(
+        config.optim.learning_rate
+    )
+    evals = evaluators.create(
+        recipe.evaluations(config),
+        predict=steps.make_predict(model, mesh),
+        mesh=mesh,
+        loss=config.loss,
+        image_size=size,
+        data_dir=None,
+    )
+    assert evals
+    assert all(isinstance(e, accuracy.Accuracy) for e in evals.values())
+    assert {e.preprocess for e in config.evals.values()} <= set(image_ops.PROTOCOLS)
+    pipeline.train_batches(
+        source, **config.input, image_size=size, batch_size=config.batch_size, seed=0
+    )
+    assert config.loss in losses.LOSSES
+    assert config.batch_size % jax.device_count() == 0 or name == "digits"
+
+
+@pytest.mark.parametrize(("name", "argument"), RECIPES)
+def test_docstrings_state_result_cost_and_command(root, name, argument):
+    text = pathlib.Path(root, "configs", f"{name}.py").read_text().split('"""')[1]
+    for part in ("Expected:", "Cost:", "python -m mlp_mixer.train --config=configs/"):
+        assert part in text
+    assert f"configs/{name}.py" in text
+    assert argument in text

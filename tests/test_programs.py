@@ -1,0 +1,149 @@
+"""What a person reads who mistypes: one clear message, no page of traceback."""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from mlp_mixer import metrics
+
+BEFORE_ANYTHING = {
+    "an unknown word": (
+        ["--config=configs/mixer_b16.py:imagenet22k"],
+        "does not know the word 'imagenet22k'; it knows: imagenet21k",
+    ),
+    "an unknown recipe": (
+        ["--config=configs/mixr_b16.py"],
+        "There is no recipe configs/mixr_b16.py; shipped are: configs/mixer_b16.py",
+    ),
+    "a misspelt key": (
+        ["--config=configs/digits.py", "--config.optim.learing_rate=1"],
+        'Did you mean "learning_rate" instead of "learing_rate"',
+    ),
+    "a wrong image size": (
+        ["--config=configs/digits.py", "--config.model.image_size=(9,9)"],
+        "image_size 9 is not divisible by patch_size 2; try 8 or 10.",
+    ),
+    "a missing data set": (
+        ["--config=configs/mixer_b16.py"],
+        "ILSVRC2012_img_train.tar",
+    ),
+    "no recipe": ([], "Flag --config must have a value"),
+    "a wrong class count": (
+        ["--config=configs/digits.py", "--config.dataset.num_classes=7"],
+        "has num_classes=10, but the recipe states 7",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), BEFORE_ANYTHING.values(), ids=BEFORE_ANYTHING
+)
+def test_a_mistake_gets_one_clear_message(
+    arguments, message, program, tmp_path, data_dir
+):
+    if "digits" not in str(arguments):
+        data_dir = tmp_path / "empty"
+        data_dir.mkdir()
+    start = time.time()
+    process = program(
+        "train", *arguments, f"--data_dir={data_dir}", f"--workdir={tmp_path}/run"
+    )
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+    # Fifteen seconds on an idle machine, starting Python included.
+    assert time.time() - start < 60
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory, data_dir):
+    """A short run of the shipped recipe, by the command that README shows."""
+    from conftest import start_program
+
+    workdir = tmp_path_factory.mktemp("runs") / "digits"
+    process = start_program(
+        "train",
+        "--config=configs/digits.py",
+        "--config.total_steps=150",
+        "--config.evals.test.every_steps=75",
+        f"--data_dir={data_dir}",
+        f"--workdir={workdir}",
+    )
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return workdir, said
+
+
+def test_training_speaks_in_plain_lines_without_a_terminal(digits_run):
+    _, said = digits_run
+    lines = said.splitlines()
+    assert any("step 150/150  loss " in line and "images/s" in line for line in lines)
+    assert any("test: top1" in line for line in lines)
+    # Ours alone: Orbax and TFDS would add a hundred of theirs.
+    assert len(lines) < 25, said
+
+
+def test_evaluate_prints_a_table_and_writes_json_and_a_picture(
+    digits_run, program, data_dir
+):
+    workdir, _ = digits_run
+    process = program("evaluate", f"--workdir={workdir}", f"--data_dir={data_dir}")
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    results = json.loads((workdir / "evaluate.json").read_text())
+    test = results["results"]["test"]
+    assert results["step"] == 150
+    assert test["count"] == 297
+    assert test["top1"] > 0.6
+    assert test["top1"] <= test["top5"] <= 1
+    assert f"{100 * test['top1']:.2f} %" in said
+    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
+    # The number is the one that training recorded at its last step.
+    record = metrics.read(workdir)[-1]
+    assert record["test/top1"] == pytest.approx(test["top1"])
+    assert record["test/loss"] == pytest.approx(test["loss"], rel=1e-4)
+
+
+def test_predict_names_digits_and_skips_what_is_broken(
+    digits_run, program, root, tmp_path
+):
+    workdir, _ = digits_run
+    folder = tmp_path / "images"
+    shutil.copytree(root / "docs" / "digits", folder)
+    (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "notes.txt").write_text("not looked at")
+    process = program("predict", f"--workdir={workdir}", "--top=2", folder)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "broken.png is left out" in said
+    assert "1 of 11 images could not be read" in said
+    lines = [line for line in said.splitlines() if ".png: " in line and "%" in line]
+    assert len(lines) == 10
+    right = sum(line.split("/")[-1][0] == line.split(": ")[1][0] for line in lines)
+    assert right >= 6
+    assert all(line.count("%") == 2 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("evaluate", ["--workdir={empty}"], "holds no run (no config.json)"),
+        ("predict", ["--workdir={empty}", "{empty}"], "There is no image in"),
+        ("predict", ["--workdir={run}", "no.png"], "There is no file or folder no.png"),
+        ("predict", ["--workdir={run}"], "Name image files or folders"),
+        ("predict", ["--workdir={run}", "--step=7", "{digits}"], "no checkpoint 7"),
+    ],
+)
+def test_mistakes_after_training_are_explained(
+    name, arguments, message, program, digits_run, tmp_path, root
+):
+    places = {"empty": tmp_path, "run": digits_run[0], "digits": root / "docs/digits"}
+    process = program(name, *(word.format(**places) for word in arguments))
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert message in said
+    assert "Traceback" not in said

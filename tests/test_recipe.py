@@ -1,0 +1,167 @@
+"""The numbers of Table 4, where recipes are found, and how a run explains itself."""
+
+import runpy
+
+import pytest
+
+from mlp_mixer import recipe
+
+IMAGENET_STEPS = 92_897  # round(300 · 1,268,355 / 4096)
+
+
+def load(root, name, argument=""):
+    return runpy.run_path(f"{root}/configs/{name}.py")["get_config"](argument)
+
+
+# epochs, learning rate, weight decay, RandAugment magnitude, mixup p, stochastic
+# depth, updates at batch 4096. Where the paper has no row: the next larger (S → B) or
+# smaller (H → L) model's.
+B, L = (300, 0.001, 0.1, 15, 0.5, 0.1), (300, 0.001, 0.1, 15, 0.5, 0.1)
+B21K, L21K = (300, 0.001, 0.1, 10, 0.2, 0.1), (300, 0.001, 0.1, 20, 0.5, 0.1)
+TABLE_4 = {
+    ("mixer_s32", ""): (*B, IMAGENET_STEPS),
+    ("mixer_s16", ""): (*B, IMAGENET_STEPS),
+    ("mixer_b32", ""): (*B, IMAGENET_STEPS),
+    ("mixer_b16", ""): (*B, IMAGENET_STEPS),
+    ("mixer_l32", ""): (*L, IMAGENET_STEPS),
+    ("mixer_l16", ""): (*L, IMAGENET_STEPS),
+    ("mixer_h14", ""): (*L, IMAGENET_STEPS),
+    ("mixer_s32", "imagenet21k"): (*B21K, 1_036_078),
+    ("mixer_b16", "imagenet21k"): (*B21K, 1_036_078),
+    ("mixer_l16", "imagenet21k"): (*L21K, 1_036_078),
+    ("mixer_h14", "imagenet21k"): (*L21K, 1_036_078),
+    ("mixer_s32", "jft300m"): (5, 0.003, 0.03, None, 0.0, 0.0, 366_211),
+    ("mixer_s16", "jft300m"): (5, 0.003, 0.03, None, 0.0, 0.0, 366_211),
+    ("mixer_b32", "jft300m"): (7, 0.003, 0.03, None, 0.0, 0.0, 512_695),
+    ("mixer_b16", "jft300m"): (7, 0.003, 0.03, None, 0.0, 0.0, 512_695),
+    ("mixer_l32", "jft300m"): (7, 0.001, 0.03, None, 0.0, 0.0, 512_695),
+    ("mixer_l16", "jft300m"): (14, 0.001, 0.03, None, 0.0, 0.0, 1_025_391),
+    ("mixer_h14", "jft300m"): (14, 0.001, 0.03, None, 0.0, 0.0, 1_025_391),
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), TABLE_4)
+def test_recipes_hold_table_4(root, name, argument):
+    config = load(root, name, argument)
+    epochs, lr, decay, magnitude, mixup, depth, steps = TABLE_4[name, argument]
+    assert config.epochs == epochs
+    assert config.optim.learning_rate == lr
+    assert config.optim.weight_decay == decay
+    assert config.input.randaugment_layers == (0 if magnitude is None else 2)
+    assert config.input.randaugment_magnitude == (magnitude or 0)
+    assert config.mixup == mixup
+    assert config.model.stochastic_depth == depth
+    assert config.model.dropout == 0.0
+    assert recipe.total_steps(config) == steps
+
+
+@pytest.mark.parametrize(
+    ("argument", "classes", "bias"),
+    [("", 1000, -6.9), ("imagenet21k", 21_843, -10.0), ("jft300m", 18_291, -10.0)],
+)
+def test_the_common_recipe_is_section_3(root, argument, classes, bias):
+    config = load(root, "mixer_b16", argument)
+    assert config.batch_size == 4096
+    assert config.model.image_size == (224, 224)
+    assert config.dataset.num_classes == classes
+    assert config.model.head_bias == bias
+    assert config.loss == "sigmoid_xent"
+    optim = config.optim
+    assert (optim.name, optim.b1, optim.b2, optim.eps) == ("adam", 0.9, 0.999, 1e-8)
+    assert (optim.warmup_steps, optim.decay) == (10_000, "linear")
+    assert (optim.clip_norm, optim.decayed) == (1.0, "kernels")
+    # Only the run that is known to reach 76.3 % ends relative to the peak.
+    ends = (optim.end_learning_rate, optim.end_factor)
+    assert ends == ((None, 1e-5) if not argument else (1e-5, None))
+    assert (config.input.crop, config.input.flip) == ("inception", True)
+
+
+def test_words_are_checked(root):
+    assert recipe.words("a, b", ["a", "b"]) == ["a", "b"]
+    assert recipe.words("", ["a"]) == []
+    with pytest.raises(ValueError, match="word 'imagenet'; it knows: imagenet21k"):
+        load(root, "mixer_l16", "imagenet")
+    with pytest.raises(ValueError, match="word 'fast'; it knows: none"):
+        load(root, "digits", "fast")
+
+
+def test_evaluators_follow_the_data_set_and_never_move_it(root):
+    config = load(root, "mixer_b16")
+    config.dataset.name = "folder:/x"
+    config.batch_size = 64
+    config.evals.minival.batch_size = 8
+    config.evals.minival.dataset.name = "cifar10"
+    sections = recipe.evaluations(config)
+    assert sections["val"]["dataset"]["name"] == "folder:/x"
+    assert sections["val"]["dataset"]["num_classes"] == 1000
+    assert sections["val"]["batch_size"] == 64
+    assert sections["minival"]["batch_size"] == 8
+    assert (config.batch_size, config.dataset.name) == (64, "folder:/x")
+
+
+def test_a_recipe_takes_from_the_data_only_what_it_does_not_state():
+    config = recipe.base()
+    config.dataset.num_classes = 10
+    full = recipe.completed(config, num_examples=7, num_classes=11)
+    assert (full.dataset.num_examples, full.dataset.num_classes) == (7, 10)
+    assert config.dataset.num_examples is None
+
+
+def test_total_steps_wins_over_epochs_and_needs_a_count():
+    config = recipe.base()
+    config.dataset.num_examples = 1000
+    config.batch_size = 300
+    config.epochs = 2.0
+    assert recipe.total_steps(config) == 7
+    config.epochs = 0.01
+    assert recipe.total_steps(config) == 1
+    config.total_steps = 5
+    assert recipe.total_steps(config) == 5
+    config.total_steps = None
+    config.dataset.num_examples = None
+    with pytest.raises(ValueError, match=r"config.dataset.num_examples is needed"):
+        recipe.total_steps(config)
+
+
+@pytest.mark.parametrize("form", ["--config=", "-config="])
+def test_shipped_recipes_are_found_from_any_folder(form, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", f"{form}configs/mixer_b16.py:imagenet21k", "--workdir=x"]
+    shipped = f"{form}{root}/configs/mixer_b16.py:imagenet21k"
+    assert recipe.resolve(argv) == ["train", shipped, "--workdir=x"]
+    split = ["train", "--config", "configs/digits.py", "--config.seed=3"]
+    assert recipe.resolve(split)[2:] == [f"{root}/configs/digits.py", "--config.seed=3"]
+    # One's own recipe comes first.
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mixer_b16.py").touch()
+    assert recipe.resolve(argv) == argv
+
+
+def test_an_unknown_recipe_lists_the_shipped():
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no recipe configs/mixr_b16.py; .* configs/mixer_b16.py",
+    ):
+        recipe.resolve(["train", "--config=configs/mixr_b16.py"])
+
+
+@pytest.mark.parametrize(
+    ("config", "workdir"),
+    [
+        ("configs/mixer_b16.py", "runs/mixer_b16"),
+        ("configs/mixer_b16.py:imagenet21k", "runs/mixer_b16-imagenet21k"),
+        ("/a/b/mixer_b16.py:imagenet21k, gpu8", "runs/mixer_b16-imagenet21k-gpu8"),
+    ],
+)
+def test_the_workdir_is_named_after_the_recipe(config, workdir):
+    assert recipe.default_workdir(["train", f"--config={config}"]) == workdir
+    assert recipe.default_workdir(["train", "--config", config]) == workdir
+
+
+def test_a_workdir_gives_its_recipe_back(root, tmp_path):
+    config = load(root, "mixer_b16")
+    recipe.claim(config, tmp_path, ("cat", "dog"))
+    assert recipe.load(tmp_path).to_dict() == config.to_dict()
+    assert recipe.load_class_names(tmp_path) == ["cat", "dog"]
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        recipe.load(tmp_path / "nowhere")

@@ -1,0 +1,467 @@
+"""Laws of a training step: the same on any mesh, and no device does another's work."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import literal_mixer
+import numpy as np
+import pytest
+
+from mlp_mixer import optim, sharding, steps
+from mlp_mixer.models.mixer import MlpMixer
+
+# Large enough that "fsdp" cuts every kernel but the head's, and that no batch of
+# activations or images is as small as a parameter.
+FIELDS = {
+    "patch_size": (8, 8),
+    "num_blocks": 2,
+    "hidden_dim": 64,
+    "tokens_mlp_dim": 64,
+    "channels_mlp_dim": 256,
+    "num_classes": 8,
+}
+SIZE, ROWS = (64, 64), 32
+IMAGE = math.prod(SIZE) * 3
+LARGEST_PARAMETER = 64 * 256
+STEPS = 3
+STRATEGIES = ["replicated", "fsdp"]
+NOISE = {"mixup": 0.5, "stochastic_depth": 0.5}
+# Clipping is active: it needs the norm of gradients that may be cut.
+ADAM = {"learning_rate": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5}
+# The accumulator of momentum is, after one step, the gradient itself.
+GRADIENT = {"name": "momentum", "learning_rate": 1e-3, "clip_norm": None}
+
+
+def optimiser(**fields):
+    return optim.create(**fields, total_steps=100, warmup_steps=0)[0]
+
+
+class Program:
+    """A compiled step for abstract arguments: to be read, and to be run."""
+
+    def __init__(
+        self,
+        devices=1,
+        strategy="replicated",
+        *,
+        optim=None,
+        seed=0,
+        mixup=0.0,
+        accumulate=1,
+        rows=ROWS,
+        loss="sigmoid_xent",
+        **fields,
+    ):
+        self.mesh = sharding.make_mesh(devices)
+        self.model, self.tx = MlpMixer(**FIELDS | fields), optimiser(**(optim or ADAM))
+        self.target = steps.state_shapes(
+            self.model, self.tx, self.mesh, image_size=SIZE, strategy=strategy
+        )
+        step = steps.make_train_step(
+            self.model,
+            self.tx,
+            self.mesh,
+            self.target,
+            loss=loss,
+            seed=seed,
+            mixup=mixup,
+            accumulate=accumulate,
+        )
+        batch = {
+            "image": jax.ShapeDtypeStruct((rows, *SIZE, 3), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        }
+        self.step = step.lower(self.target, batch).compile()
+
+    def state(self, step=0):
+        """A state of random parameters and, but for the number, of step 0."""
+        params = random_params()
+        state = steps.TrainState(np.int32(step), params, self.tx.init(params))
+        return jax.tree.map(
+            lambda x, a: jax.device_put(x, a.sharding), state, self.target
+        )
+
+    def batch(self, i=0):
+        return sharding.put(batches()[i], self.mesh)
+
+    @functools.cached_property
+    def trained(self):
+        """The state after some steps, and the metrics of every one; on the host."""
+        state, metrics = self.state(), []
+        for i in range(STEPS):
+            state, scalars = self.step(state, self.batch(i))
+            metrics.append(scalars)
+        return jax.device_get((state, metrics))
+
+
+program = functools.cache(Program)
+
+
+def frozen(fields):
+    """Optimiser's fields as `functools.cache` can take them."""
+    return FrozenDict(fields)
+
+
+class FrozenDict(dict):
+    def __hash__(self):
+        return hash(tuple(self.items()))
+
+
+@functools.cache
+def random_params():
+    """On the host. All random: a zero head would leave nothing to learn below it."""
+    model = MlpMixer(**FIELDS)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        x = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return x / np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
+        return np.float32(path[-1].key == "scale") + np.float32(0.1) * x
+
+    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+
+
+@functools.cache
+def batches():
+    rng = np.random.default_rng(1)
+    return [
+        {
+            "image": rng.integers(0, 256, (ROWS, *SIZE, 3), np.uint8),
+            "label": rng.integers(0, 8, ROWS, np.int32),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def named(tree):
+    """Name → leaf, without the one bias that reaches no logit: its gradient is zero,
+    so what is computed is rounding noise, which Adam scales up to full steps."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    dead = "['token_mixing']['Dense_1']['bias']"
+    return {name: leaf for name, leaf in names.items() if not name.endswith(dead)}
+
+
+def assert_close(tree, expected, rtol, atol=0.0):
+    """Every leaf within `rtol` of its own largest entry, or within `atol`."""
+    ours, theirs = named(tree), named(expected)
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        bound = rtol * abs(theirs[name]).max() + atol
+        np.testing.assert_allclose(x, theirs[name], rtol=0, atol=bound, err_msg=name)
+
+
+def adam(state):
+    (moments,) = (s for s in state.opt_state if hasattr(s, "mu"))
+    return moments
+
+
+def assert_same_training(trained, expected):
+    """Up to the order of additions."""
+    (state, metrics), (expected_state, expected_metrics) = trained, expected
+    for ours, theirs in zip(metrics, expected_metrics, strict=True):
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5)
+    assert state.step == expected_state.step == len(metrics)
+    assert_close(adam(state).mu, adam(expected_state).mu, 1e-4)
+    assert_close(adam(state).nu, adam(expected_state).nu, 1e-4)
+    # Parameters move by up to the learning rate of 1e-3 per step.
+    assert_close(state.params, expected_state.params, 0.0, 3e-5)
+
+
+# --- One device or many ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_eight_devices_equal_one(strategy):
+    """With everything random switched on."""
+    one, eight = program(1, **NOISE), program(8, strategy, **NOISE)
+    assert_same_training(eight.trained, one.trained)
+    # What was compared has moved, and is no longer what the first step made of it.
+    change = jax.tree.map(
+        lambda x, y: abs(x - y).max(), *[one.trained[0].params, random_params()]
+    )
+    assert min(named(change).values()) > 1e-3
+
+
+def held(tree, device):
+    """Bytes of `tree` on a device."""
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+
+
+def test_with_fsdp_a_device_holds_an_eighth_of_parameters_and_moments():
+    """And of the 2 % that are vectors, all: biases and LayerNorms stay whole."""
+    cut, whole = program(8, "fsdp", **NOISE), program(8, "replicated", **NOISE)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(random_params()))
+    state, _ = cut.step(cut.state(), cut.batch())
+    for device in cut.mesh.devices.flat:
+        for tree in (state.params, adam(state).mu, adam(state).nu):
+            assert 0.125 <= held(tree, device) / total < 0.15
+
+    def arguments(program):
+        batch = (IMAGE + 4) * ROWS // 8
+        return program.step.memory_analysis().argument_size_in_bytes - batch
+
+    assert arguments(whole) >= 3 * total
+    assert 0.125 <= arguments(cut) / arguments(whole) < 0.15
+
+
+COLLECTIVE = re.compile(
+    r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast"
+    r"|reduce-scatter|ragged-all-to-all)(?:-start)?\("
+)
+
+
+def travels(program):
+    """Collective operation → elements of its largest array, of the compiled step."""
+    found: dict[str, int] = {}
+    for line in program.step.as_text().splitlines():
+        if match := COLLECTIVE.search(line):
+            for shape in re.findall(r"\w\[([\d,]*)\]", match[1]):
+                size = math.prod(int(n) for n in shape.split(",") if n)
+                found[match[2]] = max(size, found.get(match[2], 0))
+    return found
+
+
+def flops(program):
+    """Of one device. The program is unrolled: a scan's body would count once."""
+    assert not program.model.scan
+    return program.step.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_device_computes_an_eighth(strategy):
+    """5 %: what the devices do alike is the update of parameters that are not cut."""
+    total = flops(program(1, **NOISE))
+    assert 8 * flops(program(8, strategy, **NOISE)) == pytest.approx(total, rel=0.05)
+
+
+def test_merging_a_sharded_axis_is_seen():
+    """`flat` is for one device: here, eight devices gather the batch and each does the
+    work of all. Results are right, so only these two numbers tell."""
+    bad = program(8, "replicated", flat=True)
+    assert 8 * flops(bad) > 3 * flops(program(1))
+    assert travels(bad)["all-gather"] > LARGEST_PARAMETER
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [NOISE, {"scan": True, "remat": "pre_gelu"}],
+    ids=["unrolled, noise", "scan"],
+)
+def test_no_activation_travels(fields):
+    moves = travels(program(8, "replicated", **fields))
+    # Gradients are summed; mixup passes one image, and its label, to the next device.
+    assert moves.pop("all-reduce") == LARGEST_PARAMETER
+    assert moves.pop("collective-permute", 0) == ("mixup" in fields) * IMAGE
+    assert not moves
+
+    moves = travels(program(8, "fsdp", **fields))
+    assert moves["all-gather"] == LARGEST_PARAMETER
+    assert max(moves.values()) == LARGEST_PARAMETER
+
+
+# --- Accumulation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy"), [(1, "replicated"), (8, "replicated"), (8, "fsdp")]
+)
+def test_micro_batches_make_the_big_batchs_update(devices, strategy):
+    """Loss, norm of the gradient, moments and parameters."""
+    whole, parts = program(1), program(devices, strategy, accumulate=4)
+    assert_same_training(parts.trained, whole.trained)
+
+
+def test_micro_batches_need_less_memory():
+    def temporaries(accumulate):
+        analysis = program(1, accumulate=accumulate).step.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    assert temporaries(4) < 0.5 * temporaries(1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_micro_batches_are_cut_where_the_images_are(strategy):
+    moves = travels(program(8, strategy, accumulate=4))
+    assert (
+        set(moves)
+        == {
+            "replicated": {"all-reduce"},
+            "fsdp": {"all-reduce", "all-gather"},
+        }[strategy]
+    )
+    # The micro-batch of all devices is eight images; even one would be too much.
+    assert set(moves.values()) == {LARGEST_PARAMETER}
+
+
+# --- (seed, step) is the whole position -----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy"), [(1, "replicated"), (8, "replicated"), (8, "fsdp")]
+)
+def test_a_step_is_bitwise_a_function_of_state_and_batch(devices, strategy):
+    """So a run that goes on from a saved state is the run that was not interrupted."""
+    this = program(devices, strategy, **NOISE)
+    after, _ = this.step(this.state(), this.batch(0))
+    saved = jax.device_get(after)
+    resumed = jax.tree.map(
+        lambda x, a: jax.device_put(x, a.sharding), saved, this.target
+    )
+    uninterrupted = this.step(after, this.batch(1))
+    again = this.step(resumed, this.batch(1))
+    jax.tree.map(np.testing.assert_array_equal, again, uninterrupted)
+    assert again[0].step == 2
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_another_seed_or_step_draws_other_noise(noise):
+    """Of a loss, parameters and batch being the same, noise is all that can change."""
+    field = {noise: NOISE[noise]}
+
+    def loss(this, step):
+        return float(this.step(this.state(step), this.batch())[1]["loss"])
+
+    noisy = [loss(program(1, seed=seed, **field), n) for seed in (0, 1) for n in (0, 7)]
+    assert len(set(noisy)) == 4
+    assert loss(program(1), 0) == loss(program(1), 7) not in noisy
+
+
+def test_the_state_is_donated():
+    """Old and new parameters and moments are never in memory at the same time."""
+    this = program(8, "fsdp", **NOISE)
+    state, batch = this.state(), this.batch()
+    this.step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not batch["image"].is_deleted()
+
+
+def init_state(devices, strategy, seed):
+    mesh = sharding.make_mesh(devices)
+    model, tx = MlpMixer(**FIELDS), optimiser(**ADAM)
+    target = steps.state_shapes(model, tx, mesh, image_size=SIZE, strategy=strategy)
+    state = steps.init_state(model, tx, target, seed=seed, image_size=SIZE)
+    for leaf, asked in zip(
+        jax.tree.leaves(state), jax.tree.leaves(target), strict=True
+    ):
+        assert leaf.sharding == asked.sharding
+    return jax.device_get(state)
+
+
+def test_a_run_begins_the_same_on_every_mesh():
+    one = init_state(1, "replicated", 3)
+    assert one.step == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(one.opt_state))
+    for strategy in STRATEGIES:
+        eight = init_state(8, strategy, 3)
+        jax.tree.map(np.testing.assert_array_equal, eight, one)
+    other = init_state(1, "replicated", 4)
+    assert (other.params["stem"]["kernel"] != one.params["stem"]["kernel"]).all()
+
+
+# --- What a step computes -------------------------------------------------------------
+
+
+def test_the_gradient_is_the_literal_flax_models():
+    this = program(1, optim=frozen(GRADIENT))
+    state, metrics = this.step(this.state(), this.batch())
+    (grads,) = (s.trace for s in state.opt_state if hasattr(s, "trace"))
+    batch = batches()[0]
+
+    def objective(params):
+        image = batch["image"].astype(np.float32) / 255 * 2 - 1
+        logits, _ = literal_mixer.LiteralMixer(**FIELDS).apply(
+            {"params": params}, image
+        )
+        labels = np.eye(8, dtype=np.float32)[batch["label"]]
+        entropy = jnp.logaddexp(0.0, logits) - labels * logits
+        return entropy.sum(1).mean()
+
+    loss, expected = jax.jit(jax.value_and_grad(objective))(random_params())
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    assert_close(grads, expected, 1e-4)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(expected)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    for i in range(2):
+        dead = grads[f"MixerBlock_{i}"]["token_mixing"]["Dense_1"]["bias"]
+        assert abs(dead).max() < 1e-6 * norm
+
+
+def test_thirty_steps_learn_sixteen_images_by_heart():
+    """In the formulation of one CPU device."""
+    fast = frozen({"learning_rate": 3e-3})
+    this = program(1, rows=16, flat=True, loss="softmax_xent", optim=fast)
+    state = steps.init_state(this.model, this.tx, this.target, seed=0, image_size=SIZE)
+    batch = {name: x[:16] for name, x in batches()[0].items()}
+    batch = sharding.put(batch, this.mesh)
+    history = []
+    for _ in range(31):
+        state, metrics = this.step(state, batch)
+        history.append(float(metrics["loss"]))
+    # The head begins at zero: every class is as likely.
+    np.testing.assert_allclose(history[0], np.log(8), rtol=1e-5)
+    assert history[30] < 0.1 * history[0]
+
+
+@pytest.mark.parametrize("rows", [24, 48])
+def test_a_batch_that_does_not_divide_is_explained(rows):
+    message = f"A batch of {rows} does not divide among 4 micro-batches on 8 dev.*32"
+    with pytest.raises(ValueError, match=message):
+        Program(8, accumulate=4, rows=rows)
+
+
+def test_an_unknown_loss_lists_the_known():
+    with pytest.raises(ValueError, match="'xent' is unknown; try sigmoid_xent, softm"):
+        Program(1, loss="xent")
+
+
+def test_value_range_maps_bytes_to_minus_one_and_one():
+    every = np.arange(256, dtype=np.uint8)
+    image = np.broadcast_to(every[:, None, None, None], (256, 1, 1, 3))
+    for form in (steps.value_range, jax.jit(steps.value_range)):
+        out = np.asarray(form(jnp.asarray(image)))
+        assert out.dtype == np.float32
+        assert (out[0] == -1).all()
+        assert (out[255] == 1).all()
+        reference = image.astype(np.float32) / np.float32(255) * np.float32(2) - 1
+        np.testing.assert_array_equal(out, reference.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("devices", "strategy", "rows"),
+    [(1, "replicated", 3), (8, "replicated", 8), (8, "fsdp", 24)],
+)
+def test_predict_is_the_model_without_noise(devices, strategy, rows):
+    mesh = sharding.make_mesh(devices)
+    model = MlpMixer(**FIELDS, dropout=0.5, stochastic_depth=0.5)
+    params = jax.tree.map(
+        jax.device_put,
+        random_params(),
+        sharding.shardings(random_params(), mesh, strategy),
+    )
+    image = batches()[0]["image"][:rows]
+    logits, features = steps.make_predict(model, mesh)(
+        params, sharding.put(image, mesh)
+    )
+    for x in (logits, features):
+        assert x.sharding.shard_shape(x.shape) == (rows // devices, x.shape[1])
+
+    @jax.jit
+    def apply(image):
+        plain = MlpMixer(**FIELDS)
+        return plain.apply({"params": random_params()}, steps.value_range(image))
+
+    expected, out = apply(image)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features, out["pre_logits"], rtol=1e-5, atol=1e-5)
