@@ -20,11 +20,16 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
       distributed: whether the program may be one of several processes.
     """
     if distributed:
-        flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
+        flags.DEFINE_string(
+            "distributed",
+            None,
+            "One of several processes of one run: auto (TPU pods, SLURM, Kubernetes) "
+            "or HOST:PORT,INDEX,COUNT with the address of process 0.",
+        )
 
     def start(argv):
         if distributed and flags.FLAGS.distributed:
-            jax.distributed.initialize()
+            _join(flags.FLAGS.distributed)
         metrics.log_to_terminal()
         main(argv[1:])
 
@@ -34,6 +39,20 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
         if not _is_ours(error):
             raise
         sys.exit(str(error))
+
+
+def _join(where: str) -> None:
+    if where == "auto":
+        jax.distributed.initialize()
+        return
+    address, *numbers = where.split(",")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise ValueError(
+            f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
+            "e.g. 10.0.0.1:1234,0,2."
+        )
+    index, count = map(int, numbers)
+    jax.distributed.initialize(address, num_processes=count, process_id=index)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -133,7 +133,7 @@ def evaluation(split: str, **differences: Any) -> ConfigDict:
     """An evaluator's section: accuracy on a split. None: as in training."""
     section = ConfigDict()
     section.type = "accuracy"
-    section.every_steps = 2500
+    section.every_steps = 2500  # of training; 0: never, not even at its end
     section.batch_size = config_dict.placeholder(int)
     section.preprocess = "big_vision"  # a key of data.image_ops.PROTOCOLS
     section.dataset = ConfigDict()
@@ -147,9 +147,9 @@ def evaluation(split: str, **differences: Any) -> ConfigDict:
 
 def evaluations(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """The sections of `config.evals` with training's batch size and data set where
-    they name none of their own.
+    they name none of their own; without those that every_steps = 0 turns off.
     """
-    sections = config.evals.to_dict()
+    sections = {k: v for k, v in config.evals.to_dict().items() if v["every_steps"]}
     for section in sections.values():
         if section["batch_size"] is None:
             section["batch_size"] = config.batch_size
@@ -161,7 +161,7 @@ def evaluations(config: ConfigDict) -> dict[str, dict[str, Any]]:
 
 def completed(config: ConfigDict, num_examples: int, num_classes: int) -> ConfigDict:
     """The recipe with what its data set has, where it did not say."""
-    config = ConfigDict(config)
+    config = config.copy_and_resolve_references()
     found = {"num_examples": num_examples, "num_classes": num_classes}
     for field, value in found.items():
         if config.dataset[field] is None:

@@ -71,14 +71,14 @@ def test_extreme_logits_give_finite_right_losses_and_gradients(name):
 mixup = jax.jit(losses.mixup, static_argnums=3)
 
 
-def examples(n):
+def examples(n=16):
     """Labels are the unit matrix: the mixed ones then say who was mixed with whom."""
     image = jax.random.uniform(jax.random.key(3), (n, 4, 6, 3), minval=-1)
     return image, jnp.eye(n)
 
 
 def test_mixup_mixes_every_example_with_the_one_before_it():
-    image, labels = examples(8)
+    image, labels = examples()
     seen = []
     for seed in range(5):
         mixed, mixed_labels = mixup(jax.random.key(seed), image, labels, 0.5)
@@ -86,7 +86,7 @@ def test_mixup_mixes_every_example_with_the_one_before_it():
         assert 0.5 <= mix <= 1
         # Row 0 with the last row; one λ for all rows, images and labels.
         for x, y in ((image, mixed), (labels, mixed_labels)):
-            expected = mix * x + (1 - mix) * x[jnp.arange(-1, 7)]
+            expected = mix * x + (1 - mix) * x[jnp.arange(-1, 15)]
             np.testing.assert_allclose(y, expected, atol=1e-6)
         seen.append(mix)
     assert len(set(seen)) == 5
@@ -112,16 +112,17 @@ def test_the_share_of_mixup_is_a_folded_beta(p):
     assert abs(distance).max() < 1.63 / np.sqrt(draws)
 
 
-@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("devices", [4, 8])
 def test_mixup_does_not_depend_on_the_number_of_devices(devices):
     """The roll crosses the devices' borders."""
-    image, labels = examples(16)
+    image, labels = examples()
     rng = jax.random.key(5)
     expected = mixup(rng, image, labels, 0.5)
     assert expected[1][0, 15] > 0
     mesh = sharding.make_mesh(devices)
     cut = sharding.put((np.asarray(image), np.asarray(labels)), mesh)
     mixed = mixup(rng, *cut, 0.5)
-    assert len(mixed[0].sharding.device_set) == devices
     for x, y in zip(mixed, expected, strict=True):
+        assert len(x.sharding.device_set) == devices
+        assert len(y.sharding.device_set) == 1
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)

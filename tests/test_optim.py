@@ -1,5 +1,7 @@
 """Laws of the learning-rate schedule and of the optimiser."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from mlp_mixer import optim, recipe
 
 TOTAL, WARMUP, PEAK = 1000, 100, 3e-3
 # A schedule that is the peak from the first step on.
-CONSTANT = {
+CONSTANT: dict[str, Any] = {
     "total_steps": TOTAL,
     "learning_rate": PEAK,
     "warmup_steps": 0,
@@ -213,7 +215,11 @@ def test_adam_is_big_visions_chain(decayed):
 
 
 def test_adam_is_clipping_and_adamw_with_a_mask_of_kernels():
-    fields = {"total_steps": 40, "learning_rate": 1e-3, "warmup_steps": 5}
+    fields: dict[str, Any] = {
+        "total_steps": 40,
+        "learning_rate": 1e-3,
+        "warmup_steps": 5,
+    }
     tx, schedule = optim.create(**fields, weight_decay=0.1)
 
     def mask(params):

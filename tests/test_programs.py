@@ -29,6 +29,10 @@ BEFORE_ANYTHING = {
         ["--config=configs/mixer_b16.py"],
         "ILSVRC2012_img_train.tar",
     ),
+    "a wrong process": (
+        ["--config=configs/digits.py", "--distributed=here"],
+        "expected auto or HOST:PORT,INDEX,COUNT",
+    ),
     "no recipe": ([], "Flag --config must have a value"),
     "a wrong class count": (
         ["--config=configs/digits.py", "--config.dataset.num_classes=7"],

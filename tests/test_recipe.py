@@ -97,6 +97,8 @@ def test_evaluators_follow_the_data_set_and_never_move_it(root):
     assert sections["val"]["batch_size"] == 64
     assert sections["minival"]["batch_size"] == 8
     assert (config.batch_size, config.dataset.name) == (64, "folder:/x")
+    config.evals.minival.every_steps = 0
+    assert list(recipe.evaluations(config)) == ["val"]
 
 
 def test_a_recipe_takes_from_the_data_only_what_it_does_not_state():

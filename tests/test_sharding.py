@@ -28,7 +28,7 @@ def test_a_mesh_of_devices_that_are_not_there_is_explained(data):
 def test_several_processes_use_all_devices(monkeypatch):
     """A process whose devices are not in the mesh could take no part."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="mesh.data is 4 of 8 devices; with 2 proc"):
+    with pytest.raises(ValueError, match="is 4 of 8 devices; with 2 processes"):
         sharding.make_mesh(4)
     assert sharding.make_mesh(8).size == sharding.make_mesh().size == 8
 
@@ -115,7 +115,7 @@ def test_moments_live_where_their_parameters_do(strategy):
 @pytest.mark.parametrize("devices", [1, 4, 8])
 def test_put_deals_rows_to_devices_in_order(devices):
     mesh = sharding.make_mesh(devices)
-    batch = {
+    batch: dict[str, np.ndarray] = {
         "image": np.arange(16 * 12, dtype=np.uint8).reshape(16, 2, 2, 3),
         "label": np.arange(16),
     }

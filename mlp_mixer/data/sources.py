@@ -104,13 +104,17 @@ def open_source(
         raise ValueError(f"{name} {split} has 0 examples; widen the slice.")
     found = {"num_examples": len(source), "num_classes": source.num_classes}
     stated = {"num_examples": num_examples, "num_classes": num_classes}
-    for field, got in found.items():
-        if stated[field] is not None and stated[field] != got:
-            raise ValueError(
-                f"{name} {split} has {field}={got}, but the recipe states"
-                f" {stated[field]}. If the data is right, set"
-                f" --config.dataset.{field}={got}."
+    wrong = {k: v for k, v in found.items() if stated[k] not in (None, v)}
+    if wrong:
+        raise ValueError(
+            f"{name} {split} has "
+            + " and ".join(
+                f"{k}={v}, but the recipe states {stated[k]}" for k, v in wrong.items()
             )
+            + ". If the data is right, set "
+            + " ".join(f"--config.dataset.{k}={v}" for k, v in wrong.items())
+            + "."
+        )
     return source
 
 

@@ -1,0 +1,471 @@
+"""Who may import whom, and which module may import which heavy dependency.
+
+Read from the sources without running them, imports inside functions included.
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Law 1: a module imports lower layers and, in data/, models/, …, its own package. A
+# name stands for a module or for all modules of a package.
+LAYERS = (
+    (
+        "recipe",
+        "models",
+        "losses",
+        "sharding",
+        "checkpoint",
+        "metrics",
+        "data.image_ops",
+        "data.randaugment",
+    ),
+    (
+        "optim",
+        "data.pipeline",
+        "data.sources",
+        "data.preparation",
+        "pretrained",
+        "visualize",
+    ),
+    ("steps", "evaluators"),
+    # What the programs share.
+    ("program", "runs"),
+    ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Importing anything below them runs them, so they must not import at all.
+PACKAGES = ("", "data")
+
+# Law 2: one door per heavy dependency. Keys are import paths, longest first where one
+# contains another; "lazy" means inside a function, since it may not be installed.
+PROGRAMS = LAYERS[-1]
+DOORS = {
+    "grain": ("data",),
+    "tensorflow_datasets": ("data",),
+    "tensorflow": ("data.preparation",),
+    "orbax": ("checkpoint",),
+    "ml_collections": ("recipe", "runs", *PROGRAMS),
+    # data.pipeline: Grain's workers read flags.
+    "absl.flags": ("program", "data.pipeline", *PROGRAMS),
+    "absl.app": ("program", *PROGRAMS),
+    "tensorboardX": ("metrics",),
+    "rich": ("metrics",),
+    "matplotlib": ("visualize",),
+    "safetensors": ("pretrained",),
+    "torch": ("pretrained",),
+    "onnx": ("export",),
+    "onnxruntime": ("export",),
+    "flatbuffers": ("export",),
+    "jax.distributed.initialize": ("program", *PROGRAMS),
+}
+LAZY = ("tensorflow", "torch")
+
+
+# --- What a source imports ------------------------------------------------------------
+
+
+def within(name, prefix):
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def imported(tree, module, is_package=False):
+    """Dotted names that a syntax tree imports, or reaches through what it imports.
+
+    `from a import b` gives "a.b", a module or not; `import jax; jax.distributed.x()`
+    gives "jax" and "jax.distributed.x".
+    """
+    names, alias = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for item in node.names:
+                names.add(item.name)
+                bound = item.name if item.asname else item.name.partition(".")[0]
+                alias[item.asname or bound] = bound
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = node.level - is_package
+                parts = module.split(".")
+                base = ".".join([*parts[: len(parts) - up], *filter(None, [base])])
+            for item in node.names:
+                names.add(base if item.name == "*" else f"{base}.{item.name}")
+                alias[item.asname or item.name] = f"{base}.{item.name}"
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in alias:
+            names.add(".".join([alias[node.id], *reversed(parts)]))
+    return names
+
+
+def at_once(tree):
+    """The tree without what waits in functions for being called."""
+
+    class Strip(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return ast.Pass()
+
+        visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
+
+    return Strip().visit(ast.parse(ast.unparse(tree)))
+
+
+# --- The laws -------------------------------------------------------------------------
+
+
+def level(name):
+    """The layer of a module, by its name below mlp_mixer; None if it has none."""
+    found = [key for key in LEVEL if within(name, key)]
+    return LEVEL[found[0]] if found else None
+
+
+def faults(sources):
+    """Where a package breaks the laws.
+
+    Args:
+      sources: module → source, e.g. "mlp_mixer.data.sources"; a package's is its
+        `__init__.py` and its name ends with ".__init__".
+    """
+    modules = {name.removesuffix(".__init__") for name in sources}
+    found = []
+    for full, source in sorted(sources.items()):
+        module = full.removesuffix(".__init__")
+        tree, name = ast.parse(source), module.removeprefix("mlp_mixer").lstrip(".")
+        names = imported(tree, module, full != module)
+        found += _layer_faults(name, names, modules)
+        for path, doors in DOORS.items():
+            if not any(within(used, path) for used in names):
+                continue
+            if not any(within(name, door) for door in doors):
+                found.append(f"{name}: {path} is for {', '.join(doors)} only")
+            elif path in LAZY:
+                early = imported(at_once(tree), module, full != module)
+                if any(within(used, path) for used in early):
+                    found.append(f"{name}: {path} is imported outside of functions")
+    return found
+
+
+def _layer_faults(name, names, modules):
+    own = level(name)
+    if own is None and name not in PACKAGES:
+        return [f"{name}: has no layer"]
+    found = []
+    for used in sorted(n for n in names if within(n, "mlp_mixer")):
+        # `from module import function`, `module.function`: the longest module of it.
+        while used not in modules and "." in used:
+            used = used.rpartition(".")[0]
+        other = used.removeprefix("mlp_mixer").lstrip(".")
+        if other in (*PACKAGES, name):
+            continue
+        below = level(other)
+        package = name.partition(".")[0]
+        same = name not in PACKAGES and within(other, package) and other != package
+        same = same or other == package != name
+        if own is None or below is None:
+            found.append(f"{name or 'mlp_mixer'}: may not import {other}")
+        elif not (below < own or (same and below <= own)):
+            found.append(f"{name}: may not import {other}")
+    return list(dict.fromkeys(found))
+
+
+def recipe_faults(source):
+    """What a recipe imports besides `mlp_mixer.recipe` and the standard library."""
+    return sorted(
+        name
+        for name in imported(ast.parse(source), "")
+        if not within(name, "mlp_mixer.recipe")
+        and name.partition(".")[0] not in sys.stdlib_module_names
+    )
+
+
+def package():
+    """Module → source, of all of mlp_mixer."""
+    sources = {}
+    for path in sorted((ROOT / "mlp_mixer").rglob("*.py")):
+        if "configs" in path.relative_to(ROOT).parts:  # A wheel's recipes.
+            continue
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        sources[name] = path.read_text()
+    return sources
+
+
+def test_the_package_keeps_both_laws():
+    sources = package()
+    assert {"mlp_mixer.__init__", "mlp_mixer.data.sources"} < sources.keys()
+    assert faults(sources) == []
+
+
+RECIPES = sorted((ROOT / "configs").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_imports_nothing_but_the_recipe_module(path):
+    """So it works wherever it lies."""
+    assert recipe_faults(path.read_text()) == []
+
+
+# --- The checker sees what it should --------------------------------------------------
+
+# Modules of a house in order, to which a test adds one that is not.
+HOUSE = dict.fromkeys(
+    [
+        "mlp_mixer.__init__",
+        "mlp_mixer.losses",
+        "mlp_mixer.sharding",
+        "mlp_mixer.models.__init__",
+        "mlp_mixer.models.layers",
+        "mlp_mixer.optim",
+        "mlp_mixer.data.__init__",
+        "mlp_mixer.data.image_ops",
+        "mlp_mixer.data.sources",
+        "mlp_mixer.steps",
+        "mlp_mixer.evaluators.__init__",
+        "mlp_mixer.evaluators.accuracy",
+        "mlp_mixer.runs",
+        "mlp_mixer.train",
+        "mlp_mixer.evaluate",
+    ],
+    "",
+)
+
+
+def faults_of(module, source):
+    return faults(HOUSE | {f"mlp_mixer.{module}": source})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import mlp_mixer.steps",
+        "import mlp_mixer.steps as s",
+        "from mlp_mixer import steps",
+        "from mlp_mixer import sharding, steps as s",
+        "from mlp_mixer.steps import TrainState",
+        "from mlp_mixer.steps import *",
+        "from . import steps",
+        "from .steps import TrainState",
+        "def f():\n    from mlp_mixer import steps",
+        "if TYPE_CHECKING:\n    from mlp_mixer import steps",
+        "import mlp_mixer\nmlp_mixer.steps.make_predict(1)",
+        "import mlp_mixer as m\ndef f():\n    return m.steps.TrainState",
+    ],
+)
+def test_every_form_of_import_is_seen(source):
+    assert faults_of("optim", source) == ["optim: may not import steps"]
+    assert faults_of("train", source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        # Sideways, also between programs.
+        ("losses", "from mlp_mixer import sharding", "losses: may not import sharding"),
+        (
+            "evaluate",
+            "from mlp_mixer.train import train",
+            "evaluate: may not import train",
+        ),
+        (
+            "evaluators.accuracy",
+            "from mlp_mixer import steps",
+            "evaluators.accuracy: may not import steps",
+        ),
+        (
+            "evaluators.__init__",
+            "from .. import steps",
+            "evaluators: may not import steps",
+        ),
+        # Up, also inside a package.
+        (
+            "models.layers",
+            "from mlp_mixer import optim",
+            "models.layers: may not import optim",
+        ),
+        (
+            "data.image_ops",
+            "from mlp_mixer.data import sources",
+            "data.image_ops: may not import data.sources",
+        ),
+        (
+            "data.image_ops",
+            "from .sources import DATASETS",
+            "data.image_ops: may not import data.sources",
+        ),
+        # What runs with every import.
+        (
+            "__init__",
+            "from mlp_mixer import models",
+            "mlp_mixer: may not import models",
+        ),
+        (
+            "data.__init__",
+            "from . import sources",
+            "data: may not import data.sources",
+        ),
+        # No layer.
+        ("utils", "import math", "utils: has no layer"),
+        ("data.extra", "import math", "data.extra: has no layer"),
+        ("recipes", "", "recipes: has no layer"),  # A name that only begins alike.
+    ],
+)
+def test_a_wrong_import_is_found(module, source, fault):
+    assert faults_of(module, source) == [fault]
+
+
+def test_a_module_without_layer_may_not_be_imported():
+    sources = HOUSE | {
+        "mlp_mixer.utils": "",
+        "mlp_mixer.train": "from mlp_mixer.utils import helper",
+    }
+    assert "train: may not import utils" in faults(sources)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("models.__init__", "from mlp_mixer.models.layers import gelu"),
+        ("models.layers", "from . import mixer"),
+        ("data.sources", "from mlp_mixer.data import image_ops, pipeline"),
+        (
+            "evaluators.accuracy",
+            "from mlp_mixer import losses\nfrom mlp_mixer.data import sources",
+        ),
+        ("evaluators.__init__", "from .accuracy import Accuracy"),
+        ("train", "import mlp_mixer\nfrom mlp_mixer import evaluators, steps, runs"),
+        ("steps", "import jax, optax\nfrom mlp_mixer import __version__, losses"),
+    ],
+)
+def test_a_right_import_is_none(module, source):
+    assert faults_of(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "path"),
+    [
+        ("steps", "import grain", "grain"),
+        (
+            "train",
+            "def f():\n    import tensorflow_datasets as tfds",
+            "tensorflow_data",
+        ),
+        ("data.sources", "def f():\n    import tensorflow as tf", "tensorflow is for"),
+        ("train", "import orbax.checkpoint as ocp", "orbax"),
+        ("losses", "from ml_collections import ConfigDict", "ml_collections"),
+        ("metrics", "from absl import flags", "absl.flags"),
+        ("metrics", "import absl\nabsl.flags.FLAGS", "absl.flags"),
+        ("steps", "from absl.flags import FLAGS", "absl.flags"),
+        ("train", "import rich.console", "rich"),
+        ("train", "import tensorboardX", "tensorboardX"),
+        ("evaluate", "from matplotlib import pyplot", "matplotlib"),
+        ("convert", "import safetensors.numpy", "safetensors"),
+        ("convert", "def f():\n    import torch", "torch is for"),
+        ("pretrained.npz", "import torch", "torch is imported outside of functions"),
+        (
+            "data.preparation",
+            "if True:\n    import tensorflow",
+            "tensorflow is imported outside of functions",
+        ),
+        ("convert", "import onnx", "onnx"),
+        ("steps", "import flatbuffers", "flatbuffers"),
+        (
+            "checkpoint",
+            "import jax\ndef f():\n    jax.distributed.initialize()",
+            "jax.",
+        ),
+        ("checkpoint", "from jax.distributed import initialize", "jax.dist"),
+        ("checkpoint", "from jax import distributed as d\nd.initialize()", "jax.dist"),
+    ],
+)
+def test_a_heavy_dependency_at_the_wrong_door_is_found(module, source, path):
+    (fault,) = faults_of(module, source)
+    assert fault.startswith(f"{module}: {path}")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("data.preparation", "def f():\n    import tensorflow as tf"),
+        ("data.sources", "import grain\nimport tensorflow_datasets as tfds"),
+        ("pretrained.torch", "def f():\n    import torch\nimport safetensors"),
+        ("metrics", "import rich.console\nfrom absl import logging"),
+        ("checkpoint", "import jax\njax.distributed.is_initialized()"),
+        ("train", "import jax\njax.distributed.initialize()"),
+        # Names that only begin alike.
+        ("steps", "import richer, torchvision_like, onnx_like, jax.distributed"),
+    ],
+)
+def test_a_heavy_dependency_at_its_door_is_none(module, source):
+    assert faults_of(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import math\nfrom mlp_mixer import recipe", []),
+        ("from mlp_mixer.recipe import base", []),
+        ("import mlp_mixer.recipe as r", []),
+        ("import numpy as np", ["numpy"]),
+        ("from mlp_mixer import models", ["mlp_mixer.models"]),
+        (
+            "def f():\n    from ml_collections import ConfigDict",
+            ["ml_collections.Conf"],
+        ),
+        ("from configs import digits", ["configs.digits"]),
+    ],
+)
+def test_a_recipes_wrong_import_is_found(source, expected):
+    found = recipe_faults(source)
+    assert len(found) == len(expected)
+    assert all(f.startswith(e) for f, e in zip(found, expected, strict=True))
+
+
+# --- What is loaded -------------------------------------------------------------------
+
+
+def test_training_on_the_device_loads_nothing_heavy():
+    """`import mlp_mixer` loads the package alone; models, losses, steps, optimiser and
+    sharding add nothing to what JAX, Flax, Optax, einops and jaxtyping load."""
+    script = """
+import sys
+
+def packages():
+    # What a name like "__mp_main__" or "_virtualenv" stands for is nobody's import.
+    tops = {name.partition(".")[0] for name in sys.modules}
+    return {name for name in tops if not name.startswith("_")}
+
+before = packages()
+import mlp_mixer
+print(*sorted(packages() - before))
+import einops, flax.linen, jax, jaxtyping, numpy, optax
+import jax.experimental.multihost_utils
+before = packages()
+from mlp_mixer import losses, models, optim, sharding, steps
+models.create("mixer_s16", num_classes=10)
+optim.create(total_steps=10, learning_rate=1.0, warmup_steps=1)
+print(*sorted(packages() - before - sys.stdlib_module_names))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["mlp_mixer", ""]
+
+
+def test_every_door_stands_for_a_module_that_can_exist():
+    """A misspelt door would forbid its own module, and only one day."""
+    for doors in DOORS.values():
+        for door in doors:
+            assert door == "data" or level(door) is not None

@@ -1,0 +1,64 @@
+"""One run in two real processes."""
+
+import os
+import socket
+
+import jax
+import numpy as np
+import pytest
+from test_train import state_of, told
+
+from mlp_mixer import recipe
+
+RUN = [
+    "--config=configs/digits.py",
+    "--config.total_steps=12",
+    "--config.optim.warmup_steps=2",
+    "--config.log_every_steps=1",
+    "--config.evals.test.every_steps=6",
+    "--config.checkpoint.every_steps=6",
+]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicated", "fsdp"])
+def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
+    """The same batches, row for row; one checkpoint; every example counted once."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    common = [*RUN, f"--data_dir={data_dir}", f"--config.sharding={strategy}"]
+    single = program("train", *common, f"--workdir={one}", devices=2)
+    said, _ = single.communicate(timeout=300)
+    assert single.returncode == 0, said
+
+    port = free_port()
+    pair = [
+        program(
+            "train",
+            *common,
+            f"--distributed=localhost:{port},{i},2",
+            f"--workdir={two}",
+            # More devices than cores may wait for one another's collectives for ever.
+            devices=1,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+    # Only the first one speaks.
+    assert "step 12/12" in said[0]
+    assert "step 12/12" not in said[1]
+    assert sorted(os.listdir(two / "checkpoints")) == ["00000006", "00000012"]
+    for a, b in zip(told(two), told(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    assert told(two)[-1]["test/count"] == 297
+    config = recipe.load(one)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3),
+        *(state_of(config, run).params["head"] for run in (one, two)),
+    )

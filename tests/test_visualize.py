@@ -1,0 +1,92 @@
+"""The report draws what it was given. (Whether it is a good picture, a person says.)"""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mlp_mixer import visualize
+from mlp_mixer.evaluators import accuracy
+
+
+def examples(classes=3, n=30):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, classes, n)
+    prediction = np.where(rng.random(n) < 0.8, label, (label + 1) % classes)
+    return accuracy.Examples(
+        index=np.arange(n),
+        label=label,
+        prediction=prediction,
+        probability=rng.uniform(0.4, 1.0, n).astype(np.float32),
+        top1=label == prediction,
+        top5=np.ones(n, bool),
+        loss=np.ones(n, np.float32),
+    )
+
+
+RECORDS = [
+    {"step": 1, "train/loss": 3.0, "train/lr": 0.1},
+    {"step": 2, "train/loss": 2.0, "train/lr": 0.2},
+    {"step": 2, "val/top1": 0.5, "val/top5": 0.9, "val/loss": 2.5},
+]
+
+
+def test_mistakes_come_first_the_surest_first():
+    seen = examples()
+    order = visualize.mistakes_first(seen, 30)
+    wrong = int((~seen.top1).sum())
+    assert 0 < wrong < 30
+    assert not seen.top1[order[:wrong]].any()
+    assert seen.top1[order[wrong:]].all()
+    assert (np.diff(seen.probability[order[:wrong]]) <= 0).all()
+    assert (np.diff(seen.probability[order[wrong:]]) >= 0).all()
+    assert len(visualize.mistakes_first(seen, 7)) == 7
+
+
+@pytest.mark.parametrize("classes", [3, visualize.MAX_CONFUSION_CLASSES + 1])
+def test_the_report_holds_curves_confusion_and_every_image(classes):
+    seen = examples(classes)
+    shown = visualize.mistakes_first(seen, 12)
+    images = [np.full((4, 6, 3), 10 * i, np.uint8) for i in range(12)]
+    figure = visualize.report(
+        RECORDS,
+        name="val",
+        examples=seen,
+        shown=shown,
+        images=images,
+        class_names=[f"a rather long class name {i}" for i in range(classes)],
+    )
+    axes = {axis.get_title(): axis for axis in figure.axes}
+    curves = [line.get_ydata() for line in axes["loss"].lines]
+    assert [list(map(float, y)) for y in curves] == [[3.0, 2.0], [2.5]]
+    assert len(axes["accuracy"].lines) == 2
+    assert ("confusion" in axes) == (classes == 3)
+    drawn = [
+        axis.images[0].get_array()
+        for axis in figure.axes
+        if axis.images and axis.get_title() != "confusion"
+    ]
+    assert len(drawn) == 12
+    for one, other in zip(drawn, images, strict=True):
+        np.testing.assert_array_equal(one, other)
+    if classes == 3:
+        expected = np.zeros((3, 3))
+        np.add.at(expected, (seen.label, seen.prediction), 1)
+        shares = axes["confusion"].images[0].get_array()
+        np.testing.assert_allclose(shares, expected / expected.sum(1, keepdims=True))
+    picture = PIL.Image.open(io.BytesIO(visualize.png(figure)))
+    assert picture.size[0] == 1500
+
+
+def test_a_run_without_records_still_has_a_report():
+    seen = examples()
+    figure = visualize.report(
+        [],
+        name="val",
+        examples=seen,
+        shown=[],
+        images=[],
+        class_names=list("abc"),
+    )
+    assert visualize.png(figure).startswith(b"\x89PNG")
