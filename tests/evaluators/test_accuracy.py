@@ -70,7 +70,7 @@ def test_every_example_is_counted_once(devices, count, batch_size):
     images = np.stack([pipeline.read_image(source, i)[0] for i in range(count)])
     labels = np.array([source[i]["label"] for i in range(count)])
     apply = jax.jit(lambda x: model().apply({"params": params}, x)[0])
-    logits = np.float64(apply(steps.value_range(jnp.asarray(images))))
+    logits = np.asarray(apply(steps.value_range(jnp.asarray(images))), np.float64)
     order = np.argsort(-logits, axis=-1)
     results = evaluator.run(params)
     assert results["top1"] == pytest.approx((order[:, 0] == labels).mean())
