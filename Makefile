@@ -30,7 +30,7 @@ quickstart: $(VENV)/installed
 	@echo "Look at $(RUN)/report.png."
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import tempfile
 
-import jax
-import pytest
+# Most of a small test is compiling: less optimised, it is done in half the time.
+FLAGS = "--xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
-from mlp_mixer import recipe
+import jax  # noqa: E402  (reads the flags)
+import pytest  # noqa: E402
 
-# Most of a small run is compiling, and the tests compile the same few programs: each
-# once for the whole session, the programs in other processes included.
+from mlp_mixer import recipe  # noqa: E402
+
+# And the tests compile the same few programs: each once for the whole session, the
+# programs in other processes included.
 CACHE = {
     "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="mlp_mixer_tests_"),
     "jax_persistent_cache_min_compile_time_secs": 0.1,

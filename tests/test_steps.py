@@ -426,15 +426,14 @@ def test_an_unknown_loss_lists_the_known():
 
 
 def test_value_range_maps_bytes_to_minus_one_and_one():
-    """Nearly: compiled, the division is a product with 1/127.5, so
-    that white is 1.0000001."""
     every = np.arange(256, dtype=np.uint8)
     image = np.broadcast_to(every[:, None, None, None], (256, 1, 1, 3))
     for form in (steps.value_range, jax.jit(steps.value_range)):
         out = np.asarray(form(jnp.asarray(image)))
         assert out.dtype == np.float32
         assert (out[0] == -1).all()
-        np.testing.assert_allclose(out, image / 255 * 2 - 1, rtol=0, atol=2e-7)
+        assert (out[255] == 1).all()
+        np.testing.assert_allclose(out, image / 255 * 2 - 1, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
