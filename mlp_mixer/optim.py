@@ -118,11 +118,26 @@ def create(
     )
     parts = [directions[name](), optax.scale_by_learning_rate(schedule)]
     if clip_norm is not None:
-        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+        parts.insert(0, _clip_by_global_norm(clip_norm))
     if weight_decay:
         mask = _is_kernel if decayed == "kernels" else None
         parts.insert(-1, optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*parts), schedule
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scales all gradients by min(1, limit / norm).
+
+    Optax's own chooses leaf by leaf between two arrays, a kernel more for each of
+    hundreds: a fifth of the time to compile Mixer-H/14's step.
+    """
+
+    def clip(updates, params):
+        del params
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+
+    return optax.stateless(clip)
 
 
 def _is_kernel(params):
