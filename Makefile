@@ -33,7 +33,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # The wheel as a user gets it: no clone in sight, recipes included.
 test-install: $(VENV)/installed

@@ -350,9 +350,10 @@ def fingerprint(tree: PyTree) -> dict[str, int]:
     MurmurHash3 (Appleby, public domain), a bijection: one changed element is always
     noticed, several are missed with probability 2**-32.
     """
-    # One array at a time: a jit of the whole tree compiles for minutes.
-    sums = [(name, _hashed_sum(x)) for name, x in _leaves(tree)]
-    return {name: int(value) for name, value in jax.device_get(sums)}
+    # One array at a time: a jit of the whole tree compiles for minutes. And each is
+    # awaited: many small collectives in flight can starve the CPU backend's threads
+    # until all wait for one another.
+    return {name: int(jax.device_get(_hashed_sum(x))) for name, x in _leaves(tree)}
 
 
 @jax.jit
