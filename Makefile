@@ -10,7 +10,7 @@ RUN := runs/digits
 .PHONY: help quickstart test test-slow test-install lint format clean
 
 help:
-	@echo "make quickstart  train, evaluate and predict handwritten digits (about 2 minutes)"
+	@echo "make quickstart  train, evaluate and predict handwritten digits (about 3 minutes)"
 	@echo "make test        the test suite"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make test-install  install into a fresh environment, run from another folder"
