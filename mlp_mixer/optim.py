@@ -129,7 +129,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Scales all gradients by min(1, limit / norm).
 
     Optax's own chooses leaf by leaf between two arrays, a kernel more for each of
-    hundreds: a fifth of the time to compile Mixer-H/14's step.
+    hundreds: a quarter of the time to compile Mixer-H/14's step.
     """
 
     def clip(updates, params):
