@@ -48,5 +48,9 @@ def get_config(argument: str = ""):
     config.evals.test = recipe.evaluation(
         "test", every_steps=150, preprocess="vision_transformer"
     )
+    # Not during training: python -m mlp_mixer.evaluate --workdir=... --only=all
+    config.evals.fewshot = recipe.fewshot(
+        "train", "test", every_steps=0, preprocess="vision_transformer"
+    )
     config.checkpoint.every_steps = 150
     return config

@@ -1,6 +1,7 @@
 """Mixer-H/14, pretrained from scratch as in arXiv 2105.01601, Table 4.
 
-Words: imagenet21k, jft300m (ImageNet-1k without a word).
+Words: imagenet21k, jft300m (ImageNet-1k without a word); short (60 epochs of
+  ImageNet-1k); gpu8 (one host with 8 GPUs: batch 4096 in 16 micro-batches).
 
 Expected:
   ImageNet-1k    not trained in the paper; the settings are Mixer-L's
@@ -35,5 +36,5 @@ TABLE_4 = {
 
 
 def get_config(argument: str = ""):
-    """The recipe for the data set that `argument` names."""
-    return recipe.pretraining("mixer_h14", argument, TABLE_4)
+    """The recipe for the words in `argument`."""
+    return recipe.pretraining("mixer_h14", argument, TABLE_4, gpu8=16)

@@ -13,23 +13,21 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import lax
 from jax.experimental import multihost_utils
 
+from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
+from mlp_mixer.signals import StopFlag
+
 PyTree = Any
-Arrays = dict[str, list[Any]]  # {"params/w": [[64, 32], "float32"]}
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +107,8 @@ class Checkpointer:
         )
         if keep_best is not None:
             self._scores.update(_scores(self.directory, self.all_steps(), keep_best))
-        self._stop = _StopFlag()
+        # In a run of several processes JAX's own preemption notice would stay silent.
+        self._stop = None if jax.distributed.is_initialized() else StopFlag()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -123,7 +122,8 @@ class Checkpointer:
         Raises:
             CheckpointError: if the unfinished save failed.
         """
-        self._stop.uninstall()
+        if self._stop:
+            self._stop.uninstall()
         try:
             self.wait()
         finally:
@@ -175,7 +175,7 @@ class Checkpointer:
                 f"step {newest}. Restore from it before training, or use another "
                 f"directory."
             )
-        if foreign := [n for n, x in _leaves(state) if not isinstance(x, jax.Array)]:
+        if foreign := [n for n, x in leaves(state) if not isinstance(x, jax.Array)]:
             raise TypeError(f"The state must be a tree of jax.Array; not so: {foreign}")
         values = {name: float(value) for name, value in (metrics or {}).items()}
         if self._keep_best is not None:
@@ -186,7 +186,7 @@ class Checkpointer:
                     *(step, self._keep_best, sorted(values)),
                 )
         prints = fingerprint(state)
-        meta = {"arrays": _describe(state), "fingerprints": prints, "metrics": values}
+        meta = {"arrays": describe(state), "fingerprints": prints, "metrics": values}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             meta=ocp.args.JsonSave({**meta, "checksum": _checksum(meta)}),
@@ -278,9 +278,9 @@ class Checkpointer:
         With several processes all agree on a step, some time after the signal: ask
         with the same step numbers on each.
         """
-        if jax.distributed.is_initialized():
-            return self._manager.reached_preemption(step)
-        return self._stop.is_set
+        if self._stop:
+            return self._stop.is_set
+        return self._manager.reached_preemption(step)
 
 
 def restore_params(
@@ -342,39 +342,6 @@ def restore_params(
     raise FileNotFoundError(_none_left(folder, [str(s) for s in steps]))
 
 
-def fingerprint(tree: PyTree) -> dict[str, int]:
-    """A 32-bit fingerprint of each array by its path, equal on every topology.
-
-    The sum of the hashed (bits, position) of all elements modulo 2**32: sums commute,
-    so it does not matter how an array is sharded. The hash is the finaliser of
-    MurmurHash3 (Appleby, public domain), a bijection: one changed element is always
-    noticed, several are missed with probability 2**-32.
-    """
-    # One array at a time: a jit of the whole tree compiles for minutes. And each is
-    # awaited: many small collectives in flight can starve the CPU backend's threads
-    # until all wait for one another.
-    return {name: int(jax.device_get(_hashed_sum(x))) for name, x in _leaves(tree)}
-
-
-@jax.jit
-def _hashed_sum(x: Any) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = lax.bitcast_convert_type(x, width)  # 8 bytes: two words on a last axis
-    index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        position = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        index += position * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    h = bits.astype(jnp.uint32) ^ (index * jnp.uint32(0x9E3779B9))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return (h ^ (h >> 16)).sum(dtype=jnp.uint32)
-
-
 def _read(
     manager: ocp.CheckpointManager, step: int, target: PyTree, subtree: str = ""
 ) -> PyTree:
@@ -383,7 +350,7 @@ def _read(
     with _damage_recognised(folder):
         meta = _read_meta(folder)
     saved, prints = (_below(subtree, meta[k]) for k in ("arrays", "fingerprints"))
-    if different := _differences(saved, _describe(target)):
+    if different := differences(saved, describe(target)):
         raise ValueError(
             f"Checkpoint {step} in {manager.directory} holds another model or "
             f"optimiser; these arrays differ:\n{different}\nUse the recipe that wrote "
@@ -398,7 +365,7 @@ def _read(
         state = manager.restore(step, args=ocp.args.Composite(state=args)).state
         state = state[subtree] if subtree else state
     # A partial restore leaves what it does not find as it was, without a word.
-    if missing := [n for n, x in _leaves(state) if not isinstance(x, jax.Array)]:
+    if missing := [n for n, x in leaves(state) if not isinstance(x, jax.Array)]:
         raise _DamagedError(f"it lacks {missing}", agreed=True)
     found = fingerprint(state)
     if wrong := sorted(name for name in found if found[name] != prints[name]):
@@ -497,39 +464,6 @@ def _best(scores: Mapping[int, float]) -> int | None:
     return max(known)[1] if known else None
 
 
-class _StopFlag:
-    """Set by the first SIGTERM or SIGINT; the second does what it did before.
-
-    Not in a run of several processes: JAX's own preemption notice would stay silent.
-    """
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._before: dict[int, Any] = {}
-        main_thread = threading.current_thread() is threading.main_thread()
-        if main_thread and not jax.distributed.is_initialized():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                before = signal.getsignal(signum)
-                if before is not signal.SIG_IGN:  # nohup and the like mean it
-                    self._before[signum] = before or signal.SIG_DFL
-                    signal.signal(signum, self._on_signal)
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        self.is_set = True
-        self.uninstall()
-        # A print interrupted by this signal may not be entered again.
-        with contextlib.suppress(RuntimeError):
-            logger.warning(
-                "%s received: saving and stopping after this step; again to stop now",
-                signal.Signals(signum).name,
-            )
-
-    def uninstall(self) -> None:
-        for signum, before in self._before.items():
-            if signal.getsignal(signum) == self._on_signal:
-                signal.signal(signum, before)
-
-
 def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
     _silence_orbax()
     return ocp.CheckpointManager(
@@ -593,7 +527,7 @@ def _none_left(directory: epath.Path, damaged: Sequence[str]) -> str:
 
 def _check_target(target: PyTree) -> None:
     """What Orbax would only notice while reading must not pass for damage."""
-    for name, x in _leaves(target):
+    for name, x in leaves(target):
         if getattr(x, "sharding", None) is None:
             raise TypeError(
                 f"The target's {name} is {x!r}; expected a jax.ShapeDtypeStruct with "
@@ -602,29 +536,6 @@ def _check_target(target: PyTree) -> None:
         x.sharding.shard_shape(x.shape)  # a ValueError if they do not fit
 
 
-def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) with paths that are equal for dicts and named tuples."""
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def _describe(tree: PyTree) -> Arrays:
-    return {name: [list(x.shape), str(x.dtype)] for name, x in _leaves(tree)}
-
-
 def _below(subtree: str, named: Mapping[str, Any]) -> dict[str, Any]:
     start = f"{subtree}/" if subtree else ""
     return {n.removeprefix(start): v for n, v in named.items() if n.startswith(start)}
-
-
-def _differences(saved: Arrays, expected: Arrays, limit: int = 20) -> str:
-    lines = [
-        f"  {name}: got {saved.get(name, 'nothing')}, "
-        f"expected {expected.get(name, 'nothing')}"
-        for name in {**saved, **expected}
-        if saved.get(name) != expected.get(name)
-    ]
-    more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "\n".join(lines[:limit] + more)

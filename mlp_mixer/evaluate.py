@@ -1,12 +1,16 @@
 """Runs a recipe's evaluators on a checkpoint, and draws the run.
 
     python -m mlp_mixer.evaluate --workdir=runs/digits
+    python -m mlp_mixer.evaluate --workdir=runs/mixer_b16 --only=val,real,v2
+    python -m mlp_mixer.evaluate --workdir=runs/mixer_b16 --only=all --preprocess=timm
 
-Prints one table; writes evaluate.json and report.png to the run's folder.
+Prints one table, which says what each evaluator looked at and under which protocol;
+writes evaluate.json, evaluate.md and report.png to the run's folder.
 """
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +18,7 @@ from absl import flags
 from etils import epath
 
 from mlp_mixer import evaluators, metrics, program, recipe, runs, visualize
+from mlp_mixer.evaluators import accuracy, fewshot
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +30,8 @@ def evaluate(
     *,
     step: int | None = None,
     best: str | None = None,
+    only: Sequence[str] | None = None,
+    preprocess: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Returns {evaluator: {metric: value}} of one checkpoint.
@@ -33,59 +40,128 @@ def evaluate(
       workdir: folder of the run.
       step: of the checkpoint; the newest by default.
       best: a metric that chooses it instead, e.g. "val/top1".
+      only: names of the recipe's evaluators, or "all"; by default those that ran in
+        training.
+      preprocess: a key of `data.image_ops.PROTOCOLS` for all of them, instead of each
+        one's own.
       data_dir: where data sets are; TFDS's own folder by default.
 
     Raises:
-      FileNotFoundError: no run, no checkpoint or no data there.
-      ValueError: the recipe has no evaluators.
+      FileNotFoundError: no run or no checkpoint there; or no data for an evaluator:
+        raised at the end, when the others have run and their results are written (at
+        once in a run of several processes).
+      ValueError: the recipe has no such evaluators.
     """
     run = runs.open_run(workdir, step, best)
-    if not run.config.evals:
-        raise ValueError(f"The recipe of {workdir} has no evaluators (config.evals).")
-    evals = evaluators.create(
-        recipe.evaluations(run.config),
-        predict=run.predict,
-        mesh=run.mesh,
-        loss=run.config.loss,
-        image_size=run.config.model.image_size,
-        data_dir=data_dir,
-    )
+    sections = recipe.evaluations(run.config, only)
+    if not sections:
+        known = ", ".join(run.config.evals) or "it has none"
+        raise ValueError(
+            f"No evaluator of the recipe of {workdir} runs by itself; name some with "
+            f"--only ({known})."
+        )
+    if left := [name for name in run.config.evals if name not in sections]:
+        logger.info("Left out: %s (--only=all runs everything).", ", ".join(left))
+    evals: dict[str, Any] = {}
+    missing = {}
+    for name, section in sections.items():
+        if preprocess is not None:
+            section["preprocess"] = preprocess
+        try:
+            evals |= evaluators.create(
+                {name: section},
+                predict=run.predict,
+                mesh=run.mesh,
+                image_size=run.config.model.image_size,
+                data_dir=data_dir,
+            )
+        except FileNotFoundError as error:
+            if jax.process_count() > 1:  # the others may have the data, and would wait
+                raise
+            missing[name] = str(error)
+            logger.warning("%s is left out: its data is not here.", name)
     results: dict[str, dict[str, float]] = {}
-    report: dict[str, Any] = {}
+    picture: dict[str, Any] = {}
     for name, evaluator in evals.items():
-        examples = evaluator.examples(run.params, track=metrics.progress(name))
-        results[name] = evaluator.summary(examples)
-        if not report:
-            shown = visualize.mistakes_first(examples, SHEET)
-            report = {
-                "name": name,
-                "examples": examples,
-                "shown": shown,
-                "images": [evaluator.image(int(examples.index[i])) for i in shown],
-            }
-    if jax.process_index() == 0:
-        folder = epath.Path(workdir)
-        said = {"workdir": str(workdir), "step": run.step, "results": results}
-        (folder / "evaluate.json").write_text(json.dumps(said, indent=2) + "\n")
-        figure = visualize.report(
-            metrics.read(workdir), class_names=run.class_names, **report
+        track = metrics.progress(name)
+        if picture or not isinstance(evaluator, accuracy.Accuracy):
+            results[name] = evaluator.run(run.params, track=track)
+        elif examples := evaluator.examples(run.params, track=track):
+            results[name] = evaluator.summary(examples)
+            picture = _picture(name, evaluator, examples)
+    for name, chosen in fewshot.choose_l2(results).items():
+        results[name] |= chosen
+    if evals and jax.process_index() == 0:
+        _write(epath.Path(workdir), run, evals, results)
+        if picture:
+            figure = visualize.report(
+                metrics.read(workdir), class_names=run.class_names, **picture
+            )
+            (epath.Path(workdir) / "report.png").write_bytes(visualize.png(figure))
+            logger.info("Wrote %s.", epath.Path(workdir) / "report.png")
+    if missing:
+        raise FileNotFoundError(
+            "\n".join(f"{name} was not evaluated: {m}" for name, m in missing.items())
         )
-        (folder / "report.png").write_bytes(visualize.png(figure))
-        columns = list(dict.fromkeys(key for r in results.values() for key in r))
-        metrics.table(
-            f"{workdir} at step {run.step}",
-            ["", *columns],
-            [[k, *(_said(c, r.get(c)) for c in columns)] for k, r in results.items()],
-        )
-        logger.info("Wrote %s.", folder / "report.png")
     return results
 
 
-def _said(metric: str, value: float | None) -> str:
+def _picture(
+    name: str, evaluator: accuracy.Accuracy, examples: accuracy.Examples
+) -> dict[str, Any]:
+    """What `visualize.report` shows of a split."""
+    shown = visualize.mistakes_first(examples, SHEET)
+    indices = [int(examples.index[i]) for i in shown]
+    return {
+        "name": name,
+        "examples": examples,
+        "shown": shown,
+        "images": [evaluator.image(i) for i in indices],
+        "truths": [evaluator.labels(i) for i in indices],
+    }
+
+
+def _write(
+    folder: epath.Path, run: runs.Run, evals: dict[str, Any], results: dict[str, dict]
+) -> None:
+    """evaluate.json, and the table on the terminal and as evaluate.md."""
+    seen = {k: {"data": e.data, "preprocess": e.preprocess} for k, e in evals.items()}
+    image_size, model = list(run.config.model.image_size), run.config.model.name
+    said = {
+        "workdir": str(folder),
+        "step": run.step,
+        "model": model,
+        "image_size": image_size,
+        "evaluators": seen,
+        "results": results,
+    }
+    (folder / "evaluate.json").write_text(json.dumps(said, indent=2) + "\n")
+    # Evaluators side by side: few of them, and many metrics. A sweep's hundred values
+    # are for evaluate.json; the one that was chosen is here.
+    found = dict.fromkeys(k for r in results.values() for k in r if "_l2_" not in k)
+    columns = ["", *results]
+    rows = [
+        *(
+            [field, *(seen[k][field] for k in results)]
+            for field in ("data", "preprocess")
+        ),
+        *([m, *(_said(m, r.get(m)) for r in results.values())] for m in found),
+    ]
+    title = f"{folder} at step {run.step}: {model}, {' × '.join(map(str, image_size))}"
+    metrics.table(title, columns, rows)
+    lines = [columns, ["---", *["---:"] * len(results)], *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (folder / "evaluate.md").write_text(f"# {title}\n\n{text}\n")
+    logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
+
+
+def _said(metric: str, value: float | int | None) -> str:
     if value is None:
         return ""
-    if metric.startswith("top"):
+    if metric.startswith("top") or metric.endswith("shot"):
         return f"{100 * value:.2f} %"
+    if metric.endswith("_l2"):
+        return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
@@ -96,6 +172,8 @@ def main(arguments: list[str]) -> None:
         flags.FLAGS.workdir,
         step=flags.FLAGS.step,
         best=flags.FLAGS.best,
+        only=flags.FLAGS.only,
+        preprocess=flags.FLAGS.preprocess,
         data_dir=flags.FLAGS.data_dir,
     )
 
@@ -104,5 +182,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not set.")
     flags.DEFINE_string("best", None, "Instead: the best by this metric (val/top1).")
+    flags.DEFINE_list(
+        "only", None, "Evaluators by name, or all; if not set, those of training."
+    )
+    flags.DEFINE_string("preprocess", None, "One protocol for all, e.g. timm.")
     flags.DEFINE_string("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     program.run(main, distributed=True)

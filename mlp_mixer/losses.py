@@ -5,7 +5,16 @@ Labels are rows of class probabilities, not class numbers: mixup makes mixtures.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+
+def targets(
+    label: Int[Array, " n"] | Bool[Array, "n k"], num_classes: int
+) -> Float[Array, "n k"]:
+    """The rows that losses take: 1 for the class of a number, or for all true ones."""
+    if label.ndim == 1:
+        return jax.nn.one_hot(label, num_classes)
+    return label.astype(jnp.float32)
 
 
 def sigmoid_xent(

@@ -10,7 +10,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -246,11 +246,62 @@ def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     return track
 
 
+@contextlib.contextmanager
+def counter(
+    what: str, total: int, unit: str, done: int = 0, *, every_seconds: float = 30.0
+) -> Iterator[Callable[[int], None]]:
+    """Shows how far something long is: a bar on a terminal, now and then a line else.
+
+    Args:
+      what: is going on.
+      total: amount.
+      unit: "bytes", shown as GB, or what else is counted.
+      done: of the total, before this began.
+      every_seconds: between two lines.
+
+    Yields:
+      `advance(amount)`, to be called as it goes on.
+    """
+    began = said = time.monotonic()
+    now = done
+
+    def amount(count: int | float) -> str:
+        return f"{count / 1e9:,.2f} GB" if unit == "bytes" else f"{count:,.0f} {unit}"
+
+    def advance(more: int) -> None:
+        nonlocal now, said
+        now += more
+        rate = (now - done) / max(time.monotonic() - began, 1e-9)
+        bar.update(task, completed=now, said=f"{amount(now)}  {amount(rate)}/s")
+        due = time.monotonic() - said >= every_seconds
+        if due and rate and not _CONSOLE.is_terminal:
+            said = time.monotonic()
+            left = time.strftime("%H:%M:%S", time.gmtime((total - now) / rate))
+            logger.info(
+                "%s: %s of %s  %s/s  %s left",
+                *(what, amount(now), amount(total), amount(rate), left),
+            )
+
+    with rich.progress.Progress(
+        "{task.description}",
+        rich.progress.BarColumn(None),
+        "{task.fields[said]}",
+        rich.progress.TimeRemainingColumn(),
+        console=_CONSOLE,
+        transient=True,
+        disable=not _CONSOLE.is_terminal,
+    ) as bar:
+        task = bar.add_task(what, total=total, completed=done, said="")
+        yield advance
+    taken = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
+    logger.info("%s: %s in %s", what, amount(now), taken)
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Prints a table to stdout."""
     drawn = rich.table.Table(title=title)
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if i else "left")
+        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     rich.console.Console().print(drawn)

@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 
 from mlp_mixer import program, runs, sharding
-from mlp_mixer.data import image_ops, sources
+from mlp_mixer.data import folders, image_ops
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ def predict(
     files = list(find_images(paths))
     run = runs.open_run(workdir, step)
     size = run.config.model.image_size
-    protocols = [e.preprocess for e in run.config.evals.values()]
+    evals = run.config.evals.values()
+    protocols = [e.preprocess for e in evals if e.type == "accuracy"]
     protocol = protocols[0] if protocols else "big_vision"
     rows = -(-min(batch_size, len(files)) // run.mesh.size) * run.mesh.size
     for start in range(0, len(files), rows):
@@ -87,7 +88,7 @@ def find_images(paths: Sequence[str]) -> Iterator[pathlib.Path]:
     for path in map(pathlib.Path, paths):
         if path.is_dir():
             found = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in sources.IMAGE_SUFFIXES
+                p for p in path.rglob("*") if p.suffix.lower() in folders.IMAGE_SUFFIXES
             )
             if not found:
                 raise ValueError(f"There is no image in {path}.")

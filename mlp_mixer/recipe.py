@@ -7,30 +7,14 @@ it lies. Each section holds the arguments of exactly one function.
 """
 
 import difflib
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 PACKAGE = pathlib.Path(__file__).parent
-
-# Fields that may change between two starts of one run: they move no result (beyond
-# the order of float additions), or only what is looked at and kept.
-MAY_CHANGE = (
-    "mesh",
-    "sharding",
-    "accumulate",
-    "input.workers",
-    "model.scan",
-    "model.remat",
-    "log_every_steps",
-    "evals",
-    "checkpoint",
-)
 
 
 def base() -> ConfigDict:
@@ -64,6 +48,8 @@ def base() -> ConfigDict:
     # "digits", "synthetic", "folder:/path/to/images" or any TFDS name.
     config.dataset.name = "imagenet2012"
     config.dataset.split = "train"
+    # The feature of TFDS data that holds an image's class, or its classes.
+    config.dataset.label = "label"
     # What the recipe was computed for, so that a run can be planned without the data;
     # compared with the data at the start. None: what the data has.
     config.dataset.num_examples = config_dict.placeholder(int)
@@ -117,7 +103,8 @@ def base() -> ConfigDict:
     config.optim.momentum = 0.9
     config.optim.momentum_dtype = "float32"
 
-    # evaluators.create: {name: evaluation(...)}, completed by `evaluations`
+    # evaluators.create: {name: evaluation(...) or fewshot(...)}, completed by
+    # `evaluations`
     config.evals = ConfigDict()
 
     # checkpoint.Checkpointer; the last step is kept in any case
@@ -133,30 +120,105 @@ def evaluation(split: str, **differences: Any) -> ConfigDict:
     """An evaluator's section: accuracy on a split. None: as in training."""
     section = ConfigDict()
     section.type = "accuracy"
-    section.every_steps = 2500  # of training; 0: never, not even at its end
+    # Of training, its last step included; 0: only by `evaluate --only`.
+    section.every_steps = 2500
     section.batch_size = config_dict.placeholder(int)
     section.preprocess = "big_vision"  # a key of data.image_ops.PROTOCOLS
-    section.dataset = ConfigDict()
-    section.dataset.name = config_dict.placeholder(str)
-    section.dataset.split = split
-    section.dataset.num_examples = config_dict.placeholder(int)
-    section.dataset.num_classes = config_dict.placeholder(int)
+    section.ece_bins = 0  # of the expected calibration error; 0: without it
+    section.dataset = _dataset(split)
     section.update(differences)
     return section
 
 
-def evaluations(config: ConfigDict) -> dict[str, dict[str, Any]]:
-    """The sections of `config.evals` with training's batch size and data set where
-    they name none of their own; without those that every_steps = 0 turns off.
+# Exponents of two: the range of the 2021 protocol (section 7.2).
+L2_SWEEP = tuple(range(-10, 20))
+
+
+def fewshot(
+    train: str, test: str, name: str | None = None, **differences: Any
+) -> ConfigDict:
+    """An evaluator's section: few-shot linear evaluation (section 7.2).
+
+    big_vision's data sets: caltech101, cars196, cifar100, dtd and oxford_iiit_pet,
+    train → test; uc_merced, train[:1000] → train[1000:].
+
+    Args:
+      train: the split in which shots are drawn.
+      test: the split that is classified.
+      name: the data set of both; None: training's.
+      **differences: from the fields below. The 2021 sweep is `seeds=0,
+        l2_exponents=recipe.L2_SWEEP`; `evaluate` then chooses one l2 for all data sets.
     """
-    sections = {k: v for k, v in config.evals.to_dict().items() if v["every_steps"]}
+    section = ConfigDict()
+    section.type = "fewshot"
+    section.every_steps = 25_000  # as above
+    section.batch_size = config_dict.placeholder(int)
+    section.preprocess = "paper-resize-crop"
+    section.shots = (1, 5, 10, 25)  # per class
+    section.seeds = 3  # draws of the shots; 0: the first ones as they stand
+    section.l2_exponents = (10,)  # l2 = 2^exponent
+    section.train = _dataset(train)
+    section.test = _dataset(test)
+    section.train.name = section.test.name = name
+    section.update(differences)
+    return section
+
+
+def _dataset(split: str) -> ConfigDict:
+    """Arguments of data.sources.open_source; name None: training's, and its label."""
+    dataset = ConfigDict()
+    dataset.name = config_dict.placeholder(str)
+    dataset.split = split
+    dataset.label = config_dict.placeholder(str)
+    dataset.num_examples = config_dict.placeholder(int)
+    dataset.num_classes = config_dict.placeholder(int)
+    return dataset
+
+
+def evaluations(
+    config: ConfigDict, only: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The sections of `config.evals` with training's loss, and its batch size and
+    data set where they name none of their own.
+
+    Args:
+      config: with the evaluators.
+      only: their names, or "all"; None: those that run in training.
+
+    Raises:
+      ValueError: an evaluator that the recipe does not have.
+    """
+    sections = config.evals.to_dict()
+    if only is None:
+        only = [name for name, section in sections.items() if section["every_steps"]]
+    elif "all" in only:
+        only = list(sections)
+    for name in only:
+        if name not in sections:
+            tries = ", ".join(_nearest(name, [*sections, "all"]))
+            raise ValueError(f"The recipe has no evaluator {name!r}; try {tries}.")
+    sections = {name: sections[name] for name in only}
     for section in sections.values():
         if section["batch_size"] is None:
             section["batch_size"] = config.batch_size
-        for field in ("name", "num_classes"):
-            if section["dataset"][field] is None:
-                section["dataset"][field] = config.dataset[field]
+        for key in ("dataset", "train", "test"):
+            if key in section:
+                _follow(section[key], config.dataset)
+        if section["type"] == "accuracy":
+            section["loss"] = config.loss
+            # The model's classes; few-shot evaluation has those of its own data.
+            if section["dataset"]["num_classes"] is None:
+                section["dataset"]["num_classes"] = config.dataset.num_classes
     return sections
+
+
+def _follow(dataset: dict[str, Any], training: ConfigDict) -> None:
+    """Fills in what an evaluator's data set does not say."""
+    same = dataset["name"] is None
+    if same:
+        dataset["name"] = training.name
+    if dataset["label"] is None:
+        dataset["label"] = training.label if same else "label"
 
 
 def completed(config: ConfigDict, num_examples: int, num_classes: int) -> ConfigDict:
@@ -192,8 +254,8 @@ def table_4(
 
 
 # Data set → training split and size (section 3.1 and big_vision's configs), classes,
-# initial head bias (big_vision for ImageNet; its ViT configs' for the others), and the
-# splits that are watched. ImageNet-21k: 14,197,122 images without the two held-out
+# initial head bias (big_vision for ImageNet; its ViT configs' for the others), and
+# arguments of `evaluation`. ImageNet-21k: 14,197,122 images without the two held-out
 # parts. JFT-300M is Google's; a set of one's own takes --config.dataset.name.
 PRETRAINING: dict[str, dict[str, Any]] = {
     "imagenet2012": {
@@ -201,39 +263,70 @@ PRETRAINING: dict[str, dict[str, Any]] = {
         "num_examples": 1_268_355,
         "num_classes": 1000,
         "head_bias": -6.9,
-        "evals": {"minival": "train[99%:]", "val": "validation"},
+        "evals": {
+            "minival": {"split": "train[99%:]"},
+            "val": {"split": "validation"},
+            # These need data sets of their own.
+            "real": {
+                "split": "validation",
+                "every_steps": 0,
+                "dataset": {"name": "imagenet2012_real", "label": "real_label"},
+            },
+            "v2": {
+                "split": "test",
+                "every_steps": 0,
+                "dataset": {"name": "imagenet_v2"},
+            },
+        },
     },
     "imagenet21k": {
         "split": "full[51200:]",
         "num_examples": 14_145_922,
         "num_classes": 21_843,
         "head_bias": -10.0,
-        "evals": {"val": "full[25600:51200]"},
+        "evals": {"val": {"split": "full[25600:51200]"}},
     },
     "jft300m": {
         "split": "train",
         "num_examples": 300_000_000,
         "num_classes": 18_291,
         "head_bias": -10.0,
-        "evals": {"val": "test[:49511]"},
+        "evals": {"val": {"split": "test[:49511]"}},
     },
 }
 
 
 def pretraining(
-    model: str, argument: str, rows: dict[str, dict[str, Any]]
+    model: str, argument: str, rows: dict[str, dict[str, Any]], *, gpu8: int
 ) -> ConfigDict:
-    """The paper's pretraining of `model` (section 3.1, Table 4).
+    """The paper's pretraining of `model` (section 3.1, Table 4) and its evaluators.
+
+    What is watched during training is the training data set alone. ReaL, ImageNet-v2
+    and 5-shot on ImageNet have every_steps = 0: `evaluate --only=all` runs them, and so
+    does training with, say, --config.evals.real.every_steps=2500.
 
     Args:
       model: a key of `models.MODELS`.
-      argument: what stands behind the colon of `--config`: a data set of
-        `PRETRAINING`, nothing for ImageNet-1k.
+      argument: what stands behind the colon of `--config`: a data set of `rows`
+        (nothing for ImageNet-1k), "short" (60 epochs of ImageNet-1k, big_vision's
+        regression test), "gpu8" (one host with 8 GPUs).
       rows: data set → `table_4` row.
+      gpu8: micro-batches with which a batch of 4096 fits 8 GPUs of 24 GB: 4 to 20 GB
+        each, by the compiler's account (on CPU).
+
+    Raises:
+      ValueError: an unknown word, or words that exclude each other.
     """
-    name = "imagenet2012"
-    for word in words(argument, [key for key in rows if key != name]):
-        name = word
+    standard = "imagenet2012"
+    others = [key for key in rows if key != standard]
+    given = words(argument, [*others, "short", "gpu8"])
+    datasets = [word for word in given if word in others] or [standard]
+    if len(datasets) > 1 or ("short" in given and datasets != [standard]):
+        raise ValueError(
+            f"The words {argument!r} exclude each other: name at most one of "
+            f"{', '.join(others)}, and short only for ImageNet-1k, without them."
+        )
+    name = datasets[0]
     data, config = PRETRAINING[name], base()
     config.dataset.name = name
     for field in ("split", "num_examples", "num_classes"):
@@ -241,8 +334,17 @@ def pretraining(
     config.model.name = model
     config.model.head_bias = data["head_bias"]
     config.update(rows[name])
-    for key, split in data["evals"].items():
-        config.evals[key] = evaluation(split)
+    for key, fields in data["evals"].items():
+        config.evals[key] = evaluation(**fields)
+    # The first 65,000 hold at least 30 images of each class.
+    config.evals.fewshot = fewshot(
+        "train[:65000]", "validation", "imagenet2012", shots=(5,), every_steps=0
+    )
+    if "short" in given:
+        config.epochs = 60.0
+    if "gpu8" in given:
+        config.accumulate = gpu8
+        config.input.workers = 32  # half the cores of a usual host of 8 GPUs
     return config
 
 
@@ -331,83 +433,6 @@ def default_workdir(argv: Sequence[str]) -> str:
     path, _, argument = value.partition(":")
     stem = pathlib.PurePath(path).stem
     return os.path.join("runs", "-".join([stem, *_split(argument)]))
-
-
-# --- A run explains itself ------------------------------------------------------------
-
-
-def claim(
-    config: ConfigDict,
-    workdir: epath.PathLike,
-    class_names: Sequence[str] | None = None,
-) -> None:
-    """Writes the resolved recipe to `workdir`, or checks that it is the one there.
-
-    Args:
-      config: with every field resolved.
-      workdir: folder of the run.
-      class_names: kept beside the recipe for prediction.
-
-    Raises:
-      ValueError: another recipe's run; lists the fields that differ.
-    """
-    path = epath.Path(workdir) / "config.json"
-    new = json.loads(config.to_json_best_effort())
-    if path.exists():
-        old = json.loads(path.read_text())
-        before, now = _flat(old), _flat(new)
-        differing = [
-            f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key, "absent") != now.get(key, "absent")
-            and not any(key == m or key.startswith(f"{m}.") for m in MAY_CHANGE)
-        ]
-        if differing:
-            raise ValueError(
-                f"{workdir} holds a run of another recipe:\n"
-                + "\n".join(differing)
-                + "\nChoose another --workdir, or give the fields their old values."
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", new), ("class_names", class_names)):
-        # Whole or not at all, also if the process is killed here.
-        written = path.with_name(f"{name}.json.{os.getpid()}")
-        written.write_text(json.dumps(content, indent=2) + "\n")
-        written.replace(path.with_name(f"{name}.json"))
-
-
-def load(workdir: epath.PathLike) -> ConfigDict:
-    """The recipe of the run in `workdir`.
-
-    Raises:
-      FileNotFoundError: no run there.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{workdir} holds no run (no config.json). Name a folder that "
-            "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
-        )
-    return ConfigDict(_tuples(json.loads(path.read_text())))
-
-
-def load_class_names(workdir: epath.PathLike) -> list[str] | None:
-    """The names of the classes of the run in `workdir`, if its data set has names."""
-    return json.loads((epath.Path(workdir) / "class_names.json").read_text())
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
-    return {k: v for key, value in pairs for k, v in _flat(value, key).items()}
-
-
-def _tuples(tree: Any) -> Any:
-    """JSON's lists back to tuples."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:

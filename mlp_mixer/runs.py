@@ -1,7 +1,9 @@
-"""A trained run, opened for use: its folder explains itself."""
+"""A run's folder explains itself: its recipe, its classes, its checkpoints."""
 
+import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +12,24 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mlp_mixer import checkpoint, models, recipe, sharding, steps
+from mlp_mixer import checkpoint, models, sharding, steps
 
 logger = logging.getLogger(__name__)
+
+
+# Fields that may change between two starts of one run: they move no result (beyond
+# the order of float additions), or only what is looked at and kept.
+MAY_CHANGE = (
+    "mesh",
+    "sharding",
+    "accumulate",
+    "input.workers",
+    "model.scan",
+    "model.remat",
+    "log_every_steps",
+    "evals",
+    "checkpoint",
+)
 
 
 class Run(NamedTuple):
@@ -39,7 +56,7 @@ def open_run(
     Raises:
       FileNotFoundError: no run or no checkpoint there.
     """
-    config = recipe.load(workdir)
+    config = load(workdir)
     mesh = sharding.make_mesh()
     model = models.create(
         **config.model,
@@ -56,8 +73,82 @@ def open_run(
     step, params = checkpoint.restore_params(
         f"{workdir}/checkpoints", target, step=step, best=best
     )
-    names = recipe.load_class_names(workdir)
+    names = load_class_names(workdir)
     if names is None:
         names = [f"class {i}" for i in range(config.dataset.num_classes)]
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
+
+
+def claim(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Writes the resolved recipe to `workdir`, or checks that it is the one there.
+
+    Args:
+      config: with every field resolved.
+      workdir: folder of the run.
+      class_names: kept beside the recipe for prediction.
+
+    Raises:
+      ValueError: another recipe's run; lists the fields that differ.
+    """
+    path = epath.Path(workdir) / "config.json"
+    new = json.loads(config.to_json_best_effort())
+    if path.exists():
+        old = json.loads(path.read_text())
+        before, now = _flat(old), _flat(new)
+        differing = [
+            f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key, "absent") != now.get(key, "absent")
+            and not any(key == m or key.startswith(f"{m}.") for m in MAY_CHANGE)
+        ]
+        if differing:
+            raise ValueError(
+                f"{workdir} holds a run of another recipe:\n"
+                + "\n".join(differing)
+                + "\nChoose another --workdir, or give the fields their old values."
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, content in (("config", new), ("class_names", class_names)):
+        # Whole or not at all, also if the process is killed here.
+        written = path.with_name(f"{name}.json.{os.getpid()}")
+        written.write_text(json.dumps(content, indent=2) + "\n")
+        written.replace(path.with_name(f"{name}.json"))
+
+
+def load(workdir: epath.PathLike) -> ConfigDict:
+    """The recipe of the run in `workdir`.
+
+    Raises:
+      FileNotFoundError: no run there.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{workdir} holds no run (no config.json). Name a folder that "
+            "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
+        )
+    return ConfigDict(_tuples(json.loads(path.read_text())))
+
+
+def load_class_names(workdir: epath.PathLike) -> list[str] | None:
+    """The names of the classes of the run in `workdir`, if its data set has names."""
+    return json.loads((epath.Path(workdir) / "class_names.json").read_text())
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
+    return {k: v for key, value in pairs for k, v in _flat(value, key).items()}
+
+
+def _tuples(tree: Any) -> Any:
+    """JSON's lists back to tuples."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree

@@ -110,8 +110,9 @@ def make_train_step(
         is the big batch's, with 1/accumulate of its activations. (Dropout and
         stochastic depth draw anew in each micro-batch.)
 
-    The batch holds `image` (n, h, w, 3), 0 … 255, and `label` (n,) class numbers, both
-    of `sharding.put`; metrics are `loss` (nats) and `grad_norm` (before clipping).
+    The batch holds `image` (n, h, w, 3), 0 … 255, and `label` (n,) class numbers or
+    (n, k) bools, both of `sharding.put`; metrics are `loss` (nats) and `grad_norm`
+    (before clipping).
 
     Raises:
       ValueError: unknown loss.
@@ -160,7 +161,7 @@ def make_train_step(
         rng = jax.random.fold_in(_stream(seed, "train"), state.step)
         mixup_rng, model_rng = jax.random.split(rng)
         image = value_range(batch["image"])
-        labels = jax.nn.one_hot(batch["label"], model.num_classes)
+        labels = losses.targets(batch["label"], model.num_classes)
         if mixup:
             image, labels = losses.mixup(mixup_rng, image, labels, mixup)
         # Cut parameters are gathered whole for the products: left to itself, the

@@ -23,6 +23,7 @@ from mlp_mixer import (
     optim,
     program,
     recipe,
+    runs,
     sharding,
     steps,
 )
@@ -70,12 +71,11 @@ def train(
         recipe.evaluations(config),
         predict=predict,
         mesh=mesh,
-        loss=config.loss,
         image_size=size,
         data_dir=data_dir,
     )
     profiler = metrics.Profiler(workdir, profile)
-    recipe.claim(config, workdir, source.class_names)
+    runs.claim(config, workdir, source.class_names)
 
     with checkpoint.Checkpointer(
         f"{workdir}/checkpoints", **config.checkpoint

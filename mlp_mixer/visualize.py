@@ -1,6 +1,7 @@
 """Pictures for people who would rather look: a run at a glance."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def report(
     examples: Any,
     shown: Sequence[int] | np.ndarray,
     images: Sequence[np.ndarray],
+    truths: Sequence[Sequence[int]],
     class_names: Sequence[str],
 ) -> Figure:
     """Curves of a run and what its model makes of a split.
@@ -35,6 +37,7 @@ def report(
       examples: `evaluators.accuracy.Examples` of the split.
       shown: positions of the examples on the sheet.
       images: their images, uint8 (h, w, 3).
+      truths: their true classes, one or several each.
       class_names: of all classes.
     """
     confusion = len(class_names) <= MAX_CONFUSION_CLASSES
@@ -57,12 +60,13 @@ def report(
     sheet = list(bottom.subplots(max(rows, 1), columns, squeeze=False).flat)
     for axis in sheet:
         axis.set_axis_off()
-    for axis, i, image in zip(sheet, shown, images, strict=False):
+    for axis, i, image, truth in zip(sheet, shown, images, truths, strict=False):
         axis.imshow(image)
         said = class_names[examples.prediction[i]]
         text = f"{_short(said)} ({100 * examples.probability[i]:.0f} %)"
         if not examples.top1[i]:
-            text += f"\nis {_short(class_names[examples.label[i]])}"
+            names = " or ".join(_short(class_names[k]) for k in truth)
+            text += "\n" + textwrap.fill(f"is {names}", 24)
         axis.set_title(
             text, fontsize=8, color="black" if examples.top1[i] else "tab:red"
         )

@@ -3,6 +3,7 @@
     python scripts/benchmark.py mixer_b16 --batch=8
     python scripts/benchmark.py mixer_h14 --batch=8 --compile-only
     python scripts/benchmark.py configs/mixer_b16.py:imagenet21k --out=b16.json
+    python scripts/benchmark.py input        (the host's side: see input_benchmark.py)
 
 Forward pass and training step of both, interleaved round by round in one process with
 the same flags, optimiser and loss, beside a large matrix product as the ceiling. A
@@ -412,6 +413,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs the benchmark; prints the table and writes `--out`."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["input"]:
+        import input_benchmark  # needs the whole package, not five of its parts
+
+        return input_benchmark.main(argv[1:], cpu_model())
     args = parser().parse_args(argv)
     try:
         job = job_of(args)

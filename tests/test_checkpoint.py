@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlp_mixer import checkpoint
 from mlp_mixer.checkpoint import Checkpointer, CheckpointError, restore_params
+from mlp_mixer.fingerprints import fingerprint
 
 
 class State(NamedTuple):
@@ -275,24 +276,10 @@ def test_typed_keys_and_bools_round_trip(tmp_path):
 
 
 def test_the_fingerprint_is_the_same_on_every_topology():
-    expected = checkpoint.fingerprint(init(3))
+    expected = fingerprint(init(3))
     assert set(expected) >= {"step", "params/w", "opt_state/1/0/mu/half"}
     for devices in (1, 4, 8):
-        assert checkpoint.fingerprint(state_at(3, devices)) == expected
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "int32", "bool"])
-def test_one_changed_bit_or_two_swapped_elements_change_the_fingerprint(dtype):
-    x = np.arange(24).reshape(2, 3, 4)
-    x = (x % 2 if dtype == "bool" else x).astype(dtype)
-    prints = {checkpoint.fingerprint({"x": jnp.asarray(x)})["x"]}
-    changed, swapped, crossed = x.copy(), x.copy(), x.copy()
-    changed.reshape(-1).view(np.uint8)[-1] ^= 1
-    swapped[0, 0, 0], swapped[1, 2, 3] = x[1, 2, 3], x[0, 0, 0]
-    crossed[0, 0, 1], crossed[0, 1, 0] = x[0, 1, 0], x[0, 0, 1]
-    for other in (changed, swapped, crossed):
-        prints.add(checkpoint.fingerprint({"x": jnp.asarray(other)})["x"])
-    assert len(prints) == 4
+        assert fingerprint(state_at(3, devices)) == expected
 
 
 # Damage.

@@ -8,7 +8,7 @@ from test_recipe import load
 
 from mlp_mixer import evaluators, losses, models, optim, recipe, sharding, steps
 from mlp_mixer.data import image_ops, pipeline, sources
-from mlp_mixer.evaluators import accuracy
+from mlp_mixer.evaluators import fewshot
 
 RECIPES = [
     *(
@@ -33,11 +33,15 @@ class Probe:
         self.opened = (name, split, num_examples, num_classes)
         self.num_classes = num_classes
         self.class_names = None
+        self.multi_label = False
 
     def __len__(self):
         return 10
 
     def __getitem__(self, index):
+        raise NotImplementedError
+
+    def label(self, index):
         raise NotImplementedError
 
     def name_of(self, index):
@@ -61,15 +65,22 @@ def test_every_section_is_accepted_by_its_function(root, name, argument, monkeyp
         config.optim.learning_rate
     )
     evals = evaluators.create(
-        recipe.evaluations(config),
+        recipe.evaluations(config, ["all"]),
         predict=steps.make_predict(model, mesh),
         mesh=mesh,
-        loss=config.loss,
         image_size=size,
         data_dir=None,
     )
-    assert evals
-    assert all(isinstance(e, accuracy.Accuracy) for e in evals.values())
+    # Training needs its own data set and no other.
+    watched = recipe.evaluations(config)
+    assert watched
+    for section in watched.values():
+        assert section["type"] == "accuracy"
+        assert section["dataset"]["name"] == config.dataset.name
+    if "imagenet2012" in config.dataset.name:
+        assert set(watched) == {"minival", "val"}
+        assert set(evals) == {"minival", "val", "real", "v2", "fewshot"}
+    assert isinstance(evals["fewshot"], fewshot.FewShot)
     assert {e.preprocess for e in config.evals.values()} <= set(image_ops.PROTOCOLS)
     pipeline.train_batches(
         source, **config.input, image_size=size, batch_size=config.batch_size, seed=0

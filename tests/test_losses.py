@@ -26,6 +26,14 @@ def mixed_labels(n, k, rng):
     return (share * first + (1 - share) * second).astype(np.float32)
 
 
+def test_targets_are_one_for_every_true_class():
+    numbers = losses.targets(jnp.array([2, 0]), 3)
+    np.testing.assert_array_equal(numbers, [[0, 0, 1], [1, 0, 0]])
+    several = losses.targets(jnp.array([[True, False, True], [False] * 3]), 3)
+    np.testing.assert_array_equal(several, [[1, 0, 1], [0, 0, 0]])
+    assert numbers.dtype == several.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("scale", [1, 10, 100])
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_a_loss_is_its_formula_per_example_and_summed_over_classes(name, scale):

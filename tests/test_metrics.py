@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -85,3 +86,18 @@ def test_progress_is_a_plain_line_without_a_terminal(tmp_path, caplog):
 def test_a_profile_needs_two_steps_in_order(tmp_path, steps):
     with pytest.raises(ValueError, match="expected START:STOP"):
         metrics.Profiler(str(tmp_path), steps)
+
+
+def test_a_counter_speaks_in_plain_lines_without_a_terminal(caplog):
+    caplog.set_level("INFO")
+    with metrics.counter(
+        "tars", 4 * 10**9, "bytes", 10**9, every_seconds=0.0
+    ) as advance:
+        advance(10**9)
+    with metrics.counter("images", 3000, "examples") as advance:
+        advance(3000)  # within half a minute: no line between
+    first, *others = [record.getMessage() for record in caplog.records]
+    assert re.match(
+        r"tars: 2.00 GB of 4.00 GB  [\d,.]+ GB/s  \d\d:\d\d:\d\d left", first
+    )
+    assert others == ["tars: 2.00 GB in 00:00:00", "images: 3,000 examples in 00:00:00"]

@@ -1,5 +1,6 @@
 """One run in two real processes."""
 
+import json
 import os
 import socket
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from test_train import state_of, told
 
-from mlp_mixer import recipe
+from mlp_mixer import runs
 
 RUN = [
     "--config=configs/digits.py",
@@ -57,7 +58,30 @@ def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
     for a, b in zip(told(two), told(one), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     assert told(two)[-1]["test/count"] == 297
-    config = recipe.load(one)
+    # And so are features, for few-shot evaluation.
+    port = free_port()
+    everything = ["--only=all", f"--data_dir={data_dir}"]
+    pair = [
+        program(
+            "evaluate",
+            *everything,
+            f"--distributed=localhost:{port},{i},2",
+            f"--workdir={two}",
+            devices=1,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+    single = program("evaluate", *everything, f"--workdir={one}", devices=2)
+    assert single.wait(300) == 0
+    results = [
+        json.loads((run / "evaluate.json").read_text())["results"] for run in (one, two)
+    ]
+    assert results[0]["fewshot"]["count"] == 297
+    for name in ("test", "fewshot"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=0.02)
+    config = runs.load(one)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3),
         *(state_of(config, run).params["head"] for run in (one, two)),

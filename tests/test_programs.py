@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mlp_mixer import metrics
+from mlp_mixer import evaluate, metrics
 
 BEFORE_ANYTHING = {
     "an unknown word": (
@@ -91,16 +91,33 @@ def test_training_speaks_in_plain_lines_without_a_terminal(digits_run):
     assert len(lines) < 25, said
 
 
-def test_evaluate_prints_a_table_and_writes_json_and_a_picture(
+def test_evaluate_prints_a_table_and_writes_it_and_a_picture(
     digits_run, program, data_dir
 ):
     workdir, _ = digits_run
     process = program("evaluate", f"--workdir={workdir}", f"--data_dir={data_dir}")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
+    assert "Left out: fewshot (--only=all runs everything)" in said
     results = json.loads((workdir / "evaluate.json").read_text())
-    test = results["results"]["test"]
+    (test,) = results["results"].values()
     assert results["step"] == 150
+    assert results["evaluators"] == {
+        "test": {"data": "digits test", "preprocess": "vision_transformer"}
+    }
+    title, _, head, _, *rows = (workdir / "evaluate.md").read_text().splitlines()
+    assert title == f"# {workdir} at step 150: mixer_s16, 8 × 8"
+    assert cells(head) == ["", "test"]
+    found = dict(map(cells, rows))
+    assert found == {
+        "data": "digits test",
+        "preprocess": "vision_transformer",
+        "top1": f"{100 * test['top1']:.2f} %",
+        "top5": f"{100 * test['top5']:.2f} %",
+        "loss": f"{test['loss']:.4f}",
+        "nll": f"{test['nll']:.4f}",
+        "count": "297",
+    }
     assert test["count"] == 297
     assert test["top1"] > 0.6
     assert test["top1"] <= test["top5"] <= 1
@@ -110,6 +127,69 @@ def test_evaluate_prints_a_table_and_writes_json_and_a_picture(
     record = metrics.read(workdir)[-1]
     assert record["test/top1"] == pytest.approx(test["top1"])
     assert record["test/loss"] == pytest.approx(test["loss"], rel=1e-4)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_evaluators_that_training_left_out_run_by_name(digits_run, data_dir):
+    workdir, _ = digits_run
+    results = evaluate.evaluate(
+        workdir, only=["fewshot", "test"], preprocess="timm", data_dir=data_dir
+    )
+    said = json.loads((workdir / "evaluate.json").read_text())
+    assert said["results"] == results
+    assert said["evaluators"] == {
+        "test": {"data": "digits test", "preprocess": "timm"},
+        "fewshot": {"data": "digits train → test", "preprocess": "timm"},
+    }
+    shots = results["fewshot"]
+    assert list(shots) == ["1shot", "5shot", "10shot", "25shot", "count"]
+    assert 0.2 < shots["1shot"] < shots["25shot"] < 1
+    table = (workdir / "evaluate.md").read_text()
+    assert f"| {100 * shots['5shot']:.2f} % |" in table
+    with pytest.raises(ValueError, match="no evaluator 'few'; try fewshot, "):
+        evaluate.evaluate(workdir, only=["few"], data_dir=data_dir)
+
+
+def test_a_sweep_reports_the_chosen_l2(digits_run, data_dir, tmp_path):
+    workdir = shutil.copytree(digits_run[0], tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    config["evals"]["fewshot"] |= {"seeds": 0, "l2_exponents": [-10, 4, 19]}
+    (workdir / "config.json").write_text(json.dumps(config))
+    (results,) = evaluate.evaluate(
+        workdir, only=["fewshot"], data_dir=data_dir
+    ).values()
+    for shots in (1, 5, 10, 25):
+        accuracies = {2.0**e: results[f"{shots}shot_l2_{e}"] for e in (-10, 4, 19)}
+        assert results[f"{shots}shot"] == max(accuracies.values())
+        assert results[f"{shots}shot"] == accuracies[results[f"{shots}shot_l2"]]
+    table = (workdir / "evaluate.md").read_text()
+    assert "\n| 5shot_l2 | " in table
+    assert "l2_4" not in table
+
+
+def test_missing_data_is_named_and_the_others_are_evaluated(
+    digits_run, program, data_dir, tmp_path
+):
+    workdir = shutil.copytree(digits_run[0], tmp_path / "run")
+    (workdir / "report.png").unlink(missing_ok=True)
+    config = json.loads((workdir / "config.json").read_text())
+    for split in ("train", "test"):
+        config["evals"]["fewshot"][split]["name"] = "uc_merced"
+    (workdir / "config.json").write_text(json.dumps(config))
+    process = program(
+        "evaluate", f"--workdir={workdir}", f"--data_dir={data_dir}", "--only=all"
+    )
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "fewshot is left out: its data is not here" in said
+    assert "fewshot was not evaluated: No prepared data set 'uc_merced'" in said
+    assert "Traceback" not in said
+    results = json.loads((workdir / "evaluate.json").read_text())["results"]
+    assert set(results) == {"test"}
+    assert (workdir / "report.png").exists()
 
 
 def test_predict_names_digits_and_skips_what_is_broken(
@@ -136,6 +216,11 @@ def test_predict_names_digits_and_skips_what_is_broken(
     ("name", "arguments", "message"),
     [
         ("evaluate", ["--workdir={empty}"], "holds no run (no config.json)"),
+        (
+            "evaluate",
+            ["--workdir={run}", "--only=test", "--preprocess=tim"],
+            "unknown protocol 'tim'; try one of timm",
+        ),
         ("predict", ["--workdir={empty}", "{empty}"], "There is no image in"),
         ("predict", ["--workdir={run}", "no.png"], "There is no file or folder no.png"),
         ("predict", ["--workdir={run}"], "Name image files or folders"),

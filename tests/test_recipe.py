@@ -76,6 +76,29 @@ def test_the_common_recipe_is_section_3(root, argument, classes, bias):
     assert (config.input.crop, config.input.flip) == ("inception", True)
 
 
+def test_short_is_the_regression_run_of_60_epochs(root):
+    short, whole = load(root, "mixer_b16", "short"), load(root, "mixer_b16")
+    assert recipe.total_steps(short) == 18_579
+    whole.epochs = short.epochs
+    assert short == whole
+
+
+@pytest.mark.parametrize("size", ["s32", "s16", "b32", "b16", "l32", "l16", "h14"])
+def test_gpu8_is_the_same_batch_in_micro_batches(root, size):
+    one_host, pod = (load(root, f"mixer_{size}", word) for word in ("gpu8", ""))
+    assert one_host.batch_size == 4096
+    assert one_host.accumulate > 1
+    assert 4096 % (8 * one_host.accumulate) == 0
+    pod.accumulate, pod.input.workers = one_host.accumulate, one_host.input.workers
+    assert one_host == pod
+
+
+@pytest.mark.parametrize("argument", ["imagenet21k,jft300m", "short,imagenet21k"])
+def test_words_that_exclude_each_other_are_refused(root, argument):
+    with pytest.raises(ValueError, match="exclude each other"):
+        load(root, "mixer_b16", argument)
+
+
 def test_words_are_checked(root):
     assert recipe.words("a, b", ["a", "b"]) == ["a", "b"]
     assert recipe.words("", ["a"]) == []
@@ -99,6 +122,43 @@ def test_evaluators_follow_the_data_set_and_never_move_it(root):
     assert (config.batch_size, config.dataset.name) == (64, "folder:/x")
     config.evals.minival.every_steps = 0
     assert list(recipe.evaluations(config)) == ["val"]
+
+
+def test_evaluators_that_training_does_not_run_are_there_by_name(root):
+    config = load(root, "mixer_b16")
+    config.dataset.label = "labels"
+    assert set(recipe.evaluations(config)) == {"minival", "val"}
+    everything = recipe.evaluations(config, ["all"])
+    assert set(everything) == {"minival", "val", "real", "v2", "fewshot"}
+    assert list(recipe.evaluations(config, ["v2", "val"])) == ["v2", "val"]
+    # Training's label feature goes with its data set alone.
+    features = {
+        k: v["dataset"]["label"] for k, v in everything.items() if k != "fewshot"
+    }
+    assert features == {
+        "minival": "labels",
+        "val": "labels",
+        "real": "real_label",
+        "v2": "label",
+    }
+    shots = everything["fewshot"]
+    assert (shots["train"]["name"], shots["test"]["name"]) == ("imagenet2012",) * 2
+    assert shots["train"]["split"] == "train[:65000]"
+    assert shots["train"]["num_classes"] is None
+    assert (shots["seeds"], shots["l2_exponents"], shots["shots"]) == (3, (10,), (5,))
+    with pytest.raises(ValueError, match="no evaluator 'reel'; try real"):
+        recipe.evaluations(config, ["reel"])
+
+
+def test_few_shot_defaults_are_section_7():
+    section = recipe.fewshot("train[:1000]", "train[1000:]", "uc_merced")
+    assert section.shots == (1, 5, 10, 25)
+    assert section.preprocess == "paper-resize-crop"
+    assert (recipe.L2_SWEEP[0], recipe.L2_SWEEP[-1], len(recipe.L2_SWEEP)) == (
+        -10,
+        19,
+        30,
+    )
 
 
 def test_a_recipe_takes_from_the_data_only_what_it_does_not_state():
@@ -158,12 +218,3 @@ def test_an_unknown_recipe_lists_the_shipped():
 def test_the_workdir_is_named_after_the_recipe(config, workdir):
     assert recipe.default_workdir(["train", f"--config={config}"]) == workdir
     assert recipe.default_workdir(["train", "--config", config]) == workdir
-
-
-def test_a_workdir_gives_its_recipe_back(root, tmp_path):
-    config = load(root, "mixer_b16")
-    recipe.claim(config, tmp_path, ("cat", "dog"))
-    assert recipe.load(tmp_path).to_dict() == config.to_dict()
-    assert recipe.load_class_names(tmp_path) == ["cat", "dog"]
-    with pytest.raises(FileNotFoundError, match="holds no run"):
-        recipe.load(tmp_path / "nowhere")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from mlp_mixer import checkpoint, metrics, optim, recipe, sharding, steps, train
+from mlp_mixer import checkpoint, metrics, optim, recipe, runs, sharding, steps, train
 from mlp_mixer import models as zoo
 from mlp_mixer.data import pipeline
 
@@ -71,7 +71,31 @@ def test_a_run_records_evaluates_and_checkpoints(tiny, straight):
     assert 0 <= evaluated[12]["val/top1"] <= evaluated[12]["val/top5"] <= 1
     assert sorted(os.listdir(f"{straight}/checkpoints")) == ["00000008", "00000012"]
     assert any(pathlib.Path(straight, "tensorboard").iterdir())
-    assert recipe.load(straight).to_dict() == tiny.to_dict()
+    assert runs.load(straight).to_dict() == tiny.to_dict()
+
+
+def test_training_runs_few_shot_evaluation_too(tiny, tmp_path):
+    tiny.total_steps, tiny.optim.warmup_steps = 2, 1
+    tiny.evals.val.every_steps = 0
+    tiny.evals.shots = recipe.fewshot(
+        "train", "val", every_steps=2, preprocess="vision_transformer", shots=(1, 3)
+    )
+    for split in ("train", "test"):
+        tiny.evals.shots[split].num_examples = 40
+        tiny.evals.shots[split].num_classes = 8
+    train.train(tiny, str(tmp_path))
+    (record,) = [r for r in metrics.read(tmp_path) if "shots/count" in r]
+    # Both splits are the same noise: what was a shot is recognised.
+    assert 1 / 8 <= record["shots/1shot"] < record["shots/3shot"] <= 1
+    assert not any("val/top1" in r for r in metrics.read(tmp_path))
+
+
+def test_an_evaluator_without_data_ends_a_run_before_it_begins(tiny, tmp_path):
+    tiny.evals.other = recipe.evaluation("test", dataset={"name": "cifar10"})
+    run = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="No prepared data set 'cifar10'"):
+        train.train(tiny, str(run), data_dir=str(tmp_path))
+    assert not run.exists()
 
 
 @pytest.mark.parametrize("stop", [3, 8])
@@ -135,20 +159,20 @@ def test_a_run_killed_at_a_random_step_ends_bitwise_equal(
         "--config.checkpoint.every_steps=10",
         "--config.evals.test.every_steps=30",
     ]
-    runs = {name: tmp_path / name for name in ("straight", "killed")}
-    whole = program("train", *arguments, f"--workdir={runs['straight']}")
+    folders = {name: tmp_path / name for name in ("straight", "killed")}
+    whole = program("train", *arguments, f"--workdir={folders['straight']}")
     assert whole.wait(200) == 0, whole.stdout.read()
     at = random.Random(seed).randrange(5, 110)
-    victim = program("train", *arguments, f"--workdir={runs['killed']}")
-    while len(metrics.read(runs["killed"])) < at:
+    victim = program("train", *arguments, f"--workdir={folders['killed']}")
+    while len(metrics.read(folders["killed"])) < at:
         assert victim.poll() is None, victim.stdout.read()
         time.sleep(0.002)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait(60) == -signal.SIGKILL
-    again = program("train", *arguments, f"--workdir={runs['killed']}")
+    again = program("train", *arguments, f"--workdir={folders['killed']}")
     said, _ = again.communicate(timeout=200)
     assert again.returncode == 0, said
-    assert_equal_runs(recipe.load(str(runs["killed"])), *map(str, runs.values()))
+    assert_equal_runs(runs.load(str(folders["killed"])), *map(str, folders.values()))
 
 
 def stop_in_the_middle(process, workdir, moment):

@@ -22,6 +22,7 @@ def examples(classes=3, n=30):
         top1=label == prediction,
         top5=np.ones(n, bool),
         loss=np.ones(n, np.float32),
+        nll=np.ones(n, np.float32),
     )
 
 
@@ -55,9 +56,18 @@ def test_the_report_holds_curves_confusion_and_every_image(classes):
         examples=seen,
         shown=shown,
         images=images,
+        truths=[
+            [int(seen.label[i]), (int(seen.label[i]) + 2) % classes] for i in shown
+        ],
         class_names=[f"a rather long class name {i}" for i in range(classes)],
     )
     axes = {axis.get_title(): axis for axis in figure.axes}
+    # All true classes of a mistake are named.
+    wrong = int((~seen.top1).sum())
+    said = [axis.get_title() for axis in figure.axes if "%)" in axis.get_title()]
+    assert [" or " in title.replace("\n", " ") for title in said] == [
+        i < wrong for i in range(12)
+    ]
     curves = [line.get_ydata() for line in axes["loss"].lines]
     assert [list(map(float, y)) for y in curves] == [[3.0, 2.0], [2.5]]
     assert len(axes["accuracy"].lines) == 2
@@ -87,6 +97,7 @@ def test_a_run_without_records_still_has_a_report():
         examples=seen,
         shown=[],
         images=[],
+        truths=[],
         class_names=list("abc"),
     )
     assert visualize.png(figure).startswith(b"\x89PNG")

@@ -1,76 +1,29 @@
-"""Pure image functions on NumPy: decode, crop, resize, flip, evaluation protocols.
+"""Pure image functions: decode, crop, resize, flip, evaluation protocols.
 
 They follow big_vision's `pp/ops_image.py` (the input code of arXiv 2105.01601), whose
-TensorFlow kernels they equal bit for bit, without TensorFlow. Images are
+TensorFlow kernels they equal bit for bit, without TensorFlow; only
+`crop_and_resize_fast` comes near instead, and says how near. Images are
 (height, width, channels), uint8 or float32 in levels 0..255; the step, not the host,
 maps them to [-1, 1].
 """
 
 import difflib
-import io
 import math
 from collections.abc import Callable
 
+import cv2
 import numpy as np
 import PIL.Image
-import simplejpeg
 from jaxtyping import Float32, Int64, UInt8
+
+from mlp_mixer.data.decoding import decode as decode
+
+# Many images at once, one thread each, is Grain's business.
+cv2.setNumThreads(1)
 
 Image = UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
 Resized = UInt8[np.ndarray, "height width c"] | Float32[np.ndarray, "height width c"]
 Size = int | tuple[int, int]
-
-
-def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an encoded image to RGB; the content decides the format, not a name.
-
-    Alpha is dropped and 16-bit samples lose their low byte, as in
-    `tf.io.decode_image(channels=3)`. Of an animation the first frame is taken.
-
-    Args:
-        data: the bytes of a JPEG, or of anything that Pillow reads.
-        dct: "fast" gives the pixels of TensorFlow's default, on which the published
-            models were trained; "accurate" those of Pillow and OpenCV. Only for JPEG.
-
-    Raises:
-        ValueError: `dct` is unknown, or the data are truncated or not an image.
-    """
-    if dct not in ("fast", "accurate"):
-        raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
-    if data[:3] == b"\xff\xd8\xff":
-        try:
-            return simplejpeg.decode_jpeg(data, "RGB", fastdct=dct == "fast")
-        except ValueError as error:
-            if "premature" in str(error).lower():
-                raise _undecodable(data, str(error)) from error
-            # simplejpeg also refuses stray bytes and rare chroma samplings, which
-            # TensorFlow reads over; on those Pillow has the last word.
-    return _decode_with_pillow(data)
-
-
-def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    try:
-        image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
-        image.load()
-    except PIL.UnidentifiedImageError as error:
-        raise _undecodable(data, "no image format that Pillow knows") from error
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise _undecodable(data, str(error)) from error
-    if image.mode.startswith("I"):
-        # Pillow clips 16-bit grey to 255 where everyone else keeps the high byte.
-        levels = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
-        image = PIL.Image.fromarray(levels)
-    elif "transparency" in image.info:
-        # A palette's transparency cannot be dropped in one step without a warning.
-        image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
-
-
-def _undecodable(data: bytes, reason: str) -> ValueError:
-    return ValueError(
-        f"cannot decode {len(data)} bytes that begin with {data[:8]!r}: {reason}; "
-        "is the file complete, and an image?"
-    )
 
 
 def resize(image: Image, size: Size) -> Resized:
@@ -83,15 +36,25 @@ def resize(image: Image, size: Size) -> Resized:
         image: uint8 or float32.
         size: the side of a square, or (height, width).
     """
-    height, width = _pair(size)
-    y0, y1, t = _neighbours(image.shape[0], height)
-    x0, x1, u = _neighbours(image.shape[1], width)
+    sides = _pair(size)
+    return _bilinear(image, sides, sides)
+
+
+def _bilinear(image: Image, sides: tuple[int, int], crop: tuple[int, int]) -> Resized:
+    """The central `crop` of the image resized to `sides`; the rest is not computed."""
+    y0, y1, t = _middle(crop[0], *_neighbours(image.shape[0], sides[0]))
+    x0, x1, u = _middle(crop[1], *_neighbours(image.shape[1], sides[1]))
     rows = np.union1d(y0, y1)
     band = image[rows]
     # Across first, then down, each as a + (b - a)·t: TensorFlow's order of rounding.
     band = _lerp(np.take(band, x0, axis=1), np.take(band, x1, axis=1), u[:, None])
     top, bottom = band[np.searchsorted(rows, y0)], band[np.searchsorted(rows, y1)]
     return _as_dtype(_lerp(top, bottom, t[:, None, None]), image.dtype)
+
+
+def _middle(n: int, *along: np.ndarray) -> list[np.ndarray]:
+    at = (along[0].shape[-1] - n) // 2
+    return [each[..., at : at + n] for each in along]
 
 
 def _neighbours(
@@ -131,22 +94,31 @@ def resize_small(image: Image, size: Size, method: str = "area") -> Resized:
     """
     if method not in ("area", "bilinear"):
         raise ValueError(f"method is {method!r}; it must be 'area' or 'bilinear'.")
+    sides = _covering(image, size)
+    if method == "bilinear":
+        return _bilinear(image, sides, sides)
+    return _area(image, sides, sides)
+
+
+def _covering(image: Image, size: Size) -> tuple[int, int]:
+    """The sides of the image scaled so that it just covers `size`."""
     sides = np.array(image.shape[:2], np.float32)
     ratio = np.max(np.array(_pair(size), np.float32) / sides)
-    height, width = (int(side) for side in np.rint(sides * ratio))
-    if method == "bilinear":
-        return resize(image, (height, width))
-    return _area(image, height, width)
+    height, width = np.rint(sides * ratio)
+    return int(height), int(width)
 
 
-def _area(image: Image, height: int, width: int) -> Resized:
-    iy, wy, sy = _cells(image.shape[0], height)
-    ix, wx, sx = _cells(image.shape[1], width)
+def _area(image: Image, sides: tuple[int, int], crop: tuple[int, int]) -> Resized:
+    """The central `crop` of the image resized to `sides`; the rest is not computed."""
+    iy, wy, sy = _cells(image.shape[0], sides[0])
+    ix, wx, sx = _cells(image.shape[1], sides[1])
+    iy, wy = _middle(crop[0], iy, wy)
+    ix, wx = _middle(crop[1], ix, wx)
     x = image.astype(np.float32)
-    rows = np.zeros((image.shape[0], width, image.shape[2]), np.float32)
+    rows = np.zeros((image.shape[0], crop[1], image.shape[2]), np.float32)
     for cell, weight in zip(ix, wx, strict=True):
         rows += np.take(x, cell, axis=1) * weight[:, None]
-    out = np.zeros((height, width, image.shape[2]), np.float32)
+    out = np.zeros((*crop, image.shape[2]), np.float32)
     for cell, weight in zip(iy, wy, strict=True):
         out += rows[cell] * weight[:, None, None]
     return _as_dtype(out * (np.float32(1) / (sy * sx)), image.dtype)
@@ -194,6 +166,23 @@ def crop_and_resize(
     return resize(_cut(image, box), size)
 
 
+def crop_and_resize_fast(
+    image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], size: Size
+) -> UInt8[np.ndarray, "height width 3"]:
+    """As `crop_and_resize`, but OpenCV's, in an eighth of the time: for training.
+
+    Within about 0.01 levels before the truncation: of 224x224 pixels one value in five
+    thousand differs, by one level.
+
+    Raises:
+        ValueError: the box leaves the image.
+    """
+    height, width = _pair(size)
+    levels = cv2.resize(_cut(image, box).astype(np.float32), (width, height))
+    # Rounding must not take a level from a flat area.
+    return np.add(levels, np.float32(2**-15), out=levels).astype(np.uint8)
+
+
 def _cut(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     y, x, height, width = box
     if min(y, x) < 0 or y + height > image.shape[0] or x + width > image.shape[1]:
@@ -237,7 +226,7 @@ def inception_crop_box(
 
 def flip_lr(image: Image) -> Image:
     """Mirrors left and right."""
-    return np.ascontiguousarray(image[:, ::-1])
+    return cv2.flip(image, 1).reshape(image.shape)
 
 
 def shift(image: Image, dy: int, dx: int) -> Image:
@@ -252,7 +241,8 @@ def shift(image: Image, dy: int, dx: int) -> Image:
 
 def _big_vision(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """big_vision's ImageNet configs: resize_small(256), central_crop(224)."""
-    return central_crop(resize_small(image, _margin(size)), size)
+    # Of a line of pixels the image resized in full would take gigabytes.
+    return _area(image, _covering(image, _margin(size)), _pair(size))
 
 
 def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
@@ -262,12 +252,12 @@ def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resize
 
 def _paper_resize_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """arXiv 2105.01601 Appendix C, `resize-crop`; bilinear is our choice."""
-    return central_crop(resize(image, _margin(size)), size)
+    return _bilinear(image, _margin(size), _pair(size))
 
 
 def _paper_resmall_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """arXiv 2105.01601 Appendix C, `resmall-crop`; bilinear is our choice."""
-    return central_crop(resize_small(image, _margin(size), "bilinear"), size)
+    return _bilinear(image, _covering(image, _margin(size)), _pair(size))
 
 
 def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
@@ -279,11 +269,25 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     box_h, box_w = math.floor(height / 0.875), math.floor(width / 0.875)
     h, w = image.shape[:2]
     new_h, new_w = max(box_h, int(box_w * h / w)), max(box_w, int(box_h * w / h))
-    resized = PIL.Image.fromarray(image).resize(
-        (new_w, new_h), PIL.Image.Resampling.BICUBIC
-    )
-    offset = round((new_h - height) / 2), round((new_w - width) / 2)
-    return _cut(np.array(resized), (*offset, height, width))
+    y, x = round((new_h - height) / 2), round((new_w - width) / 2)
+    bicubic = PIL.Image.Resampling.BICUBIC
+    if new_h * new_w < 2**26:
+        resized = PIL.Image.fromarray(image).resize((new_w, new_h), bicubic)
+        return _cut(np.array(resized), (y, x, height, width))
+    # A line of pixels: gigabytes in full. The middle alone is within a level of that,
+    # as Pillow keeps the box in float32.
+    top, bottom, y0, y1 = _span(y, height, h / new_h, h)
+    left, right, x0, x1 = _span(x, width, w / new_w, w)
+    near = PIL.Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1]))
+    box = left - x0, top - y0, right - x0, bottom - y0
+    return np.array(near.resize((width, height), bicubic, box=box))
+
+
+def _span(start: int, n: int, scale: float, n_in: int) -> tuple[float, float, int, int]:
+    """Where n output pixels lie in the input, and what a bicubic sees around that."""
+    low, high = start * scale, (start + n) * scale
+    around = 3 * max(1, math.ceil(scale))
+    return low, high, max(0, int(low) - around), min(n_in, math.ceil(high) + around)
 
 
 PROTOCOLS: dict[str, Callable[[UInt8[np.ndarray, "h w 3"], Size], Resized]] = {

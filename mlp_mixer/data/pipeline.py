@@ -10,7 +10,7 @@ Inception crop, flip, RandAugment, all on uint8; the device normalises.
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +19,7 @@ from absl import flags
 from jaxtyping import UInt8
 
 from mlp_mixer.data import image_ops, randaugment
-from mlp_mixer.data.sources import Source
+from mlp_mixer.data.sources import Label, Source
 
 Batch = dict[str, np.ndarray]
 Image = UInt8[np.ndarray, "h w 3"]
@@ -60,12 +60,13 @@ def train_batches(
         randaugment_layers: how many random operations are applied; 0 is none.
         randaugment_magnitude: their strength, 0 ... 20.
         workers: processes that decode and augment; 0 does so in threads.
-        max_broken_images: a broken image is logged by name and replaced by the next
-            good one; one more distinct broken image than this, in this process, ends
-            the run.
+        max_broken_images: an image that is broken, or whose label is none of the
+            classes, is logged by name and replaced by the next good one; one more
+            distinct such image than this, in this process, ends the run.
 
     Returns:
-        An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`.
+        An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`; labels of a
+        source with several classes per image are bool (b, num_classes).
 
     Raises:
         ValueError: an argument is impossible, at once; or, from `next`, too many
@@ -91,7 +92,7 @@ def train_batches(
     stream = stream.random_map(augment)
     rows = _local_batch_size(batch_size, process_index, process_count)
     share = _Share(stream, rows, process_index, process_count, start_step, 2**40)
-    return _replaced(_batches(share, rows, workers), source, max_broken_images)
+    return _replaced(_batches(share, workers), source, max_broken_images)
 
 
 def eval_batches(
@@ -117,10 +118,11 @@ def eval_batches(
         workers: processes that decode; 0 does so in threads.
 
     Returns:
-        An iterator of `{"image": (b, h, w, 3), "label": int32 (b,), "mask": bool (b,),
-        "index": int32 (b,)}`, images uint8 or float32 as the protocol has it. Padding
-        has index -1. A broken image is logged by name and has its index, but mask
-        False and zeros; count `~mask & (index >= 0)`.
+        An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
+        "mask": bool (b,), "index": int32 (b,)}`, images uint8 or float32 as the
+        protocol has it. Padding has index -1. An image that is broken or wrongly
+        labelled is logged by name and has its index, but mask False and zeros; count
+        `~mask & (index >= 0)`.
 
     Raises:
         ValueError: an argument is impossible.
@@ -133,14 +135,14 @@ def eval_batches(
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
-    return _logged(_batches(share, rows, workers), source)
+    return _logged(_batches(share, workers), source)
 
 
 def _inception(
     image: Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Cropped:
     box = image_ops.inception_crop_box(rng, *image.shape[:2])
-    return image_ops.crop_and_resize(image, box, size)
+    return image_ops.crop_and_resize_fast(image, box, size)
 
 
 def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cropped:
@@ -174,9 +176,10 @@ class _Augment(grain.transforms.RandomMap):
         if self.layers:
             image = randaugment.randaugment(image, rng, self.layers, self.magnitude)
         # Worker processes share no counter, so what is broken travels with its row.
-        return {"image": image, "label": np.int32(label), "broken": np.int32(broken)}
+        target = _target(self.source, label)
+        return {"image": image, "label": target, "broken": np.int32(broken)}
 
-    def _read(self, index: int) -> tuple[Image, int, int]:
+    def _read(self, index: int) -> tuple[Image, Label, int]:
         """The first good example from `index` on, and `index` if that was not it."""
         n = len(self.source)
         tried = [(index + k) % n for k in range(min(n, self.max_broken_images + 1))]
@@ -202,7 +205,7 @@ class _Prepare(grain.transforms.Map):
         index = element if element < len(self.source) else -1
         row = {
             "image": self.blank,
-            "label": np.int32(0),
+            "label": _target(self.source, None),
             "mask": np.bool_(False),
             "index": np.int32(index),
         }
@@ -215,20 +218,37 @@ class _Prepare(grain.transforms.Map):
         except (OSError, ValueError):  # named where the batch arrives
             return row
         image = image_ops.preprocess(image, self.protocol, self.size)
-        good = {"image": image, "label": np.int32(label), "mask": np.bool_(True)}
-        return row | good
+        target = _target(self.source, label)
+        return row | {"image": image, "label": target, "mask": np.bool_(True)}
+
+
+def _target(source: Source, label: Label | None) -> np.ndarray | np.generic:
+    """A row's label: the class, or of each class whether it is one; None: blank."""
+    if not source.multi_label:
+        return np.int32(0 if label is None else label)
+    classes = np.zeros(source.num_classes, np.bool_)
+    if label is not None:
+        classes[label] = True
+    return classes
 
 
 def read_image(
     source: Source, index: int, dct: str = "fast"
-) -> tuple[UInt8[np.ndarray, "h w 3"], int]:
+) -> tuple[UInt8[np.ndarray, "h w 3"], Label]:
     """The decoded image and the label of one example; a grey image gets 3 channels.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not an image, or damaged.
+        ValueError: it is not an image, or damaged, or its label is none of the classes.
     """
     example = source[index]
+    classes = np.asarray(example["label"])
+    # One-hot, another label would silently be a row of zeros.
+    if ((classes < 0) | (classes >= source.num_classes)).any():
+        raise ValueError(
+            f"its label is {classes}, but there are {source.num_classes} classes,"
+            f" 0 ... {source.num_classes - 1}; is this split labelled?"
+        )
     image = example["image"]
     if isinstance(image, bytes):
         image = image_ops.decode(image, dct)
@@ -241,11 +261,12 @@ def read_image(
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """This process's examples of the global stream.
+    """This process's examples of the global stream, in chunks of a few rows.
 
-    They are rows p·b ... (p+1)·b of every global batch, from `start_step` on. The share
-    comes before `batch`, so that many threads build one batch, and rows stay in place
-    whatever the number of processes.
+    They are rows p·b ... (p+1)·b of every global batch, from `start_step` on, so that
+    rows stay in place whatever the number of processes. A thread or worker process
+    makes a chunk at a time, so that many build one batch; handing over single examples
+    costs more than a third of making them.
     """
 
     stream: Any
@@ -255,31 +276,44 @@ class _Share:
     start_step: int
     steps: int
 
+    @property
+    def chunk(self) -> int:
+        """Rows at a time; a batch is a number of chunks."""
+        return math.gcd(self.rows, 32)
+
     def __len__(self) -> int:
-        return self.steps * self.rows
+        return self.steps * self.rows // self.chunk
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        step, row = divmod(index, self.rows)
+    def __getitem__(self, index: int) -> Batch:
+        step, row = divmod(index * self.chunk, self.rows)
         block = (step + self.start_step) * self.process_count + self.process_index
-        return self.stream[block * self.rows + row]
+        first = block * self.rows + row
+        examples = [self.stream[first + k] for k in range(self.chunk)]
+        return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-def _batches(share: _Share, rows: int, workers: int) -> Iterator[Batch]:
+def _batches(share: _Share, workers: int) -> Iterator[Batch]:
     if workers and not flags.FLAGS.is_parsed():
         # Grain hands absl's flags on to its workers, also outside of `app.run`.
         flags.FLAGS.mark_as_parsed()
-    buffer = min(500, max(16, 2 * rows))
-    examples = grain.MapDataset.source(share).to_iter_dataset(
-        grain.ReadOptions(num_threads=16, prefetch_buffer_size=buffer)
+    # More threads than that fight for the interpreter: sixteen cost a quarter.
+    chunks = grain.MapDataset.source(share).to_iter_dataset(
+        grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     )
     if workers:
-        examples = examples.mp_prefetch(grain.MultiprocessingOptions(workers))
-    # Last, because the buffers above count examples, and rows keep the share's order.
-    batches = examples.batch(rows, drop_remainder=True)
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers))
+    # Last, because the buffers above count chunks, and rows keep the share's order.
+    batches = chunks.batch(
+        share.rows // share.chunk, drop_remainder=True, batch_fn=_concatenate
+    )
     ahead = grain.experimental.ThreadPrefetchIterDataset(
         batches, prefetch_buffer_size=1
     )
     return iter(ahead)
+
+
+def _concatenate(chunks: Sequence[Batch]) -> Batch:
+    return {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
 
 
 def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
@@ -323,8 +357,8 @@ def _warn(source: Source, index: int, consequence: str) -> None:
 def _too_many(source: Source, indices: Iterable[int], limit: int) -> ValueError:
     names = "\n  ".join(source.name_of(i) for i in indices)
     return ValueError(
-        f"More than max_broken_images={limit} images cannot be read:\n  {names}\n"
-        "Repair or remove them, or allow more."
+        f"More than max_broken_images={limit} images are broken or wrongly"
+        f" labelled:\n  {names}\nRepair or remove them, or allow more."
     )
 
 

@@ -1,52 +1,46 @@
 """Where examples come from: TFDS data at random positions, image folders, noise.
 
 Nothing here needs TensorFlow or the network. TFDS data is read in both of its formats,
-array_record and TFRecord (a file of records, each `u64 length, u32 crc, data, u32 crc`,
-which one pass over the lengths makes randomly accessible).
+array_record and TFRecord.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import mmap
 import os
 import pathlib
-import re
-import struct
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf.message import DecodeError
+from jaxtyping import Int
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
-from mlp_mixer.data import preparation
+from mlp_mixer.data import folders, preparation
+from mlp_mixer.data.tfrecords import TFRecords
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm")
-_WELL_KNOWN = (  # only for the hint at a misspelt name
-    "imagenet2012",
-    "cifar10",
-    "cifar100",
-    "oxford_iiit_pet",
-    "oxford_flowers102",
-)
+Label = int | Int[np.ndarray, " m"]
 
 
 @runtime_checkable
 class Source(Protocol):
     """Randomly accessible, picklable examples.
 
-    `source[i]` is `{"image": ..., "label": int}`, the image as encoded bytes or as a
-    uint8 array (h, w, c). `class_names` is None where classes have no names.
+    `source[i]` is `{"image": ..., "label": ...}`, the image as encoded bytes or as a
+    uint8 array (h, w, c), the label as `label(i)` gives it. `class_names` is None where
+    classes have no names.
     """
 
     @property
     def num_classes(self) -> int:
         """Labels are below it."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of classes instead of one."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -56,6 +50,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    def label(self, index: int) -> Label:
+        """The class of example `index`, or its classes; its image is not looked at."""
+
     def name_of(self, index: int) -> str:
         """What a person would call example `index`."""
 
@@ -64,6 +61,7 @@ def open_source(
     name: str,
     split: str,
     *,
+    label: str = "label",
     data_dir: str | os.PathLike | None = None,
     num_examples: int | None = None,
     num_classes: int | None = None,
@@ -77,6 +75,8 @@ def open_source(
         split: in TFDS's notation: "train", "train[:99%]", "train+validation". In a
             folder, "train" means `<path>/train/<class>/*`, and "all" means
             `<path>/<class>/*`. Synthetic images are the same in every split.
+        label: which feature of TFDS data holds the class (a ClassLabel) or the classes
+            (a Sequence of it: "real_label" of imagenet2012_real).
         data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
             ~/tensorflow_datasets).
         num_examples: what the recipe states; checked. For "synthetic", what to make
@@ -99,7 +99,7 @@ def open_source(
             image_size=image_size,
         )
     else:
-        source = _TfdsSource(name, _find_builder(name, data_dir), split)
+        source = _TfdsSource(name, _find_builder(name, data_dir), split, label)
     if not len(source):
         raise ValueError(f"{name} {split} has 0 examples; widen the slice.")
     found = {"num_examples": len(source), "num_classes": source.num_classes}
@@ -121,18 +121,28 @@ def open_source(
 class _TfdsSource:
     """A split of a prepared TFDS data set, its images left encoded."""
 
-    def __init__(self, name: str, builder: tfds.core.DatasetBuilder, split: str):
+    def __init__(
+        self,
+        name: str,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        label: str = "label",
+    ):
         info = builder.info
         features = dict(info.features)
-        image, label = features.get("image"), features.get("label")
+        image: Any = features.get("image")
+        classes: Any = features.get(label)
+        several = isinstance(classes, tfds.features.Sequence)
+        one = classes.feature if several else classes
         if not (
             isinstance(image, tfds.features.Image)
-            and isinstance(label, tfds.features.ClassLabel)
+            and isinstance(one, tfds.features.ClassLabel)
         ):
             found = {k: type(v).__name__ for k, v in features.items()}
             raise ValueError(
-                f"{name} needs the features 'image' (Image) and 'label' (ClassLabel);"
-                f" it has {found}."
+                f"{name} needs the features 'image' (Image) and {label!r} (ClassLabel);"
+                f" it has {found}. If another one holds the classes, name it:"
+                " dataset.label='...'."
             )
         formats = {f.value for f in info.available_file_formats()}
         if not formats & {"array_record", "tfrecord"}:
@@ -152,27 +162,42 @@ class _TfdsSource:
             ) from error
         files = [file for file in files if file.take > 0]  # not so in "train[10:5]"
         self._prefix = f"{name} {split}"
+        self._label = label
         # Only these are parsed: a segmentation mask, say, costs nothing.
-        self._features = tfds.features.FeaturesDict({"image": image, "label": label})
+        self._features = tfds.features.FeaturesDict({"image": image, label: classes})
+        self._label_features = tfds.features.FeaturesDict({label: classes})
         self._id_features = tfds.features.FeaturesDict(
             {k: features[k] for k in ("file_name", "id") if k in features}
         )
-        read = grain.sources.ArrayRecordDataSource if random_access else _TFRecords
+        read = grain.sources.ArrayRecordDataSource if random_access else TFRecords
         self._records = read(files) if files else ()
-        self.num_classes = int(label.num_classes)
-        self.class_names = tuple(label.names)
+        self.multi_label = several
+        self.num_classes = int(one.num_classes)
+        self.class_names = tuple(one.names)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self._parse(
+            self._features, index, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        return {"image": example["image"], "label": self._as_label(example)}
+
+    def label(self, index: int) -> Label:
+        return self._as_label(self._parse(self._label_features, index))
+
+    def _parse(
+        self, features: tfds.features.FeaturesDict, index: int, **options: Any
+    ) -> dict[str, Any]:
         try:
-            example = self._features.deserialize_example_np(
-                self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
-            )
+            return features.deserialize_example_np(self._records[index], **options)
         except DecodeError as error:
             raise ValueError(f"{self._prefix}[{index}]: {error}") from error
-        return {"image": example["image"], "label": int(example["label"])}
+
+    def _as_label(self, example: dict[str, Any]) -> Label:
+        label = example[self._label]
+        return np.asarray(label, np.int64) if self.multi_label else int(label)
 
     def name_of(self, index: int) -> str:
         name = f"{self._prefix}[{index}]"
@@ -184,79 +209,6 @@ class _TfdsSource:
             return name
         ids = (v.decode() if isinstance(v, bytes) else str(v) for v in ids.values())
         return f"{name} ({', '.join(ids)})"
-
-
-class _TFRecords:
-    """Random access to the records of TFRecord files, as TFDS's instructions cut them.
-
-    Args:
-        files: objects with `filename, skip, take, examples_in_shard`.
-    """
-
-    def __init__(self, files: Sequence[Any]):
-        self._paths = [file.filename for file in files]
-        self._maps: dict[int, mmap.mmap] = {}
-        offsets, counts = [], []
-        for file in files:
-            starts = _record_offsets(file.filename)
-            if len(starts) != file.examples_in_shard:
-                raise ValueError(
-                    f"{file.filename} holds {len(starts)} records, but its"
-                    f" dataset_info.json says {file.examples_in_shard}; copy or"
-                    " prepare it again."
-                )
-            offsets.append(starts[file.skip : file.skip + file.take])
-            counts.append(file.take)
-        self._offsets = np.concatenate(offsets)
-        self._file_of = np.repeat(np.arange(len(files)), counts)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> bytes:
-        file, start = int(self._file_of[index]), int(self._offsets[index])
-        if file not in self._maps:
-            with open(self._paths[file], "rb") as opened:
-                self._maps[file] = mmap.mmap(
-                    opened.fileno(), 0, access=mmap.ACCESS_READ
-                )
-        (length,) = struct.unpack_from("<Q", self._maps[file], start)
-        return self._maps[file][start + 12 : start + 12 + length]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # A worker process opens its own.
-
-
-def _record_offsets(filename: str) -> np.ndarray:
-    """Where each record of a TFRecord file starts, in bytes; cached beside the file."""
-    path = pathlib.Path(filename)
-    cache = path.with_name(f".{path.name}.index.npy")
-    stat = path.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or damaged
-        cached = np.load(cache)
-        if cached[:2].tolist() == stamp:
-            return cached[2:]
-    offsets, position = [], 0
-    with open(path, "rb", buffering=0) as file:
-        while position + 16 <= stat.st_size:
-            file.seek(position)
-            offsets.append(position)
-            position += 16 + struct.unpack("<Q", file.read(8))[0]
-    if position != stat.st_size:
-        raise ValueError(
-            f"{path} has {stat.st_size} bytes, but its last record ends at {position};"
-            " it is cut off or damaged: copy or prepare it again."
-        )
-    index = np.asarray([*stamp, *offsets], np.int64)
-    partial = cache.with_name(f".{uuid.uuid4().hex}.npy")
-    with contextlib.suppress(OSError):  # a read-only data set: the next start scans
-        try:
-            np.save(partial, index)
-            os.replace(partial, cache)
-        finally:
-            partial.unlink(missing_ok=True)
-    return index[2:]
 
 
 def _find_builder(
@@ -273,54 +225,25 @@ def _find_builder(
             f"{name!r} is neither one of {', '.join(DATASETS)} nor a TFDS name like"
             f" 'cifar10' or 'cifar10:3.0.2' ({error})."
         ) from error
-    folders = [pathlib.Path(f) for f in file_utils.list_data_dirs(folder)]
-    present = {e for f in folders if f.is_dir() for e in _subfolders(f)}
-    kind = re.split("[:/]", name)[0]
+    places = [pathlib.Path(f) for f in file_utils.list_data_dirs(folder)]
+    present = {e for f in places if f.is_dir() for e in folders.subfolders(f)}
+    wanted = name.partition(":")[0]
+    kind, known = wanted.partition("/")[0], preparation.PREPARABLE
     hint = ""
     if versions := [
-        e for f in folders if (f / kind).is_dir() for e in _subfolders(f / kind)
+        e for f in places if (f / kind).is_dir() for e in folders.subfolders(f / kind)
     ]:
         hint = f" Of {kind!r} there is only {', '.join(versions)}."
-    elif kind not in _WELL_KNOWN and (
-        close := difflib.get_close_matches(kind, {*DATASETS, *present, *_WELL_KNOWN}, 1)
-    ):
-        hint = f" Did you mean {close[0]!r}?"
-    manual = (
-        "  put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into"
-        f" {folders[0]}/downloads/manual/\n"
-    )
+    elif not {kind, wanted} & {*known}:
+        names = [*DATASETS, *known, *present]
+        close = [n for n in names if n.startswith(kind)]
+        if close := close or difflib.get_close_matches(kind, names, 1):
+            hint = f" Did you mean {close[0]!r}?"
     raise FileNotFoundError(
-        f"No prepared data set {name!r} in {', '.join(map(str, folders))}.{hint}"
+        f"No prepared data set {name!r} in {', '.join(map(str, places))}.{hint}"
         " Nothing is downloaded during training; prepare it once:\n"
-        + (manual if kind == "imagenet2012" else "")
-        + "  pip install 'mlp-mixer[prepare]'\n"
-        '  python -c "import tensorflow_datasets as tfds;'
-        f" tfds.builder('{name}', data_dir='{folders[0]}',"
-        " file_format='array_record').download_and_prepare()\""
+        + preparation.instructions(wanted, places[0])
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _FolderSource:
-    """Image files, one sub-folder per class."""
-
-    paths: list[str]
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = pathlib.Path(self.paths[index]).read_bytes()
-        return {"image": image, "label": int(self.labels[index])}
-
-    def name_of(self, index: int) -> str:
-        return self.paths[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +254,7 @@ class _SyntheticSource:
     num_classes: int
     size: tuple[int, int]
     class_names: None = None
+    multi_label: bool = False
 
     def __len__(self) -> int:
         return self.num_examples
@@ -341,7 +265,10 @@ class _SyntheticSource:
         shape = (*self.size, 3)
         noise = np.random.default_rng(index).bytes(int(np.prod(shape)))
         image = np.frombuffer(noise, np.uint8).reshape(shape)
-        return {"image": image, "label": index % self.num_classes}
+        return {"image": image, "label": self.label(index)}
+
+    def label(self, index: int) -> Label:
+        return index % self.num_classes
 
     def name_of(self, index: int) -> str:
         return f"synthetic[{index}]"
@@ -361,83 +288,8 @@ def _open_synthetic(_: str, split: str, **options: Any) -> Source:
     )
 
 
-def _open_folder(path: str, split: str, **_: Any) -> Source:
-    root = pathlib.Path(path).expanduser()
-    if not path or not root.is_dir():
-        raise FileNotFoundError(
-            f"No folder {path!r}; write folder:/path/to/images, with one sub-folder of"
-            " images per class."
-        )
-    files, classes = {}, {}
-    for name in {part.partition("[")[0].strip() for part in split.split("+")}:
-        folder = root if name == "all" else root / name
-        files[name], classes[name] = _list_images(folder)
-        if not files[name]:
-            raise ValueError(
-                f"No images {folder}/<class>/* for split {split!r}; {path} holds the"
-                f" folders {_subfolders(root)}. Write 'train' for train/<class>/*, and"
-                " 'all' or 'all[:90%]' for <class>/*. Images end in"
-                f" {', '.join(IMAGE_SUFFIXES)}."
-            )
-    if "all" not in classes and (root / "train").is_dir():
-        classes["train"] = _subfolders(root / "train")
-    reference, *others = sorted(classes, key=lambda name: name != "train")
-    for other in others:
-        if different := sorted({*classes[reference]} ^ {*classes[other]}):
-            raise ValueError(
-                f"Classes of {root / other} and {root / reference} differ, so labels"
-                f" would too: {len(different)} are in one only, e.g. {different[:5]}."
-            )
-    label_of = {name: label for label, name in enumerate(classes[reference])}
-    paths, labels = [], []
-    for name, start, stop in _slices(split, {k: len(v) for k, v in files.items()}):
-        folder = root if name == "all" else root / name
-        # A slice of a sorted list would lack classes.
-        order = np.random.default_rng(0).permutation(len(files[name]))[start:stop]
-        paths += [f"{folder}/{files[name][i]}" for i in order]
-        labels += [label_of[files[name][i].partition("/")[0]] for i in order]
-    return _FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
-
-
-def _subfolders(folder: pathlib.Path) -> tuple[str, ...]:
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    return tuple(sorted(names))
-
-
-def _list_images(folder: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
-    """Sorted `class/file` of a folder, and its classes."""
-    classes = _subfolders(folder) if folder.is_dir() else ()
-    files = [
-        f"{name}/{file}"
-        for name in classes
-        for file in os.listdir(folder / name)
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
-    ]
-    return sorted(files), classes
-
-
-def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """TFDS's reading of `split` over plain counts, as (name, start, stop)."""
-    # TFDS's word "all" (every split there is) cannot be cut into slices; ours can.
-    infos = {
-        f"{name}_": tfds.core.SplitInfo(f"{name}_", [count], 0)
-        for name, count in counts.items()
-    }
-    spec = re.sub(r"(^|\+)\s*(\w+)", r"\1\2_", split)
-    parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
-    return [
-        (
-            part.splitname[:-1],
-            part.from_ or 0,
-            counts[part.splitname[:-1]] if part.to is None else part.to,
-        )
-        for part in parts
-    ]
-
-
 DATASETS: dict[str, Callable[..., Source]] = {
     "digits": _open_digits,
-    "folder": _open_folder,
+    "folder": lambda path, split, **_: folders.open_folder(path, split),
     "synthetic": _open_synthetic,
 }

@@ -1,7 +1,8 @@
 """Evaluators: what a score is.
 
-An evaluator has `every_steps` and `run(params) -> {metric: float}`. It receives the
-compiled `predict` instead of importing how a step is made.
+An evaluator has `every_steps`, `data` and `preprocess` (what it looks at, and how), and
+`run(params, stop, track) -> {metric: float}`. It receives the compiled `predict`
+instead of importing how a step is made.
 """
 
 import difflib
@@ -9,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlp_mixer.evaluators.accuracy import Accuracy
+from mlp_mixer.evaluators.fewshot import FewShot
 
-EVALUATORS = {"accuracy": Accuracy}
+EVALUATORS: dict[str, Any] = {"accuracy": Accuracy, "fewshot": FewShot}
 
 
 def create(sections: Mapping[str, Mapping[str, Any]], **shared: Any) -> dict[str, Any]:
@@ -21,6 +23,7 @@ def create(sections: Mapping[str, Mapping[str, Any]], **shared: Any) -> dict[str
       **shared: arguments that all of them take.
 
     Raises:
+      FileNotFoundError: there is no such data set on this machine.
       ValueError: unknown type.
     """
     evaluators = {}

@@ -1,42 +1,48 @@
-"""Top-1, top-5 and loss on a split, every example counted once.
+"""Top-1, top-5, likelihood and calibration on a split, every example counted once.
 
-The last batch is padded and masked, so the result does not depend on the batch size,
-nor on the number of devices and processes.
+Of an image with several labels (ImageNet ReaL, JFT) any of them is right; images
+without a label are left out and counted (section 7.1).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt8
 
-from mlp_mixer import losses, sharding
+from mlp_mixer import losses
 from mlp_mixer.data import pipeline, sources
+from mlp_mixer.evaluators.inference import Inference, Stop, Track, never, untracked
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a model makes of each example of a split, on the host."""
+    """What a model makes of each labelled example of a split, on the host."""
 
     index: Int[np.ndarray, " n"]  # position in the source
-    label: Int[np.ndarray, " n"]
+    label: Int[np.ndarray, " n"]  # of several: the predicted, else the first
     prediction: Int[np.ndarray, " n"]  # most likely class
     probability: Float[np.ndarray, " n"]  # softmax, of the prediction
     top1: Bool[np.ndarray, " n"]
     top5: Bool[np.ndarray, " n"]
-    loss: Float[np.ndarray, " n"]  # nats
+    loss: Float[np.ndarray, " n"]  # the recipe's, nats
+    nll: Float[np.ndarray, " n"]  # −log softmax of the true classes together, nats
 
 
 class Accuracy:
-    """Accuracy for one true class per image.
+    """How often, and how surely, the model is right.
 
     Attributes:
       every_steps: of training, between two evaluations.
+      data: the split, for people.
+      preprocess: the protocol.
       source: the split.
       broken: images of the split that could not be read in the last pass.
+      unlabelled: readable ones without a label in the last pass.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Accuracy:
         preprocess: str,
         batch_size: int,
         every_steps: int,
+        ece_bins: int = 0,
         data_dir: str | None = None,
     ):
         """Opens the split.
@@ -63,82 +70,82 @@ class Accuracy:
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           batch_size: images at once over all devices; made a multiple of them.
           every_steps: see above.
+          ece_bins: of the expected calibration error; 0 leaves it out.
           data_dir: where data sets are; TFDS's own folder by default.
         """
-        self.every_steps = every_steps
+        self.every_steps, self.preprocess = every_steps, preprocess
+        self.data = f"{dataset['name']} {dataset['split']}"
         self.source = sources.open_source(
             **dataset, data_dir=data_dir, image_size=image_size
         )
-        self.broken = 0
-        self._predict, self._mesh = predict, mesh
-        per_device = -(-min(batch_size, len(self.source)) // mesh.size)
-        self._batches = {
-            "image_size": image_size,
-            "batch_size": per_device * mesh.size,
-            "preprocess": preprocess,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+        self.broken = self.unlabelled = 0
+        self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]
 
-        def score(logits, batch):
-            classes = logits.shape[-1]
-            top = jax.lax.top_k(logits, min(5, classes))[1]
-            label = batch["label"]
-            hits = top == label[:, None]
-            return batch | {
+        def keep(logits, features, label):
+            del features
+            target = losses.targets(label, logits.shape[-1])
+            top = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+            hits = jnp.take_along_axis(target, top, axis=-1) > 0
+            log_p = jax.nn.log_softmax(logits)
+            true_log_p = jnp.where(target > 0, log_p, -jnp.inf)
+            return {
+                "label": jnp.where(hits[:, 0], top[:, 0], target.argmax(-1)),
                 "prediction": top[:, 0],
-                "probability": jax.nn.softmax(logits).max(-1),
+                "probability": jnp.exp(log_p.max(-1)),
                 "top1": hits[:, 0],
                 "top5": hits.any(-1),
-                "loss": loss_fn(logits, jax.nn.one_hot(label, classes)),
+                "loss": loss_fn(logits, target),
+                "nll": -jax.nn.logsumexp(true_log_p, axis=-1),
+                "labelled": target.any(-1),
             }
 
-        self._score = jax.jit(score, out_shardings=sharding.replicated(mesh))
+        self._infer = Inference(
+            keep,
+            predict=predict,
+            mesh=mesh,
+            image_size=image_size,
+            preprocess=preprocess,
+            batch_size=batch_size,
+        )
 
     def examples(
-        self,
-        params: Any,
-        stop: Callable[[], bool] = lambda: False,
-        track: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, n: items,
+        self, params: Any, stop: Stop = never, track: Track = untracked
     ) -> Examples | None:
-        """Returns each readable example once, or None if `stop()` came true.
+        """Returns each readable, labelled example once, or None if `stop()` came true.
 
-        Args:
-          params: the model's.
-          stop: asked before every batch, the same number of times on every process.
-          track: wraps the batches, e.g. in a progress bar; gets their number too.
+        Raises:
+          ValueError: there is none.
         """
-        batches = pipeline.eval_batches(self.source, **self._batches)
-        count = -(-len(self.source) // self._batches["batch_size"])
-        parts, self.broken = [], 0
-        for batch in track(batches, count):
-            if stop():
-                return None
-            batch = sharding.put(batch, self._mesh)
-            logits, _ = self._predict(params, batch.pop("image"))
-            part = jax.device_get(self._score(logits, batch))
-            mask = part.pop("mask")
-            self.broken += int((~mask & (part["index"] >= 0)).sum())
-            parts.append({key: value[mask] for key, value in part.items()})
-        fields = [field.name for field in dataclasses.fields(Examples)]
-        return Examples(
-            **{key: np.concatenate([part[key] for part in parts]) for key in fields}
-        )
+        outputs = self._infer(self.source, params, stop, track)
+        if outputs is None:
+            return None
+        rows, self.broken = outputs
+        labelled = rows.pop("labelled")
+        self.unlabelled = int((~labelled).sum())
+        if not labelled.any():
+            raise ValueError(
+                f"None of {len(labelled)} images of {self.data} is labelled."
+            )
+        return Examples(**{key: value[labelled] for key, value in rows.items()})
 
     def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         """The image at `index` of the source as it is, for people to look at."""
         return pipeline.read_image(self.source, index)[0]
 
-    def run(
-        self, params: Any, stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, float] | None:
-        """Returns `top1` and `top5` in [0, 1], `loss` in nats and `count`.
+    def labels(self, index: int) -> list[int]:
+        """The true classes of the image at `index` of the source."""
+        return np.atleast_1d(self.source.label(index)).tolist()
 
-        None if `stop()` came true. Images that cannot be read are left out, and
-        counted as `broken` if there are any.
+    def run(
+        self, params: Any, stop: Stop = never, track: Track = untracked
+    ) -> dict[str, float] | None:
+        """Returns `top1` and `top5` in [0, 1], `loss` and `nll` in nats, and `count`.
+
+        None if `stop()` came true. Also `ece` in [0, 1] where asked, `unlabelled` of
+        multi-label data, and `broken`, the images that could not be read, if any.
         """
-        examples = self.examples(params, stop)
+        examples = self.examples(params, stop, track)
         return None if examples is None else self.summary(examples)
 
     def summary(self, examples: Examples) -> dict[str, float]:
@@ -147,6 +154,28 @@ class Accuracy:
             "top1": float(examples.top1.mean()),
             "top5": float(examples.top5.mean()),
             "loss": float(examples.loss.mean(dtype=np.float64)),
-            "count": len(examples.label),
+            "nll": float(examples.nll.mean(dtype=np.float64)),
         }
+        if self._ece_bins:
+            results["ece"] = expected_calibration_error(
+                examples.probability, examples.top1, self._ece_bins
+            )
+        results["count"] = len(examples.label)
+        if self.source.multi_label:
+            results["unlabelled"] = self.unlabelled
         return results | ({"broken": self.broken} if self.broken else {})
+
+
+def expected_calibration_error(
+    confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int
+) -> float:
+    """Mean |accuracy − confidence| over bins of equal width, weighted by their counts.
+
+    Bin m of M holds the confidences in ((m − 1)/M, m/M] (Guo et al., arXiv 1706.04599,
+    section 2).
+    """
+    inner_edges = np.linspace(0.0, 1.0, bins + 1)[1:-1]
+    bin_of = np.searchsorted(inner_edges, confidence, side="left")
+    # count·(accuracy − confidence) of a bin is the sum of these.
+    gaps = np.bincount(bin_of, correct - confidence.astype(np.float64), minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))

@@ -331,6 +331,30 @@ def test_crop_and_resize_sees_only_the_crop():
     )
 
 
+@pytest.mark.parametrize(("size", "share"), [(224, 5e-4), ((60, 90), 1e-2)])
+def test_the_fast_crop_is_a_rare_level_off(size, share):
+    rng, image = np.random.default_rng(0), photo(375, 500)
+    differing = total = 0
+    for _ in range(60):
+        box = image_ops.inception_crop_box(rng, 375, 500)
+        exact = image_ops.crop_and_resize(image, box, size).astype(int)
+        fast = image_ops.crop_and_resize_fast(image, box, size)
+        assert fast.shape == exact.shape
+        assert fast.dtype == np.uint8
+        assert np.abs(fast - exact).max() <= 1
+        differing, total = differing + (fast != exact).sum(), total + exact.size
+    assert differing < share * total
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (224, 224), (3, 2000)])
+@pytest.mark.parametrize("level", [0, 93, 255])
+def test_the_fast_crop_keeps_a_constant_image(shape, level):
+    image = np.full((*shape, 3), level, np.uint8)
+    out = image_ops.crop_and_resize_fast(image, (0, 0, *shape), 224)
+    assert out.shape == (224, 224, 3)
+    assert (out == level).all()
+
+
 def test_a_flip_mirrors_columns():
     image = photo(5, 8)
     flipped = image_ops.flip_lr(image)

@@ -20,6 +20,7 @@ class Listed:
 
     images: list[Any]
     class_names = None
+    multi_label = False
 
     @property
     def num_classes(self):
@@ -31,7 +32,10 @@ class Listed:
     def __getitem__(self, index):
         if self.images[index] is None:
             raise FileNotFoundError(f"nothing at {index}")
-        return {"image": self.images[index], "label": index}
+        return {"image": self.images[index], "label": self.label(index)}
+
+    def label(self, index):
+        return index
 
     def name_of(self, index):
         return f"<example {index}>"
@@ -309,7 +313,8 @@ class FailsOnce(Listed):
 
 def test_only_unreadable_images_are_broken_not_faults_of_the_program(caplog):
     def train_once(source):
-        return train(source, 2, **PLAIN)["label"]
+        # Threads read ahead: the first to meet the example may serve batch 4.
+        return train(source, 8, **PLAIN)["label"]
 
     def evaluate_once(source):
         return list(pipeline.eval_batches(source, image_size=8, batch_size=8))
@@ -319,6 +324,8 @@ def test_only_unreadable_images_are_broken_not_faults_of_the_program(caplog):
         source.error = KeyError("a typo")
         with pytest.raises(KeyError):
             run(source)
+        # Another source, as threads of the ended run may still read the first.
+        source = FailsOnce(source.images)
         source.error = TimeoutError("the disk is slow")
         run(source)
     assert caplog.text.count("<example 2>: readable at a second try") == 2
@@ -378,6 +385,31 @@ def test_evaluation_follows_its_protocol(protocol):
     expected = image_ops.preprocess(decoded, protocol, (8, 12))
     assert batch["image"].dtype == expected.dtype
     np.testing.assert_array_equal(batch["image"][0], expected)
+
+
+@dataclasses.dataclass
+class Several(Listed):
+    """Image i has the classes below i % 3: none, one or two; of as many as images."""
+
+    multi_label = True
+
+    def label(self, index):
+        return np.arange(index % 3)
+
+
+def test_several_labels_travel_as_one_bool_per_class():
+    images = [*noise(7, 8, 8, 3).images, None]
+    source = Several(images)
+    (batch,) = pipeline.eval_batches(source, image_size=8, batch_size=10)
+    assert (batch["label"].dtype, batch["label"].shape) == (np.bool_, (10, 8))
+    expected = [np.arange(8) < i % 3 for i in range(7)]
+    np.testing.assert_array_equal(batch["label"][:7], expected)
+    assert not batch["label"][7:].any()  # broken, and padding
+    rows = train(source, 2, max_broken_images=1, **PLAIN)
+    assert (rows["label"].dtype, rows["label"].shape) == (np.bool_, (16, 8))
+    for image, label in zip(rows["image"], rows["label"], strict=True):
+        (i,) = [i for i in range(7) if (images[i] == image).all()]
+        np.testing.assert_array_equal(label, expected[i])
 
 
 def test_an_unknown_protocol_is_refused_at_once():

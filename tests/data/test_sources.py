@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import pickle
 import struct
 import time
@@ -11,18 +10,18 @@ import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 
-from mlp_mixer.data import image_ops, preparation, sources
+from mlp_mixer.data import image_ops, sources
+from mlp_mixer.data.preparation import digits
 
 
-class NamedDigits(preparation.MixerDigits):
+class NamedDigits(digits.MixerDigits):
     """Fifty digits with what real data sets add: a file name, another image."""
 
     def _info(self):
         features = dict(super()._info().features)
         features |= {"file_name": tfds.features.Text(), "mask": features["image"]}
-        return preparation._OfflineInfo(
+        return digits._OfflineInfo(
             builder=self, features=tfds.features.FeaturesDict(features)
         )
 
@@ -159,9 +158,53 @@ def test_a_damaged_record_is_a_value_error(tfrecord_dir):
     data[12:30] = b"\xff" * 18
     shard.write_bytes(data)
     source = sources.open_source("named_digits", "train", data_dir=tfrecord_dir)
-    with pytest.raises(ValueError, match=r"named_digits train\[0\]"):
-        source[0]
+    for read in (source.__getitem__, source.label):
+        with pytest.raises(ValueError, match=r"named_digits train\[0\]"):
+            read(0)
     assert source.name_of(0) == "named_digits train[0]"
+
+
+class SeveralDigits(digits.MixerDigits):
+    """As imagenet2012_real: one original label and any number of others."""
+
+    def _info(self):
+        features = dict(super()._info().features)
+        one = features.pop("label")
+        features |= {"original_label": one, "real_label": tfds.features.Sequence(one)}
+        return digits._OfflineInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _generate_examples(self, rows):
+        for i, example in super()._generate_examples(rows[:6]):
+            label = example.pop("label")
+            several = [(label + k) % 10 for k in range(i % 3)]
+            yield i, example | {"original_label": label, "real_label": several}
+
+
+def test_an_image_may_have_several_labels_or_none(tmp_path):
+    SeveralDigits(data_dir=tmp_path, file_format="array_record").download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+    one, several = (
+        sources.open_source("several_digits", "test", label=label, data_dir=tmp_path)
+        for label in ("original_label", "real_label")
+    )
+    assert (one.multi_label, several.multi_label) == (False, True)
+    assert one.num_classes == several.num_classes == 10
+    counts = []
+    for i in range(6):
+        first, labels = one.label(i), np.asarray(several.label(i))
+        counts.append(len(labels))
+        assert labels.tolist() == [(first + k) % 10 for k in range(len(labels))]
+        assert one[i]["label"] == first
+        np.testing.assert_array_equal(several[i]["label"], labels)
+        assert several[i]["image"] == one[i]["image"]
+    assert sorted(counts) == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match=r"'label' \(ClassLabel\).*dataset.label="):
+        sources.open_source("several_digits", "test", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"'image' \(Class"):
+        sources.open_source("several_digits", "test", label="image", data_dir=tmp_path)
 
 
 def test_missing_features_are_named(tfrecord_dir):
@@ -214,12 +257,14 @@ def test_a_missing_data_set_says_how_to_get_it(tmp_path, no_network):
     message = str(caught.value)
     assert f"in {tmp_path}." in message
     assert f"ILSVRC2012_img_val.tar into {tmp_path}/downloads/manual/" in message
-    assert "pip install 'mlp-mixer[prepare]'" in message
-    assert f"tfds.builder('imagenet2012', data_dir='{tmp_path}'" in message
+    assert f"python -m mlp_mixer.prepare imagenet2012 --data_dir={tmp_path}" in message
+    assert "pip install" not in message  # ours needs no TensorFlow
 
     with pytest.raises(FileNotFoundError) as caught:
         sources.open_source("cifar10:3.0.2", "train", data_dir=tmp_path)
     assert "ILSVRC" not in str(caught.value)
+    assert "pip install 'mlp-mixer[prepare]'" in str(caught.value)
+    assert "mlp_mixer.prepare cifar10 " in str(caught.value)
     assert "Did you mean" not in str(caught.value)
 
 
@@ -254,69 +299,3 @@ def test_synthetic_images_are_functions_of_the_index():
     default = sources.open_source("synthetic", "test")
     assert (len(default), default.num_classes) == (1024, 1000)
     assert default[0]["image"].shape == (224, 224, 3)
-
-
-def write_images(root, counts, suffix=".png"):
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (5, 4), (i, 0, 0)).save(root / name / f"{i:03}{suffix}")
-
-
-def opened(root, split, **kwargs):
-    return sources.open_source(f"folder:{root}", split, **kwargs)
-
-
-def test_a_folder_with_splits_has_them(tmp_path):
-    write_images(tmp_path / "train", {"cat": 3, "ant": 2, "bee": 4})
-    write_images(tmp_path / "val", {"cat": 1, "ant": 1, "bee": 1}, ".JPEG")
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
-    (tmp_path / "train" / "cat" / "._000.png").write_text("nor this")
-    train, val, both = (
-        opened(tmp_path, s, num_classes=3) for s in ("train", "val", "train+val[1:]")
-    )
-    assert train.class_names == ("ant", "bee", "cat")
-    assert (len(train), len(val), len(both)) == (9, 3, 11)
-    for source in (train, val, both):
-        for i in range(len(source)):
-            path = pathlib.Path(source.name_of(i))
-            assert source.class_names[source[i]["label"]] == path.parent.name
-            assert source[i]["image"] == path.read_bytes()
-    assert pickle.loads(pickle.dumps(train)).name_of(4) == train.name_of(4)
-
-
-def test_slices_of_a_folder_partition_it_and_mix_its_classes(tmp_path):
-    write_images(tmp_path, {"ant": 50, "bee": 50})
-    names = {
-        split: [source.name_of(i) for i in range(len(source))]
-        for split in ("all", "all[:90%]", "all[90%:]", "all[-4:]")
-        for source in [opened(tmp_path, split)]
-    }
-    assert names["all[:90%]"] + names["all[90%:]"] == names["all"]
-    assert names["all[-4:]"] == names["all"][-4:]
-    assert len(set(names["all"])) == 100
-    held_out = opened(tmp_path, "all[90%:]")
-    assert len(held_out) == 10
-    assert {held_out[i]["label"] for i in range(10)} == {0, 1}
-    assert held_out.class_names == ("ant", "bee")
-
-
-def test_splits_of_a_folder_must_agree_on_the_classes(tmp_path):
-    write_images(tmp_path / "train", {"ant": 1, "bee": 1})
-    write_images(tmp_path / "val", {"ant": 1, "cow": 1})
-    for split in ("val", "val+train"):
-        with pytest.raises(ValueError, match=r"differ.*\['bee', 'cow'\]"):
-            opened(tmp_path, split)
-
-
-def test_folder_errors_say_what_is_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="one sub-folder of images per class"):
-        opened(tmp_path / "nowhere", "train")
-    write_images(tmp_path, {"ant": 1, "bee": 0})
-    with pytest.raises(ValueError, match=r"train/<class>/\*.*\('ant', 'bee'\)"):
-        opened(tmp_path, "train")
-    with pytest.raises(ValueError, match="incompatible with 1 examples"):
-        opened(tmp_path, "all[:2]")
-    write_images(tmp_path / "empty", {"train": 0})
-    with pytest.raises(ValueError, match="No images"):
-        opened(tmp_path / "empty", "all")

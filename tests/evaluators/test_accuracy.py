@@ -1,12 +1,15 @@
 """Every example is counted once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlp_mixer import evaluators, sharding, steps
-from mlp_mixer.data import pipeline
+from mlp_mixer.data import pipeline, sources
+from mlp_mixer.evaluators import accuracy
 from mlp_mixer.models.mixer import MlpMixer
 
 CLASSES = 8
@@ -79,6 +82,7 @@ def test_every_example_is_counted_once(devices, count, batch_size):
     log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1))
     nll = log_sum + logits.max(-1) - logits[np.arange(count), labels]
     assert results["loss"] == pytest.approx(nll.mean(), rel=1e-5)
+    assert results["nll"] == results["loss"]  # of softmax, of one label
     if count > 20:  # neither chance nor a constant passes the comparison above
         assert 0 < results["top1"] < results["top5"] < 1
 
@@ -87,15 +91,16 @@ def test_the_loss_is_the_recipes():
     params = random_params()
     mesh = sharding.make_mesh(1)
     softmax, sigmoid = (
-        make(mesh, 16, 16, loss).run(params)["loss"]
+        make(mesh, 16, 16, loss).run(params)
         for loss in ("softmax_xent", "sigmoid_xent")
     )
-    assert sigmoid > softmax + 1
+    assert sigmoid["loss"] > softmax["loss"] + 1
+    assert sigmoid["nll"] == softmax["nll"]
 
 
 def test_a_stop_ends_it_between_batches_without_a_result():
     evaluator = make(sharding.make_mesh(1), 64, 16)
-    asked = []
+    asked: list[bool] = []
 
     def stop():
         asked.append(True)
@@ -120,6 +125,132 @@ def test_broken_images_are_left_out_and_counted(monkeypatch):
     assert (results["count"], results["broken"]) == (18, 2)
     monkeypatch.setattr(pipeline, "read_image", read)
     assert "broken" not in evaluator.run(params)
+
+
+# Logits of six images over four classes, and which classes are true.
+LOGITS = np.log(
+    [
+        [0.7, 0.1, 0.1, 0.1],
+        [0.7, 0.1, 0.1, 0.1],
+        [0.4, 0.3, 0.2, 0.1],
+        [0.1, 0.6, 0.2, 0.1],
+        [0.1, 0.1, 0.1, 0.7],
+        [0.2, 0.2, 0.3, 0.3 + 1e-6],
+    ]
+)
+TRUE: list[list[int]] = [[0], [1, 2], [1, 0], [], [3, 0, 1], [2]]
+
+
+@dataclasses.dataclass
+class Labelled:
+    """Image i has the value i everywhere."""
+
+    labels: list[list[int]]
+    num_classes: int = 4
+    class_names = None
+    multi_label = True
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image = np.full((16, 16, 3), index, np.uint8)
+        return {"image": image, "label": self.label(index)}
+
+    def label(self, index):
+        return np.array(self.labels[index], np.int64)
+
+    def name_of(self, index):
+        return str(index)
+
+
+def of_labels(monkeypatch, labels, logits, devices, **fields):
+    """An evaluator of images with these labels, for a model with these logits."""
+    monkeypatch.setattr(sources, "open_source", lambda **_: Labelled(labels))
+    table = jnp.asarray(logits, jnp.float32)
+
+    def predict(params, image):
+        return table[image[:, 0, 0, 0].astype(int)], image[:, 0, 0]
+
+    return accuracy.Accuracy(
+        predict=jax.jit(predict),
+        mesh=sharding.make_mesh(devices),
+        loss="sigmoid_xent",
+        image_size=(16, 16),
+        dataset={"name": "real", "split": "validation"},
+        preprocess="vision_transformer",
+        batch_size=4,
+        every_steps=1,
+        **fields,
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_any_of_several_labels_is_right_and_unlabelled_images_are_left_out(
+    monkeypatch, devices
+):
+    """ReaL, section 7.1."""
+    evaluator = of_labels(monkeypatch, TRUE, LOGITS, devices)
+    examples = evaluator.examples(None)
+    assert examples.index.tolist() == [0, 1, 2, 4, 5]
+    assert examples.top1.tolist() == [True, False, True, True, False]
+    assert examples.top5.all()
+    # For the confusion matrix: the label that was found, else the first.
+    assert examples.label.tolist() == [0, 1, 0, 3, 2]
+    # The probability of a right answer is that of all true classes.
+    likelihoods = [0.7, 0.2, 0.7, 0.9, 0.3]
+    np.testing.assert_allclose(np.exp(-examples.nll), likelihoods, rtol=1e-5)
+    results = evaluator.run(None)
+    assert results["top1"] == pytest.approx(3 / 5)
+    assert results["nll"] == pytest.approx(-np.log(likelihoods).mean(), rel=1e-5)
+    assert (results["count"], results["unlabelled"]) == (5, 1)
+    assert "broken" not in results
+    assert evaluator.labels(4) == [3, 0, 1]
+
+
+def test_top_5_is_any_label_among_five(monkeypatch):
+    logits = np.arange(8.0)[None].repeat(3, 0)
+    source = Labelled([[7], [2, 3], [0, 1, 2]], num_classes=8)
+    evaluator = of_labels(monkeypatch, source.labels, logits, 1)
+    evaluator.source = source
+    assert evaluator.examples(None).top5.tolist() == [True, True, False]
+
+
+def test_a_split_without_any_label_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="None of 2 images of real validation is lab"):
+        of_labels(monkeypatch, [[], []], LOGITS, 1).run(None)
+
+
+def test_calibration_error_is_its_definition():
+    """Bins ((m − 1)/M, m/M], worked by hand."""
+    confidence = np.array([0.95, 0.85, 0.5, 0.45, 1.0, 0.2, 0.1])
+    correct = np.array([True, False, True, False, True, False, True])
+    # Five bins: 0.2, 0.1 | | 0.5, 0.45 | | 0.95, 0.85, 1.0
+    gaps = abs(1 - 0.3) + abs(1 - 0.95) + abs(2 - 2.8)
+    found = accuracy.expected_calibration_error(confidence, correct, 5)
+    assert found == pytest.approx(gaps / 7)
+    one = accuracy.expected_calibration_error(confidence, correct, 1)
+    assert one == pytest.approx(abs(4 / 7 - confidence.mean()))
+    sure = accuracy.expected_calibration_error(np.ones(3), np.ones(3, bool), 15)
+    assert sure == 0.0
+
+
+def test_calibration_error_is_there_where_asked(monkeypatch):
+    results = of_labels(monkeypatch, TRUE, LOGITS, 1, ece_bins=2).run(None)
+    # Up to 1/2: 0.4 right, 0.3 wrong. Above: 0.7 right, wrong, right.
+    assert results["ece"] == pytest.approx((abs(1 - 0.7) + abs(2 - 2.1)) / 5, rel=1e-4)
+    assert "ece" not in of_labels(monkeypatch, TRUE, LOGITS, 1).run(None)
+
+
+def test_a_split_of_broken_images_is_an_error(monkeypatch):
+    def refuse(*_):
+        raise ValueError("truncated")
+
+    monkeypatch.setattr(pipeline, "read_image", refuse)
+    with pytest.raises(
+        ValueError, match=r"None of 20 images could be read, e\.g\. syn"
+    ):
+        make(sharding.make_mesh(1), 20, 8).run(random_params())
 
 
 def test_an_unknown_type_lists_the_known():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlp_mixer.data import image_ops, preparation, sources
+from mlp_mixer.data.preparation import digits
 
 PREPARE = """
 import logging, sys
@@ -19,8 +20,8 @@ print(len(sources.open_source("digits", "train", data_dir=sys.argv[1])))
 """
 DIE_HALF_WAY = """
 import os, signal, sys
-from mlp_mixer.data import preparation
-generate = preparation.MixerDigits._generate_examples
+from mlp_mixer.data.preparation import digits
+generate = digits.MixerDigits._generate_examples
 
 def die(self, rows):
     for i, example in enumerate(generate(self, rows)):
@@ -28,8 +29,8 @@ def die(self, rows):
             os.kill(os.getpid(), signal.SIGKILL)
         yield example
 
-preparation.MixerDigits._generate_examples = die
-preparation.prepare_digits(sys.argv[1])
+digits.MixerDigits._generate_examples = die
+digits.prepare_digits(sys.argv[1])
 """
 
 
@@ -39,7 +40,7 @@ def start(program, data_dir):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=pathlib.Path(preparation.__file__).parents[2],
+        cwd=pathlib.Path(preparation.__file__).parents[3],
     )
 
 
@@ -62,7 +63,7 @@ def test_splits_are_a_partition_of_the_embedded_file(data_dir):
     assert test_images.shape == (297, 8, 8, 3)
     assert (images == images[..., :1]).all()
 
-    with gzip.open(pathlib.Path(preparation.__file__).with_name("digits.csv.gz")) as f:
+    with gzip.open(digits._CSV) as f:
         rows = np.loadtxt(f, delimiter=",")
     rows[:, :64] = (rows[:, :64] * 255 / 16).round()
     grey = np.concatenate([images, test_images])[..., 0].reshape(1797, 64)

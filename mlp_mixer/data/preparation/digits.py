@@ -1,4 +1,4 @@
-"""Data sets that this project prepares itself, as TFDS builders without TensorFlow.
+"""The embedded digits, as a TFDS builder that needs no TensorFlow.
 
 `MixerDigits` is UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin and
 C. Kaynak, 1998, doi 10.24432/C50P49, CC BY 4.0; see digits.LICENSE.md), embedded in
@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-_CSV = pathlib.Path(__file__).with_name("digits.csv.gz")
+_CSV = pathlib.Path(__file__).parents[1] / "digits.csv.gz"
 _TRAIN_EXAMPLES = 1500  # of 1,797; the other 297 are the test split.
 
 

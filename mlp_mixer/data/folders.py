@@ -1,0 +1,127 @@
+"""Folders of image files, one sub-folder per class."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Image files with labels; a `sources.Source`."""
+
+    paths: list[str]
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    multi_label: bool = False
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = pathlib.Path(self.paths[index]).read_bytes()
+        return {"image": image, "label": self.label(index)}
+
+    def label(self, index: int) -> int:
+        """By the folder it lies in."""
+        return int(self.labels[index])
+
+    def name_of(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
+
+
+def open_folder(path: str, split: str) -> FolderSource:
+    """Opens `<path>/train/<class>/*` for split "train", `<path>/<class>/*` for "all".
+
+    Slices ("all[:90%]") are of a fixed permutation, so that each has all classes.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it has no such split, or splits with different classes.
+    """
+    root = pathlib.Path(path).expanduser()
+    if not path or not root.is_dir():
+        raise FileNotFoundError(
+            f"No folder {path!r}; write folder:/path/to/images, with one sub-folder of"
+            " images per class."
+        )
+    files, classes = {}, {}
+    for name in {part.partition("[")[0].strip() for part in split.split("+")}:
+        folder = root if name == "all" else root / name
+        files[name], classes[name] = _list_images(folder)
+        if not files[name]:
+            raise ValueError(
+                f"No images {folder}/<class>/* for split {split!r}; {path} holds the"
+                f" folders {subfolders(root)}. Write 'train' for train/<class>/*, and"
+                " 'all' or 'all[:90%]' for <class>/*. Images end in"
+                f" {', '.join(IMAGE_SUFFIXES)}."
+            )
+    if "all" not in classes and (root / "train").is_dir():
+        classes["train"] = subfolders(root / "train")
+    reference, *others = sorted(classes, key=lambda name: name != "train")
+    for other in others:
+        if different := sorted({*classes[reference]} ^ {*classes[other]}):
+            raise ValueError(
+                f"Classes of {root / other} and {root / reference} differ, so labels"
+                f" would too: {len(different)} are in one only, e.g. {different[:5]}."
+            )
+    label_of = {name: label for label, name in enumerate(classes[reference])}
+    paths, labels = [], []
+    for name, start, stop in _slices(split, {k: len(v) for k, v in files.items()}):
+        folder = root if name == "all" else root / name
+        # A slice of a sorted list would lack classes.
+        order = np.random.default_rng(0).permutation(len(files[name]))[start:stop]
+        paths += [f"{folder}/{files[name][i]}" for i in order]
+        labels += [label_of[files[name][i].partition("/")[0]] for i in order]
+    return FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
+
+
+def subfolders(folder: pathlib.Path) -> tuple[str, ...]:
+    """Sorted names, without hidden ones."""
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    return tuple(sorted(names))
+
+
+def _list_images(folder: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
+    """Sorted `class/file` of a folder, and its classes."""
+    classes = subfolders(folder) if folder.is_dir() else ()
+    files = [
+        f"{name}/{file}"
+        for name in classes
+        for file in os.listdir(folder / name)
+        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+    ]
+    return sorted(files), classes
+
+
+def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """TFDS's reading of `split` over plain counts, as (name, start, stop)."""
+    # TFDS's word "all" (every split there is) cannot be cut into slices; ours can.
+    infos = {
+        f"{name}_": tfds.core.SplitInfo(f"{name}_", [count], 0)
+        for name, count in counts.items()
+    }
+    spec = re.sub(r"(^|\+)\s*(\w+)", r"\1\2_", split)
+    parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    return [
+        (
+            part.splitname[:-1],
+            part.from_ or 0,
+            counts[part.splitname[:-1]] if part.to is None else part.to,
+        )
+        for part in parts
+    ]

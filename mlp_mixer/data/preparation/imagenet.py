@@ -1,0 +1,206 @@
+"""ImageNet 2012 and its ReaL labels from the official tars, without TensorFlow.
+
+Names, features, labels and order are those of TFDS's `imagenet2012` 5.1.0 and
+`imagenet2012_real` 1.0.0, so either tree serves. One thing differs: images are the
+files' own bytes, where TFDS encodes 22 CMYK files and one PNG of `train` anew.
+"""
+
+import hashlib
+import json
+import logging
+import pathlib
+import re
+import urllib.request
+from collections.abc import Sequence
+
+import tensorflow_datasets as tfds
+
+from mlp_mixer.data.preparation import tars, writing
+from mlp_mixer.data.preparation.writing import Job, Split
+
+logger = logging.getLogger(__name__)
+
+TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+# Size in bytes and md5, as image-net.org publishes them; images.
+_PUBLISHED = {
+    TRAIN: (147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e"),
+    VAL: (6_744_924_160, "29b22e2961454d5413ddabcf34fc5622"),
+}
+_IMAGES = {"train": 1_281_167, "validation": 50_000}
+_WHERE_FROM = "https://image-net.org/download-images (free, with a login)"
+REAL_URL = (
+    "https://raw.githubusercontent.com/google-research/reassessed-imagenet/"
+    "master/real.json"
+)
+_REAL_SHA256 = "d83e9bff374c631aae8439eb064c7019acc56e1b3bc3f56b8380c2a710b0220b"
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+def prepare_imagenet(job: Job) -> None:
+    """Writes `imagenet2012` with its splits train and validation.
+
+    Raises:
+      FileNotFoundError: a tar is not in `job.manual_dir`.
+      OSError: there is not enough room.
+      ValueError: a tar is damaged, or not the published one.
+    """
+    train, val = job.manual_dir / TRAIN, job.manual_dir / VAL
+    _begin(job, [train, val])
+    label_of = {wnid: label for label, wnid in enumerate(_wnids())}
+    archives = []
+    for member in tars.list_members(tars.Archive(train)):
+        wnid = member.name.removesuffix(".tar")
+        if wnid not in label_of:
+            raise ValueError(
+                f"{train} holds {member.name}; expected the tars of ImageNet's 1,000"
+                f" classes, such as {next(iter(label_of))}.tar."
+            )
+        span = member.offset, member.offset + member.size
+        archives.append(tars.Archive(train, label_of[wnid], member.name, *span))
+    images = {
+        "train": tars.index(job, "train", archives),
+        "validation": _validation(job, val),
+    }
+    _say_counts(job, images)
+    splits = {
+        name: Split(len(part), part.num_bytes, part.read)
+        for name, part in images.items()
+    }
+    features = _features() | {"label": tfds.features.ClassLabel(names=_wnids())}
+    writing.write(
+        job,
+        features,
+        splits,
+        description="ILSVRC 2012, the files' own bytes.",
+        homepage="https://image-net.org/",
+        supervised_keys=("image", "label"),
+    )
+
+
+def prepare_real(job: Job) -> None:
+    """Writes `imagenet2012_real`: the validation images with their ReaL labels.
+
+    The labels (arXiv 2006.07159) are real.json of `job.manual_dir`, or downloaded.
+
+    Raises:
+      FileNotFoundError: the tar is not in `job.manual_dir`.
+      OSError: there is not enough room, or real.json cannot be downloaded.
+      ValueError: a file is damaged, or not the published one.
+    """
+    val = job.manual_dir / VAL
+    _begin(job, [val])
+    real = _real_labels(job)
+    images = _validation(job, val)
+    _say_counts(job, {"validation": images})
+    numbers = [_number(name.decode()) for name in images.name]
+    if max(numbers) > len(real):
+        raise ValueError(
+            f"real.json holds {len(real):,} lists, but there is an image number"
+            f" {max(numbers):,}."
+        )
+
+    def read(start: int, stop: int):
+        for example in images.read(start, stop):
+            number = _number(example["file_name"])
+            example["original_label"] = example.pop("label")
+            yield example | {"real_label": real[number - 1]}
+
+    wnids = _wnids()
+    features = _features() | {
+        "original_label": tfds.features.ClassLabel(names=wnids),
+        "real_label": tfds.features.Sequence(tfds.features.ClassLabel(names=wnids)),
+    }
+    writing.write(
+        job,
+        features,
+        {"validation": Split(len(images), images.num_bytes, read)},
+        description="ILSVRC 2012 validation with ReaL labels (arXiv 2006.07159).",
+        homepage="https://github.com/google-research/reassessed-imagenet",
+        supervised_keys=("image", "real_label"),
+    )
+
+
+def _begin(job: Job, paths: Sequence[pathlib.Path]) -> None:
+    tars.require(paths, _WHERE_FROM)
+    writing.begin(job, paths, sum(path.stat().st_size for path in paths))
+    tars.verify(job, {path: _PUBLISHED[path.name] for path in paths})
+
+
+def _features() -> dict[str, tfds.features.FeatureConnector]:
+    return {
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "file_name": tfds.features.Text(),
+    }
+
+
+def _wnids() -> list[str]:
+    """By label; TFDS ships them."""
+    return _lines("labels.txt")
+
+
+def _lines(name: str) -> list[str]:
+    return tfds.core.tfds_path(f"datasets/imagenet2012/{name}").read_text().split()
+
+
+def _validation(job: Job, path: pathlib.Path) -> tars.TarImages:
+    label_of = {wnid: label for label, wnid in enumerate(_wnids())}
+    labels = [label_of[wnid] for wnid in _lines("validation_labels.txt")]
+
+    def label(_: tars.Archive, member: tars.Member) -> int:
+        return labels[_number(member.name) - 1]
+
+    return tars.index(job, "validation", [tars.Archive(path)], label)
+
+
+def _number(name: str) -> int:
+    match = _VAL_NAME.fullmatch(name)
+    if not match or not 1 <= int(match[1]) <= _IMAGES["validation"]:
+        raise ValueError(
+            f"{VAL} holds {name!r}; expected ILSVRC2012_val_00000001.JPEG to"
+            " ILSVRC2012_val_00050000.JPEG."
+        )
+    return int(match[1])
+
+
+def _say_counts(job: Job, images: dict[str, tars.TarImages]) -> None:
+    for split, part in images.items():
+        if len(part) != (expected := _IMAGES[split]):
+            logger.warning(
+                "%s %s has %s images, but ImageNet 2012 has %s.",
+                *(job.name, split, f"{len(part):,}", f"{expected:,}"),
+            )
+
+
+def _real_labels(job: Job) -> list[list[int]]:
+    path = job.manual_dir / "real.json"
+    if not path.exists():
+        path = job.data_dir / "downloads" / "real.json"
+    if not path.exists():
+        _download(REAL_URL, path)
+    data = path.read_bytes()
+    if job.verify and hashlib.sha256(data).hexdigest() != _REAL_SHA256:
+        raise ValueError(
+            f"{path} is not the published real.json (sha256): remove it and start"
+            " again, or pass --noverify if it is meant to be another."
+        )
+    try:
+        real = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it.") from error
+    return real
+
+
+def _download(url: str, path: pathlib.Path) -> None:
+    logger.info("Downloading %s", url)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            data = response.read()
+    except OSError as error:
+        raise OSError(
+            f"{url} cannot be downloaded ({error}); put {path.name} into the manual"
+            " folder by hand."
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.writing")
+    unfinished.write_bytes(data)
+    unfinished.rename(path)

@@ -1,0 +1,122 @@
+"""Data sets through TFDS's own builders: the one place that needs TensorFlow."""
+
+import contextlib
+import difflib
+import logging
+import pathlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import tensorflow_datasets as tfds
+
+from mlp_mixer.data.preparation import writing
+from mlp_mixer.data.preparation.writing import Job
+
+logger = logging.getLogger(__name__)
+_EVERY_SECONDS = 30.0
+
+
+def prepare_stock(job: Job, gigabytes: float = 0.0) -> None:
+    """Downloads and writes a data set that TFDS knows, as array_record.
+
+    What was downloaded is kept when it is interrupted; TFDS writes all or nothing.
+
+    Args:
+      job: the data set.
+      gigabytes: that downloads, their contents and shards need; 0 if not known.
+
+    Raises:
+      FileNotFoundError: it needs files that a person has to download.
+      ModuleNotFoundError: TensorFlow is not installed.
+      OSError: no network, no room, or a wrong checksum.
+      ValueError: TFDS does not know it.
+    """
+    _check_name(job.name)
+    if gigabytes:
+        writing.check_disk(job, int(gigabytes * 1e9) - _downloaded(job))
+    _check_tensorflow(job.name)
+    builder = tfds.builder(job.name, data_dir=job.data_dir, file_format="array_record")
+    for leftover in pathlib.Path(builder.data_dir).parent.glob("incomplete.*"):
+        shutil.rmtree(leftover)  # of a process that was killed
+    config = tfds.download.DownloadConfig(
+        manual_dir=job.manual_dir, try_download_gcs=False
+    )
+    try:
+        with _heartbeat(job):
+            builder.download_and_prepare(
+                download_dir=job.data_dir / "downloads", download_config=config
+            )
+    except AssertionError as error:  # TFDS's word for what is not in the folder
+        said = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{job.name} needs files in {job.manual_dir}: {said}"
+        ) from error
+    except (OSError, tfds.download.DownloadError) as error:
+        raise OSError(
+            f"{job.name} could not be prepared: {error}. Start again to go on from"
+            " what is downloaded."
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    known = tfds.list_builders(with_community_datasets=False)
+    kind = name.partition("/")[0].partition(":")[0]
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, 3, 0.5)
+        raise ValueError(
+            f"TFDS knows no data set {kind!r}."
+            + (f" Near names: {', '.join(near)}." if near else "")
+            + " `python -m mlp_mixer.prepare list` shows what this project knows well."
+        )
+
+
+def _check_tensorflow(name: str) -> None:
+    try:
+        import importlib_resources  # noqa: F401
+        import tensorflow  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{name} is prepared by TFDS's own builder, which needs TensorFlow"
+            f" ({error}): pip install 'mlp-mixer[prepare]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def _heartbeat(job: Job) -> Iterator[None]:
+    """Says every half minute what lies on disk: TFDS's bars are for terminals."""
+    if sys.stderr.isatty():
+        yield
+        return
+    tfds.disable_progress_bar()
+    ended, began = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not ended.wait(_EVERY_SECONDS):
+            size = _downloaded(job) + _bytes_in(job.data_dir / job.name)
+            after = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
+            logger.info("%s: %.2f GB on disk after %s", job.name, size / 1e9, after)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _downloaded(job: Job) -> int:
+    """Bytes that TFDS downloaded and unpacked, for whichever data set."""
+    folder = job.data_dir / "downloads"
+    return _bytes_in(folder) - _bytes_in(folder / "manual")
+
+
+def _bytes_in(folder: pathlib.Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            size += path.stat().st_size if path.is_file() else 0
+    return size

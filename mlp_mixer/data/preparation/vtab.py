@@ -1,0 +1,216 @@
+"""The 19 tasks of VTAB-1k (arXiv 1910.04867) from their TFDS data sets.
+
+Splits and labels are those of google-research/task_adaptation (`data/*.py`, tasks as in
+`scripts/run_all_tasks.sh`): 800 examples to train on, 200 to choose with, and the full
+test split. Once the base lies on disk, nothing here needs TensorFlow.
+"""
+
+import dataclasses
+import io
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core import read_only_builder
+
+from mlp_mixer.data.preparation import writing
+from mlp_mixer.data.preparation.writing import Job, Split
+from mlp_mixer.data.tfrecords import TFRecords
+
+VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a task is made of.
+
+    Attributes:
+      base: the TFDS data set, its configuration included.
+      val200: where the 200 come from: "validation[:200]", or, written "90%", the
+        first 200 after so much of the split train.
+      test: in TFDS's notation; "80%:" is what is left of train after that.
+      feature: that holds the label.
+      num_classes: of a derived label; None where `feature` is a ClassLabel as it is.
+      label: value of `feature` → derived label.
+      image: encoded image → encoded image, where it is not as it is.
+    """
+
+    base: str
+    val200: str
+    test: str = "test"
+    feature: str = "label"
+    num_classes: int | None = None
+    label: Callable[[Any], int] = int
+    image: Callable[[bytes], bytes] = bytes
+
+    def splits(self, num_train: int) -> dict[str, str]:
+        """TFDS's names for this task's splits, given the size of the base's train."""
+        val = self.val200
+        if val.endswith("%"):
+            start = int(val[:-1]) * num_train // 100
+            val = f"train[{start}:{start + 200}]"
+        test = self.test
+        if test.endswith("%:"):
+            # Two parts of 100, each rounded down, as task_adaptation adds them.
+            parts = map(int, test[:-2].split("+"))
+            test = f"train[{sum(part * num_train // 100 for part in parts)}:]"
+        return {
+            "train800": "train[:800]",
+            "val200": val,
+            "train800val200": f"train[:800]+{val}",
+            "test": test,
+        }
+
+
+def _bin(value: float, borders: Sequence[float]) -> int:
+    """The last border that is below `value`."""
+    return int(np.flatnonzero(np.asarray(borders) < value)[-1])
+
+
+Objects = Mapping[str, Sequence]  # as TFDS gives them: feature → one for each object
+
+
+def clevr_distance(objects: Objects) -> int:
+    """Depth of the closest object, in six bins."""
+    depth = min(float(z) for _, _, z in objects["pixel_coords"])
+    return _bin(depth, [0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0])
+
+
+def clevr_count(objects: Objects) -> int:
+    """How many objects there are: 3 to 10, from 0 on."""
+    return len(objects["size"]) - 3
+
+
+def kitti_distance(objects: Objects) -> int:
+    """Distance of the closest car, van or truck in three bins of metres; 3 is none."""
+    pairs = zip(objects["type"], objects["location"], strict=True)
+    depths = [float(z) for kind, (_, _, z) in pairs if kind < 3]
+    return _bin(min(depths, default=1000.0), [-100.0, 8.0, 20.0, 999.0])
+
+
+def _sixteenths(num_original: int) -> Callable[[Any], int]:
+    return lambda label: int(label * 16 // num_original)
+
+
+def _brighten(image: bytes) -> bytes:
+    """DSprites' images hold 0 and 1."""
+    levels = np.where(np.asarray(Image.open(io.BytesIO(image))), 255, 0)
+    out = io.BytesIO()
+    Image.fromarray(levels.astype(np.uint8)).save(out, "png")
+    return out.getvalue()
+
+
+_DSPRITES: dict[str, Any] = {
+    "base": "dsprites",
+    "val200": "80%",
+    "test": "80+10%:",
+    "num_classes": 16,
+    "image": _brighten,
+}
+_CLEVR: dict[str, Any] = {
+    "base": "clevr",
+    "val200": "90%",
+    "test": "validation",
+    "feature": "objects",
+}
+_VALIDATION = "validation[:200]"
+TASKS = {
+    "caltech101": Task("caltech101", "90%"),
+    "cifar100": Task("cifar100", "90%"),
+    "clevr_count": Task(**_CLEVR, num_classes=8, label=clevr_count),
+    "clevr_distance": Task(**_CLEVR, num_classes=6, label=clevr_distance),
+    "diabetic_retinopathy": Task(
+        "diabetic_retinopathy_detection/btgraham-300", _VALIDATION
+    ),
+    "dmlab": Task("dmlab", _VALIDATION),
+    "dsprites_location": Task(
+        **_DSPRITES, feature="label_x_position", label=_sixteenths(32)
+    ),
+    "dsprites_orientation": Task(
+        **_DSPRITES, feature="label_orientation", label=_sixteenths(40)
+    ),
+    "dtd": Task("dtd", _VALIDATION),
+    "eurosat": Task("eurosat/rgb", "60%", "60+20%:"),
+    "kitti_distance": Task(
+        "kitti", _VALIDATION, feature="objects", num_classes=4, label=kitti_distance
+    ),
+    "oxford_flowers102": Task("oxford_flowers102", _VALIDATION),
+    "oxford_iiit_pet": Task("oxford_iiit_pet", "80%"),
+    "patch_camelyon": Task("patch_camelyon", _VALIDATION),
+    "resisc45": Task("resisc45", "60%", "60+20%:"),
+    "smallnorb_azimuth": Task(
+        "smallnorb", "test[:200]", "test[50%:]", feature="label_azimuth"
+    ),
+    "smallnorb_elevation": Task(
+        "smallnorb", "test[:200]", "test[50%:]", feature="label_elevation"
+    ),
+    "sun397": Task("sun397/tfds", _VALIDATION),
+    "svhn": Task("svhn_cropped", "90%"),
+}
+
+
+def prepare_vtab(job: Job, task: Task) -> None:
+    """Writes a task's splits train800, val200, train800val200 and test.
+
+    Args:
+      job: `vtab_<task>`.
+      task: one of TASKS, whose base lies in `job.data_dir`.
+
+    Raises:
+      OSError: there is not enough room.
+      ValueError: the base is not what the task needs.
+    """
+    base = read_only_builder.builder_from_files(task.base, data_dir=job.data_dir)
+    info = base.info
+    folder = pathlib.Path(base.data_dir)
+    features = dict(info.features)
+    label = features.get(task.feature)
+    if task.num_classes:
+        label = tfds.features.ClassLabel(num_classes=task.num_classes)
+    if not isinstance(label, tfds.features.ClassLabel) or "image" not in features:
+        raise ValueError(
+            f"{job.name} needs the features 'image' and {task.feature!r} of"
+            f" {folder}; it has {', '.join(features)}."
+        )
+    read = tfds.features.FeaturesDict(
+        {key: features[key] for key in ("image", task.feature)}
+    )
+    names = task.splits(info.splits["train"].num_examples)
+    splits = {name: _split(task, info, read, spec) for name, spec in names.items()}
+    needed = sum(split.num_bytes for split in splits.values())
+    writing.begin(job, [folder / "dataset_info.json"], needed)
+    writing.write(
+        job,
+        {"image": tfds.features.Image(), "label": label},
+        splits,
+        description=f"A task of VTAB-1k, from {task.base} {info.version}.",
+        homepage="https://google-research.github.io/task_adaptation/",
+        supervised_keys=("image", "label"),
+    )
+
+
+def _split(
+    task: Task, info: Any, features: tfds.features.FeaturesDict, spec: str
+) -> Split:
+    files = [file for file in info.splits[spec].file_instructions if file.take > 0]
+    array_record = info.file_format.value == "array_record"
+    records = (grain.sources.ArrayRecordDataSource if array_record else TFRecords)(
+        files
+    )
+    decoders = {"image": tfds.decode.SkipDecoding()}
+
+    def read(start: int, stop: int):
+        for i in range(start, stop):
+            example = features.deserialize_example_np(records[i], decoders=decoders)
+            yield {
+                "image": task.image(example["image"]),
+                "label": task.label(example[task.feature]),
+            }
+
+    total = sum(split.num_examples for split in info.splits.values())
+    num_bytes = sum(split.num_bytes for split in info.splits.values())
+    return Split(len(records), num_bytes * len(records) // total, read)

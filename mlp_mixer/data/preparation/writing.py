@@ -1,0 +1,192 @@
+"""Writes a prepared data set shard by shard, so that a killed preparation goes on.
+
+The files are those that TFDS itself would write: `<name>/<version>/` with array_record
+shards, features.json and dataset_info.json. Until all are complete they lie in a
+hidden folder beside it, where a shard has its name only once it is whole.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import example_serializer, file_adapters
+from tensorflow_datasets.core.utils import shard_utils
+
+logger = logging.getLogger(__name__)
+
+# (what, total, unit, completed) → a context that gives `advance(amount)`.
+Progress = Callable[
+    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
+]
+SHARDS = shard_utils.ShardConfig()  # TFDS's: 64 MiB to 1 GiB, 1,024 where possible.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One data set to prepare.
+
+    Attributes:
+      name: of TFDS, a config included: "eurosat/rgb".
+      version: of what is written, e.g. "5.1.0".
+      data_dir: where TFDS data lives.
+      manual_dir: where files lie that a person has to download.
+      verify: whether to compare them with published checksums.
+      progress: shows how far it is.
+    """
+
+    name: str
+    version: str
+    data_dir: pathlib.Path
+    manual_dir: pathlib.Path
+    verify: bool
+    progress: Progress
+
+    @property
+    def target(self) -> pathlib.Path:
+        """The complete data set."""
+        return self.data_dir / self.name / self.version
+
+    @property
+    def partial(self) -> pathlib.Path:
+        """What there is of it before it is complete."""
+        return self.data_dir / self.name / f".{self.version}.partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What a split holds, in its order.
+
+    Attributes:
+      num_examples: how many.
+      num_bytes: of their images, all together.
+      read: (start, stop) → those examples, as their features take them.
+    """
+
+    num_examples: int
+    num_bytes: int
+    read: Callable[[int, int], Iterable[dict[str, Any]]]
+
+
+def begin(job: Job, sources: Iterable[pathlib.Path], num_bytes: int) -> None:
+    """Makes the partial folder, or finds that of a preparation that was killed.
+
+    Args:
+      job: the data set.
+      sources: files that it is made from; if one changed, the work begins anew.
+      num_bytes: how much room it needs.
+
+    Raises:
+      OSError: there is less room.
+    """
+    stats = [(path, path.stat()) for path in sources]
+    stamp = "".join(f"{p}\t{s.st_size}\t{s.st_mtime_ns}\n" for p, s in stats)
+    recorded = job.partial / "sources.tsv"
+    resumed = recorded.exists() and recorded.read_text() == stamp
+    if job.partial.exists() and not resumed:
+        shutil.rmtree(job.partial)
+    done = sum(path.stat().st_size for path in job.partial.glob("*array_record*"))
+    check_disk(job, num_bytes - done)
+    if resumed:
+        logger.info("%s: going on from %.1f GB.", job.name, done / 1e9)
+        return
+    job.partial.mkdir(parents=True)
+    recorded.write_text(stamp)
+
+
+def check_disk(job: Job, num_bytes: int) -> None:
+    """Raises OSError if the data folder has less room than so many bytes."""
+    job.data_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(job.data_dir).free
+    if free < num_bytes:
+        raise OSError(
+            f"{job.name} needs {num_bytes / 1e9:,.3f} GB in {job.data_dir}, where"
+            f" {free / 1e9:,.3f} GB are free. Make room, or choose another disk with"
+            " --data_dir."
+        )
+
+
+def write(
+    job: Job,
+    features: Mapping[str, tfds.features.FeatureConnector],
+    splits: Mapping[str, Split],
+    **info: Any,
+) -> None:
+    """Writes the shards that are missing, then the description, then the name.
+
+    Args:
+      job: the data set, after `begin`.
+      features: as in TFDS.
+      splits: by name.
+      **info: description, homepage and the like for `tfds.core.DatasetInfo`.
+
+    Raises:
+      OSError: a shard could not be written; those before it are kept.
+      ValueError: a split is empty.
+    """
+    feature_dict = tfds.features.FeaturesDict(dict(features))
+    shards, infos = [], []
+    for name, split in splits.items():
+        if not split.num_examples:
+            raise ValueError(f"{job.name} {name} has no examples in what was given.")
+        count = SHARDS.get_number_shards(split.num_bytes, split.num_examples)
+        ends = shard_utils.get_shard_boundaries(split.num_examples, count)
+        prefix = f"{job.partial}/{job.name}-{name}.array_record"
+        for i, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
+            path = pathlib.Path(f"{prefix}-{i:05}-of-{count:05}")
+            shards.append((path, split, start, stop))
+        lengths = [stop - start for start, stop in itertools.pairwise([0, *ends])]
+        infos.append(tfds.core.SplitInfo(name, lengths, split.num_bytes))
+    for other in {*job.partial.glob("*array_record*")} - {shard[0] for shard in shards}:
+        other.unlink()  # of another number of shards
+    total = sum(split.num_examples for split in splits.values())
+    missing = [shard for shard in shards if not shard[0].exists()]
+    done = total - sum(stop - start for _, _, start, stop in missing)
+    with job.progress(job.name, total, "examples", done) as advance:
+        for path, split, start, stop in missing:
+            _write_shard(path, _records(feature_dict, split, start, stop, advance))
+    tfds.folder_dataset.write_metadata(
+        data_dir=job.partial,
+        features=feature_dict,
+        split_infos=infos,
+        version=job.version,
+        check_data=False,
+        **info,
+    )
+    job.partial.rename(job.target)
+    # Only now: killed without them, it would begin anew.
+    for other in job.target.iterdir():
+        if other.suffix in (".tsv", ".npz"):
+            other.unlink()
+
+
+def _records(
+    features: tfds.features.FeaturesDict,
+    split: Split,
+    start: int,
+    stop: int,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, bytes]]:
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    for i, example in enumerate(split.read(start, stop), start):
+        record = serializer.get_tf_example(features.encode_example(example))
+        # Otherwise the order of a record's features differs from process to process.
+        yield i, record.SerializeToString(deterministic=True)
+        advance(1)
+
+
+def _write_shard(path: pathlib.Path, records: Iterator[tuple[int, bytes]]) -> None:
+    unfinished = path.with_name(".writing")
+    try:
+        file_adapters.ArrayRecordFileAdapter.write_examples(unfinished, records)
+    except RuntimeError as error:  # array_record's name for a full disk
+        raise OSError(
+            f"{path} could not be written: {error}. What was complete is kept: make"
+            " room and start again."
+        ) from error
+    unfinished.rename(path)

@@ -1,0 +1,109 @@
+"""One pass of a model over a split: every readable example once, on every host.
+
+The last batch is padded and masked, so the result does not depend on the batch size,
+nor on the number of devices and processes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mlp_mixer import sharding
+from mlp_mixer.data import pipeline
+from mlp_mixer.data.sources import Source
+
+# Asked before every batch, the same number of times on every process.
+Stop = Callable[[], bool]
+# Wraps the batches, e.g. in a progress bar; gets their number too.
+Track = Callable[[Iterable[Any], int], Iterable[Any]]
+
+
+def never() -> bool:
+    """Does not stop."""
+    return False
+
+
+def untracked(batches: Iterable[Any], count: int) -> Iterable[Any]:
+    """Shows nothing."""
+    del count
+    return batches
+
+
+class Outputs(NamedTuple):
+    """What a pass found."""
+
+    rows: dict[str, np.ndarray]  # by name (n, …), in the order of the source
+    broken: int  # images that could not be read
+
+
+class Inference:
+    """Runs `predict` over sources, and keeps a function of what it says."""
+
+    def __init__(
+        self,
+        keep: Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]],
+        *,
+        predict: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
+        mesh: Mesh,
+        image_size: tuple[int, int],
+        preprocess: str,
+        batch_size: int,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          keep: (logits, features, label) of a batch, on the device → arrays (n, …)
+            that travel to the hosts.
+          predict: of `steps.make_predict`.
+          mesh: of `sharding.make_mesh`.
+          image_size: height and width in pixels.
+          preprocess: a key of `data.image_ops.PROTOCOLS`.
+          batch_size: images at once over all devices; made a multiple of them.
+        """
+        self._predict, self._mesh, self._batch_size = predict, mesh, batch_size
+        self._options: dict[str, Any] = {
+            "image_size": image_size,
+            "preprocess": preprocess,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self._keep = jax.jit(
+            lambda logits, features, batch: (
+                keep(logits, features, batch["label"])
+                | {"index": batch["index"], "mask": batch["mask"]}
+            ),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    def __call__(
+        self, source: Source, params: Any, stop: Stop = never, track: Track = untracked
+    ) -> Outputs | None:
+        """Returns what `keep` and `index`, the position, are for each readable example.
+
+        None if `stop()` came true.
+
+        Raises:
+          ValueError: no image could be read.
+        """
+        per_device = -(-min(self._batch_size, len(source)) // self._mesh.size)
+        batch_size = per_device * self._mesh.size
+        batches = pipeline.eval_batches(source, batch_size=batch_size, **self._options)
+        parts, broken = [], 0
+        for batch in track(batches, -(-len(source) // batch_size)):
+            if stop():
+                return None
+            batch = sharding.put(batch, self._mesh)
+            outputs = self._predict(params, batch.pop("image"))
+            part = jax.device_get(self._keep(*outputs, batch))
+            mask = part.pop("mask")
+            broken += int((~mask & (part["index"] >= 0)).sum())
+            parts.append({key: value[mask] for key, value in part.items()})
+        rows = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        if not len(rows["index"]):
+            raise ValueError(
+                f"None of {len(source)} images could be read, e.g. {source.name_of(0)}."
+            )
+        return Outputs(rows, broken)

@@ -1,0 +1,377 @@
+"""Speed of training's host path: images a second from one core, beside tf.data.
+
+    python scripts/benchmark.py input
+    python scripts/benchmark.py input --images=/data/val/n01440764 --rate=5000
+
+From JPEG bytes in memory to batches of uint8: Inception crop, bilinear resize, flip,
+with and without RandAugment. Ours (direct calls, the training pipeline in threads, in
+worker processes) and tf.data take turns, round by round, pinned to as many cores as
+they have processes. Without TensorFlow, from the extra `prepare`, the peer is left out.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+import simplejpeg
+
+from mlp_mixer.data import image_ops, pipeline, randaugment
+
+STAGES = ("decode", "crop and resize", "flip", "RandAugment")
+# The last is big_vision's run of B/16, a whole TPU v3-128.
+RATES = (1_000.0, 3_000.0, 10_000.0, 48_400.0)
+HINT = "no tf.data here: pip install 'mlp-mixer[prepare]' brings TensorFlow"
+
+
+@dataclasses.dataclass
+class Memory:
+    """JPEGs in memory, repeated up to ImageNet's length.
+
+    Grain's shuffle needs 3 ms per example for a handful, and 20 µs for a million.
+    """
+
+    images: list[bytes]
+    class_names = None
+    multi_label = False
+
+    @property
+    def num_classes(self) -> int:
+        """One label for all."""
+        return 1
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "image": self.images[index % len(self.images)],
+            "label": self.label(index),
+        }
+
+    def label(self, index: int) -> int:
+        """The same for all."""
+        return 0
+
+    def name_of(self, index: int) -> str:
+        """Its number."""
+        return f"image {index}"
+
+
+def photos(count: int, height: int, width: int, size: int) -> list[bytes]:
+    """Deterministic JPEGs of about `size` bytes whose spectrum falls as a photo's."""
+    ky, kx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    falloff = np.maximum(np.hypot(ky, kx), 1 / max(height, width)) ** -1.2
+    out = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        noise = np.fft.rfft2(rng.normal(size=(4, height, width))) * falloff
+        layers = np.fft.irfft2(noise, (height, width))
+        layers -= layers.mean(axis=(1, 2), keepdims=True)
+        layers /= layers.std(axis=(1, 2), keepdims=True)
+        # One layer of light, three of colour: a photo's channels go together.
+        levels = 118 + 55 * (layers[0] + 0.35 * layers[1:])
+        image = np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        image = np.ascontiguousarray(image)
+        encoded = (
+            simplejpeg.encode_jpeg(image, quality, colorsubsampling="420")
+            for quality in range(20, 99, 3)
+        )
+        out.append(min(encoded, key=lambda data: abs(len(data) - size)))
+    return out
+
+
+def files(folder: str, count: int) -> list[bytes]:
+    """The first JPEGs below a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    paths = (p for p in sorted(pathlib.Path(folder).rglob("*")) if p.is_file())
+    contents = (path.read_bytes() for path in paths)
+    jpegs = (data for data in contents if data[:3] == b"\xff\xd8\xff")
+    if found := list(itertools.islice(jpegs, count)):
+        return found
+    raise ValueError(f"--images={folder}: no JPEG is in there.")
+
+
+# --- What is timed --------------------------------------------------------------------
+
+
+def direct(
+    jpegs: list[bytes], size: int, layers: int, magnitude: float, spent: Any = None
+) -> Iterator[np.ndarray]:
+    """Images as the pipeline makes them, without it; fills `spent` by stage."""
+    rng = np.random.default_rng(0)
+    for data in itertools.cycle(jpegs):
+        laps = [time.perf_counter()]
+        image = image_ops.decode(data)
+        laps.append(time.perf_counter())
+        image = pipeline.CROPS["inception"](image, rng, (size, size))
+        laps.append(time.perf_counter())
+        if rng.random() < 0.5:
+            image = image_ops.flip_lr(image)
+        laps.append(time.perf_counter())
+        if layers:
+            image = randaugment.randaugment(image, rng, layers, magnitude)
+        laps.append(time.perf_counter())
+        if spent is not None:
+            for stage, (a, b) in zip(STAGES, itertools.pairwise(laps), strict=True):
+                spent[stage].append(b - a)
+        yield image
+
+
+def clock(batches: Iterator[Any], size: int, warm: int, seconds: float) -> dict:
+    """CPU and wall seconds per image, once what was made ahead is used up."""
+    for _ in range(warm):
+        next(batches)
+    cpu, wall, count = time.process_time(), time.perf_counter(), 0
+    while time.perf_counter() - wall < seconds or not count:
+        next(batches)
+        count += size
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {"cpu_s": cpu / count, "wall_s": wall / count}
+
+
+@dataclasses.dataclass
+class Bench:
+    """All variants on the same JPEGs: a name gives endless batches."""
+
+    jpegs: list[bytes]
+    args: argparse.Namespace
+
+    def variants(self, peer: bool) -> dict[str, tuple[int, Callable[[], Iterator]]]:
+        """Name → cores it may use and how to start it."""
+        out: dict[str, tuple[int, Callable[[], Iterator]]] = {}
+        for layers in (0, 2):
+            end = " + RandAugment" if layers else ""
+            out[f"direct{end}"] = 1, functools.partial(self._direct, layers)
+            out[f"threads{end}"] = 1, functools.partial(self._ours, layers, 0)
+            for k in self.args.workers:
+                out[f"{k} workers{end}"] = k, functools.partial(self._ours, layers, k)
+            if peer:
+                out[f"tf.data{end}"] = 1, functools.partial(self._peer, layers)
+        return out
+
+    def _direct(self, layers: int) -> Iterator[Any]:
+        size, rows = self.args.image_size, self.args.batch
+        images = direct(self.jpegs, size, layers, self.args.magnitude)
+        while True:
+            yield np.stack(list(itertools.islice(images, rows)))
+
+    def _ours(self, layers: int, workers: int) -> Iterator[Any]:
+        return pipeline.train_batches(
+            Memory(self.jpegs),
+            image_size=self.args.image_size,
+            batch_size=self.args.batch,
+            seed=0,
+            randaugment_layers=layers,
+            randaugment_magnitude=self.args.magnitude,
+            workers=workers,
+        )
+
+    def _peer(self, layers: int) -> Iterator[Any]:
+        import input_peer  # needs TensorFlow
+
+        return input_peer.batches(
+            self.jpegs,
+            self.args.image_size,
+            self.args.batch,
+            layers,
+            self.args.magnitude,
+        )
+
+
+def pin(count: int, cores: list[int]) -> None:
+    """Keeps this thread, and what it starts, on `count` of the machine's cores."""
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, cores[-count:])
+
+
+def measure(bench: Bench, peer: bool) -> dict[str, Any]:
+    """The raw times of all variants, and of the stages of ours."""
+    args = bench.args
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if has_affinity else [0]
+    variants = bench.variants(peer)
+    report: dict[str, Any] = {
+        name: {"cores": min(n, len(cores)), "cpu_s": [], "wall_s": []}
+        for name, (n, _) in variants.items()
+    }
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    try:
+        for i in range(args.rounds):
+            print(f"round {i + 1}/{args.rounds} ...", file=sys.stderr, flush=True)
+            # There and back, so that a drift of the machine favours nobody.
+            for name in list(variants)[:: 1 if i % 2 == 0 else -1]:
+                count, start = variants[name]
+                pin(count, cores)
+                batches = start()
+                # The pipeline holds up to four batches ready.
+                times = clock(batches, args.batch, 6, args.seconds)
+                if hasattr(batches, "close"):
+                    batches.close()
+                for key, value in times.items():
+                    report[name][key].append(value)
+            pin(1, cores)
+            stages = direct(bench.jpegs, args.image_size, 2, args.magnitude, spent)
+            clock(stages, 1, 0, args.seconds)
+    finally:
+        pin(len(cores), cores)
+    return {"variants": report, "stages": dict(spent)}
+
+
+def summarise(report: dict[str, Any], rates: list[float]) -> None:
+    """Adds medians, rates per core, ratios and the cores that a rate needs."""
+    variants = report["variants"]
+    for name, result in variants.items():
+        # The CPU time of worker processes is not this process's: wall time, on as many
+        # cores as there are workers.
+        key = result["compared_by"] = "wall_s" if "worker" in name else "cpu_s"
+        times = [t * (result["cores"] if key == "wall_s" else 1) for t in result[key]]
+        median = statistics.median(times)
+        result |= {"median_s": median, "min_s": min(times), "max_s": max(times)}
+        result["spread"] = (max(times) - min(times)) / median
+        result["images_per_s_per_core"] = 1 / median
+        walls = statistics.median(result["wall_s"])
+        result["images_per_s_wall"] = 1 / walls
+    ratios = report["ratios"] = {}
+    for name, result in variants.items():
+        way, plus, augmented = name.partition(" + ")
+        theirs = variants.get(f"tf.data{plus}{augmented}")
+        if theirs and way != "tf.data":
+            ratios[name] = {
+                "cpu_or_wall": theirs["median_s"] / result["median_s"],
+                "best": theirs["min_s"] / result["min_s"],
+                "wall": statistics.median(theirs["wall_s"])
+                / statistics.median(result["wall_s"])
+                / result["cores"],
+            }
+    report["stages"] = {
+        stage: {"median_s": statistics.median(times), "mean_s": statistics.mean(times)}
+        for stage, times in report["stages"].items()
+    }
+    report["cores_for_rate"] = {
+        f"{rate:g}": {n: rate * r["median_s"] for n, r in variants.items()}
+        for rate in rates
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report to read."""
+    heads = (
+        "images/s/core",
+        "ms/image",
+        "min",
+        "max",
+        "spread",
+        "wall/s",
+        "vs tf.data",
+    )
+    lines = [
+        f"{report['count']} JPEGs, {report['mean_bytes'] / 1e3:.1f} kB and "
+        f"{report['mean_pixels'] / 1e3:.0f} kpx on average -> {report['image_size']} px"
+        f", batches of {report['batch']}; {report['cpu_model']}",
+        "",
+        " ".join([" " * 24, *(f"{head:>13}" for head in heads)]),
+    ]
+    for name, result in report["variants"].items():
+        ratio = report["ratios"].get(name)
+        cells = [
+            f"{result['images_per_s_per_core']:,.0f}",
+            *(f"{result[key] * 1e3:.2f}" for key in ("median_s", "min_s", "max_s")),
+            f"{result['spread']:.0%}",
+            f"{result['images_per_s_wall']:,.0f}",
+            f"{ratio['cpu_or_wall']:.2f}" if ratio else "-",
+        ]
+        lines.append(" ".join([f"{name:24}", *(f"{cell:>13}" for cell in cells)]))
+    lines += [
+        "",
+        "Where the time of direct calls goes, median and mean ms of wall time:",
+    ]
+    for stage, times in report["stages"].items():
+        lines.append(
+            f"  {stage:16} {times['median_s'] * 1e3:6.3f} {times['mean_s'] * 1e3:6.3f}"
+        )
+    lines += ["", "Host cores that feed an accelerator, with RandAugment (without):"]
+    for rate, needed in report["cores_for_rate"].items():
+        cells = [
+            f"{way} {needed[f'{way} + RandAugment']:.1f} ({needed[way]:.1f})"
+            for way in needed
+            if "+" not in way
+        ]
+        lines.append(f"  {float(rate):>8,.0f} images/s: {', '.join(cells)}")
+    lines += ["", "Compared by CPU time, worker processes by wall time on their cores."]
+    return "\n".join(lines + report["notes"])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="benchmark.py input",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flag = p.add_argument
+    flag("--images", metavar="FOLDER", help="your own JPEGs; default: made ones")
+    flag("--count", type=int, default=16, help="JPEGs at most")
+    flag("--shape", default="375x500", help="of made JPEGs, height x width")
+    flag("--bytes", type=int, default=50_000, help="of a made JPEG, about")
+    flag("--image_size", type=int, default=224, help="side in pixels")
+    flag("--batch", type=int, default=32, help="images")
+    flag("--magnitude", type=float, default=15.0, help="of RandAugment(2, ...)")
+    flag("--workers", type=int, nargs="*", default=[1, 2], help="processes")
+    flag("--rounds", type=int, default=5)
+    flag("--seconds", type=float, default=1.0, help="at least, per timing")
+    flag("--rate", type=float, nargs="*", default=RATES, help="images/s to feed")
+    flag("--peer", action=argparse.BooleanOptionalAction, default=True, help="tf.data")
+    flag("--out", metavar="FILE.json", help="where all raw figures go")
+    return p
+
+
+def main(argv: list[str], cpu_model: str) -> None:
+    """Runs the benchmark; prints the table and writes `--out`."""
+    args = parser().parse_args(argv)
+    try:
+        if args.images:
+            jpegs = files(args.images, args.count)
+        else:
+            height, width = map(int, args.shape.split("x"))
+            jpegs = photos(args.count, height, width, args.bytes)
+    except (ValueError, OSError) as error:
+        parser().error(str(error))
+    found = importlib.util.find_spec("tensorflow") is not None
+    sizes = [image_ops.decode(data).shape[:2] for data in jpegs]
+    report: dict[str, Any] = {
+        "command": "python scripts/benchmark.py input " + " ".join(argv),
+        "versions": {"python": platform.python_version()}
+        | {m.__name__: m.__version__ for m in (np, grain)},
+        "cpu_model": cpu_model,
+        "count": len(jpegs),
+        "mean_bytes": statistics.mean(map(len, jpegs)),
+        "mean_pixels": statistics.mean(h * w for h, w in sizes),
+        "image_size": args.image_size,
+        "batch": args.batch,
+        "magnitude": args.magnitude,
+        "notes": [HINT] if args.peer and not found else [],
+    }
+    report |= measure(Bench(jpegs, args), args.peer and found)
+    if "tensorflow" in sys.modules:
+        report["versions"]["tensorflow"] = sys.modules["tensorflow"].__version__
+    summarise(report, args.rate)
+    print(table(report))
+    if args.out:
+        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")

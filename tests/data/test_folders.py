@@ -1,0 +1,75 @@
+"""Image folders: what is in them, their splits, and what they say when it is not."""
+
+import pathlib
+import pickle
+
+import pytest
+from PIL import Image
+
+from mlp_mixer.data import sources
+
+
+def write_images(root, counts, suffix=".png"):
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (5, 4), (i, 0, 0)).save(root / name / f"{i:03}{suffix}")
+
+
+def opened(root, split, **kwargs):
+    return sources.open_source(f"folder:{root}", split, **kwargs)
+
+
+def test_a_folder_with_splits_has_them(tmp_path):
+    write_images(tmp_path / "train", {"cat": 3, "ant": 2, "bee": 4})
+    write_images(tmp_path / "val", {"cat": 1, "ant": 1, "bee": 1}, ".JPEG")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "cat" / "._000.png").write_text("nor this")
+    train, val, both = (
+        opened(tmp_path, s, num_classes=3) for s in ("train", "val", "train+val[1:]")
+    )
+    assert train.class_names == ("ant", "bee", "cat")
+    assert (len(train), len(val), len(both)) == (9, 3, 11)
+    for source in (train, val, both):
+        for i in range(len(source)):
+            path = pathlib.Path(source.name_of(i))
+            assert source.class_names[source[i]["label"]] == path.parent.name
+            assert source[i]["image"] == path.read_bytes()
+    assert pickle.loads(pickle.dumps(train)).name_of(4) == train.name_of(4)
+
+
+def test_slices_of_a_folder_partition_it_and_mix_its_classes(tmp_path):
+    write_images(tmp_path, {"ant": 50, "bee": 50})
+    names = {
+        split: [source.name_of(i) for i in range(len(source))]
+        for split in ("all", "all[:90%]", "all[90%:]", "all[-4:]")
+        for source in [opened(tmp_path, split)]
+    }
+    assert names["all[:90%]"] + names["all[90%:]"] == names["all"]
+    assert names["all[-4:]"] == names["all"][-4:]
+    assert len(set(names["all"])) == 100
+    held_out = opened(tmp_path, "all[90%:]")
+    assert len(held_out) == 10
+    assert {held_out[i]["label"] for i in range(10)} == {0, 1}
+    assert held_out.class_names == ("ant", "bee")
+
+
+def test_splits_of_a_folder_must_agree_on_the_classes(tmp_path):
+    write_images(tmp_path / "train", {"ant": 1, "bee": 1})
+    write_images(tmp_path / "val", {"ant": 1, "cow": 1})
+    for split in ("val", "val+train"):
+        with pytest.raises(ValueError, match=r"differ.*\['bee', 'cow'\]"):
+            opened(tmp_path, split)
+
+
+def test_folder_errors_say_what_is_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="one sub-folder of images per class"):
+        opened(tmp_path / "nowhere", "train")
+    write_images(tmp_path, {"ant": 1, "bee": 0})
+    with pytest.raises(ValueError, match=r"train/<class>/\*.*\('ant', 'bee'\)"):
+        opened(tmp_path, "train")
+    with pytest.raises(ValueError, match="incompatible with 1 examples"):
+        opened(tmp_path, "all[:2]")
+    write_images(tmp_path / "empty", {"train": 0})
+    with pytest.raises(ValueError, match="No images"):
+        opened(tmp_path / "empty", "all")

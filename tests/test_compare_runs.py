@@ -1,0 +1,60 @@
+"""The ledger: what the first steps of a recipe give, recorded for everyone."""
+
+import json
+import runpy
+
+import compare_runs
+import pytest
+
+from mlp_mixer import checkpoint, train
+
+
+@pytest.fixture
+def stopping_at_100(monkeypatch):
+    """The whole recipe's schedule, but only its first hundred steps."""
+    monkeypatch.setattr(
+        checkpoint.Checkpointer, "stop_requested", lambda self, step: step >= 100
+    )
+
+
+def test_the_first_steps_of_the_digits_are_the_recorded_ones(
+    root, tmp_path, data_dir, stopping_at_100
+):
+    config = runpy.run_path(f"{root}/configs/digits.py")["get_config"]()
+    config.mesh.data = 4  # recorded on one device
+    config.log_every_steps = 1
+    config.evals.test.every_steps = 0
+    train.train(config, tmp_path, data_dir=data_dir)
+    rows = compare_runs.differences(
+        compare_runs.read(tmp_path),
+        compare_runs.read(root / "docs/ledgers/digits.jsonl"),
+    )
+    assert [row[0] for row in rows[::2]] == [1, 10, 100]
+    assert compare_runs.apart(rows) == []
+
+
+def write(path, losses):
+    lines = [
+        json.dumps({"step": step, "train/loss": loss, "train/grad_norm": 1.0})
+        for step, loss in losses.items()
+    ]
+    path.write_text("\n".join([*lines, '{"step": 10, "val/top1": 0.5}']) + "\n")
+    return str(path)
+
+
+def test_equal_runs_pass_and_other_runs_are_told_apart(tmp_path, capsys):
+    one = write(tmp_path / "one.jsonl", {1: 7.9, 2: 7.8, 10: 7.0})
+    near = write(tmp_path / "near.jsonl", {1: 7.9, 10: 7.001, 100: 3.0})
+    far = write(tmp_path / "far.jsonl", {1: 7.9, 10: 7.1})
+    compare_runs.main([one, near])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    with pytest.raises(SystemExit, match="different runs"):
+        compare_runs.main([one, far])
+    assert "more than 1e-03" in capsys.readouterr().out
+
+
+def test_a_run_without_its_first_step_says_what_to_do(tmp_path, capsys):
+    late = write(tmp_path / "late.jsonl", {50: 1.0})
+    with pytest.raises(SystemExit):
+        compare_runs.main([late, late])
+    assert "--config.log_every_steps=1" in capsys.readouterr().err
