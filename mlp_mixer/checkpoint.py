@@ -100,15 +100,22 @@ class Checkpointer:
         unfinished = _names(self.directory, "*.orbax-checkpoint-tmp*")
         if unfinished and jax.process_index() == 0:
             logger.warning("Removing unfinished saves in %s: %s", directory, unfinished)
-        self._manager = _open(
-            self.directory,
-            cleanup_tmp_directories=True,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-        )
-        if keep_best is not None:
-            self._scores.update(_scores(self.directory, self.all_steps(), keep_best))
+        # Before the folder appears: from then on the run is there to be stopped.
         # In a run of several processes JAX's own preemption notice would stay silent.
         self._stop = None if jax.distributed.is_initialized() else StopFlag()
+        try:
+            self._manager = _open(
+                self.directory,
+                cleanup_tmp_directories=True,
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+            )
+            if keep_best is not None:
+                steps = self.all_steps()
+                self._scores.update(_scores(self.directory, steps, keep_best))
+        except BaseException:
+            if self._stop:
+                self._stop.uninstall()
+            raise
 
     def __enter__(self) -> "Checkpointer":
         return self

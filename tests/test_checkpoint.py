@@ -665,6 +665,21 @@ def test_the_signal_handlers_are_given_back(tmp_path):
     assert [signal.getsignal(s) for s in signals] == before
 
 
+def test_the_signals_are_heard_before_the_folder_appears(tmp_path, monkeypatch):
+    """And are given back if it cannot be opened."""
+    before, heard = signal.getsignal(signal.SIGTERM), []
+
+    def fail(directory, **options):
+        heard.append((signal.getsignal(signal.SIGTERM) != before, directory.exists()))
+        raise PermissionError(directory)
+
+    monkeypatch.setattr(checkpoint, "_open", fail)
+    with pytest.raises(PermissionError):
+        Checkpointer(tmp_path / "new", every_steps=10)
+    assert heard == [(True, False)]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_an_ignored_signal_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
