@@ -32,6 +32,13 @@ def base() -> ConfigDict:
     config.loss = "sigmoid_xent"
     # p of mixup's Beta(p, p); 0 does not mix.
     config.mixup = 0.0
+    # Weights to start from: a run's folder, a file or a published name such as
+    # "imagenet21k/Mixer-B_16"; None: random ones.
+    config.init_from = config_dict.placeholder(str)
+    # Their head: "match" keeps one of as many classes, else it is zero; or "zero".
+    config.init_head = "match"
+    # If they are for another grid of patches: "grow" (the paper's) or "interpolate".
+    config.init_resize = "grow"
     # Micro-batches per update: 1/accumulate of the activations, the same update.
     config.accumulate = 1
     # Where parameters and moments live: "replicated" or "fsdp".

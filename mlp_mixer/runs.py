@@ -93,11 +93,11 @@ def claim(
       class_names: kept beside the recipe for prediction.
 
     Raises:
-      ValueError: another recipe's run; lists the fields that differ.
+      ValueError: another recipe's run, which has begun; lists the fields that differ.
     """
     path = epath.Path(workdir) / "config.json"
     new = json.loads(config.to_json_best_effort())
-    if path.exists():
+    if path.exists() and _has_begun(path.parent):
         old = json.loads(path.read_text())
         before, now = _flat(old), _flat(new)
         differing = [
@@ -118,6 +118,14 @@ def claim(
         written = path.with_name(f"{name}.json.{os.getpid()}")
         written.write_text(json.dumps(content, indent=2) + "\n")
         written.replace(path.with_name(f"{name}.json"))
+
+
+def _has_begun(folder: epath.Path) -> bool:
+    """Whether there is a result to lose; a wrong field may have kept it from any."""
+    records = folder / "metrics.jsonl"
+    return any((folder / "checkpoints").glob("*")) or (
+        records.exists() and bool(records.read_text().strip())
+    )
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:

@@ -77,19 +77,19 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
 
 
 def initial(
-    source: str | os.PathLike[str],
-    model: MlpMixer,
+    source: str | os.PathLike[str] | None,
+    model: Any,
     target: Any,
     *,
     image_size: tuple[int, int],
     head: str,
     resize_by: str,
-) -> Params:
+) -> Params | None:
     """Returns the parameters that a run starts from, for `config.init_from`.
 
     Args:
-      source: of `weights.read`.
-      model: that they are for.
+      source: of `weights.read`; None: there are none.
+      model: the `MlpMixer` that they are for.
       target: shapes of its parameters.
       image_size: height and width in pixels that it is trained at.
       head: of `merge`.
@@ -99,7 +99,10 @@ def initial(
     Raises:
       ValueError: they do not fit.
     """
+    if source is None:
+        return None
     weights = read(source)
+    logger.info("Starting from %s: %s.", weights.said, _said(weights.params))
     if weights.gelu != model.gelu:
         logger.warning(
             "%s are for the %s GELU, this model computes the %s one; "
@@ -110,9 +113,7 @@ def initial(
     return merge(params, target, head=head)
 
 
-def _at(
-    weights: Weights, model: MlpMixer, image_size: tuple[int, int], how: str
-) -> Params:
+def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> Params:
     """The parameters for another resolution, with as many pixels to a patch."""
     ph, pw = geometry.geometry(weights.params)["patch_size"]
     if (ph, pw) != tuple(model.patch_size):
