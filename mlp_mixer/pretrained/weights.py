@@ -19,8 +19,8 @@ from etils import epath
 
 from mlp_mixer import checkpoint
 from mlp_mixer.fingerprints import leaves, nested
-from mlp_mixer.pretrained import geometry, npz, safetensors, timm
-from mlp_mixer.pretrained.geometry import Params
+from mlp_mixer.pretrained import npz, safetensors, timm, tree
+from mlp_mixer.pretrained.tree import Params
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def read(
         raise FileNotFoundError(
             f"There are no weights {name}: no run's folder and no file."
         )
-    if wrong := geometry.problems({k: x.shape for k, x in flat.items()}):
+    if wrong := tree.problems({k: x.shape for k, x in flat.items()}):
         raise ValueError(
             f"{name} does not hold the parameters of one MLP-Mixer:\n  "
             + "\n  ".join(wrong)
@@ -101,7 +101,7 @@ def read(
         params = cast(params, dtype)
     for array, count in not_finite(params).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
-    size = weights.image_size or geometry.square_image(params)
+    size = weights.image_size or tree.square_image(params)
     return dataclasses.replace(weights, params=params, image_size=size)
 
 
