@@ -447,7 +447,8 @@ def test_a_redirection_is_followed(site, path, contents):
 @pytest.mark.parametrize("length", [TOY.sizes[0] - 1, TOY.sizes[-1] + 1])
 def test_an_impossible_size_is_refused_before_the_download(site, path, length):
     site.plans = [{"length": length}]
-    with pytest.raises(ValueError, match=f"has {length:,} bytes, expected") as error:
+    where = f"{site.url}/{NAME}.npz"
+    with pytest.raises(ValueError, match=f"^{where} has {length:,} bytes") as error:
         published.fetch(NAME, waits_s=NEVER)
     assert f"{TOY.sizes[0]:,} (the parameters) to {TOY.sizes[-1]:,}" in str(error.value)
     assert not beside(path, ".part").exists()
