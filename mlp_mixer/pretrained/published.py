@@ -106,11 +106,6 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def is_name(source: str) -> bool:
-    """Whether `source` is the name of a published file."""
-    return source in PUBLISHED
-
-
 def lookup(name: str) -> Published:
     """Returns what is known of a published file.
 

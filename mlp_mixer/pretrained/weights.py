@@ -6,6 +6,7 @@ and carries checksums and what else a model needs to know.
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from etils import epath
 
 from mlp_mixer import checkpoint
 from mlp_mixer.fingerprints import leaves, nested
-from mlp_mixer.pretrained import npz, safetensors, timm, tree
+from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.tree import Params
 
 logger = logging.getLogger(__name__)
@@ -87,9 +88,15 @@ def read(
         raise ValueError(f"{name} is no run's folder: it has no step {step}.")
     elif path.exists():
         flat, weights = _read_file(pathlib.Path(path))
+    elif name in published.PUBLISHED:
+        flat, weights = _read_file(published.fetch(name))
+        weights = dataclasses.replace(weights, said="published")
     else:
+        names = published.PUBLISHED
+        near = difflib.get_close_matches(name, names, len(names), 0)
         raise FileNotFoundError(
-            f"There are no weights {name}: no run's folder and no file."
+            f"There are no weights {name}: no run's folder, no file, and not one of "
+            f"the published names {', '.join(near)}."
         )
     if wrong := tree.problems({k: x.shape for k, x in flat.items()}):
         raise ValueError(

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import trustme
 
-from mlp_mixer import models
+from mlp_mixer import models, pretrained
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.pretrained import npz, published
 from mlp_mixer.pretrained.published import PUBLISHED, Published
@@ -203,8 +203,6 @@ MIB = {
 
 def test_the_table_is_the_listing():
     assert set(PUBLISHED) == set(MIB)
-    assert all(map(published.is_name, MIB))
-    assert not published.is_name("imagenet1k/Mixer-B_32")
 
 
 @pytest.mark.parametrize("name", MIB)
@@ -228,6 +226,18 @@ def test_a_file_says_when_it_is_not_the_papers():
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(ValueError, match="published; try imagenet1k/Mixer-B_16, "):
         published.fetch("imagenet1k/mixer-B-16")
+
+
+def test_a_name_is_a_source_of_weights(site, path, contents):
+    """In float32, of a folder that is not there: downloaded, and then not again."""
+    weights = pretrained.read(NAME)
+    assert (weights.said, weights.image_size) == ("published", (224, 224))
+    assert pretrained.geometry(weights.params)["num_classes"] == 7
+    pretrained.load(NAME)
+    assert len(site.requests) == 1
+    said = "not one of the published names (toy/Mixer-T_32|imagenet1k/Mixer-B_16), "
+    with pytest.raises(FileNotFoundError, match=said):
+        pretrained.read("imagenet1k/Mixer-B16")
 
 
 # --- Addresses ------------------------------------------------------------------------
