@@ -1,0 +1,247 @@
+"""Token-mixing weights for another grid of patches, hence for another resolution.
+
+Token mixing is the one part of a Mixer that is tied to the number of tokens s, rows ×
+columns of the grid in raster order. The patch size stays, and so do the stem, the
+channel mixing, all LayerNorms and the head. Two ways:
+
+`grow` is the paper's (arXiv 2105.01601, Appendix C): K times as many patches on each
+axis. The image is cut into K×K parts, and at first each of them is processed on its
+own, exactly as the old model would. The hidden layer grows with the tokens.
+
+`interpolate` is ours: any other grid, with the hidden layer as wide as it was. The
+weights of a hidden unit are read as an image over the grid and resampled like one.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Params = dict[str, Any]
+Grid = tuple[int, int]  # (rows, columns) of patches
+
+METHODS = ("grow", "interpolate")
+
+
+def resized(
+    params: Params, *, old_grid: Grid | None = None, new_grid: Grid, how: str
+) -> Params:
+    """Returns the parameters for `new_grid`, made by `grow` or by `interpolate`.
+
+    Args:
+      params: nested dict of host arrays; not modified, and returned as it is if the
+        grids are equal.
+      old_grid: (rows, columns) of patches that `params` are for; square by default.
+      new_grid: (rows, columns) of patches wanted.
+      how: "grow" or "interpolate".
+
+    Raises:
+      ValueError: there is no such method, a grid does not fit the tokens, or `grow`
+        cannot make this grid.
+    """
+    if how not in METHODS:
+        near = difflib.get_close_matches(str(how), METHODS, len(METHODS), 0)
+        raise ValueError(f"Resizing by {how!r} is unknown; try {', '.join(near)}.")
+    old = _grid(params, old_grid)
+    if new_grid == old:
+        return params
+    if how == "interpolate":
+        return interpolate(params, new_grid, grid=old)
+    factor = max(1, min(new_grid[0] // old[0], new_grid[1] // old[1]))
+    if new_grid != (factor * old[0], factor * old[1]):
+        tries = " or ".join(
+            _said((k * old[0], k * old[1])) for k in range(max(2, factor), factor + 2)
+        )
+        raise ValueError(
+            f"Weights for {_said(old)} patches cannot grow to {_said(new_grid)}: the "
+            f"paper multiplies rows and columns by one whole number. Try {tries}, or "
+            "interpolate, which takes any grid."
+        )
+    return grow(params, factor, grid=old)
+
+
+def grow(params: Params, factor: int | float, grid: Grid | None = None) -> Params:
+    """Returns the parameters for `factor` times as many patches on each axis.
+
+    The paper's procedure (Appendix C). Tokens s and hidden units d of token mixing
+    become factor² times as many, so the model has to be created with factor² times the
+    `tokens_mlp_dim`. Kernels become block-diagonal, a copy of the old kernel for each
+    part of the image; biases repeat. The new model's tokens are the old model's tokens
+    of each part, its logits the mean over the parts. The zeros are trained.
+
+    Args:
+      params: nested dict of host arrays with the official names; not modified. What
+        does not change is shared with it.
+      factor: K, a whole number, e.g. 2 from 224 to 448 pixels.
+      grid: (rows, columns) of patches that `params` are for; square by default.
+
+    Returns:
+      The same tree and dtypes; per block `token_mixing/Dense_0/kernel`
+      (factor²·s, factor²·d) and so on.
+
+    Raises:
+      ValueError: `factor` is not a whole number, or `grid` does not fit the tokens.
+    """
+    if not isinstance(factor, numbers.Integral) or factor < 1:
+        raise ValueError(
+            f"factor is {factor!r}; expected a whole number of at least 1. Try "
+            "interpolate, which takes any grid."
+        )
+    h, w = _grid(params, grid)
+    k = int(factor)
+
+    def block_diagonal(kernel: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "S D"]:
+        # The tokens of a part are not neighbours in the big image's raster order: row
+        # i of part row a, column j of part column b. With one axis each, the blocks
+        # are written where the model's own order has them.
+        block = kernel.reshape(h, w, -1)
+        new = np.zeros((k, h, k, w, k * k, block.shape[-1]), kernel.dtype)
+        for a in range(k):
+            for b in range(k):
+                new[a, :, b, :, a * k + b] = block
+        return new.reshape(k * h * k * w, -1)
+
+    def widen(mlp: Params) -> Params:
+        inward, outward = _arrays(mlp)
+        kernel = block_diagonal(outward["kernel"].T).T
+        bias = np.tile(outward["bias"].reshape(h, w), (k, k))
+        return {
+            "Dense_0": {
+                "kernel": block_diagonal(inward["kernel"]),
+                "bias": np.tile(inward["bias"], k * k),
+            },
+            "Dense_1": {"kernel": np.ascontiguousarray(kernel), "bias": bias.ravel()},
+        }
+
+    return _change(params, widen)
+
+
+def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> Params:
+    """Returns the parameters for any other grid of patches. Not the paper's procedure.
+
+    The hidden layer keeps its width. Along the tokens, kernels and the output bias are
+    images over the grid, and are resampled as sums of cosines (the DCT-II, whose
+    samples lie at the patches' centres): up adds no frequency, down drops those that
+    the new grid cannot hold. The input kernel is also scaled by old / new tokens: a
+    hidden unit sums over all tokens, and its input shall not grow with their number.
+
+    Resampling tokens upwards and then mixing them is therefore mixing them and then
+    resampling, exactly. Up and back is the identity, and one step equals two: the laws
+    that bilinear and bicubic weights, which blur, do not have. Constants stay
+    constant. The price is ringing where neighbouring weights jump.
+
+    Fine-tune afterwards: at another resolution a patch also shows another part of the
+    object, which no resampling undoes.
+
+    Args:
+      params: nested dict of host arrays with the official names; not modified. What
+        does not change is shared with it.
+      new_grid: (rows, columns) of patches wanted, each at least 1.
+      grid: (rows, columns) of patches that `params` are for; square by default.
+
+    Returns:
+      The same tree and dtypes; per block `token_mixing/Dense_0/kernel`
+      (rows·columns, d), `Dense_1/kernel` (d, rows·columns) and its bias.
+
+    Raises:
+      ValueError: `grid` does not fit the tokens, or `new_grid` is no grid.
+    """
+    old = _grid(params, grid)
+    if min(new_grid) < 1:
+        raise ValueError(
+            f"new_grid is {new_grid}; expected (rows, columns) of at least 1."
+        )
+    matrices = [_cosines(n, m) for n, m in zip(old, new_grid, strict=True)]
+
+    def resample(
+        field: Float[np.ndarray, "s d"], scale: float = 1.0
+    ) -> Float[np.ndarray, "t d"]:
+        image = field.astype(np.float64).reshape(*old, -1)
+        new = scale * np.einsum("yi,xj,ijd->yxd", *matrices, image, optimize=True)
+        return new.reshape(-1, image.shape[-1]).astype(field.dtype)
+
+    def change(mlp: Params) -> Params:
+        inward, outward = _arrays(mlp)
+        scale = math.prod(old) / math.prod(new_grid)
+        return {
+            "Dense_0": {
+                "kernel": resample(inward["kernel"], scale),
+                "bias": inward["bias"],
+            },
+            "Dense_1": {
+                "kernel": np.ascontiguousarray(resample(outward["kernel"].T).T),
+                "bias": resample(outward["bias"][:, None])[:, 0],
+            },
+        }
+
+    return _change(params, change)
+
+
+def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """The matrix that resamples `old` points to `new` ones as a sum of cosines.
+
+    With U this matrix and V that of the way back, for old ≤ new: VU = 1 and
+    Uᵀ = (new / old) V, which is why one scale makes the input kernel follow.
+    """
+    frequencies = np.arange(min(old, new))
+
+    def sampled(n):
+        return np.cos(np.pi * np.outer((np.arange(n) + 0.5) / n, frequencies))
+
+    weights = np.where(frequencies == 0, 1, 2) / old
+    return (sampled(new) * weights) @ sampled(old).T
+
+
+def _change(params: Params, change: Callable[[Params], Params]) -> Params:
+    """The tree with every block's token mixing changed; the rest is shared."""
+    return {
+        name: {**group, "token_mixing": change(group["token_mixing"])}
+        if name.startswith("MixerBlock_")
+        else group
+        for name, group in params.items()
+    }
+
+
+def _arrays(mlp: Params) -> tuple[Params, Params]:
+    """Dense_0 and Dense_1 of an MLP as host arrays."""
+    inward, outward = (
+        {name: np.asarray(leaf) for name, leaf in mlp[dense].items()}
+        for dense in ("Dense_0", "Dense_1")
+    )
+    return inward, outward
+
+
+def _grid(params: Params, grid: Grid | None) -> Grid:
+    """The grid that the parameters are for, checked."""
+    if "MixerBlock_0" not in params:
+        raise ValueError(
+            f"The parameters hold {', '.join(params) or 'nothing'}; expected a Mixer's "
+            "tree with MixerBlock_0. Try variables['params'] instead of variables."
+        )
+    mlp = params["MixerBlock_0"]["token_mixing"]
+    tokens = mlp["Dense_0"]["kernel"].shape[0]
+    side = math.isqrt(tokens)
+    possible = ", ".join(
+        f"{_said((r, tokens // r))}" for r in range(side, 0, -1) if tokens % r == 0
+    )
+    if grid is None:
+        if side * side != tokens:
+            raise ValueError(
+                f"The parameters are for {tokens} tokens, which is no square: say "
+                f"their grid of (rows, columns): {possible}, or one of these turned."
+            )
+        return side, side
+    if min(grid) < 1 or math.prod(grid) != tokens:
+        raise ValueError(
+            f"A grid of {_said(grid)} patches does not fit the parameters, which are "
+            f"for {tokens} tokens; try {possible}, or one of these turned."
+        )
+    return grid
+
+
+def _said(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
