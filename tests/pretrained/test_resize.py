@@ -422,6 +422,40 @@ def test_resampling_tokens_then_mixing_is_mixing_then_resampling(old, new):
         assert_close(actual, resampled(np.asarray(mixed), old, new))
 
 
+def waves(grid, coefficients):
+    """Half a wave per side at the most, at the points' centres: (2, 2, d) -> (s, d)."""
+    y, x = (np.cos(np.pi * np.outer((np.arange(n) + 0.5) / n, [0, 1])) for n in grid)
+    field = np.einsum("yi,xj,ijd->yxd", y, x, coefficients)
+    return field.reshape(-1, field.shape[-1]).astype(np.float32)
+
+
+@pytest.mark.parametrize(("old", "new"), RESIZES[:3], ids=str)
+def test_smooth_weights_see_the_same_in_a_larger_smooth_image(old, new):
+    """The whole model, nearly: a patch of the larger image shows less of it. Features
+    of different images differ eight times as much."""
+    rng = np.random.default_rng(0)
+    params = mixer_for(old)
+    for mlp in token_mixing(params):
+        d = len(mlp["Dense_0"]["bias"])
+        fields = waves(old, rng.normal(size=(2, 2, 2 * d + 1)))
+        mlp["Dense_0"]["kernel"] = 2 * fields[:, :d] / len(fields)
+        mlp["Dense_1"]["kernel"] = fields[:, d:-1].T * d**-0.5
+        mlp["Dense_1"]["bias"] = fields[:, -1]
+    coefficients = rng.normal(size=(2, 2, 8 * 3))
+
+    def features(params, grid):
+        geometry = Geometry((2, 2), grid)
+        size = geometry.size()
+        image = np.tanh(waves(size, coefficients)).reshape(*size, 8, 3)
+        image = np.ascontiguousarray(image.transpose(2, 0, 1, 3))
+        return forward(small(geometry), params, image)[1]["pre_logits"]
+
+    expected = features(params, old)
+    actual = features(resize.interpolate(params, new, grid=old), new)
+    spread = expected.std(0).mean()
+    assert np.sqrt(np.mean((actual - expected) ** 2)) < 0.12 * spread
+
+
 def test_an_interpolated_mixer_trains():
     losses, _ = trained(lambda params, _: resize.interpolate(params, (6, 6)), 2)
     assert losses[-1] < 0.5 * losses[0]
