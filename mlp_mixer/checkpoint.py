@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
+from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves, nested
 from mlp_mixer.signals import StopFlag
 
 PyTree = Any
@@ -292,7 +293,7 @@ class Checkpointer:
 
 def restore_params(
     directory: str | os.PathLike[str],
-    target: PyTree,
+    target: PyTree = None,
     *,
     step: int | None = None,
     best: str | None = None,
@@ -303,7 +304,8 @@ def restore_params(
 
     Args:
         directory: of a `Checkpointer`.
-        target: the tree of `params` as `jax.ShapeDtypeStruct` with shardings.
+        target: the tree of `params` as `jax.ShapeDtypeStruct` with shardings; without
+            it whatever model is there, as NumPy arrays in nested dicts.
         step: which checkpoint; without it the newest intact one.
         best: instead of a step, the metric whose highest value chooses it.
 
@@ -314,7 +316,8 @@ def restore_params(
     """
     if step is not None and best is not None:
         raise ValueError(f"Got step={step} and best={best!r}; give one of them.")
-    _check_target(target)
+    if target is not None:
+        _check_target(target)
     folder = _absolute(directory)
     if not folder.exists():
         raise FileNotFoundError(f"There is no directory {folder}.")
@@ -357,6 +360,11 @@ def _read(
     with _damage_recognised(folder):
         meta = _read_meta(folder)
     saved, prints = (_below(subtree, meta[k]) for k in ("arrays", "fingerprints"))
+    on_host = target is None
+    if on_host:
+        target = nested(
+            {name: jax.ShapeDtypeStruct(*array) for name, array in saved.items()}
+        )
     if different := differences(saved, describe(target)):
         raise ValueError(
             f"Checkpoint {step} in {manager.directory} holds another model or "
@@ -364,7 +372,11 @@ def _read(
             f"it, or another directory."
         )
     item = {subtree: target} if subtree else target
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    restore_args = (
+        jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        if on_host
+        else ocp.checkpoint_utils.construct_restore_args(item)
+    )
     args = ocp.args.PyTreeRestore(
         item, restore_args=restore_args, partial_restore=bool(subtree)
     )
@@ -372,7 +384,8 @@ def _read(
         state = manager.restore(step, args=ocp.args.Composite(state=args)).state
         state = state[subtree] if subtree else state
     # A partial restore leaves what it does not find as it was, without a word.
-    if missing := [n for n, x in leaves(state) if not isinstance(x, jax.Array)]:
+    array = np.ndarray if on_host else jax.Array
+    if missing := [n for n, x in leaves(state) if not isinstance(x, array)]:
         raise _DamagedError(f"it lacks {missing}", agreed=True)
     found = fingerprint(state)
     if wrong := sorted(name for name in found if found[name] != prints[name]):

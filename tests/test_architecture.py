@@ -35,10 +35,9 @@ LAYERS = (
         "data.pipeline",
         "data.sources",
         "data.preparation",
-        "pretrained",
         "visualize",
     ),
-    ("steps", "evaluators"),
+    ("steps", "evaluators", "pretrained"),
     # What the programs share.
     ("program", "runs"),
     ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),

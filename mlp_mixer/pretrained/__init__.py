@@ -1,1 +1,41 @@
-"""Weights from elsewhere: other formats, other resolutions."""
+"""Weights from anywhere, as the official parameter tree, and into models.
+
+    params = pretrained.load("imagenet1k/Mixer-B_16")
+    model = pretrained.create_model(params)
+    logits, out = model.apply({"params": params}, image)   # (n, h, w, 3) in [-1, 1]
+
+A source is a run's folder, a published name, or a file: npz (both published layouts),
+safetensors (our names or timm's), or a torch state dict with timm's names.
+"""
+
+from mlp_mixer.pretrained.fitting import HEADS, create_model, initial, merge
+from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
+from mlp_mixer.pretrained.weights import (
+    Params,
+    Weights,
+    cast,
+    load,
+    not_finite,
+    read,
+    write_npz,
+    write_safetensors,
+)
+
+__all__ = [
+    "HEADS",
+    "Params",
+    "Weights",
+    "cast",
+    "create_model",
+    "geometry",
+    "initial",
+    "load",
+    "merge",
+    "not_finite",
+    "read",
+    "square_image",
+    "tokens",
+    "variant",
+    "write_npz",
+    "write_safetensors",
+]

@@ -1,0 +1,157 @@
+"""Weights into models: strictly, but for the head and the resolution."""
+
+import logging
+import os
+from typing import Any
+
+import numpy as np
+
+from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.models.mixer import MlpMixer
+from mlp_mixer.pretrained import resize, tree
+from mlp_mixer.pretrained.tree import Params
+from mlp_mixer.pretrained.weights import Weights, read
+
+logger = logging.getLogger(__name__)
+
+HEADS = ("match", "zero")
+
+
+def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
+    """Returns the model that the parameters are of.
+
+    Args:
+      weights: of `weights.read`, or parameters alone, which are taken to be the
+        authors': tanh GELU.
+      **overrides: fields of `MlpMixer`, e.g. `dtype="bfloat16"` or `gelu="exact"`.
+    """
+    if isinstance(weights, Weights):
+        overrides = {"gelu": weights.gelu, **overrides}
+        weights = weights.params
+    return MlpMixer(**tree.geometry(weights) | overrides)
+
+
+def merge(params: Params, target: Any, *, head: str = "match") -> Params:
+    """Returns `params` for a model with the arrays of `target`, strictly.
+
+    Only the head may differ: one for another number of classes becomes a zero one, as
+    in the authors' fine-tuning.
+
+    Args:
+      params: to load.
+      target: arrays or shapes of the model's parameters.
+      head: "match" keeps a head for the same number of classes; "zero" never does.
+
+    Raises:
+      ValueError: arrays are missing, unexpected or of another shape; names them all.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head {head!r} is unknown; try {', '.join(HEADS)}.")
+    given, wanted = dict(leaves(params)), dict(leaves(target))
+    heads = [name for name in wanted if name.startswith("head/")]
+    same = all(
+        name in given and given[name].shape == wanted[name].shape for name in heads
+    )
+    if heads and (head == "zero" or not same):
+        had = "none" if "head/bias" not in given else len(given["head/bias"])
+        logger.info(
+            "The head is a new one of zeros for %d classes (the weights': %s).",
+            *(wanted["head/bias"].shape[0], had),
+        )
+        given |= {n: np.zeros(wanted[n].shape, wanted[n].dtype) for n in heads}
+    if not heads:
+        given = {name: x for name, x in given.items() if not name.startswith("head/")}
+    missing = [f"missing: {name}" for name in wanted if name not in given]
+    unexpected = [f"unexpected: {name}" for name in given if name not in wanted]
+    shapes = [
+        f"shape: {name} is {given[name].shape}, the model's {wanted[name].shape}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    if wrong := missing + unexpected + shapes:
+        raise ValueError(
+            f"The weights ({_said(params)}) do not fit the model ({_said(target)}):"
+            "\n  " + "\n  ".join(wrong)
+        )
+    return nested({name: given[name] for name in wanted})
+
+
+def initial(
+    source: str | os.PathLike[str] | None,
+    model: Any,
+    target: Any,
+    *,
+    image_size: tuple[int, int],
+    head: str,
+    resize_by: str,
+) -> Params | None:
+    """Returns the parameters that a run starts from, for `config.init_from`.
+
+    Args:
+      source: of `weights.read`; None: there are none.
+      model: the `MlpMixer` that they are for.
+      target: shapes of its parameters.
+      image_size: height and width in pixels that it is trained at.
+      head: of `merge`.
+      resize_by: what to do if the weights are for another grid of patches: "grow"
+        (the paper's way, K times as many on each side) or "interpolate".
+
+    Raises:
+      ValueError: they do not fit.
+    """
+    if source is None:
+        return None
+    weights = read(source)
+    logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
+    if weights.gelu != model.gelu:
+        logger.warning(
+            "%s are for the %s GELU, this model computes the %s one; "
+            "--config.model.gelu=%s keeps theirs.",
+            *(source, weights.gelu, model.gelu, weights.gelu),
+        )
+    params = _at(weights, model, image_size, how=resize_by)
+    return merge(params, target, head=head)
+
+
+def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> Params:
+    """The parameters for another resolution, with as many pixels to a patch."""
+    ph, pw = tree.geometry(weights.params)["patch_size"]
+    if (ph, pw) != tuple(model.patch_size):
+        return weights.params  # for `merge` to refuse
+    new_grid = (image_size[0] // ph, image_size[1] // pw)
+    if weights.image_size is None:
+        if tree.tokens(weights.params) == new_grid[0] * new_grid[1]:
+            return weights.params
+        raise ValueError(
+            f"The weights ({weights.said}) have {tree.tokens(weights.params)} "
+            "tokens, which make no square, and do not say their image size; give them "
+            "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
+            "--image_size=HEIGHT,WIDTH`."
+        )
+    old_grid = (weights.image_size[0] // ph, weights.image_size[1] // pw)
+    params = resize.resized(
+        weights.params, old_grid=old_grid, new_grid=new_grid, how=how
+    )
+    wide = tree.geometry(params)["tokens_mlp_dim"]
+    if new_grid != old_grid and wide != model.tokens_mlp_dim:
+        raise ValueError(
+            f"To {how} the weights from {old_grid[0]}x{old_grid[1]} to "
+            f"{new_grid[0]}x{new_grid[1]} patches gives token mixing {wide} hidden "
+            f"units, the model has {model.tokens_mlp_dim}; set "
+            f"--config.model.tokens_mlp_dim={wide}."
+        )
+    return params
+
+
+def _said(params: Any) -> str:
+    """ "mixer_b16, 1000 classes": what a person would call a tree of this geometry."""
+    fields = tree.geometry(params)
+    name = tree.variant(fields)
+    if name is None:
+        name = (
+            f"{fields['num_blocks']} blocks of width {fields['hidden_dim']}, patches "
+            f"of {fields['patch_size'][0]}x{fields['patch_size'][1]}"
+        )
+    classes = fields["num_classes"]
+    head = "no head" if classes is None else f"{classes} classes"
+    return f"{name}, {tree.tokens(params)} tokens, {head}"

@@ -1,0 +1,222 @@
+"""Weights in and out of files, checked: what is wrong with a file is one error.
+
+The current npz layout is for the world, safetensors for ourselves: it keeps bfloat16,
+and carries checksums and what else a model needs to know.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from mlp_mixer import checkpoint
+from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.pretrained import npz, safetensors, timm, tree
+from mlp_mixer.pretrained.tree import Params
+
+logger = logging.getLogger(__name__)
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters, and what a model needs to know besides.
+
+    Attributes:
+      params: the official tree: nested dicts of NumPy arrays.
+      said: where they come from, for people.
+      gelu: "tanh" (the authors') or "exact" (timm's).
+      image_size: (height, width) in pixels; None if the file does not say and the
+        tokens make no square.
+      class_names: by class; None if they have no names.
+      preprocess: the evaluation protocol of the run; None if it is not known.
+    """
+
+    params: Params
+    said: str
+    gelu: str = "tanh"
+    image_size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+    preprocess: str | None = None
+
+
+# --- Reading --------------------------------------------------------------------------
+
+
+def load(source: str | os.PathLike[str], *, dtype: str | None = "float32") -> Params:
+    """Returns the parameters at `source`: `read(source).params`."""
+    return read(source, dtype=dtype).params
+
+
+def read(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | None = "float32",
+    step: int | None = None,
+) -> Weights:
+    """Reads weights of any geometry from any source.
+
+    Values that are not finite are reported in the log, by array.
+
+    Args:
+      source: a run's folder, a file, or a published name such as
+        "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
+      dtype: of the arrays, a key of `DTYPES`; None keeps the file's.
+      step: of a run's checkpoint; the newest intact one by default.
+
+    Raises:
+      FileNotFoundError: nothing is there, or a published file cannot be downloaded.
+      ValueError: damaged; of a kind that is not known; or not the parameters of an
+        MLP-Mixer: an array is missing or unexpected, or shapes contradict each other.
+    """
+    name = os.fspath(source)
+    path = epath.Path(name).expanduser()
+    if path.is_dir():
+        flat, weights = _read_run(path, step)
+    elif step is not None:
+        raise ValueError(f"{name} is no run's folder: it has no step {step}.")
+    elif path.exists():
+        flat, weights = _read_file(pathlib.Path(path))
+    else:
+        raise FileNotFoundError(
+            f"There are no weights {name}: no run's folder and no file."
+        )
+    if wrong := tree.problems({k: x.shape for k, x in flat.items()}):
+        raise ValueError(
+            f"{name} does not hold the parameters of one MLP-Mixer:\n  "
+            + "\n  ".join(wrong)
+        )
+    params = nested(flat)
+    if dtype is not None:
+        params = cast(params, dtype)
+    for array, count in not_finite(params).items():
+        logger.warning("%s: %d values of %s are not finite.", name, count, array)
+    size = weights.image_size or tree.square_image(params)
+    return dataclasses.replace(weights, params=params, image_size=size)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """The parameters in a dtype of `DTYPES`.
+
+    Raises:
+      ValueError: there is no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; try {', '.join(DTYPES)}.")
+    return nested({k: np.asarray(x, DTYPES[dtype]) for k, x in leaves(params)})
+
+
+def not_finite(params: Params) -> dict[str, int]:
+    """{array: how many of its values are infinite or not a number}, where any is."""
+    counts = {
+        name: int(x.size - np.isfinite(np.asarray(x, np.float32)).sum())
+        for name, x in leaves(params)
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+Flat = dict[str, np.ndarray]
+
+
+def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no run (no config.json). Name a folder that "
+            "`python -m mlp_mixer.train` has written, e.g. runs/digits."
+        )
+    config = json.loads((folder / "config.json").read_text())
+    names = json.loads((folder / "class_names.json").read_text())
+    step, params = checkpoint.restore_params(folder / "checkpoints", step=step)
+    kinds = ((e["type"], e["preprocess"]) for e in config["evals"].values())
+    return dict(leaves(params)), Weights(
+        {},
+        f"run at step {step}",
+        gelu=config["model"]["gelu"],
+        image_size=tuple(config["model"]["image_size"]),
+        class_names=names and tuple(names),
+        preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
+    )
+
+
+def _read_file(path: pathlib.Path) -> tuple[Flat, Weights]:
+    suffix = path.suffix.lower()
+    metadata: dict[str, str] = {}
+    if suffix == ".npz":
+        arrays = npz.read(path)
+    elif suffix == ".safetensors":
+        arrays, metadata = safetensors.read(path)
+    elif suffix in TORCH_SUFFIXES:
+        arrays = timm.read_torch(path)
+    else:
+        raise ValueError(
+            f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
+            f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
+        )
+    try:
+        fields = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: wrong bits in its metadata.") from error
+    for field in ("image_size", "class_names"):
+        if field in fields:
+            fields[field] = tuple(fields[field])
+    if not timm.is_timm(arrays):
+        return arrays, Weights({}, f"{suffix[1:]} file", **fields)
+    fields = {"gelu": "exact", **fields}
+    return timm.ours(arrays), Weights({}, f"{suffix[1:]} file, timm's names", **fields)
+
+
+# --- Writing --------------------------------------------------------------------------
+
+# Of a safetensors file: JSON of the fields of `Weights` that are known.
+METADATA = "mlp_mixer"
+
+
+def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
+    """Writes the published layout, float32, which the authors' code loads as it is."""
+    with _whole(path) as file:
+        npz.write(file, dict(leaves(weights.params)))
+
+
+def write_safetensors(
+    weights: Weights, path: str | os.PathLike[str], *, names: str = "ours"
+) -> None:
+    """Writes every array in its own dtype, and the other fields as metadata.
+
+    Args:
+      weights: to write.
+      path: of the file.
+      names: "ours", those of the official tree, or "timm".
+    """
+    flat = dict(leaves(weights.params))
+    known = {
+        field: value
+        for field in ("gelu", "image_size", "class_names", "preprocess")
+        if (value := getattr(weights, field)) is not None
+    }
+    flat = timm.theirs(flat) if names == "timm" else flat
+    with _whole(path) as file:
+        file.write(safetensors.dumps(flat, {METADATA: json.dumps(known)}))
+
+
+@contextlib.contextmanager
+def _whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that has its name once it is complete."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
