@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -63,17 +64,40 @@ def init_state(
     *,
     seed: int,
     image_size: tuple[int, int],
+    params: Any = None,
 ) -> TrainState:
-    """Creates the state of step 0, born in the shardings of `target`."""
+    """Creates the state of step 0, born in the shardings of `target`.
+
+    Args:
+      model: as in `make_train_step`, like tx.
+      tx: see model.
+      target: of `state_shapes`.
+      seed: of the run.
+      image_size: height and width in pixels.
+      params: host arrays to start from, whole on every process; None: random ones.
+    """
     shardings = jax.tree.map(lambda a: a.sharding, target)
-    init = jax.jit(
-        lambda rng: _init(model, tx, rng, image_size), out_shardings=shardings
-    )
-    return init(_stream(seed, "init"))
+    if params is None:
+        init = jax.jit(
+            lambda rng: _init(model, tx, rng, image_size), out_shardings=shardings
+        )
+        return init(_stream(seed, "init"))
+
+    def place(x, a):
+        def part(index):
+            return np.asarray(x[index], a.dtype)
+
+        return jax.make_array_from_callback(a.shape, a.sharding, part)
+
+    begin = jax.jit(lambda params: _begin(tx, params), out_shardings=shardings)
+    return begin(jax.tree.map(place, params, target.params))
 
 
 def _init(model, tx, rng, image_size):
-    params = model.init(rng, jnp.zeros((1, *image_size, 3)))["params"]
+    return _begin(tx, model.init(rng, jnp.zeros((1, *image_size, 3)))["params"])
+
+
+def _begin(tx, params):
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 

@@ -21,6 +21,7 @@ from mlp_mixer import (
     metrics,
     models,
     optim,
+    pretrained,
     program,
     recipe,
     runs,
@@ -80,11 +81,19 @@ def train(
     with checkpoint.Checkpointer(
         f"{workdir}/checkpoints", **config.checkpoint
     ) as checkpointer:
-        # State: the newest good checkpoint, else a fresh start.
+        # State: the newest good checkpoint, else a fresh start, from weights or none.
         state = checkpointer.restore(target)
         if state is None:
+            params = pretrained.initial(
+                config.init_from,
+                model,
+                target.params,
+                image_size=size,
+                head=config.init_head,
+                resize_by=config.init_resize,
+            )
             state = steps.init_state(
-                model, tx, target, seed=config.seed, image_size=size
+                model, tx, target, seed=config.seed, image_size=size, params=params
             )
         first_step = int(state.step)
         logger.info(

@@ -9,10 +9,11 @@ safetensors (our names or timm's), or a torch state dict with timm's names.
 """
 
 from mlp_mixer.pretrained.fitting import HEADS, create_model, initial, merge
-from mlp_mixer.pretrained.geometry import geometry, square_image, tokens, variant
+from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
 from mlp_mixer.pretrained.weights import (
     Params,
     Weights,
+    cast,
     load,
     not_finite,
     read,
@@ -24,6 +25,7 @@ __all__ = [
     "HEADS",
     "Params",
     "Weights",
+    "cast",
     "create_model",
     "geometry",
     "initial",

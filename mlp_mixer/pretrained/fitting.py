@@ -8,8 +8,8 @@ import numpy as np
 
 from mlp_mixer.fingerprints import leaves, nested
 from mlp_mixer.models.mixer import MlpMixer
-from mlp_mixer.pretrained import geometry, resize
-from mlp_mixer.pretrained.geometry import Params
+from mlp_mixer.pretrained import resize, tree
+from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.pretrained.weights import Weights, read
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
     if isinstance(weights, Weights):
         overrides = {"gelu": weights.gelu, **overrides}
         weights = weights.params
-    return MlpMixer(**geometry.geometry(weights) | overrides)
+    return MlpMixer(**tree.geometry(weights) | overrides)
 
 
 def merge(params: Params, target: Any, *, head: str = "match") -> Params:
@@ -77,19 +77,19 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
 
 
 def initial(
-    source: str | os.PathLike[str],
-    model: MlpMixer,
+    source: str | os.PathLike[str] | None,
+    model: Any,
     target: Any,
     *,
     image_size: tuple[int, int],
     head: str,
     resize_by: str,
-) -> Params:
+) -> Params | None:
     """Returns the parameters that a run starts from, for `config.init_from`.
 
     Args:
-      source: of `weights.read`.
-      model: that they are for.
+      source: of `weights.read`; None: there are none.
+      model: the `MlpMixer` that they are for.
       target: shapes of its parameters.
       image_size: height and width in pixels that it is trained at.
       head: of `merge`.
@@ -99,7 +99,10 @@ def initial(
     Raises:
       ValueError: they do not fit.
     """
+    if source is None:
+        return None
     weights = read(source)
+    logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
     if weights.gelu != model.gelu:
         logger.warning(
             "%s are for the %s GELU, this model computes the %s one; "
@@ -110,19 +113,17 @@ def initial(
     return merge(params, target, head=head)
 
 
-def _at(
-    weights: Weights, model: MlpMixer, image_size: tuple[int, int], how: str
-) -> Params:
+def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> Params:
     """The parameters for another resolution, with as many pixels to a patch."""
-    ph, pw = geometry.geometry(weights.params)["patch_size"]
+    ph, pw = tree.geometry(weights.params)["patch_size"]
     if (ph, pw) != tuple(model.patch_size):
         return weights.params  # for `merge` to refuse
     new_grid = (image_size[0] // ph, image_size[1] // pw)
     if weights.image_size is None:
-        if geometry.tokens(weights.params) == new_grid[0] * new_grid[1]:
+        if tree.tokens(weights.params) == new_grid[0] * new_grid[1]:
             return weights.params
         raise ValueError(
-            f"The weights ({weights.said}) have {geometry.tokens(weights.params)} "
+            f"The weights ({weights.said}) have {tree.tokens(weights.params)} "
             "tokens, which make no square, and do not say their image size; give them "
             "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
             "--image_size=HEIGHT,WIDTH`."
@@ -131,7 +132,7 @@ def _at(
     params = resize.resized(
         weights.params, old_grid=old_grid, new_grid=new_grid, how=how
     )
-    wide = geometry.geometry(params)["tokens_mlp_dim"]
+    wide = tree.geometry(params)["tokens_mlp_dim"]
     if new_grid != old_grid and wide != model.tokens_mlp_dim:
         raise ValueError(
             f"To {how} the weights from {old_grid[0]}x{old_grid[1]} to "
@@ -142,10 +143,10 @@ def _at(
     return params
 
 
-def _said(tree: Any) -> str:
+def _said(params: Any) -> str:
     """ "mixer_b16, 1000 classes": what a person would call a tree of this geometry."""
-    fields = geometry.geometry(tree)
-    name = geometry.variant(fields)
+    fields = tree.geometry(params)
+    name = tree.variant(fields)
     if name is None:
         name = (
             f"{fields['num_blocks']} blocks of width {fields['hidden_dim']}, patches "
@@ -153,4 +154,4 @@ def _said(tree: Any) -> str:
         )
     classes = fields["num_classes"]
     head = "no head" if classes is None else f"{classes} classes"
-    return f"{name}, {geometry.tokens(tree)} tokens, {head}"
+    return f"{name}, {tree.tokens(params)} tokens, {head}"
