@@ -372,8 +372,10 @@ def _keep(
                     f"differ by {one.difference:.2g} from the model's; at most "
                     f"{one.allowed:.2g} is right. Try another version of the runtime."
                 )
+        mode = draft.stat().st_mode  # onnx gives its data file to the owner alone
         # The file itself last: what lies beside it is there before.
         for part in sorted(pathlib.Path(folder).iterdir(), reverse=True):
+            part.chmod(mode)
             part.replace(path.with_name(part.name))
     return found
 

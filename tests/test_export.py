@@ -302,6 +302,7 @@ def test_onnx_puts_what_is_too_large_beside_itself(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     assert (tmp_path / "m.onnx.data").stat().st_size > 300 * 16 * 4
     assert (tmp_path / "m.onnx").stat().st_size < 300 * 16 * 4
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
     # Wherever the two are moved to.
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     found = run_onnx(moved / "m.onnx", images(2))
