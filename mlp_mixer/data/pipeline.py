@@ -154,7 +154,7 @@ def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cr
 def _resize_crop(
     image: Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Cropped:
-    """Fine-tuning's (arXiv 2105.01601, Appendix C): to a square of 256, then a random 224."""
+    """Fine-tuning's: to a square of 256, of which a random 224 (as in BiT and ViT)."""
     sides = image_ops.margin(size)
     y, x = (int(rng.integers(n - m + 1)) for n, m in zip(sides, size, strict=True))
     whole = image_ops.crop_and_resize_fast(image, (0, 0, *image.shape[:2]), sides)
