@@ -21,8 +21,8 @@ DECAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cosine": lambda after, _: 0.5 * (1.0 + jnp.cos(jnp.pi * after)),
     # BiT-HyperRule's: a tenth at 30, 60 and 90 % of the run, warm-up included. A hair
     # earlier, as a compiled division may round down.
-    "staircase": lambda _, whole: (
-        0.1 ** sum((whole > at - 1e-6).astype(jnp.float32) for at in (0.3, 0.6, 0.9))
+    "staircase": lambda _, whole: jnp.power(
+        0.1, sum((whole > at - 1e-6).astype(jnp.float32) for at in (0.3, 0.6, 0.9))
     ),
 }
 DECAYED = ("kernels", "all")
