@@ -424,7 +424,7 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
     Args:
       tasks: with different names.
       args: of `parser`.
-      means: over the results.
+      means: name → mean, over the results so far.
 
     Raises:
       FileNotFoundError: data is missing, all of it named before anything is run.
@@ -439,13 +439,18 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
     results: list[Result] = []
     for i, task in enumerate(tasks):
         logger.info("%s (%d of %d)", task.name, i + 1, len(tasks))
-        result = run(
-            task,
-            folder,
-            seeds=args.seeds,
-            data_dir=args.data_dir,
-            drop_checkpoints=args.drop_checkpoints,
-        )
+        try:
+            result = run(
+                task,
+                folder,
+                seeds=args.seeds,
+                data_dir=args.data_dir,
+                drop_checkpoints=args.drop_checkpoints,
+            )
+        except (Exception, KeyboardInterrupt):
+            command = shlex.join(["python", *sys.argv])
+            logger.error("Not finished. What is done is kept; go on with\n%s", command)
+            raise
         results.append(result)
         write(folder, results, means(results))
     metrics.table(str(folder), COLUMNS, rows(results, means(results)))
@@ -493,21 +498,18 @@ def parse(
         p.error(f"unknown: {' '.join(wrong)}; fields are --config.FIELD=VALUE")
     if wrong := [word for word in rest if "=" not in word]:
         p.error(f"{' '.join(wrong)}: write --config.FIELD=VALUE")
+    if [word for word in rest if word.startswith("--config.optim.learning_rate=")]:
+        p.error("the learning rate is what is chosen; give --learning_rates")
     if args.init_from:
         rest.append(f"--config.init_from={args.init_from}")
     return args, rest
 
 
-def start(main: Callable[[list[str]], None], *modules: str) -> None:
-    """Runs `main(arguments)`; if it ends early, says how to go on."""
+def start(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(arguments)` as a program does."""
     metrics.log_to_terminal()
-    command = shlex.join(["python", *sys.argv])
-    with program.errors_in_one_line("sweep", *modules):
-        try:
-            main(sys.argv[1:])
-        except (Exception, KeyboardInterrupt):
-            logger.error("Not finished. What is done is kept; go on with\n%s", command)
-            raise
+    with program.errors_in_one_line("sweep"):
+        main(sys.argv[1:])
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import sweep
 
-from mlp_mixer import checkpoint, metrics, recipe, runs, train
+from mlp_mixer import checkpoint, metrics, program, recipe, runs, train
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -329,7 +329,14 @@ def test_mistakes_are_explained(arguments, error, message, value, tmp_path, data
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--sedes=2"], ["--config.seed", "1"], ["--seeds=0"], []]
+    "wrong",
+    [
+        ["--sedes=2"],
+        ["--config.seed", "1"],
+        ["--config.optim.learning_rate=1"],
+        ["--seeds=0"],
+        [],
+    ],
 )
 def test_a_wrong_command_line_is_refused(wrong, value, capsys):
     argv = wrong and [f"--config={value}", *wrong]
@@ -339,13 +346,17 @@ def test_a_wrong_command_line_is_refused(wrong, value, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_an_early_end_says_how_to_go_on(monkeypatch, caplog):
-    monkeypatch.setattr(sys, "argv", ["scripts/sweep.py", "--config=a b.py"])
+def test_an_early_end_says_how_to_go_on(value, tmp_path, data_dir, monkeypatch, caplog):
+    argv = [f"--config={value}", f"--workdir={tmp_path}/a b", f"--data_dir={data_dir}"]
+    monkeypatch.setattr(sys, "argv", ["scripts/sweep.py", *argv])
     monkeypatch.setattr(metrics, "log_to_terminal", lambda: None)
 
-    def broken(argv):
+    def stopped(*_, **__):
         raise sweep.StoppedError("It was stopped.")
 
+    monkeypatch.setattr(sweep, "complete", stopped)
+    monkeypatch.setattr(program, "_is_ours", lambda *_: True)
     with pytest.raises(SystemExit, match="It was stopped"):
-        sweep.start(broken, __name__.partition(".")[0])  # ours, as it raised
-    assert "go on with\npython scripts/sweep.py '--config=a b.py'" in caplog.text
+        sweep.start(sweep.main)
+    assert "go on with\npython scripts/sweep.py --config=" in caplog.text
+    assert f"'--workdir={tmp_path}/a b'" in caplog.text
