@@ -107,7 +107,7 @@ def test_the_learning_rates_show_every_accuracy_and_ring_the_chosen():
     curves = {"one": {0.03: 0.7, 0.01: 0.9, 0.06: None}, "two": {0.01: 0.5}}
     figure = visualize.learning_rates(curves, {"one": 0.01, "two": 0.01})
     (axis,) = figure.axes
-    points = [line.get_xydata().tolist() for line in axis.lines]
+    points = [np.asarray(line.get_xydata()).tolist() for line in axis.lines]
     assert points == [
         *([[0.01, 90], [0.03, 70]], [[0.01, 90]]),
         *([[0.01, 50]], [[0.01, 50]]),
