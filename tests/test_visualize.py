@@ -101,3 +101,18 @@ def test_a_run_without_records_still_has_a_report():
         class_names=list("abc"),
     )
     assert visualize.png(figure).startswith(b"\x89PNG")
+
+
+def test_the_learning_rates_show_every_accuracy_and_ring_the_chosen():
+    curves = {"one": {0.03: 0.7, 0.01: 0.9, 0.06: None}, "two": {0.01: 0.5}}
+    figure = visualize.learning_rates(curves, {"one": 0.01, "two": 0.01})
+    (axis,) = figure.axes
+    points = [np.asarray(line.get_xydata()).tolist() for line in axis.lines]
+    assert points == [
+        *([[0.01, 90], [0.03, 70]], [[0.01, 90]]),
+        *([[0.01, 50]], [[0.01, 50]]),
+    ]
+    assert [text.get_text() for text in axis.get_xticklabels()] == [
+        *("0.01", "0.03", "0.06")
+    ]
+    assert visualize.png(figure)[:4] == b"\x89PNG"
