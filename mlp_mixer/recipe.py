@@ -33,7 +33,7 @@ def base() -> ConfigDict:
     # p of mixup's Beta(p, p); 0 does not mix.
     config.mixup = 0.0
     # Weights to start from: a run's folder, a file or a published name such as
-    # "imagenet21k/Mixer-B_16"; None: random ones.
+    # "imagenet21k/Mixer-B_16"; None, or nothing on the command line: random ones.
     config.init_from = config_dict.placeholder(str)
     # Their head: "match" keeps one of as many classes, else it is zero; or "zero".
     config.init_head = "match"
@@ -404,6 +404,14 @@ FINETUNING: dict[str, dict[str, Any]] = {
             "train[90%:]+validation[90%:]",
         ),
         "steps": (500, 100),
+        "learning_rates": RATES,
+    },
+    # Ours: the embedded digits.
+    "digits": {
+        "num_classes": 10,
+        "final": ("train", 1500, "test"),
+        "select": ("train[:90%]", 1350, "train[90%:]"),
+        "steps": (150, 25),
         "learning_rates": RATES,
     },
     # Each of 19 tasks; the recipe adds its name and classes.

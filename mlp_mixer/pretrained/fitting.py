@@ -88,7 +88,7 @@ def initial(
     """Returns the parameters that a run starts from, for `config.init_from`.
 
     Args:
-      source: of `weights.read`; None: there are none.
+      source: of `weights.read`; None or "": there are none.
       model: the `MlpMixer` that they are for.
       target: shapes of its parameters.
       image_size: height and width in pixels that it is trained at.
@@ -99,7 +99,7 @@ def initial(
     Raises:
       ValueError: they do not fit.
     """
-    if source is None:
+    if not source:
         return None
     weights = read(source)
     logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
