@@ -1,5 +1,6 @@
 """How a program starts: flags, logging, several processes, errors in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -35,6 +36,10 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
 
     try:
         app.run(start, recipe.resolve(sys.argv), flags_parser=_parse)
+    except BrokenPipeError:  # `… | head` has seen enough
+        # What is still in the buffer would fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if not _is_ours(error):
             raise
