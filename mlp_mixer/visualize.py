@@ -101,7 +101,7 @@ def sheet(
     wide, high = cell * columns, (side + gap + bars + 0.1) * rows + top
     figure = Figure(figsize=(wide, high))
     figure.suptitle(title, y=1 - 0.1 / high, va="top", size=10, parse_math=False)
-    room = int(14.5 * cell)  # characters of 7 points that fit side by side
+    room = int(16.5 * cell)  # characters of 7 points that fit side by side
 
     def place(left, upper, width, height) -> Axes:
         lower = high - upper - height
