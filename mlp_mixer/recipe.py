@@ -341,18 +341,23 @@ def pretraining(
     config.model.name = model
     config.model.head_bias = data["head_bias"]
     config.update(rows[name])
-    for key, fields in data["evals"].items():
-        config.evals[key] = evaluation(**fields)
-    # The first 65,000 hold at least 30 images of each class.
-    config.evals.fewshot = fewshot(
-        "train[:65000]", "validation", "imagenet2012", shots=(5,), every_steps=0
-    )
+    evaluate_on(config, name)
     if "short" in given:
         config.epochs = 60.0
     if "gpu8" in given:
         config.accumulate = gpu8
         config.input.workers = 32  # half the cores of a usual host of 8 GPUs
     return config
+
+
+def evaluate_on(config: ConfigDict, name: str) -> None:
+    """Adds the evaluators of a data set of `PRETRAINING`, and 5-shot on ImageNet."""
+    for key, fields in PRETRAINING[name]["evals"].items():
+        config.evals[key] = evaluation(**fields)
+    # The first 65,000 hold at least 30 images of each class.
+    config.evals.fewshot = fewshot(
+        "train[:65000]", "validation", "imagenet2012", shots=(5,), every_steps=0
+    )
 
 
 def words(argument: str, known: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mlp_mixer import checkpoint, models, pretrained, sharding, steps
+from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
 from mlp_mixer.data import class_names as naming
 
 logger = logging.getLogger(__name__)
@@ -190,6 +190,42 @@ def _has_begun(folder: epath.Path) -> bool:
     return any((folder / "checkpoints").glob("*")) or (
         records.exists() and bool(records.read_text().strip())
     )
+
+
+def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
+    """Writes weights as a run at step 0, for every program that takes a run.
+
+    With 1,000 or 21,843 classes its recipe has the evaluators of ImageNet's or
+    ImageNet-21k's pretraining, and otherwise none.
+
+    Raises:
+      FileExistsError: there is a run, or something else.
+    """
+    folder = epath.Path(workdir)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{workdir} is not empty; name a new folder.")
+    if weights.image_size is None:
+        raise ValueError(
+            f"The weights ({weights.said}) do not say their image size; give it with "
+            "--image_size=HEIGHT,WIDTH."
+        )
+    fields = pretrained.geometry(weights.params)
+    config = recipe.base()
+    config.batch_size = 256
+    config.dataset.num_classes = fields.pop("num_classes")
+    config.model.name = pretrained.variant(fields) or config.model.name
+    config.model.update(fields, gelu=weights.gelu, image_size=weights.image_size)
+    for name, data in recipe.PRETRAINING.items():
+        if data["num_classes"] == config.dataset.num_classes:
+            config.dataset.name = name
+            recipe.evaluate_on(config, name)
+    if weights.preprocess is not None:
+        for section in config.evals.values():
+            section.preprocess = weights.preprocess
+    claim(config, workdir, weights.class_names)
+    params = jax.tree.map(jnp.asarray, weights.params)
+    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
+        saver.save(0, {"params": params}, force=True)
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:

@@ -13,6 +13,7 @@ from mlp_mixer.pretrained.geometry import geometry, square_image, tokens, varian
 from mlp_mixer.pretrained.weights import (
     Params,
     Weights,
+    cast,
     load,
     not_finite,
     read,
@@ -24,6 +25,7 @@ __all__ = [
     "HEADS",
     "Params",
     "Weights",
+    "cast",
     "create_model",
     "geometry",
     "initial",

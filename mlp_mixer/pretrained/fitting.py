@@ -102,7 +102,7 @@ def initial(
     if source is None:
         return None
     weights = read(source)
-    logger.info("Starting from %s: %s.", weights.said, _said(weights.params))
+    logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
     if weights.gelu != model.gelu:
         logger.warning(
             "%s are for the %s GELU, this model computes the %s one; "

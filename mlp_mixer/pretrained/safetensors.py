@@ -30,28 +30,33 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
             f"{path} is not a whole safetensors file ({error}); copy or download it "
             "again."
         ) from error
-    sums = _sums(path, metadata)
-    wrong = [name for name in sums if sums[name] != checksum(arrays.get(name))]
-    if wrong:
+    try:
+        sums = dict(json.loads(metadata.pop(CHECKSUMS, "{}")))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: wrong bits in its checksums.") from error
+    found = checksums(arrays, metadata)
+    if wrong := [name for name in sums if sums[name] != found.get(name)]:
         raise ValueError(
             f"{path} is damaged: wrong bits in {', '.join(wrong)}; copy it again."
         )
     return arrays, metadata
 
 
-def _sums(path: object, metadata: Mapping[str, str]) -> dict[str, int]:
-    try:
-        return dict(json.loads(metadata.get(CHECKSUMS, "{}")))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: wrong bits in its metadata.") from error
-
-
-def checksum(array: np.ndarray | None) -> int | None:
-    """CRC-32 of its bytes; None of nothing."""
-    return None if array is None else zlib.crc32(np.ascontiguousarray(array).tobytes())
+def checksums(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> dict[str, int]:
+    """CRC-32 of each array, its dtype and shape included, and of the metadata."""
+    sums = {
+        name: zlib.crc32(f"{x.dtype} {x.shape}".encode(), zlib.crc32(x.tobytes()))
+        for name, x in arrays.items()
+    }
+    said = json.dumps(dict(metadata), sort_keys=True)
+    return sums | {"its metadata": zlib.crc32(said.encode())}
 
 
 def dumps(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The file of {name: array}, with their checksums beside `metadata`."""
-    sums = json.dumps({name: checksum(array) for name, array in arrays.items()})
-    return numpy.save(dict(arrays), {**metadata, CHECKSUMS: sums})
+    sums = json.dumps(checksums(arrays, metadata))
+    # In one piece and in their own order: the library writes the bytes as they lie.
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return numpy.save(whole, {**metadata, CHECKSUMS: sums})

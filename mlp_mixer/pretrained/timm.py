@@ -59,9 +59,7 @@ def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
             continue
         leaf = kind if kind == "bias" else "scale" if array.ndim == 1 else "kernel"
         place = home.format(number[1]) if number else home
-        flat[f"{place}/{leaf}"] = np.ascontiguousarray(
-            array.transpose(AXES[array.ndim])
-        )
+        flat[f"{place}/{leaf}"] = array.transpose(AXES[array.ndim])
     return flat
 
 
@@ -75,9 +73,8 @@ def theirs(params: Mapping[str, np.ndarray]) -> Flat:
         module = homes[re.sub(r"^MixerBlock_\d+/", "MixerBlock_{}/", home)]
         kind = "bias" if leaf == "bias" else "weight"
         axes = np.argsort(AXES[array.ndim])
-        flat[f"{module.format(number[1] if number else '')}.{kind}"] = (
-            np.ascontiguousarray(array.transpose(axes))
-        )
+        place = module.format(number[1] if number else "")
+        flat[f"{place}.{kind}"] = array.transpose(axes)
     return flat
 
 

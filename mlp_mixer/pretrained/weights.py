@@ -76,8 +76,6 @@ def read(
       ValueError: damaged; of a kind that is not known; or not the parameters of an
         MLP-Mixer: an array is missing or unexpected, or shapes contradict each other.
     """
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype {dtype!r} is unknown; try {', '.join(DTYPES)}.")
     name = os.fspath(source)
     path = epath.Path(name).expanduser()
     if path.is_dir():
@@ -95,13 +93,24 @@ def read(
             f"{name} does not hold the parameters of one MLP-Mixer:\n  "
             + "\n  ".join(wrong)
         )
-    if dtype is not None:
-        flat = {k: np.asarray(x, DTYPES[dtype]) for k, x in flat.items()}
     params = nested(flat)
+    if dtype is not None:
+        params = cast(params, dtype)
     for array, count in not_finite(params).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
     size = weights.image_size or geometry.square_image(params)
     return dataclasses.replace(weights, params=params, image_size=size)
+
+
+def cast(params: Params, dtype: str) -> Params:
+    """The parameters in a dtype of `DTYPES`.
+
+    Raises:
+      ValueError: there is no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; try {', '.join(DTYPES)}.")
+    return nested({k: np.asarray(x, DTYPES[dtype]) for k, x in leaves(params)})
 
 
 def not_finite(params: Params) -> dict[str, int]:
@@ -128,7 +137,7 @@ def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
     kinds = ((e["type"], e["preprocess"]) for e in config["evals"].values())
     return dict(leaves(params)), Weights(
         {},
-        f"run {folder} at step {step}",
+        f"run at step {step}",
         gelu=config["model"]["gelu"],
         image_size=tuple(config["model"]["image_size"]),
         class_names=names and tuple(names),

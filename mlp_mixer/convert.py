@@ -1,0 +1,240 @@
+"""Converts weights from any source to any form, and reports what they are.
+
+    python -m mlp_mixer.convert runs/mixer_b16                         # only the report
+    python -m mlp_mixer.convert imagenet1k/Mixer-B_16 b16.safetensors
+    python -m mlp_mixer.convert runs/mixer_b16 b16.npz                 # as published
+    python -m mlp_mixer.convert runs/mixer_b16 b16.safetensors --names=timm
+    python -m mlp_mixer.convert timm.safetensors runs/from_timm        # a run (Orbax)
+    python -m mlp_mixer.convert b16.npz b16_448.npz --grow=2
+
+What was written is read back, compared bit for bit, and its logits with the source's.
+"""
+
+import dataclasses
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from mlp_mixer import metrics, pretrained, program, runs
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models.mixer import check_divisible
+from mlp_mixer.pretrained import resize
+
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    names: str = "ours",
+    dtype: str | None = None,
+    gelu: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    grow: int | None = None,
+    interpolate: tuple[int, int] | None = None,
+    step: int | None = None,
+) -> dict[str, str]:
+    """Converts weights, and returns the report as {what: value}.
+
+    Args:
+      source: of `pretrained.read`.
+      target: a file ending in .npz or .safetensors, or a new folder for a run; None
+        only reports.
+      names: in a safetensors file: "ours" or "timm".
+      dtype: "float32" or "bfloat16"; None keeps the source's. npz holds float32.
+      gelu: "tanh" or "exact", where the source does not say it right.
+      image_size: (height, width) in pixels, where the source does not say it.
+      grow: so many times the patches on each side, the paper's way (section 3).
+      interpolate: (height, width) in pixels of another resolution, not the paper's way.
+      step: of a run's checkpoint.
+
+    Raises:
+      FileExistsError: the target is there already.
+      FileNotFoundError: there is no such source.
+      ValueError: the source is damaged, or an argument does not fit it; or what was
+        written is not what is read back.
+    """
+    weights = pretrained.read(source, dtype=None, step=step)
+    if gelu is not None:
+        weights = dataclasses.replace(weights, gelu=gelu)
+    if image_size is not None:
+        weights = dataclasses.replace(weights, image_size=image_size)
+    if grow is not None and interpolate is not None:
+        raise ValueError("Both --grow and --interpolate are given; choose one.")
+    if grow is not None or interpolate is not None:
+        weights = _resized(weights, grow or 1, interpolate)
+    before = weights
+    if dtype is not None:
+        params = pretrained.cast(weights.params, dtype)
+        weights = dataclasses.replace(weights, params=params)
+    report = {"source": f"{source} ({weights.said})", **describe(weights)}
+    if target is None:
+        return report
+    _write(weights, pathlib.Path(target), names)
+    again = pretrained.read(target, dtype=None)
+    wanted, got = (dict(leaves(w.params)) for w in (weights, again))
+    widened = {k: x.astype(got[k].dtype) for k, x in wanted.items()}
+    if wrong := [k for k, x in widened.items() if x.tobytes() != got[k].tobytes()]:
+        raise ValueError(f"{target} is not what was written: {', '.join(wrong)}.")
+    report["written"] = f"{target}, read back: {len(got)} arrays equal bit for bit"
+    return report | _round_trip(before, again)
+
+
+def describe(weights: pretrained.Weights) -> dict[str, str]:
+    """What weights are, for people."""
+    fields = pretrained.geometry(weights.params)
+    arrays = dict(leaves(weights.params))
+    size = weights.image_size
+    broken = pretrained.not_finite(weights.params)
+    return {
+        "model": _called(fields),
+        "classes": str(fields["num_classes"] or "no head"),
+        "resolution": f"{size[0]} × {size[1]} px" if size else "not said",
+        "tokens": str(pretrained.tokens(weights.params)),
+        "parameters": f"{sum(x.size for x in arrays.values()):,}",
+        "dtype": ", ".join(sorted({str(x.dtype) for x in arrays.values()})),
+        "GELU": weights.gelu,
+        "not finite": ", ".join(f"{n} in {k}" for k, n in broken.items()) or "none",
+    }
+
+
+def _called(fields: dict[str, Any]) -> str:
+    name = pretrained.variant(fields)
+    if name is None:
+        return (
+            f"{fields['num_blocks']} blocks, patch {fields['patch_size'][0]} × "
+            f"{fields['patch_size'][1]}, C {fields['hidden_dim']}, D_S "
+            f"{fields['tokens_mlp_dim']}, D_C {fields['channels_mlp_dim']}"
+        )
+    size, patch = name.removeprefix("mixer_")[0].upper(), name[-2:]
+    return f"Mixer-{size}/{patch} ({name}), D_S {fields['tokens_mlp_dim']}"
+
+
+def _resized(
+    weights: pretrained.Weights, factor: int, to: tuple[int, int] | None
+) -> pretrained.Weights:
+    size = weights.image_size
+    if size is None:
+        raise ValueError(
+            f"The weights ({weights.said}) do not say their image size; give it with "
+            "--image_size=HEIGHT,WIDTH."
+        )
+    patch = pretrained.geometry(weights.params)["patch_size"]
+    grid = (size[0] // patch[0], size[1] // patch[1])
+    if to is None:
+        params = resize.grow(weights.params, factor, grid=grid)
+        to = (size[0] * factor, size[1] * factor)
+    else:
+        check_divisible(to, patch)
+        new_grid = (to[0] // patch[0], to[1] // patch[1])
+        params = resize.interpolate(weights.params, new_grid, grid=grid)
+    return dataclasses.replace(weights, params=params, image_size=to)
+
+
+def _write(weights: pretrained.Weights, target: pathlib.Path, names: str) -> None:
+    suffix = target.suffix.lower()
+    if suffix in (".npz", ".safetensors") and target.exists():
+        raise FileExistsError(f"{target} is there already; remove it, or name another.")
+    if names == "timm" and suffix != ".safetensors":
+        raise ValueError(f"--names=timm is for .safetensors files, not for {target}.")
+    if suffix == ".npz":
+        if weights.gelu != "tanh":
+            logger.warning("npz does not say that the GELU is %s.", weights.gelu)
+        pretrained.write_npz(weights, target)
+    elif suffix == ".safetensors":
+        if names == "timm" and weights.gelu != "exact":
+            logger.warning(
+                "timm computes the exact GELU, these weights are for %s: give its "
+                "model act_layer=functools.partial(torch.nn.GELU, approximate='tanh').",
+                weights.gelu,
+            )
+        pretrained.write_safetensors(weights, target, names=names)
+    elif not suffix:
+        runs.write(weights, target)
+    else:
+        raise ValueError(
+            f"{target} ends in {suffix!r}; written are .npz, .safetensors and, without "
+            "an ending, the folder of a run."
+        )
+
+
+def _round_trip(
+    before: pretrained.Weights, after: pretrained.Weights
+) -> dict[str, str]:
+    """How far logits and features of two random images move."""
+    model = pretrained.create_model(before)
+    ph, pw = model.patch_size
+    # The grid is nothing to a Mixer: a strip will do.
+    size = before.image_size or (ph, pw * pretrained.tokens(before.params))
+    image = jax.random.uniform(jax.random.key(0), (2, *size, 3), minval=-1)
+
+    @jax.jit
+    def outputs(params):
+        logits, out = model.apply({"params": params}, image)
+        return logits, out["pre_logits"]
+
+    pairs = zip(outputs(before.params), outputs(after.params), strict=True)
+    moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
+    zero = not np.any(np.asarray(before.params.get("head", {}).get("kernel", 0)))
+    said = f"{moved[0]:.1e}" + (" (there is no head, or it is zero)" if zero else "")
+    return {"max |Δlogit|": said, "max |Δpre_logits|": f"{moved[1]:.1e}"}
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    if len(arguments) not in (1, 2):
+        raise ValueError(
+            "Name a source and, to write one, a target: mlp_mixer.convert SOURCE "
+            "[TARGET]; see --help."
+        )
+    flag = flags.FLAGS
+    report = convert(
+        *arguments,
+        names=flag.names,
+        dtype=flag.dtype,
+        gelu=flag.gelu,
+        image_size=_pair("image_size", flag.image_size),
+        grow=flag.grow,
+        interpolate=_pair("interpolate", flag.interpolate),
+        step=flag.step,
+    )
+    metrics.table("", ["", arguments[-1]], [[k, v] for k, v in report.items()])
+
+
+def _pair(name: str, given: Sequence[str] | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if len(given) != 2 or not all(part.isdigit() for part in given):
+        raise ValueError(f"--{name} is {','.join(given)}; expected HEIGHT,WIDTH.")
+    return int(given[0]), int(given[1])
+
+
+if __name__ == "__main__":
+    flags.DEFINE_enum("names", "ours", ["ours", "timm"], "In a safetensors file.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of the arrays; the source's if not set.",
+    )
+    flags.DEFINE_enum(
+        "gelu", None, ["tanh", "exact"], "If the source does not say it right."
+    )
+    flags.DEFINE_list(
+        "image_size", None, "HEIGHT,WIDTH px, if the source does not say."
+    )
+    flags.DEFINE_integer("grow", None, "So many times the patches on each side.")
+    flags.DEFINE_list(
+        "interpolate",
+        None,
+        "HEIGHT,WIDTH px of another resolution (not the paper's way).",
+    )
+    flags.DEFINE_integer("step", None, "Of a run's checkpoint; the newest if not set.")
+    program.run(main)

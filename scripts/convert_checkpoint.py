@@ -1,0 +1,5 @@
+"""Converts weights; the same as `python -m mlp_mixer.convert`, which see."""
+
+import runpy
+
+runpy.run_module("mlp_mixer.convert", run_name="__main__", alter_sys=True)
