@@ -198,14 +198,16 @@ def run(
                 "newline": "",
             }
             file = stack.enter_context(atomic.writing(out, "w", **options))
-        write = FORMATS[format](file, files, model, top) if model.class_names else None
+        header, line = FORMATS[format](files, model, top)
         track = metrics.counter("predict", len(files), "images")
         # On a terminal the lines themselves show how far it is.
-        watched = write is not None and file.isatty()
+        watched = model.class_names and file.isatty()
         advance = _ignore if watched else stack.enter_context(track)
+        if model.class_names:
+            file.write(header)
         for image in classify(model, files, top=top):
-            if write:
-                write(image)
+            if model.class_names:
+                file.write(line(image))
             if features:
                 vectors.append(image.features)
             if image.path in on_sheet:
@@ -250,45 +252,46 @@ def _ignore(count: int) -> None:
     del count
 
 
-Write = Callable[[Prediction], None]
+# What comes first, and what each image gets.
+Form = tuple[str, Callable[[Prediction], str]]
 
 
-def _table(file: IO[str], files: Sequence[str], model: runs.Opened, top: int) -> Write:
+def _table(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """Aligned columns for people, a line as soon as it is known."""
     path_width = min(60, max(map(len, files)))
     width = min(24, max(map(len, model.class_names), default=0))
 
-    def write(image: Prediction) -> None:
+    def line(image: Prediction) -> str:
         cells = [f"{image.path:{path_width}}"]
         for name, p in zip(image.classes, image.probabilities, strict=True):
             name = name if len(name) <= width else f"{name[: width - 1]}…"
             cells.append(f"{name:{width}} {100 * p:5.1f} %")
-        file.write("  ".join(cells) + "\n")
+        return "  ".join(cells) + "\n"
 
-    return write
+    return "", line
 
 
-def _csv(file: IO[str], files: Sequence[str], model: runs.Opened, top: int) -> Write:
+def _csv(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """A header, then a row for each image."""
-    rows = csv.writer(file, lineterminator="\n")
-    ranks = range(1, top + 1)
-    rows.writerow(
-        ["path", *(f"{k}_{i}" for i in ranks for k in ("class", "probability"))]
-    )
 
-    def write(image: Prediction) -> None:
+    def row(*cells: str) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    def line(image: Prediction) -> str:
         pairs = zip(image.classes, image.probabilities, strict=True)
-        rows.writerow(
-            [image.path, *(x for name, p in pairs for x in (name, f"{p:.6g}"))]
-        )
+        return row(image.path, *(x for name, p in pairs for x in (name, f"{p:.6g}")))
 
-    return write
+    ranks = range(1, top + 1)
+    columns = (f"{what}_{i}" for i in ranks for what in ("class", "probability"))
+    return row("path", *columns), line
 
 
-def _jsonl(file: IO[str], files: Sequence[str], model: runs.Opened, top: int) -> Write:
+def _jsonl(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """An object for each image, which says how it came about."""
 
-    def write(image: Prediction) -> None:
+    def line(image: Prediction) -> str:
         found = zip(image.indices, image.classes, image.probabilities, strict=True)
         record = {
             "path": image.path,
@@ -299,12 +302,12 @@ def _jsonl(file: IO[str], files: Sequence[str], model: runs.Opened, top: int) ->
             "weights": model.said,
             "preprocess": model.preprocess,
         }
-        file.write(json.dumps(record) + "\n")
+        return json.dumps(record) + "\n"
 
-    return write
+    return "", line
 
 
-FORMATS: dict[str, Callable[[IO[str], Sequence[str], runs.Opened, int], Write]] = {
+FORMATS: dict[str, Callable[[Sequence[str], runs.Opened, int], Form]] = {
     "table": _table,
     "csv": _csv,
     "jsonl": _jsonl,
