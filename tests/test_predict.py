@@ -128,6 +128,14 @@ def test_a_run_is_a_source_and_its_evaluation_says_the_protocol(
         np.testing.assert_allclose(one.probabilities, -np.sort(-p), rtol=1e-4)
     (newest,) = predict.predict(tmp_path, some[:1])
     np.testing.assert_allclose(newest.probabilities, 1 / 8, rtol=1e-6)
+    # Evaluation and prediction call the classes of TFDS's imagenet2012 alike.
+    ids = ("n01440764", "n01443537", *(f"n0149{i}" for i in (1361, 4475, 6331, 8041)))
+    (tmp_path / "class_names.json").write_text(
+        json.dumps((*ids, "n01514668", "n01514859"))
+    )
+    names = runs.open_run(tmp_path, 1).class_names
+    assert names[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
+    assert tuple(names) == runs.open_model(tmp_path, step=1).class_names
 
 
 def test_a_file_that_says_nothing_gets_the_authors_protocol(params, some, tmp_path):
