@@ -1,5 +1,7 @@
 """A file has its name once it is complete."""
 
+import os
+
 import pytest
 
 from mlp_mixer import atomic
@@ -29,11 +31,15 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path):
-    with atomic.writing("/dev/null") as file:
-        file.write(b"gone")
-    link = tmp_path / "link"
-    link.symlink_to("/dev/null")
-    with atomic.writing(link, "w") as file:
-        file.write("gone")
-    assert link.is_symlink()
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    """As /dev/stdout is; here a pipe, for a fault must not harm the machine."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with atomic.writing(path) as file:
+            file.write(b"through")
+        assert os.read(pipe, 100) == b"through"
+    finally:
+        os.close(pipe)
+    assert path.is_fifo()

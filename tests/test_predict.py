@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import sys
 
 import jax
@@ -198,7 +199,7 @@ def test_csv_is_clean_and_holds_what_was_predicted(weights, some, capsys):
 
 
 def test_names_may_hold_commas_and_quotes(weights, some, capsys):
-    predict.run(some, weights=weights, format="csv", top=8)
+    predict.run(some, weights=weights, format="csv", top=99)
     header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
     assert all(len(row) == len(header) == 17 for row in rows)
     assert all(NAMES[2] in row for row in rows)
@@ -220,11 +221,13 @@ def test_jsonl_says_how_it_came_about(weights, some, tmp_path, capsys):
 
 
 def test_the_table_has_an_aligned_line_for_each_image(weights, images, capsys):
-    predict.run([str(images)], weights=weights, top=2)
+    predict.run([str(images)], weights=weights, top=8)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11
     assert len({len(line) for line in lines}) == 1
-    for line, one in zip(lines, predict.predict(weights, [images], top=2), strict=True):
+    at = {m.start() for line in lines for m in re.finditer("%", line)}
+    assert len(at) == 8
+    for line, one in zip(lines, predict.predict(weights, [images], top=8), strict=True):
         assert line.startswith(one.path)
         for name, p in zip(one.classes, one.probabilities, strict=True):
             assert f"{name} " in line
@@ -352,7 +355,7 @@ def test_if_all_are_broken_nothing_is_written_over(weights, tmp_path):
 def test_a_list_on_stdin_names_files_and_folders(
     weights, images, some, monkeypatch, caplog, capsys
 ):
-    lines = [some[2], "no-such.png", str(images / "z"), ""]
+    lines = [some[2], "", "no-such.png", str(images / "z"), ""]
     listed = io.TextIOWrapper(io.BytesIO(os.fsencode("\n".join(lines))))
     monkeypatch.setattr(sys, "stdin", listed)
     count = predict.run([some[0], "-"], weights=weights, format="csv")
