@@ -1,9 +1,10 @@
 """Names what is on images, and turns images into features, by weights from anywhere.
 
     python -m mlp_mixer.predict --workdir=runs/digits docs/digits
-    python -m mlp_mixer.predict --weights=mixer.npz --sheet=sheet.png 'photos/**/*.jpg'
-    find photos -name '*.jpg' | python -m mlp_mixer.predict --weights=mixer.npz \
-        --format=csv --out=classes.csv --features=features.npz -
+    python -m mlp_mixer.predict --weights=b16.npz --sheet=sheet.png 'photos/**/*.jpg'
+    python -m mlp_mixer.predict --weights=b16.npz --format=csv photos > photos.csv
+    find . -name '*.jpg' | python -m mlp_mixer.predict --weights=b16.npz -
+    python -m mlp_mixer.predict --weights=b16.npz --features=features.npz photos
 
 Images are files, folders with all below them, globs, or - for a list on stdin. The
 probabilities are the softmax of the logits, also where the loss was the sigmoid
