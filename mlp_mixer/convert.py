@@ -69,7 +69,7 @@ def convert(
     if grow is not None and interpolate is not None:
         raise ValueError("Both --grow and --interpolate are given; choose one.")
     if grow is not None or interpolate is not None:
-        weights = _resized(weights, grow or 1, interpolate)
+        weights = _resized(weights, 1 if grow is None else grow, interpolate)
     before = weights
     if dtype is not None:
         params = pretrained.cast(weights.params, dtype)
@@ -169,18 +169,17 @@ def _round_trip(
     before: pretrained.Weights, after: pretrained.Weights
 ) -> dict[str, str]:
     """How far logits and features of two random images move."""
-    model = pretrained.create_model(before)
-    ph, pw = model.patch_size
+    ph, pw = pretrained.geometry(before.params)["patch_size"]
     # The grid is nothing to a Mixer: a strip will do.
     size = before.image_size or (ph, pw * pretrained.tokens(before.params))
     image = jax.random.uniform(jax.random.key(0), (2, *size, 3), minval=-1)
 
-    @jax.jit
-    def outputs(params):
-        logits, out = model.apply({"params": params}, image)
+    def outputs(weights):
+        apply = jax.jit(pretrained.create_model(weights).apply)
+        logits, out = apply({"params": weights.params}, image)
         return logits, out["pre_logits"]
 
-    pairs = zip(outputs(before.params), outputs(after.params), strict=True)
+    pairs = zip(outputs(before), outputs(after), strict=True)
     moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
     zero = not np.any(np.asarray(before.params.get("head", {}).get("kernel", 0)))
     said = f"{moved[0]:.1e}" + (" (there is no head, or it is zero)" if zero else "")

@@ -14,9 +14,16 @@ import optax
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
-DECAYS = {
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+# How much is left of the peak, from how far the run is: of what follows the warm-up,
+# and of the whole, both 0 ... 1.
+DECAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "linear": lambda after, _: 1.0 - after,
+    "cosine": lambda after, _: 0.5 * (1.0 + jnp.cos(jnp.pi * after)),
+    # BiT-HyperRule's: a tenth at 30, 60 and 90 % of the run, warm-up included. A hair
+    # earlier, as a compiled division may round down.
+    "staircase": lambda _, whole: jnp.power(
+        0.1, sum((whole > at - 1e-6).astype(jnp.float32) for at in (0.3, 0.6, 0.9))
+    ),
 }
 DECAYED = ("kernels", "all")
 
@@ -30,17 +37,18 @@ def make_schedule(
     end_learning_rate: float | None = 1e-5,
     end_factor: float | None = None,
 ) -> Schedule:
-    """Linear warm-up times linear or cosine decay.
+    """Linear warm-up times a decay.
 
     lr(t) = [end + (base − end)·decay(p)] · min(1, t/warmup), with
     p = clip((t − warmup)/(total − warmup), 0, 1) and t counted from 0, so the very
-    first update has learning rate 0 (vit_jax and big_vision utils.py).
+    first update has learning rate 0 (vit_jax and big_vision utils.py). The staircase
+    goes by t/total instead of p.
 
     Args:
       total_steps: T.
       learning_rate: base, the peak.
       warmup_steps: of linear warm-up.
-      decay: "linear" or "cosine".
+      decay: a key of `DECAYS`: "linear", "cosine" or "staircase".
       end_learning_rate: the value at T.
       end_factor: instead of `end_learning_rate`, the value at T as a fraction of
         `learning_rate` (what `linear_end` means in big_vision).
@@ -65,8 +73,8 @@ def make_schedule(
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        progress = (step - warmup_steps) / (total_steps - warmup_steps)
-        decayed = DECAYS[decay](jnp.clip(progress, 0.0, 1.0))
+        after = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
+        decayed = DECAYS[decay](after, jnp.clip(step / total_steps, 0.0, 1.0))
         warm = jnp.minimum(1.0, step / warmup_steps) if warmup_steps else 1.0
         return (end + (learning_rate - end) * decayed) * warm
 

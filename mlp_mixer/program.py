@@ -1,8 +1,9 @@
 """How a program starts: flags, logging, several processes, errors in one line."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from absl import app, flags
@@ -34,16 +35,33 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
         metrics.log_to_terminal()
         main(argv[1:])
 
-    try:
+    with errors_in_one_line():
         app.run(start, recipe.resolve(sys.argv), flags_parser=_parse)
-    except BrokenPipeError:  # `… | head` has seen enough
-        # What is still in the buffer would fail once more at the end.
+
+
+@contextlib.contextmanager
+def errors_in_one_line(*modules: str) -> Iterator[None]:
+    """Exits with the message alone of an error that this project or `modules` raise."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not _stdout_has_no_reader():
+            raise
+        # `… | head` has seen enough; the rest would fail once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if not _is_ours(error):
+        if not _is_ours(error, modules):
             raise
         sys.exit(str(error))
+
+
+def _stdout_has_no_reader() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _join(where: str) -> None:
@@ -61,8 +79,15 @@ def _join(where: str) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    try:
+    with wrong_flags_in_one_line():
         return flags.FLAGS(argv)
+
+
+@contextlib.contextmanager
+def wrong_flags_in_one_line() -> Iterator[None]:
+    """Exits with what is wrong with the flags that are read, a recipe's included."""
+    try:
+        yield
     except (flags.Error, AttributeError, KeyError, ValueError) as error:
         # ml_collections wraps what a recipe raises into a page of text.
         root: BaseException = error
@@ -76,10 +101,10 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"{said}\nSee --help for the flags.")
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether the line that raised it is this project's."""
+def _is_ours(error: BaseException, modules: tuple[str, ...] = ()) -> bool:
+    """Whether the line that raised it is this project's, or of `modules`."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
     name = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return name.partition(".")[0] in ("mlp_mixer", "__main__")
+    return name.partition(".")[0] in ("mlp_mixer", "__main__", *modules)

@@ -1,15 +1,15 @@
 """Recipes: every field of a run, with its unit and meaning, and where runs live.
 
 `base` is the dictionary of the project and the only place where defaults stand. A
-recipe is a file with `get_config(argument)` that starts from `base` or `pretraining`
-and states the differences; it imports nothing but this module, so it works wherever
-it lies. Each section holds the arguments of exactly one function.
+recipe is a file with `get_config(argument)` that starts from `base`, `pretraining` or
+`finetuning` and states the differences; it imports nothing but this module, so it
+works wherever it lies. Each section holds the arguments of exactly one function.
 """
 
 import difflib
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -64,7 +64,7 @@ def base() -> ConfigDict:
 
     # data.pipeline.train_batches
     config.input = ConfigDict()
-    config.input.crop = "inception"  # or "resize"
+    config.input.crop = "inception"  # or "resize_crop", "resize"
     config.input.flip = True  # horizontally, with probability 1/2
     config.input.shift = 0  # pad by so many pixels and crop at random
     config.input.randaugment_layers = 0
@@ -95,7 +95,7 @@ def base() -> ConfigDict:
     config.optim.name = "adam"  # or "momentum"
     config.optim.learning_rate = 0.001  # the peak
     config.optim.warmup_steps = 10_000
-    config.optim.decay = "linear"  # or "cosine"
+    config.optim.decay = "linear"  # or "cosine", "staircase"
     # The last learning rate: either absolute, or a fraction of the peak.
     config.optim.end_learning_rate = config_dict.placeholder(float)
     config.optim.end_learning_rate = 1e-5
@@ -360,6 +360,155 @@ def evaluate_on(config: ConfigDict, name: str) -> None:
     )
 
 
+# The learning rates that the paper tried (Appendix C); which won, it does not say.
+RATES = (0.003, 0.01, 0.03, 0.06)
+# Data set → classes; training split, its size and the test split; the same with a part
+# of training held out to choose the learning rate with; updates, of which warm-up.
+# Steps and held-out parts: ViT's Table 4, which the paper follows. Warm-up:
+# big_vision's transfer configs. Flowers' 2k images are train and validation.
+FINETUNING: dict[str, dict[str, Any]] = {
+    "imagenet2012": {
+        "num_classes": 1000,
+        "final": ("train", 1_281_167, "validation"),
+        "select": ("train[:99%]", 1_268_355, "train[99%:]"),
+        "steps": (20_000, 500),
+        "learning_rates": RATES,
+    },
+    "cifar10": {
+        "num_classes": 10,
+        "final": ("train", 50_000, "test"),
+        "select": ("train[:98%]", 49_000, "train[98%:]"),
+        "steps": (10_000, 500),
+        "learning_rates": RATES,
+    },
+    "cifar100": {
+        "num_classes": 100,
+        "final": ("train", 50_000, "test"),
+        "select": ("train[:98%]", 49_000, "train[98%:]"),
+        "steps": (10_000, 500),
+        "learning_rates": RATES,
+    },
+    "oxford_iiit_pet": {
+        "num_classes": 37,
+        "final": ("train", 3680, "test"),
+        "select": ("train[:90%]", 3312, "train[90%:]"),
+        "steps": (500, 100),
+        "learning_rates": RATES,
+    },
+    "oxford_flowers102": {
+        "num_classes": 102,
+        "final": ("train+validation", 2040, "test"),
+        "select": (
+            "train[:90%]+validation[:90%]",
+            1836,
+            "train[90%:]+validation[90%:]",
+        ),
+        "steps": (500, 100),
+        "learning_rates": RATES,
+    },
+    # Each of 19 tasks; the recipe adds its name and classes.
+    "vtab": {
+        "num_classes": None,
+        "final": ("train800val200", 1000, "test"),
+        "select": ("train800", 800, "val200"),
+        "steps": (2500, 500),
+        "learning_rates": (0.003, 0.01, 0.03),
+    },
+}
+# Table 1: model → D_S, of which there are four times as many at twice the resolution.
+TOKENS_MLP_DIM = {
+    "s32": 256,
+    "s16": 256,
+    "b32": 384,
+    "b16": 384,
+    "l32": 512,
+    "l16": 512,
+    "h14": 640,
+}
+# The weights that the authors have published: model → name below the data set's.
+PUBLISHED = {"b16": "Mixer-B_16", "l16": "Mixer-L_16"}
+# What was pretrained on → the words of the recipes that do so, by run folder.
+PRETRAINED = {"imagenet21k": "-imagenet21k", "imagenet1k": "", "jft300m": "-jft300m"}
+
+
+def finetuning(name: str, argument: str) -> ConfigDict:
+    """The paper's fine-tuning on a data set (section 3 and Appendix C).
+
+    SGD with momentum 0.9 (the accumulator in bfloat16, as the authors have it), batch
+    512, clip 1, cosine to 0, no weight decay; a zero head, softmax cross-entropy; no
+    mixup, no Inception crop, no stochastic depth.
+
+    Args:
+      name: a key of `FINETUNING`.
+      argument: what stands behind the colon of `--config`: a model of Table 1 ("b16" if
+        there is none); what it was pretrained on ("imagenet21k" if there is nothing);
+        "448" for this resolution; "resize_crop" for the test images of Table 2 (to
+        256x256, centre 224) instead of Table 3's (shorter side to 256); "select" to
+        hold out the part of training with which the learning rate is chosen, and to
+        evaluate on that.
+
+    Returns:
+      The recipe. It starts from the authors' weights where they are published, else
+      from the run that the pretraining recipe leaves in runs/.
+
+    Raises:
+      ValueError: an unknown word, or words that exclude each other.
+    """
+    others = ["448", "resize_crop", "select"]
+    given = words(argument, [*TOKENS_MLP_DIM, *PRETRAINED, *others])
+    model = _one_of(TOKENS_MLP_DIM, given, "b16")
+    upstream = _one_of(PRETRAINED, given, "imagenet21k")
+    data, config = FINETUNING[name], base()
+    select = "select" in given
+    train, count, test = data["select" if select else "final"]
+    config.dataset.name = name
+    config.dataset.split = train
+    config.dataset.num_examples = count
+    config.dataset.num_classes = data["num_classes"]
+    config.input.crop = "resize_crop"
+    config.loss = "softmax_xent"
+
+    config.model.name = f"mixer_{model}"
+    if model in PUBLISHED and upstream != "jft300m":
+        config.init_from = f"{upstream}/{PUBLISHED[model]}"
+    else:
+        config.init_from = f"runs/mixer_{model}{PRETRAINED[upstream]}"
+    config.init_head = "zero"
+    if "448" in given:
+        config.model.image_size = (448, 448)
+        config.model.tokens_mlp_dim = 4 * TOKENS_MLP_DIM[model]
+
+    config.batch_size = 512
+    config.total_steps, config.optim.warmup_steps = data["steps"]
+    config.optim.name = "momentum"
+    config.optim.momentum_dtype = "bfloat16"
+    # The last but one of the grid; vision_transformer's own choice is 0.03.
+    config.optim.learning_rate = data["learning_rates"][-2]
+    config.optim.decay = "cosine"
+    config.optim.end_learning_rate = 0.0
+
+    watched = "minival" if select else "val" if test == "validation" else "test"
+    config.evals[watched] = evaluation(
+        test,
+        every_steps=config.total_steps // 5,
+        preprocess=(
+            "paper-resize-crop" if "resize_crop" in given else "paper-resmall-crop"
+        ),
+    )
+    return config
+
+
+def _one_of(table: Mapping[str, Any], given: Sequence[str], standard: str) -> str:
+    """The word that is a key of `table`."""
+    found = [word for word in given if word in table] or [standard]
+    if len(found) > 1:
+        raise ValueError(
+            f"The words {','.join(found)} exclude each other: name at most one of "
+            f"{', '.join(table)} ({standard} if there is none)."
+        )
+    return found[0]
+
+
 def words(argument: str, known: Sequence[str]) -> list[str]:
     """The words of a recipe's argument ("imagenet21k,short").
 
@@ -436,15 +585,27 @@ def _recipes(root: pathlib.Path) -> Iterable[pathlib.Path]:
 
 
 def default_workdir(argv: Sequence[str]) -> str:
-    """`runs/<recipe>`, with the words of its argument: `runs/mixer_b16-imagenet21k`."""
+    """Where a run lives if nothing else is said: `runs/<run_name>`."""
     value = ""
     for i, word in enumerate(argv):
         flag, equals, rest = word.partition("=")
         if flag in ("--config", "-config"):
             value = rest if equals else "".join(argv[i + 1 : i + 2])
+    return os.path.join("runs", run_name(value))
+
+
+def run_name(value: str) -> str:
+    """What a run of `--config=value` is called: `finetune-cifar10-l16`.
+
+    From the recipe's place in its configs/ (a recipe elsewhere: its file's name) and
+    the words of its argument.
+    """
     path, _, argument = value.partition(":")
-    stem = pathlib.PurePath(path).stem
-    return os.path.join("runs", "-".join([stem, *_split(argument)]))
+    *folders, name = pathlib.PurePath(path).with_suffix("").parts or [""]
+    if "configs" in folders:
+        last = len(folders) - folders[::-1].index("configs")
+        name = "-".join([*folders[last:], name])
+    return "-".join([name, *_split(argument)])
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:

@@ -159,29 +159,40 @@ def claim(
     Raises:
       ValueError: another recipe's run, which has begun; lists the fields that differ.
     """
+    check(config, workdir)
     path = epath.Path(workdir) / "config.json"
     new = json.loads(config.to_json_best_effort())
-    if path.exists() and _has_begun(path.parent):
-        old = json.loads(path.read_text())
-        before, now = _flat(old), _flat(new)
-        differing = [
-            f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key, "absent") != now.get(key, "absent")
-            and not any(key == m or key.startswith(f"{m}.") for m in MAY_CHANGE)
-        ]
-        if differing:
-            raise ValueError(
-                f"{workdir} holds a run of another recipe:\n"
-                + "\n".join(differing)
-                + "\nChoose another --workdir, or give the fields their old values."
-            )
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in (("config", new), ("class_names", class_names)):
         # Whole or not at all, also if the process is killed here.
         written = path.with_name(f"{name}.json.{os.getpid()}")
         written.write_text(json.dumps(content, indent=2) + "\n")
         written.replace(path.with_name(f"{name}.json"))
+
+
+def check(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Passes if `workdir` holds no result, or a run of `config`, every field resolved.
+
+    Raises:
+      ValueError: another recipe's run; lists the fields that differ.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists() or not _has_begun(path.parent):
+        return
+    before = _flat(json.loads(path.read_text()))
+    now = _flat(json.loads(config.to_json_best_effort()))
+    differing = [
+        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "absent") != now.get(key, "absent")
+        and not any(key == m or key.startswith(f"{m}.") for m in MAY_CHANGE)
+    ]
+    if differing:
+        raise ValueError(
+            f"{workdir} holds a run of another recipe:\n"
+            + "\n".join(differing)
+            + "\nChoose another --workdir, or give the fields their old values."
+        )
 
 
 def _has_begun(folder: epath.Path) -> bool:

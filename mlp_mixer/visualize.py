@@ -136,6 +136,31 @@ def _end(text: str, room: int) -> str:
     return text if len(text) <= room else f"…{text[1 - room :]}"
 
 
+def learning_rates(
+    curves: Mapping[str, Mapping[float, float | None]], chosen: Mapping[str, float]
+) -> Figure:
+    """Accuracy over learning rate, a line for each data set and a ring for its choice.
+
+    Args:
+      curves: name → {learning rate: accuracy in [0, 1], None where it diverged}.
+      chosen: name → learning rate.
+    """
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        known = {r: 100 * a for r, a in sorted(curve.items()) if a is not None}
+        (line,) = axis.plot([*known], [*known.values()], ".-", label=name)
+        at, colour = chosen[name], line.get_color()
+        axis.plot(at, known[at], "o", mfc="none", markersize=11, color=colour)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="top-1, %")
+    axis.set_title("on held-out training images; ringed: chosen")
+    ticks = sorted({rate for curve in curves.values() for rate in curve})
+    axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axis.set_xticks([], minor=True)
+    figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()

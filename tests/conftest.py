@@ -13,9 +13,11 @@ FLAGS = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import jax  # noqa: E402  (reads the flags)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from mlp_mixer import recipe  # noqa: E402
+from mlp_mixer import models, pretrained, recipe  # noqa: E402
 
 # And the tests compile the same few programs: each once for the whole session, the
 # programs in other processes included.
@@ -58,6 +60,46 @@ def tiny():
     )
     config.evals.val.dataset.num_examples = 37
     return config
+
+
+@pytest.fixture
+def make_params():
+    """make_params(name="mixer_s16", …): host arrays, every one of them random."""
+
+    def make(
+        name="mixer_s16", *, num_classes=10, image_size=(16, 16), seed=0, **fields
+    ):
+        sizes = {
+            "patch_size": (4, 4),
+            "num_blocks": 2,
+            "hidden_dim": 8,
+            "tokens_mlp_dim": 4,
+            "channels_mlp_dim": 16,
+        }
+        model = models.create(
+            name, num_classes=num_classes, image_size=image_size, **sizes | fields
+        )
+        image = jnp.zeros((1, *image_size, 3))
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes
+        )
+
+    return make
+
+
+@pytest.fixture
+def weights(make_params):
+    """Of a small Mixer, with everything known."""
+    return pretrained.Weights(
+        make_params(),
+        "made",
+        gelu="exact",
+        image_size=(16, 16),
+        class_names=tuple("abcdefghij"),
+        preprocess="timm",
+    )
 
 
 @pytest.fixture(scope="session")

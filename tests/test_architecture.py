@@ -71,7 +71,7 @@ DOORS = {
     "flatbuffers": ("export",),
     "jax.distributed.initialize": ("program", *PROGRAMS),
 }
-LAZY = ("tensorflow", "torch")
+LAZY = ("tensorflow", "torch", "onnx", "onnxruntime", "flatbuffers")
 
 
 # --- What a source imports ------------------------------------------------------------
@@ -382,6 +382,7 @@ def test_a_right_import_is_none(module, source):
         ),
         ("convert", "import onnx", "onnx"),
         ("steps", "import flatbuffers", "flatbuffers"),
+        ("export", "import onnxruntime", "onnxruntime is imported outside of func"),
         (
             "checkpoint",
             "import jax\ndef f():\n    jax.distributed.initialize()",
@@ -402,6 +403,7 @@ def test_a_heavy_dependency_at_the_wrong_door_is_found(module, source, path):
         ("data.preparation", "def f():\n    import tensorflow as tf"),
         ("data.sources", "import grain\nimport tensorflow_datasets as tfds"),
         ("pretrained.torch", "def f():\n    import torch\nimport safetensors"),
+        ("export", "def f():\n    import onnx, onnxruntime, flatbuffers"),
         ("metrics", "import rich.console\nfrom absl import logging"),
         ("checkpoint", "import jax\njax.distributed.is_initialized()"),
         ("train", "import jax\njax.distributed.initialize()"),

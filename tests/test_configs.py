@@ -1,13 +1,15 @@
 """Every shipped recipe builds what it names, and every key of it is read."""
 
 import pathlib
+import re
 
 import jax
 import pytest
 from test_recipe import load
 
 from mlp_mixer import evaluators, losses, models, optim, recipe, sharding, steps
-from mlp_mixer.data import image_ops, pipeline, sources
+from mlp_mixer.data import image_ops, pipeline, preparation, sources
+from mlp_mixer.data.preparation import vtab
 from mlp_mixer.evaluators import fewshot
 
 RECIPES = [
@@ -18,11 +20,25 @@ RECIPES = [
     ("mixer_b16", "imagenet21k"),
     ("mixer_h14", "jft300m"),
     ("digits", ""),
+    ("finetune/imagenet2012", ""),
+    ("finetune/imagenet2012", "l16,448"),
+    ("finetune/imagenet2012", "h14,jft300m,448,resize_crop,select"),
+    ("finetune/cifar10", "s32,imagenet1k"),
+    ("finetune/cifar100", "l32,select"),
+    ("finetune/pets", "s16,448,select"),
+    ("finetune/flowers", "b32,imagenet1k,448"),
+    ("finetune/vtab", "dmlab,448,select"),
+    ("finetune/vtab", "smallnorb_azimuth,hyperrule"),
+    *(("finetune/vtab", task) for task in vtab.TASKS),
 ]
 
 
 def test_all_recipes_are_tested(root):
-    shipped = {path.stem for path in (root / "configs").glob("*.py")}
+    configs = root / "configs"
+    shipped = {
+        path.relative_to(configs).with_suffix("").as_posix()
+        for path in configs.rglob("*.py")
+    }
     assert shipped == {name for name, _ in RECIPES}
 
 
@@ -77,10 +93,14 @@ def test_every_section_is_accepted_by_its_function(root, name, argument, monkeyp
     for section in watched.values():
         assert section["type"] == "accuracy"
         assert section["dataset"]["name"] == config.dataset.name
-    if "imagenet2012" in config.dataset.name:
-        assert set(watched) == {"minival", "val"}
-        assert set(evals) == {"minival", "val", "real", "v2", "fewshot"}
-    assert isinstance(evals["fewshot"], fewshot.FewShot)
+    if name.startswith("finetune/"):
+        assert list(watched) in (["minival"], ["val"], ["test"])
+        assert config.dataset.name in preparation.PREPARABLE
+    else:
+        if "imagenet2012" in config.dataset.name:
+            assert set(watched) == {"minival", "val"}
+            assert set(evals) == {"minival", "val", "real", "v2", "fewshot"}
+        assert isinstance(evals["fewshot"], fewshot.FewShot)
     assert {e.preprocess for e in config.evals.values()} <= set(image_ops.PROTOCOLS)
     pipeline.train_batches(
         source, **config.input, image_size=size, batch_size=config.batch_size, seed=0
@@ -91,8 +111,11 @@ def test_every_section_is_accepted_by_its_function(root, name, argument, monkeyp
 
 @pytest.mark.parametrize(("name", "argument"), RECIPES)
 def test_docstrings_state_result_cost_and_command(root, name, argument):
-    text = pathlib.Path(root, "configs", f"{name}.py").read_text().split('"""')[1]
+    text = pathlib.Path(root, "configs", f"{name}.py").read_text()
+    if "TASKS = {" not in text:  # of which there are many
+        text = text.split('"""')[1]
     for part in ("Expected:", "Cost:", "python -m mlp_mixer.train --config=configs/"):
         assert part in text
     assert f"configs/{name}.py" in text
-    assert argument in text
+    for word in filter(None, argument.split(",")):
+        assert re.search(rf"\b{word}\b", text)

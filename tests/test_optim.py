@@ -57,6 +57,24 @@ def test_the_schedule_is_the_published_formula(decay, ends, end):
     np.testing.assert_allclose(inside, formula(300, decay, end), rtol=1e-5)
 
 
+@pytest.mark.parametrize("total", [500, 10_000, 777])
+def test_the_staircase_is_hyperrules(total):
+    """A tenth at 30, 60 and 90 % of the run, whatever the warm-up takes of it."""
+    schedule = optim.make_schedule(
+        total_steps=total,
+        learning_rate=PEAK,
+        warmup_steps=WARMUP,
+        decay="staircase",
+        end_learning_rate=0.0,
+    )
+    np.testing.assert_allclose(schedule(WARMUP // 2), PEAK / 2, rtol=1e-6)
+    rates = np.asarray(jax.vmap(schedule)(jnp.arange(WARMUP, total + 1)))
+    steps = np.flatnonzero(np.diff(rates)) + WARMUP + 1
+    assert steps.tolist() == [int(np.ceil(total * at)) for at in (0.3, 0.6, 0.9)]
+    for step, rate in zip(steps, (PEAK / 10, PEAK / 100, PEAK / 1000), strict=True):
+        np.testing.assert_allclose(schedule(int(step)), rate, rtol=1e-5)
+
+
 def test_without_warm_up_the_first_update_has_the_peak():
     schedule = optim.make_schedule(
         total_steps=TOTAL, learning_rate=PEAK, warmup_steps=0

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mlp_mixer import evaluate, metrics
+from mlp_mixer import program as program_module
 
 BEFORE_ANYTHING = {
     "an unknown word": (
@@ -259,3 +260,9 @@ program.run(lambda arguments: [print("a line") for _ in range(100_000)])
         said = errors.read()
     assert process.wait(timeout=100) == 1
     assert said == b""
+
+
+def test_another_pipe_that_breaks_is_an_error():
+    """A worker's, say."""
+    with pytest.raises(BrokenPipeError), program_module.errors_in_one_line():
+        raise BrokenPipeError

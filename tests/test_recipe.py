@@ -1,11 +1,14 @@
 """The numbers of Table 4, where recipes are found, and how a run explains itself."""
 
 import runpy
+from collections import Counter
 
 import pytest
 
-from mlp_mixer import recipe
+from mlp_mixer import models, recipe
+from mlp_mixer.data.preparation import vtab
 
+SIZES = ["s32", "s16", "b32", "b16", "l32", "l16", "h14"]
 IMAGENET_STEPS = 92_897  # round(300 · 1,268,355 / 4096)
 
 
@@ -83,7 +86,7 @@ def test_short_is_the_regression_run_of_60_epochs(root):
     assert short == whole
 
 
-@pytest.mark.parametrize("size", ["s32", "s16", "b32", "b16", "l32", "l16", "h14"])
+@pytest.mark.parametrize("size", SIZES)
 def test_gpu8_is_the_same_batch_in_micro_batches(root, size):
     one_host, pod = (load(root, f"mixer_{size}", word) for word in ("gpu8", ""))
     assert one_host.batch_size == 4096
@@ -91,6 +94,214 @@ def test_gpu8_is_the_same_batch_in_micro_batches(root, size):
     assert 4096 % (8 * one_host.accumulate) == 0
     pod.accumulate, pod.input.workers = one_host.accumulate, one_host.input.workers
     assert one_host == pod
+
+
+# Recipe → data set, its classes, training images (all, with "select"), test split,
+# updates, warm-up, learning rates tried (Appendix C; steps and parts of ViT's Table 4).
+GRID = (0.003, 0.01, 0.03, 0.06)
+FINETUNING = {
+    "imagenet2012": (
+        ("imagenet2012", 1000, 1_281_167, 1_268_355, "validation"),
+        (20_000, 500, GRID),
+    ),
+    "cifar10": (("cifar10", 10, 50_000, 49_000, "test"), (10_000, 500, GRID)),
+    "cifar100": (("cifar100", 100, 50_000, 49_000, "test"), (10_000, 500, GRID)),
+    "pets": (("oxford_iiit_pet", 37, 3680, 3312, "test"), (500, 100, GRID)),
+    "flowers": (("oxford_flowers102", 102, 2040, 1836, "test"), (500, 100, GRID)),
+    "vtab": (("vtab_svhn", 10, 1000, 800, "test"), (2500, 500, GRID[:3])),
+}
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_fine_tuning_is_section_3_and_appendix_c(root, name):
+    (dataset, classes, whole, part, test), numbers = FINETUNING[name]
+    path, word = f"{root}/configs/finetune/{name}.py", "svhn" if name == "vtab" else ""
+    config = load(root, f"finetune/{name}", word)
+    select = load(root, f"finetune/{name}", f"{word},select")
+    rates = runpy.run_path(path)["LEARNING_RATES"]
+    optim = config.optim
+    assert (config.total_steps, optim.warmup_steps, rates) == numbers
+    assert optim.learning_rate in rates
+    assert config.batch_size == 512
+    assert (optim.name, optim.momentum, optim.momentum_dtype, optim.clip_norm) == (
+        *("momentum", 0.9, "bfloat16"),
+        1.0,
+    )
+    ends = (optim.end_learning_rate, optim.end_factor)
+    assert (optim.decay, *ends, optim.weight_decay) == ("cosine", 0.0, None, 0.0)
+    assert (config.loss, config.mixup) == ("softmax_xent", 0.0)
+    assert (config.model.stochastic_depth, config.model.dropout) == (0.0, 0.0)
+    assert (config.init_head, config.model.head_bias) == ("zero", 0.0)
+    assert config.input.randaugment_layers == 0
+    assert (config.input.crop, config.input.flip) == ("resize_crop", True)
+
+    assert (config.dataset.name, config.dataset.num_classes) == (dataset, classes)
+    assert (config.dataset.num_examples, select.dataset.num_examples) == (whole, part)
+    ((watched, section),) = recipe.evaluations(config).items()
+    assert section["dataset"]["split"] == test
+    assert watched == {"test": "test", "validation": "val"}[test]
+    # Nothing else changes while the learning rate is chosen.
+    ((_, held_out),) = recipe.evaluations(select).items()
+    assert held_out["dataset"]["split"] != test
+    section["dataset"]["split"] = held_out["dataset"]["split"]
+    assert held_out == section
+    for field in ("split", "num_examples"):
+        select.dataset[field] = config.dataset[field]
+    select.evals = config.evals
+    assert select == config
+
+
+def images(split, sizes):
+    """The images of a split, by name and number, as TFDS counts them."""
+    found = []
+    for part in split.split("+"):
+        name, _, cut = part.rstrip("]").partition("[")
+        start, _, stop = cut.partition(":")
+        bounds = [
+            round(sizes[name] * int(b.rstrip("%")) / 100) if b else None
+            for b in (start, stop)
+        ]
+        found += [(name, i) for i in range(sizes[name])[slice(*bounds)]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "held_out", "sizes"),
+    [
+        ("imagenet2012", 0.01, {"train": 1_281_167}),
+        ("cifar10", 0.02, {"train": 50_000}),
+        ("cifar100", 0.02, {"train": 50_000}),
+        ("pets", 0.1, {"train": 3680}),
+        ("flowers", 0.1, {"train": 1020, "validation": 1020}),
+    ],
+)
+def test_the_learning_rate_is_chosen_on_what_it_is_not_trained_on(
+    root, name, held_out, sizes
+):
+    whole = load(root, f"finetune/{name}")
+    select = load(root, f"finetune/{name}", "select")
+    everything = images(whole.dataset.split, sizes)
+    trained = images(select.dataset.split, sizes)
+    chosen = images(select.evals.minival.dataset.split, sizes)
+    assert len(everything) == whole.dataset.num_examples
+    assert len(trained) == select.dataset.num_examples
+    assert sorted(trained + chosen) == sorted(everything)
+    assert len(chosen) / len(everything) == pytest.approx(held_out, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_at_448_token_mixing_is_four_times_as_wide(root, size):
+    _, table = models.MODELS[f"mixer_{size}"]
+    config = load(root, "finetune/cifar10", f"{size},448")
+    usual = load(root, "finetune/cifar10", size)
+    assert config.model.image_size == (448, 448)
+    assert config.model.tokens_mlp_dim == 4 * table["tokens_mlp_dim"]
+    assert (usual.model.image_size, usual.model.tokens_mlp_dim) == ((224, 224), None)
+    assert config.init_resize == "grow"
+    usual.model.image_size = config.model.image_size
+    usual.model.tokens_mlp_dim = config.model.tokens_mlp_dim
+    assert config == usual
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("upstream", ["", "imagenet21k", "imagenet1k", "jft300m"])
+def test_fine_tuning_starts_from_published_weights_or_from_a_run_of_ours(
+    root, size, upstream
+):
+    config = load(root, "finetune/pets", f"{size},{upstream}")
+    if size in ("b16", "l16") and upstream != "jft300m":
+        file = {"b16": "Mixer-B_16", "l16": "Mixer-L_16"}[size]
+        assert config.init_from == f"{upstream or 'imagenet21k'}/{file}"
+        return
+    # The very folder that the pretraining recipe writes.
+    word = {"": "imagenet21k", "imagenet1k": ""}.get(upstream, upstream)
+    argument = f"--config=configs/mixer_{size}.py:{word}"
+    assert config.init_from == recipe.default_workdir(["train", argument])
+    load(root, f"mixer_{size}", word)
+
+
+def test_the_test_images_are_those_of_table_3_or_2(root):
+    for word, protocol in (
+        ("", "paper-resmall-crop"),
+        ("resize_crop", "paper-resize-crop"),
+    ):
+        config = load(root, "finetune/imagenet2012", word)
+        sections = recipe.evaluations(config, ["all"])
+        assert set(sections) == {"val", "real", "v2"}
+        assert {s["preprocess"] for s in sections.values()} == {protocol}
+
+
+def test_vtab_has_the_19_tasks_and_their_classes(root):
+    shipped = runpy.run_path(f"{root}/configs/finetune/vtab.py")
+    tasks = shipped["TASKS"]
+    assert set(tasks) == set(vtab.TASKS)
+    groups = Counter(group for _, group in tasks.values())
+    assert groups == {"natural": 7, "specialized": 4, "structured": 8}
+    for name, task in vtab.TASKS.items():
+        if task.num_classes:
+            assert tasks[name][0] == task.num_classes
+    special = {*shipped["SMALL"], *shipped["NO_FLIP"], *shipped["NO_CROP"]}
+    assert special < set(tasks)
+
+
+def test_vtabs_exceptions_are_hyperrules(root):
+    def said(task):
+        config = load(root, "finetune/vtab", task)
+        preprocess = config.evals.test.preprocess
+        return config.input.flip, config.input.crop, preprocess
+
+    squares, whole = (
+        ("resize_crop", "paper-resize-crop"),
+        (
+            "resize",
+            "vision_transformer",
+        ),
+    )
+    assert said("caltech101") == (True, *squares)
+    assert said("dsprites_orientation") == (False, *squares)
+    assert said("smallnorb_azimuth") == (False, *squares)
+    assert said("smallnorb_elevation") == (True, *squares)
+    assert said("dsprites_location") == (False, *whole)
+    for task in ("clevr_count", "clevr_distance", "dmlab", "kitti_distance"):
+        assert said(task) == (True, *whole)
+
+
+def test_vtab_is_at_448_for_large_images_alone(root):
+    small = {"cifar100", "dsprites_location", "dsprites_orientation", "eurosat", "svhn"}
+    for task in vtab.TASKS.keys() - small:
+        config = load(root, "finetune/vtab", f"{task},l16,448")
+        assert config.model.image_size == (448, 448)
+    # Below 96x96 pixels: 32, 64, 64, 64 and 32 a side.
+    for task in small:
+        with pytest.raises(ValueError, match=f"images of {task} are small"):
+            load(root, "finetune/vtab", f"{task},448")
+
+
+def test_hyperrule_is_a_staircase_of_500_steps(root):
+    config = load(root, "finetune/vtab", "dtd,hyperrule")
+    usual = load(root, "finetune/vtab", "dtd")
+    assert (config.total_steps, config.optim.decay) == (500, "staircase")
+    usual.total_steps = usual.evals.test.every_steps = 500
+    usual.optim.warmup_steps, usual.optim.decay = 100, "staircase"
+    assert config == usual
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [
+        ("cifar10", "b16,l16", "b16,l16 exclude each other: .* h14 .b16 if there"),
+        ("cifar10", "imagenet1k,jft300m", "exclude each other"),
+        ("cifar10", "384", "word '384'; it knows: .*448, jft300m"),
+        ("cifar10", "hyperrule", "does not know the word 'hyperrule'"),
+        ("vtab", "", "Name one task, .* there are caltech101, "),
+        ("vtab", "dtd,svhn", "Name one task"),
+        ("vtab", "caltech", "word 'caltech'; it knows: caltech101"),
+        ("vtab", "dtd,resize_crop", "does not know the word 'resize_crop'"),
+    ],
+)
+def test_fine_tunings_words_are_checked(root, name, argument, message):
+    with pytest.raises(ValueError, match=message):
+        load(root, f"finetune/{name}", argument)
 
 
 @pytest.mark.parametrize("argument", ["imagenet21k,jft300m", "short,imagenet21k"])
@@ -213,6 +424,10 @@ def test_an_unknown_recipe_lists_the_shipped():
         ("configs/mixer_b16.py", "runs/mixer_b16"),
         ("configs/mixer_b16.py:imagenet21k", "runs/mixer_b16-imagenet21k"),
         ("/a/b/mixer_b16.py:imagenet21k, gpu8", "runs/mixer_b16-imagenet21k-gpu8"),
+        ("configs/finetune/cifar10.py:l16,448", "runs/finetune-cifar10-l16-448"),
+        ("/a/configs/configs/finetune/vtab.py:dtd", "runs/finetune-vtab-dtd"),
+        ("/a/b/finetune/cifar10.py", "runs/cifar10"),
+        ("mine.py", "runs/mine"),
     ],
 )
 def test_the_workdir_is_named_after_the_recipe(config, workdir):

@@ -348,11 +348,13 @@ def test_the_state_is_donated():
     assert not batch["image"].is_deleted()
 
 
-def init_state(devices, strategy, seed):
+def init_state(devices, strategy, seed, params=None):
     mesh = sharding.make_mesh(devices)
     model, tx = MlpMixer(**FIELDS | {"num_blocks": 1}), optimiser(**ADAM)
     target = steps.state_shapes(model, tx, mesh, image_size=SIZE, strategy=strategy)
-    state = steps.init_state(model, tx, target, seed=seed, image_size=SIZE)
+    state = steps.init_state(
+        model, tx, target, seed=seed, image_size=SIZE, params=params
+    )
     for leaf, asked in zip(
         jax.tree.leaves(state), jax.tree.leaves(target), strict=True
     ):
@@ -372,6 +374,15 @@ def test_a_run_begins_the_same_on_every_mesh():
 
 
 # --- What a step computes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_from_weights_begins_as_one_that_drew_them(strategy):
+    drawn = init_state(8, strategy, 3)
+    given = init_state(8, strategy, 4, params=jax.device_get(drawn.params))
+    for one, other in zip(jax.tree.leaves(drawn), jax.tree.leaves(given), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_gradient_is_the_literal_flax_models():

@@ -142,3 +142,18 @@ def test_the_sheet_holds_every_image_with_its_classes(count):
             assert (box.max <= page[2:]).all()
     tops = [p.get_window_extent().y1 for p in pictures]
     assert tops == sorted(tops, reverse=True) or count > 6
+
+
+def test_the_learning_rates_show_every_accuracy_and_ring_the_chosen():
+    curves = {"one": {0.03: 0.7, 0.01: 0.9, 0.06: None}, "two": {0.01: 0.5}}
+    figure = visualize.learning_rates(curves, {"one": 0.01, "two": 0.01})
+    (axis,) = figure.axes
+    points = [np.asarray(line.get_xydata()).tolist() for line in axis.lines]
+    assert points == [
+        *([[0.01, 90], [0.03, 70]], [[0.01, 90]]),
+        *([[0.01, 50]], [[0.01, 50]]),
+    ]
+    assert [text.get_text() for text in axis.get_xticklabels()] == [
+        *("0.01", "0.03", "0.06")
+    ]
+    assert visualize.png(figure)[:4] == b"\x89PNG"

@@ -242,7 +242,7 @@ def shift(image: Image, dy: int, dx: int) -> Image:
 def _big_vision(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """big_vision's ImageNet configs: resize_small(256), central_crop(224)."""
     # Of a line of pixels the image resized in full would take gigabytes.
-    return _area(image, _covering(image, _margin(size)), _pair(size))
+    return _area(image, _covering(image, margin(size)), _pair(size))
 
 
 def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
@@ -252,12 +252,12 @@ def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resize
 
 def _paper_resize_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """arXiv 2105.01601 Appendix C, `resize-crop`; bilinear is our choice."""
-    return _bilinear(image, _margin(size), _pair(size))
+    return _bilinear(image, margin(size), _pair(size))
 
 
 def _paper_resmall_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """arXiv 2105.01601 Appendix C, `resmall-crop`; bilinear is our choice."""
-    return _bilinear(image, _covering(image, _margin(size)), _pair(size))
+    return _bilinear(image, _covering(image, margin(size)), _pair(size))
 
 
 def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
@@ -330,7 +330,12 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
     return PROTOCOLS[protocol](image, size)
 
 
-def _margin(size: Size) -> tuple[int, int]:
+def margin(size: Size) -> tuple[int, int]:
+    """What an image is resized to before `size` is cut out of it: 256 for 224.
+
+    At another resolution R it is round(R·256/224), 512 for 448 (our choice), on both
+    sides of a rectangle.
+    """
     height, width = _pair(size)
     return round(height * 256 / 224), round(width * 256 / 224)
 

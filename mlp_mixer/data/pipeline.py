@@ -54,7 +54,9 @@ def train_batches(
             b = batch_size / process_count.
         seed: of order and augmentation, 0 ... 2**32 - 1.
         start_step: how many batches to skip, at no cost.
-        crop: a key of `CROPS`: "inception", or "resize" (the whole image).
+        crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning:
+            the image becomes a square of round(R·256/224), R = image_size, of which a
+            uniformly drawn part of R is taken), or "resize" (the whole image).
         flip: mirror with probability 1/2.
         shift: move by a uniform -shift ... shift pixels each way, zeros come in.
         randaugment_layers: how many random operations are applied; 0 is none.
@@ -149,7 +151,21 @@ def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cr
     return image if image.shape[:2] == size else image_ops.resize(image, size)
 
 
-CROPS: dict[str, Callable[..., Cropped]] = {"inception": _inception, "resize": _resize}
+def _resize_crop(
+    image: Image, rng: np.random.Generator, size: tuple[int, int]
+) -> Cropped:
+    """Fine-tuning's: to a square of 256, of which a random 224 (as in BiT and ViT)."""
+    sides = image_ops.margin(size)
+    y, x = (int(rng.integers(n - m + 1)) for n, m in zip(sides, size, strict=True))
+    whole = image_ops.crop_and_resize_fast(image, (0, 0, *image.shape[:2]), sides)
+    return whole[y : y + size[0], x : x + size[1]]
+
+
+CROPS: dict[str, Callable[..., Cropped]] = {
+    "inception": _inception,
+    "resize_crop": _resize_crop,
+    "resize": _resize,
+}
 
 
 @dataclasses.dataclass(frozen=True)

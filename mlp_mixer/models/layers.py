@@ -88,7 +88,8 @@ class LayerNorm(nn.Module):
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        return layer_norm(x, scale, bias)
+        # Parameters may come from a file, as NumPy arrays.
+        return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
 
 
 # --- GELU ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ safetensors (our names or timm's), or a torch state dict with timm's names.
 """
 
 from mlp_mixer.pretrained.fitting import HEADS, create_model, initial, merge
-from mlp_mixer.pretrained.geometry import geometry, square_image, tokens, variant
+from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
 from mlp_mixer.pretrained.weights import (
     Params,
     Weights,

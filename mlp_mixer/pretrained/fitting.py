@@ -8,8 +8,8 @@ import numpy as np
 
 from mlp_mixer.fingerprints import leaves, nested
 from mlp_mixer.models.mixer import MlpMixer
-from mlp_mixer.pretrained import geometry, resize
-from mlp_mixer.pretrained.geometry import Params
+from mlp_mixer.pretrained import resize, tree
+from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.pretrained.weights import Weights, read
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
     if isinstance(weights, Weights):
         overrides = {"gelu": weights.gelu, **overrides}
         weights = weights.params
-    return MlpMixer(**geometry.geometry(weights) | overrides)
+    return MlpMixer(**tree.geometry(weights) | overrides)
 
 
 def merge(params: Params, target: Any, *, head: str = "match") -> Params:
@@ -115,15 +115,15 @@ def initial(
 
 def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> Params:
     """The parameters for another resolution, with as many pixels to a patch."""
-    ph, pw = geometry.geometry(weights.params)["patch_size"]
+    ph, pw = tree.geometry(weights.params)["patch_size"]
     if (ph, pw) != tuple(model.patch_size):
         return weights.params  # for `merge` to refuse
     new_grid = (image_size[0] // ph, image_size[1] // pw)
     if weights.image_size is None:
-        if geometry.tokens(weights.params) == new_grid[0] * new_grid[1]:
+        if tree.tokens(weights.params) == new_grid[0] * new_grid[1]:
             return weights.params
         raise ValueError(
-            f"The weights ({weights.said}) have {geometry.tokens(weights.params)} "
+            f"The weights ({weights.said}) have {tree.tokens(weights.params)} "
             "tokens, which make no square, and do not say their image size; give them "
             "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
             "--image_size=HEIGHT,WIDTH`."
@@ -132,7 +132,7 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
     params = resize.resized(
         weights.params, old_grid=old_grid, new_grid=new_grid, how=how
     )
-    wide = geometry.geometry(params)["tokens_mlp_dim"]
+    wide = tree.geometry(params)["tokens_mlp_dim"]
     if new_grid != old_grid and wide != model.tokens_mlp_dim:
         raise ValueError(
             f"To {how} the weights from {old_grid[0]}x{old_grid[1]} to "
@@ -143,10 +143,10 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
     return params
 
 
-def _said(tree: Any) -> str:
+def _said(params: Any) -> str:
     """ "mixer_b16, 1000 classes": what a person would call a tree of this geometry."""
-    fields = geometry.geometry(tree)
-    name = geometry.variant(fields)
+    fields = tree.geometry(params)
+    name = tree.variant(fields)
     if name is None:
         name = (
             f"{fields['num_blocks']} blocks of width {fields['hidden_dim']}, patches "
@@ -154,4 +154,4 @@ def _said(tree: Any) -> str:
         )
     classes = fields["num_classes"]
     head = "no head" if classes is None else f"{classes} classes"
-    return f"{name}, {geometry.tokens(tree)} tokens, {head}"
+    return f"{name}, {tree.tokens(params)} tokens, {head}"

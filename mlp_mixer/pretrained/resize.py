@@ -51,7 +51,7 @@ def resized(
         return params
     if how == "interpolate":
         return interpolate(params, new_grid, grid=old)
-    factor = max(1, new_grid[0] // old[0])
+    factor = max(1, min(new_grid[0] // old[0], new_grid[1] // old[1]))
     if new_grid != (factor * old[0], factor * old[1]):
         tries = " or ".join(
             _said((k * old[0], k * old[1])) for k in range(max(2, factor), factor + 2)

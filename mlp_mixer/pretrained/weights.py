@@ -5,6 +5,7 @@ and carries checksums and what else a model needs to know.
 """
 
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -16,8 +17,8 @@ from etils import epath
 
 from mlp_mixer import atomic, checkpoint
 from mlp_mixer.fingerprints import leaves, nested
-from mlp_mixer.pretrained import geometry, npz, safetensors, timm
-from mlp_mixer.pretrained.geometry import Params
+from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
+from mlp_mixer.pretrained.tree import Params
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,17 @@ def read(
         raise ValueError(f"{name} is no run's folder: it has no step {step}.")
     elif path.exists():
         flat, weights = _read_file(pathlib.Path(path))
+    elif name in published.PUBLISHED:
+        flat, weights = _read_file(published.fetch(name))
+        weights = dataclasses.replace(weights, said="published")
     else:
+        names = published.PUBLISHED
+        near = difflib.get_close_matches(name, names, len(names), 0)
         raise FileNotFoundError(
-            f"There are no weights {name}: no run's folder and no file."
+            f"There are no weights {name}: no run's folder, no file, and not one of "
+            f"the published names {', '.join(near)}."
         )
-    if wrong := geometry.problems({k: x.shape for k, x in flat.items()}):
+    if wrong := tree.problems({k: x.shape for k, x in flat.items()}):
         raise ValueError(
             f"{name} does not hold the parameters of one MLP-Mixer:\n  "
             + "\n  ".join(wrong)
@@ -98,7 +105,7 @@ def read(
         params = cast(params, dtype)
     for array, count in not_finite(params).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
-    size = weights.image_size or geometry.square_image(params)
+    size = weights.image_size or tree.square_image(params)
     return dataclasses.replace(weights, params=params, image_size=size)
 
 

@@ -82,11 +82,13 @@ EVERYTHING: dict[str, Any] = {
 
 @pytest.mark.parametrize("source", [noise(21, 12, 10, 3), with_broken(21, 3, 4)])
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_same_global_batches(source, count):
+@pytest.mark.parametrize("crop", ["inception", "resize_crop"])
+def test_processes_share_the_same_global_batches(source, count, crop):
     steps = 7  # more than two epochs
-    whole = list(itertools.islice(stream(source, 1, 0), steps))
+    whole = list(itertools.islice(stream(source, 1, 0, crop), steps))
     parts = [
-        list(itertools.islice(stream(source, count, p), steps)) for p in range(count)
+        list(itertools.islice(stream(source, count, p, crop), steps))
+        for p in range(count)
     ]
     for step in range(steps):
         rows = {
@@ -95,7 +97,7 @@ def test_processes_share_the_same_global_batches(source, count):
         assert_same(rows, whole[step])
 
 
-def stream(source, count, index):
+def stream(source, count, index, crop):
     return pipeline.train_batches(
         source,
         image_size=8,
@@ -103,7 +105,7 @@ def stream(source, count, index):
         seed=1,
         process_index=index,
         process_count=count,
-        **EVERYTHING,
+        **(EVERYTHING | {"crop": crop}),
     )
 
 
@@ -202,6 +204,39 @@ def test_resize_takes_the_whole_image():
         np.testing.assert_array_equal(image, image_ops.resize(source.images[label], 8))
 
 
+def test_a_resize_crop_is_any_part_of_the_resized_image_equally_often():
+    # 8 pixels to 32: weights of an eighth, so that nothing is rounded.
+    source = noise(2, 8, 8, 3)
+    rows = train(source, 125, image_size=28, crop="resize_crop", flip=False)
+    positions = list(itertools.product(range(5), repeat=2))
+    drawn = np.zeros(25, int)
+    for label in range(2):
+        whole = image_ops.resize(source.images[label], 32)
+        parts = np.stack([whole[y : y + 28, x : x + 28] for y, x in positions])
+        images = rows["image"][rows["label"] == label]
+        found = (images[:, None] == parts).all((2, 3, 4))
+        assert (found.sum(1) == 1).all()
+        drawn += found.sum(0)
+    # 1,000 draws, 40 each: chi-squared of 24 degrees exceeds 60 once in 15,000 times.
+    assert ((drawn - 40) ** 2 / 40).sum() < 60, drawn
+
+
+def test_a_resize_crop_is_the_papers_of_224_and_448():
+    (image,) = noise(1, 375, 500, 3).images
+    for side, square in ((224, 256), (448, 512)):
+        whole = image_ops.resize(image, square).astype(int)
+        rng = np.random.default_rng(1)
+        found = pipeline.CROPS["resize_crop"](image, rng, (side, side))
+        y, x = np.random.default_rng(1).integers(square - side + 1, size=2)
+        gap = np.abs(found - whole[y : y + side, x : x + side])
+        assert found.dtype == np.uint8
+        assert gap.max() <= 1
+        assert (gap > 0).mean() < 2e-4
+    # A rectangle's box grows on both sides; its crop fills it.
+    wide = pipeline.CROPS["resize_crop"](image, rng, (7, 14))
+    assert wide.shape == (7, 14, 3)
+
+
 def test_half_of_the_images_are_flipped():
     source = noise(9, 8, 8, 3)
     rows = train(source, 25, crop="resize")
@@ -245,7 +280,10 @@ def test_grey_images_get_three_channels(shape):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"crop": "center"}, "unknown crop 'center'; try one of inception, resize"),
+        (
+            {"crop": "center"},
+            "unknown crop 'center'; try one of inception, resize_crop, resize",
+        ),
         ({"process_count": 3}, "batch_size 8 does not divide among 3 .* try 9"),
         ({"batch_size": 0}, "batch_size 0 .* try 1"),
         ({"process_count": 2, "process_index": 2}, r"must be 0 \.\.\. 1"),

@@ -44,14 +44,18 @@ def layout(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     of one.
     """
     names = list(names)
-    numbers = [int(m[1]) for n in names if (m := re.match(r"MixerBlock_(\d+)/", n))]
     blocks = {
         f"MixerBlock_{i}/{name}": axes
-        for i in range(max(numbers, default=0) + 1)
+        for i in range(_num_blocks(names))
         for name, axes in BLOCK.items()
     }
     head = HEAD if any(name.startswith("head/") for name in names) else {}
     return ENDS | blocks | head
+
+
+def _num_blocks(names: Iterable[str]) -> int:
+    numbers = (re.match(r"MixerBlock_(\d+)/", name) for name in names)
+    return 1 + max((int(match[1]) for match in numbers if match), default=0)
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -89,7 +93,7 @@ def geometry(params: Params) -> dict[str, Any]:
     found = sizes(shapes)
     return {
         "patch_size": (found["ph"], found["pw"]),
-        "num_blocks": sum(name.endswith("LayerNorm_0/scale") for name in shapes),
+        "num_blocks": _num_blocks(shapes),
         "hidden_dim": found["c"],
         "tokens_mlp_dim": found["ds"],
         "channels_mlp_dim": found["dc"],

@@ -1,0 +1,473 @@
+"""Writes models for other programs: StableHLO and ONNX, verified before they are kept.
+
+    python -m mlp_mixer.export runs/digits digits.onnx digits.stablehlo
+    python -m mlp_mixer.export imagenet1k/Mixer-B_16 mixer_b16.onnx
+
+Both kinds hold the parameters, in float32, and take and give the same:
+
+    image       float32 (n, h, w, 3), any n: RGB, levels 0 … 255 mapped to [-1, 1] by
+                (level - 127.5) / 127.5
+    logits      float32 (n, k); left out if the weights have no head
+    pre_logits  float32 (n, c), the features that the head sees
+
+What else is known (source, geometry, preprocessing, class names) is in the metadata of
+the ONNX file, and beside the StableHLO file as NAME.stablehlo.json.
+
+ONNX is the one to keep. StableHLO is for programs that use JAX of about the same age,
+on CPU, CUDA and TPU, without this package and with gradients: JAX promises to read its
+exports for six months, so it is no archive.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import mlp_mixer
+from mlp_mixer import metrics, pretrained, program
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models.mixer import check_divisible
+
+logger = logging.getLogger(__name__)
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+OPSET = 20  # the first with Gelu
+GELUS = {"tanh": "tanh", "exact": "none"}  # ours: what ONNX calls them
+# Flatbuffers (StableHLO) and protobuf (ONNX) end at 2 GiB; the program needs some too.
+LIMIT_BYTES = 2**31 - 2**24
+
+BATCHES = (1, 3)
+TOLERANCE = 1e-4
+
+Outputs = dict[str, np.ndarray]
+Path = str | os.PathLike[str]
+
+
+class Difference(NamedTuple):
+    """How far an output of a written file is from the model's, at one batch size."""
+
+    output: str
+    batch: int
+    largest: float  # |value| of the model
+    difference: float  # largest |Δ|
+    allowed: float
+
+
+def export_stablehlo(
+    weights: pretrained.Weights, path: Path, *, gradients: bool = True
+) -> list[Difference]:
+    """Writes a serialised `jax.export.Exported` of image → {output: array}.
+
+        mixer = jax.export.deserialize(pathlib.Path(path).read_bytes())
+        mixer.call(image)["logits"]
+
+    Products run at the default precision of the platform, as the model's: GPUs and TPUs
+    round the operands.
+
+    Args:
+      weights: of `pretrained.read`.
+      path: of the file; its folder is made.
+      gradients: whether the outputs can be differentiated (once) by the image. The
+        derivative's program has its own copy of the parameters: twice the size.
+
+    Returns:
+      How far the reloaded file is from the model.
+
+    Raises:
+      ModuleNotFoundError: an optional package is not installed.
+      ValueError: the file is not right, and not kept; or the weights have values that
+        are not finite, no image size, or more than a file can hold.
+    """
+    _require("flatbuffers")
+    weights = _checked(weights)
+    size = sum(x.nbytes for _, x in leaves(weights.params)) * (1 + gradients)
+    if size > LIMIT_BYTES:
+        times, instead = ("twice", "--nogradients") if gradients else ("once", "ONNX")
+        raise ValueError(
+            f"A StableHLO file ends at 2.1 GB, and {path} would hold the parameters "
+            f"{times}: {size / 1e9:.1f} GB; try {instead}."
+        )
+    model = pretrained.create_model(weights)
+
+    def mixer(image):
+        return _outputs(model, weights.params, image)
+
+    def write(file):
+        (n,) = jax.export.symbolic_shape("n")
+        image = jax.ShapeDtypeStruct((n, *_image_size(weights), 3), jnp.float32)
+        with _no_paths():
+            exported = jax.export.export(jax.jit(mixer), platforms=PLATFORMS)(image)
+            file.write_bytes(exported.serialize(vjp_order=int(gradients)))
+        about = json.dumps(_metadata(weights), indent=2, ensure_ascii=False)
+        file.with_name(f"{file.name}.json").write_text(about + "\n", encoding="utf-8")
+
+    def load(file):
+        exported = jax.export.deserialize(file.read_bytes())
+        # Compiled anew for each batch, so that only one copy of the parameters that
+        # compilation makes is held at a time.
+        return lambda image: jax.device_get(jax.jit(lambda x: exported.call(x))(image))
+
+    return _keep(weights, path, write, load)
+
+
+@contextlib.contextmanager
+def _no_paths() -> Iterator[None]:
+    """Source locations without folders: those of this machine are nobody's business."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, "^.*/")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
+    """Writes the graph of `to_onnx`; parameters above 2 GB go to PATH.data beside it.
+
+    Args:
+      weights: of `pretrained.read`.
+      path: of the file; its folder is made.
+
+    Returns:
+      How far onnxruntime, on CPU, is from the model.
+
+    Raises:
+      ModuleNotFoundError: an optional package is not installed.
+      ValueError: the file is not right, and not kept; or the weights have values that
+        are not finite, or no image size.
+    """
+    _require("onnx", "onnxruntime")
+    import onnx
+    import onnxruntime
+
+    weights = _checked(weights)
+
+    def write(file):
+        size = sum(x.nbytes for _, x in leaves(weights.params))
+        onnx.save_model(
+            to_onnx(weights),
+            file,
+            save_as_external_data=size > LIMIT_BYTES,
+            location=f"{file.name}.data",
+        )
+        onnx.checker.check_model(file, full_check=True)
+
+    def load(file):
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return lambda image: dict(
+            zip(names, session.run(names, {"image": image}), strict=True)
+        )
+
+    return _keep(weights, path, write, load)
+
+
+def to_onnx(weights: pretrained.Weights) -> Any:
+    """Returns an `onnx.ModelProto` of the model; its initializers have our names.
+
+    The state is (n, s, c) throughout. Token mixing multiplies its transposed kernel
+    from the left, so that no activation is transposed after the stem; runtimes
+    transpose the kernels once, when they load the file.
+
+    Raises:
+      ValueError: the weights have values that are not finite, or no image size.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = _checked(weights)
+    fields = pretrained.geometry(weights.params)
+    (h, w), (ph, pw) = _image_size(weights), fields["patch_size"]
+    s, c, k = (h // ph) * (w // pw), fields["hidden_dim"], fields["num_classes"]
+    nodes = []
+    constants = {
+        "patches/shape": np.array([0, h // ph, ph, w // pw, pw * 3]),
+        "tokens/shape": np.array([0, s, ph * pw * 3]),
+        "stem/shape": np.array([-1, c]),
+        "tokens/axis": np.array([1]),
+    }
+
+    def node(to, op, *inputs, **attributes):
+        nodes.append(helper.make_node(op, inputs, [to], to, **attributes))
+        return to
+
+    def layer_norm(x, at):
+        return node(
+            f"{at}/output",
+            "LayerNormalization",
+            *(x, f"{at}/scale", f"{at}/bias"),
+            epsilon=1e-6,
+        )
+
+    def over_tokens(x, at):
+        left = node(f"{at}/kernel_transposed", "Transpose", f"{at}/kernel", perm=[1, 0])
+        y = node(f"{at}/product", "MatMul", left, x)
+        bias = node(f"{at}/bias_column", "Unsqueeze", f"{at}/bias", "tokens/axis")
+        return node(f"{at}/output", "Add", y, bias)
+
+    def over_channels(x, at, kernel=None):
+        y = node(f"{at}/product", "MatMul", x, kernel or f"{at}/kernel")
+        return node(f"{at}/output", "Add", y, f"{at}/bias")
+
+    def mlp(x, at, dense):
+        x = dense(x, f"{at}/Dense_0")
+        x = node(f"{at}/gelu", "Gelu", x, approximate=GELUS[weights.gelu])
+        return dense(x, f"{at}/Dense_1")
+
+    x = node("patches/rows", "Reshape", "image", "patches/shape")
+    x = node("patches/grid", "Transpose", x, perm=[0, 1, 3, 2, 4])
+    x = node("patches/output", "Reshape", x, "tokens/shape")
+    x = over_channels(
+        x, "stem", node("stem/matrix", "Reshape", "stem/kernel", "stem/shape")
+    )
+    for i in range(fields["num_blocks"]):
+        block = f"MixerBlock_{i}"
+        y = layer_norm(x, f"{block}/LayerNorm_0")
+        y = mlp(y, f"{block}/token_mixing", over_tokens)
+        x = node(f"{block}/tokens_mixed", "Add", x, y)
+        y = layer_norm(x, f"{block}/LayerNorm_1")
+        y = mlp(y, f"{block}/channel_mixing", over_channels)
+        x = node(f"{block}/output", "Add", x, y)
+    x = layer_norm(x, "pre_head_layer_norm")
+    x = node("pre_logits", "ReduceMean", x, "tokens/axis", keepdims=0)
+    outputs = {"pre_logits": c}
+    if k is not None:
+        node("logits", "Gemm", x, "head/kernel", "head/bias")
+        outputs = {"logits": k, **outputs}
+
+    def value(name, *shape):
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
+
+    graph = helper.make_graph(
+        nodes,
+        "mlp_mixer",
+        [value("image", h, w, 3)],
+        [value(name, size) for name, size in outputs.items()],
+        [
+            numpy_helper.from_array(x, name)
+            for name, x in [*leaves(weights.params), *constants.items()]
+        ],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(
+        graph,
+        opset_imports=opsets,
+        # Not the newest that the onnx package knows: runtimes are older than it.
+        ir_version=helper.find_min_ir_version_for(opsets),
+        producer_name="mlp_mixer",
+        producer_version=mlp_mixer.__version__,
+    )
+    helper.set_model_props(
+        model,
+        {
+            name: about if isinstance(about, str) else json.dumps(about)
+            for name, about in _metadata(weights).items()
+        },
+    )
+    return model
+
+
+# --- What both have in common ---------------------------------------------------------
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Export needs {' and '.join(missing)}; pip install 'mlp-mixer[export]'."
+        )
+
+
+def _checked(weights: pretrained.Weights) -> pretrained.Weights:
+    """The weights in float32, after a look at all that an export needs of them."""
+    if weights.gelu not in GELUS:
+        raise ValueError(f"gelu {weights.gelu!r} is unknown; try {', '.join(GELUS)}.")
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
+    if bad := pretrained.not_finite(params):
+        raise ValueError(
+            f"The weights ({weights.said}) are not exported: not all of their values "
+            "are finite:\n  "
+            + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
+        )
+    _image_size(weights)
+    return dataclasses.replace(weights, params=params)
+
+
+def _image_size(weights: pretrained.Weights) -> tuple[int, int]:
+    """Height and width in pixels, which fit the parameters."""
+    tokens = pretrained.tokens(weights.params)
+    if weights.image_size is None:
+        raise ValueError(
+            f"The weights ({weights.said}) are for {tokens} tokens, which make no "
+            "square, and do not say their image size; give --image_size=HEIGHT,WIDTH."
+        )
+    h, w = weights.image_size
+    ph, pw = pretrained.geometry(weights.params)["patch_size"]
+    check_divisible((h, w), (ph, pw))
+    if (h // ph) * (w // pw) != tokens:
+        raise ValueError(
+            f"A {h}x{w} image makes {h // ph * (w // pw)} tokens of {ph}x{pw} pixels, "
+            f"but the weights ({weights.said}) are for {tokens}; give the image size "
+            "that they were trained at."
+        )
+    return h, w
+
+
+def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
+    """What is known of a model besides its numbers."""
+    fields = pretrained.geometry(weights.params)
+    known = {
+        "source": weights.said,
+        "exported_by": f"mlp_mixer {mlp_mixer.__version__}",
+        "input": "image: RGB, (level - 127.5) / 127.5 of levels 0 ... 255",
+        "model": pretrained.variant(fields),
+        **fields,
+        "image_size": weights.image_size,
+        "gelu": weights.gelu,
+        "preprocess": weights.preprocess,
+        "class_names": weights.class_names,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _outputs(model: Any, params: Any, image: Any) -> dict[str, Any]:
+    logits, out = model.apply({"params": params}, image)
+    head = {} if model.num_classes is None else {"logits": logits}
+    return head | {"pre_logits": out["pre_logits"]}
+
+
+def _keep(
+    weights: pretrained.Weights,
+    path: Path,
+    write: Callable[[pathlib.Path], None],
+    load: Callable[[pathlib.Path], Callable[[np.ndarray], Outputs]],
+) -> list[Difference]:
+    """Writes, loads and compares; files get their names only if they are right."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
+        draft = pathlib.Path(folder) / path.name
+        write(draft)
+        logger.info(
+            "Comparing %s (%.0f MB) with the model, at batches of %s.",
+            *(path, draft.stat().st_size / 1e6, " and ".join(map(str, BATCHES))),
+        )
+        found = _differences(load(draft), weights)
+        for one in found:
+            if not one.difference <= one.allowed:  # nan is not
+                raise ValueError(
+                    f"{path} is not kept: at a batch of {one.batch} its {one.output} "
+                    f"differ by {one.difference:.2g} from the model's; at most "
+                    f"{one.allowed:.2g} is right. Try another version of the runtime."
+                )
+        mode = draft.stat().st_mode  # onnx gives its data file to the owner alone
+        # The file itself last: what lies beside it is there before.
+        for part in sorted(pathlib.Path(folder).iterdir(), reverse=True):
+            part.chmod(mode)
+            part.replace(path.with_name(part.name))
+    return found
+
+
+def _differences(
+    call: Callable[[np.ndarray], Outputs], weights: pretrained.Weights
+) -> list[Difference]:
+    """Compares with the model, on the CPU: elsewhere products round their operands."""
+    model, rng = pretrained.create_model(weights), np.random.default_rng(0)
+    reference = jax.jit(lambda params, image: _outputs(model, params, image))
+    found = []
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        for n in BATCHES:
+            shape = (n, *_image_size(weights), 3)
+            image = rng.uniform(-1, 1, shape).astype(np.float32)
+            expected = jax.device_get(reference(weights.params, image))
+            given = call(image)
+            for name, right in expected.items():
+                if given[name].shape != right.shape:
+                    raise ValueError(
+                        f"{name} has shape {given[name].shape}, the model's "
+                        f"{right.shape}."
+                    )
+                largest = float(np.abs(right).max())
+                # Absolute, but relative for values that float32 has no such digits of.
+                allowed = TOLERANCE * max(1.0, largest)
+                difference = float(np.abs(given[name] - right).max())
+                found.append(Difference(name, n, largest, difference, allowed))
+    return found
+
+
+# --- The command line -----------------------------------------------------------------
+
+FORMATS = {".stablehlo": ("flatbuffers",), ".onnx": ("onnx", "onnxruntime")}
+
+
+def main(arguments: list[str]) -> None:
+    """The command line."""
+    if len(arguments) < 2:
+        raise ValueError(
+            "Name the weights and the files to write, e.g. runs/digits digits.onnx."
+        )
+    source, *paths = arguments
+    for suffix in (pathlib.Path(path).suffix for path in paths):
+        if suffix not in FORMATS:
+            raise ValueError(
+                f"No file ending in {suffix!r} is written; try {', '.join(FORMATS)}."
+            )
+        _require(*FORMATS[suffix])
+    weights = pretrained.read(source, dtype=None, step=flags.FLAGS.step)
+    dtypes = {str(x.dtype) for _, x in leaves(weights.params)} - {"float32"}
+    if dtypes:
+        logger.info("Parameters in %s are exported as float32.", ", ".join(dtypes))
+    if flags.FLAGS.gelu:
+        weights = dataclasses.replace(weights, gelu=flags.FLAGS.gelu)
+    if flags.FLAGS.image_size:
+        size = parse_size(flags.FLAGS.image_size)
+        weights = dataclasses.replace(weights, image_size=size)
+    for path in paths:
+        if path.endswith(".onnx"):
+            found = export_onnx(weights, path)
+        else:
+            found = export_stablehlo(weights, path, gradients=flags.FLAGS.gradients)
+        metrics.table(
+            f"{path}, verified on random images",
+            ["output", "batch", "largest value", "largest difference", "allowed"],
+            [[d.output, str(d.batch), *(f"{x:.2g}" for x in d[2:])] for d in found],
+        )
+
+
+def parse_size(words: list[str]) -> tuple[int, int]:
+    """["224", "224"] → (224, 224): height and width in pixels."""
+    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
+        raise ValueError(
+            f"--image_size is {','.join(words)!r}; expected HEIGHT,WIDTH, e.g. 224,224."
+        )
+    return int(words[0]), int(words[1])
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("step", None, "Of a run's checkpoint; the newest if not set.")
+    flags.DEFINE_list(
+        "image_size",
+        None,
+        "HEIGHT,WIDTH in pixels, for weights that do not say it and are not square.",
+    )
+    flags.DEFINE_enum(
+        "gelu", None, list(GELUS), "If not set, the one that the weights are for."
+    )
+    flags.DEFINE_boolean(
+        "gradients",
+        True,
+        "Whether the StableHLO file can be differentiated by the image; doubles it.",
+    )
+    program.run(main)

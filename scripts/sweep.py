@@ -1,0 +1,527 @@
+"""Fine-tunes as the paper does: chooses the learning rate, then trains several times.
+
+    python scripts/sweep.py --config=configs/finetune/cifar10.py:l16 --data_dir=DATA
+    python scripts/sweep.py --config=configs/finetune/imagenet2012.py \\
+        --config=configs/finetune/cifar10.py --config=configs/finetune/cifar100.py \\
+        --config=configs/finetune/pets.py --config=configs/finetune/flowers.py
+
+For each recipe, its grid of learning rates on the part of training that the word
+`select` leaves, the best by top-1 on the rest; then all of training with that rate, a
+run for each seed, evaluated on the test split. The five sets together give the paper's
+"Avg 5". Writes sweep.md, sweep.json and sweep.png to --workdir.
+
+Each run is an ordinary run in a folder of its own. The same command goes on where it
+was stopped and repeats nothing that is finished; with more seeds or rates, it adds
+them. Fields change as in training: --config.accumulate=8. One process, any number of
+devices.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import runpy
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mlp_mixer import evaluate, metrics, program, recipe, runs, train, visualize
+from mlp_mixer.data import sources
+
+logger = logging.getLogger(__name__)
+
+# "Avg 5" of Tables 2 and 3.
+FIVE = ("imagenet2012", "cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102")
+DIVERGED = "diverged.txt"
+
+
+class StoppedError(RuntimeError):
+    """A run was asked to stop before its end."""
+
+
+# --- What is to be done ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A recipe, and how it chooses its learning rate.
+
+    Attributes:
+      name: of its folder.
+      words: of its recipe.
+      select: trains on a part and evaluates on the rest of the training split.
+      final: trains on all of it and evaluates on the test split.
+      learning_rates: to choose from.
+    """
+
+    name: str
+    words: str
+    select: ConfigDict
+    final: ConfigDict
+    learning_rates: tuple[float, ...]
+
+
+def open_task(
+    value: str, overrides: Sequence[str] = (), rates: Sequence[float] | None = None
+) -> Task:
+    """The task of `--config=value`.
+
+    Args:
+      value: a recipe's path, its words behind a colon. It has the word `select`, and
+        LEARNING_RATES beside its `get_config`.
+      overrides: `--config.field=value`.
+      rates: instead of the recipe's.
+
+    Raises:
+      FileNotFoundError: there is no such recipe.
+      ValueError: it has no learning rates.
+    """
+    path, _, words = value.partition(":")
+    if not rates:
+        rates = open_recipe(path).get("LEARNING_RATES")
+        if not rates:
+            raise ValueError(
+                f"{path} has no LEARNING_RATES; give some: --learning_rates=0.01,0.03."
+            )
+    return Task(
+        name=recipe.run_name(value),
+        words=words,
+        select=_config(path, f"{words},select", overrides),
+        final=_config(path, words, overrides),
+        learning_rates=tuple(sorted(set(rates))),
+    )
+
+
+def open_recipe(path: str) -> dict[str, Any]:
+    """What the recipe's file defines.
+
+    Raises:
+      FileNotFoundError: there is no such recipe.
+    """
+    return runpy.run_path(recipe.resolve([f"--config={path}"])[0].partition("=")[2])
+
+
+def _config(path: str, words: str, overrides: Sequence[str]) -> ConfigDict:
+    """The recipe as training's own command line reads it."""
+    config = open_recipe(path)["get_config"](words)
+    argv, values = ["sweep", *overrides], flags.FlagValues()
+    with program.wrong_flags_in_one_line():
+        config_flags.DEFINE_config_dict(
+            *("config", config), flag_values=values, lock_config=True, sys_argv=argv
+        )
+        values(argv)
+    return values["config"].value
+
+
+def watched(config: ConfigDict) -> str:
+    """The evaluator that decides: the one that runs in training.
+
+    Raises:
+      ValueError: there is not exactly one.
+    """
+    names = list(recipe.evaluations(config))
+    if len(names) != 1:
+        raise ValueError(
+            f"The recipe evaluates {', '.join(names) or 'nothing'} in training, and "
+            "one accuracy has to decide; set every_steps of the others to 0."
+        )
+    return names[0]
+
+
+def missing(tasks: Iterable[Task], data_dir: str | None) -> dict[str, str]:
+    """{data set: what to do} of the data that the tasks need and that is not here."""
+    found: dict[str, str] = {}
+    for task in tasks:
+        for config in (task.select, task.final):
+            evaluation = recipe.evaluations(config)[watched(config)]
+            for dataset in (config.dataset.to_dict(), evaluation["dataset"]):
+                size = config.model.image_size
+                try:
+                    sources.open_source(**dataset, data_dir=data_dir, image_size=size)
+                except FileNotFoundError as error:
+                    found.setdefault(dataset["name"], str(error))
+    return found
+
+
+# --- One run --------------------------------------------------------------------------
+
+
+def final_score(config: ConfigDict, workdir: pathlib.Path) -> float | None:
+    """Top-1 in [0, 1] of the finished run of `config` in `workdir`.
+
+    Looks at its recipe and its metrics alone.
+
+    Returns:
+      None if it is not finished, NaN if it diverged.
+
+    Raises:
+      ValueError: another recipe's run, or one that was evaluated otherwise.
+    """
+    if not (workdir / "config.json").exists():
+        return None
+    saved = runs.load(workdir)
+    data = saved.dataset
+    runs.check(recipe.completed(config, data.num_examples, data.num_classes), workdir)
+    if saved.evals.to_dict() != config.evals.to_dict():
+        raise ValueError(
+            f"{workdir} holds a run with other evaluators; choose another --workdir."
+        )
+    if (workdir / DIVERGED).exists():
+        return math.nan
+    last, key = recipe.total_steps(saved), f"{watched(config)}/top1"
+    scores = [r[key] for r in metrics.read(workdir) if r["step"] == last and key in r]
+    return scores[-1] if scores else None
+
+
+def is_saved(workdir: pathlib.Path) -> bool:
+    """Whether the run in `workdir` has the checkpoint of its last step."""
+    if not (workdir / "config.json").exists():
+        return False
+    last = recipe.total_steps(runs.load(workdir))
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return any(name.isdigit() and int(name) == last for name in names)
+
+
+def complete(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    data_dir: str | None = None,
+    trial: bool = False,
+) -> float:
+    """Trains `config` to its end, unless it is there; returns its top-1 in [0, 1].
+
+    Args:
+      config: of a recipe.
+      workdir: folder of the run.
+      data_dir: where data sets are; TFDS's own folder by default.
+      trial: whether the score is all that matters: a finished run may lack its
+        checkpoint, and a loss that is not finite is a result, NaN.
+
+    Raises:
+      StoppedError: the process was asked to stop.
+    """
+    score, saved = final_score(config, workdir), is_saved(workdir)
+    if score is not None and (saved or trial):
+        logger.info("%s is finished: top-1 %s", workdir, _percent(score))
+        return score
+    if saved:  # stopped during its last evaluation
+        name = watched(config)
+        found = evaluate.evaluate(str(workdir), only=[name], data_dir=data_dir)
+        return found[name]["top1"]
+    try:
+        train.train(config, str(workdir), data_dir=data_dir)
+    except FloatingPointError as error:
+        if not trial:
+            raise
+        # The same again would diverge again.
+        (workdir / DIVERGED).write_text(f"{error}\n")
+        logger.warning("%s", error)
+    score = final_score(config, workdir)
+    if score is None:
+        raise StoppedError(f"{workdir} was stopped before its end.")
+    return score
+
+
+# --- One task -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a task came to; accuracies are top-1 in [0, 1].
+
+    Attributes:
+      name: of the task.
+      words: of its recipe.
+      dataset: what was fine-tuned on.
+      data: what was evaluated.
+      preprocess: its protocol.
+      grid: learning rate → accuracy on the held-out part; NaN: diverged. Empty where
+        there was one rate only.
+      learning_rate: the chosen one.
+      seeds: seed → accuracy on the test split.
+    """
+
+    name: str
+    words: str
+    dataset: str
+    data: str
+    preprocess: str
+    grid: Mapping[float, float]
+    learning_rate: float
+    seeds: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.fmean(self.seeds.values())
+
+    @property
+    def std(self) -> float | None:
+        """Of the sample; None of a single run."""
+        few = len(self.seeds) < 2
+        return None if few else statistics.stdev(self.seeds.values())
+
+
+def choose(grid: Mapping[float, float]) -> float:
+    """The learning rate of the highest accuracy; of equals, the lowest.
+
+    Raises:
+      ValueError: all diverged.
+    """
+    finite = [rate for rate, accuracy in grid.items() if not math.isnan(accuracy)]
+    if not finite:
+        rates = ", ".join(f"{rate:g}" for rate in grid)
+        raise ValueError(
+            f"All learning rates diverged ({rates}); try lower ones: --learning_rates."
+        )
+    return max(sorted(finite), key=lambda rate: grid[rate])
+
+
+def run(
+    task: Task,
+    folder: pathlib.Path,
+    *,
+    seeds: int,
+    data_dir: str | None = None,
+    drop_checkpoints: bool = False,
+) -> Result:
+    """Chooses the learning rate, trains with it, and returns what came out.
+
+    Args:
+      task: see there.
+      folder: the runs are below it, in `<task>/`.
+      seeds: how many final runs.
+      data_dir: where data sets are; TFDS's own folder by default.
+      drop_checkpoints: whether to delete those of a finished run of the grid.
+    """
+    here = folder / task.name
+    rates = task.learning_rates if len(task.learning_rates) > 1 else ()
+    count = len(rates) + seeds
+    grid = {}
+    for i, rate in enumerate(rates):
+        logger.info("%s, run %d of %d: learning rate %g", task.name, i + 1, count, rate)
+        config = task.select.copy_and_resolve_references()
+        config.optim.learning_rate = rate
+        workdir = here / f"select-{rate:g}"
+        grid[rate] = complete(config, workdir, data_dir=data_dir, trial=True)
+        if drop_checkpoints and (workdir / "checkpoints").exists():
+            shutil.rmtree(workdir / "checkpoints")
+    best = choose(grid) if grid else task.learning_rates[0]
+    scores = {}
+    for seed in range(seeds):
+        logger.info(
+            *(
+                "%s, run %d of %d: all of training, learning rate %g, seed %d",
+                task.name,
+            ),
+            *(len(rates) + seed + 1, count, best, seed),
+        )
+        config = task.final.copy_and_resolve_references()
+        config.optim.learning_rate, config.seed = best, seed
+        workdir = here / f"final-{best:g}-seed-{seed}"
+        scores[seed] = complete(config, workdir, data_dir=data_dir)
+    evaluation = recipe.evaluations(task.final)[watched(task.final)]
+    dataset = evaluation["dataset"]
+    return Result(
+        name=task.name,
+        words=task.words,
+        dataset=task.final.dataset.name,
+        data=f"{dataset['name']} {dataset['split']}",
+        preprocess=evaluation["preprocess"],
+        grid=grid,
+        learning_rate=best,
+        seeds=scores,
+    )
+
+
+# --- What is written ------------------------------------------------------------------
+
+Means = Callable[[Sequence[Result]], dict[str, float]]
+
+
+def average_5(results: Sequence[Result]) -> dict[str, float]:
+    """The paper's "Avg 5" for each model, by its words, that has all five sets."""
+    by_words: dict[str, dict[str, float]] = {}
+    for result in results:
+        by_words.setdefault(result.words, {})[result.dataset] = result.mean
+    return {
+        f"Avg 5 {words}".strip(): statistics.fmean(found[name] for name in FIVE)
+        for words, found in by_words.items()
+        if found.keys() >= set(FIVE)
+    }
+
+
+COLUMNS = ["", "top-1", "±", "runs", "learning rate", "tried on held-out images", "of"]
+
+
+def rows(results: Sequence[Result], means: Mapping[str, float]) -> list[list[str]]:
+    """The table, in per cent; ± is the standard deviation over seeds."""
+    table = [
+        [
+            result.name,
+            _percent(result.mean),
+            "" if result.std is None else f"{100 * result.std:.2f}",
+            str(len(result.seeds)),
+            f"{result.learning_rate:g}",
+            ", ".join(f"{r:g}: {_percent(a)}" for r, a in result.grid.items()),
+            f"{result.data} ({result.preprocess})",
+        ]
+        for result in results
+    ]
+    blank = [""] * (len(COLUMNS) - 2)
+    return table + [[name, _percent(mean), *blank] for name, mean in means.items()]
+
+
+def _percent(accuracy: float) -> str:
+    return "diverged" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
+
+
+def write(
+    folder: pathlib.Path, results: Sequence[Result], means: Mapping[str, float]
+) -> None:
+    """Writes sweep.json, sweep.md and sweep.png to `folder`."""
+    said: dict[str, Any] = {"results": [], "means": dict(means)}
+    for result in results:
+        fields = dataclasses.asdict(result) | {"mean": result.mean, "std": result.std}
+        fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
+        said["results"].append(fields)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps(said, indent=2) + "\n")
+    right = ["---", *["---:"] * 4, "---", "---"]
+    lines = [COLUMNS, right, *rows(results, means)]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    (folder / "sweep.md").write_text(f"# {folder}\n\n{text}")
+    curves = {
+        result.name: {r: _finite(a) for r, a in result.grid.items()}
+        for result in results
+        if result.grid
+    }
+    if curves:
+        chosen = {result.name: result.learning_rate for result in results}
+        picture = visualize.png(visualize.learning_rates(curves, chosen))
+        (folder / "sweep.png").write_bytes(picture)
+
+
+def _finite(accuracy: float) -> float | None:
+    return None if math.isnan(accuracy) else accuracy
+
+
+# --- The command ----------------------------------------------------------------------
+
+
+def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> None:
+    """Runs the tasks one after the other and writes what is known after each.
+
+    Args:
+      tasks: with different names.
+      args: of `parser`.
+      means: name → mean, over the results so far.
+
+    Raises:
+      FileNotFoundError: data is missing, all of it named before anything is run.
+      ValueError: two tasks of one name.
+    """
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} would share a folder; name each once.")
+    if absent := missing(tasks, args.data_dir):
+        raise FileNotFoundError("\n".join(absent.values()))
+    folder = pathlib.Path(args.workdir)
+    results: list[Result] = []
+    for i, task in enumerate(tasks):
+        logger.info("%s (%d of %d)", task.name, i + 1, len(tasks))
+        try:
+            result = run(
+                task,
+                folder,
+                seeds=args.seeds,
+                data_dir=args.data_dir,
+                drop_checkpoints=args.drop_checkpoints,
+            )
+        except (Exception, KeyboardInterrupt):
+            command = shlex.join(["python", *sys.argv])
+            logger.error("Not finished. What is done is kept; go on with\n%s", command)
+            raise
+        results.append(result)
+        write(folder, results, means(results))
+    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
+    logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
+
+
+def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
+    """The options that all sweeps have."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--workdir", default=workdir, help="of all runs (%(default)s)")
+    p.add_argument(
+        "--seeds", type=_positive, default=3, help="final runs (%(default)s)"
+    )
+    p.add_argument("--data_dir", help="folder of data sets; TFDS's own if not set")
+    p.add_argument("--init_from", help="weights to start from, instead of the recipe's")
+    p.add_argument(
+        "--learning_rates", type=_rates, help="0.003,0.01; one: nothing is chosen"
+    )
+    p.add_argument(
+        "--drop_checkpoints",
+        action="store_true",
+        help="delete those of a finished run of the grid",
+    )
+    return p
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def parse(
+    p: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the `--config.field=value` among `argv`."""
+    args, rest = p.parse_known_args(argv)
+    if wrong := [word for word in rest if not word.startswith("--config.")]:
+        p.error(f"unknown: {' '.join(wrong)}; fields are --config.FIELD=VALUE")
+    if wrong := [word for word in rest if "=" not in word]:
+        p.error(f"{' '.join(wrong)}: write --config.FIELD=VALUE")
+    if [word for word in rest if word.startswith("--config.optim.learning_rate=")]:
+        p.error("the learning rate is what is chosen; give --learning_rates")
+    if args.init_from:
+        rest.append(f"--config.init_from={args.init_from}")
+    return args, rest
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(arguments)` as a program does."""
+    metrics.log_to_terminal()
+    with program.errors_in_one_line("sweep"):
+        main(sys.argv[1:])
+
+
+def main(argv: list[str]) -> None:
+    """The command line."""
+    p = parser(__doc__, "runs/sweep")
+    p.add_argument(
+        "--config", action="append", required=True, help="a recipe; any number"
+    )
+    args, overrides = parse(p, argv)
+    tasks = [open_task(value, overrides, args.learning_rates) for value in args.config]
+    run_all(tasks, args, average_5)
+
+
+if __name__ == "__main__":
+    start(main)

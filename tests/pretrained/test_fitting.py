@@ -1,0 +1,228 @@
+"""Weights into models: strictly, but for the head and the resolution."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlp_mixer import checkpoint, models, pretrained, runs, train
+from mlp_mixer.fingerprints import leaves
+
+
+def shapes_of(params):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def assert_equal(got, expected):
+    got, expected = dict(leaves(got)), dict(leaves(expected))
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        np.testing.assert_array_equal(got[name], x, name)
+
+
+# --- create_model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_the_model_of_parameters_gives_logits_features_and_gradients(
+    num_classes, make_params
+):
+    params = make_params(num_classes=num_classes)
+    model = pretrained.create_model(params)
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1)
+    logits, out = model.apply({"params": params}, image)
+    assert out["pre_logits"].shape == (2, 8)
+    assert logits.shape == (2, num_classes or 8)
+    slope = jax.grad(lambda x: model.apply({"params": params}, x)[0].sum())(image)
+    assert np.isfinite(slope).all()
+    assert np.abs(slope).max() > 0
+    slopes = jax.grad(lambda p: model.apply({"params": p}, image)[0].sum())(params)
+    assert np.abs(slopes["stem"]["kernel"]).max() > 0
+
+
+def test_the_model_of_weights_has_their_gelu(weights):
+    assert pretrained.create_model(weights).gelu == "exact"
+    assert pretrained.create_model(weights.params).gelu == "tanh"
+    assert pretrained.create_model(weights, gelu="tanh", dropout=0.1).dropout == 0.1
+
+
+# --- merge ----------------------------------------------------------------------------
+
+
+def test_weights_that_fit_are_taken_as_they_are(make_params):
+    params = make_params()
+    assert_equal(pretrained.merge(params, shapes_of(make_params(seed=1))), params)
+
+
+@pytest.mark.parametrize("had", [None, 10])
+def test_the_head_for_other_classes_is_a_zero_one(had, make_params, caplog):
+    caplog.set_level("INFO")
+    params = make_params(num_classes=had)
+    merged = pretrained.merge(params, shapes_of(make_params(num_classes=7)))
+    head = merged.pop("head")
+    params.pop("head", None)
+    assert_equal(merged, params)
+    assert {k: (x.shape, np.abs(x).max()) for k, x in head.items()} == {
+        "kernel": ((8, 7), 0),
+        "bias": ((7,), 0),
+    }
+    assert f"zeros for 7 classes (the weights': {had or 'none'})" in caplog.text
+
+
+def test_a_zero_head_may_be_asked_for_and_a_head_left_out(make_params):
+    params = make_params()
+    target = shapes_of(make_params())
+    assert np.abs(pretrained.merge(params, target)["head"]["kernel"]).max() > 0
+    zero = pretrained.merge(params, target, head="zero")
+    assert np.abs(zero["head"]["kernel"]).max() == 0
+    target.pop("head")
+    assert "head" not in pretrained.merge(params, target)
+    with pytest.raises(ValueError, match="head 'new' is unknown; try match, zero"):
+        pretrained.merge(params, target, head="new")
+
+
+def test_every_name_that_does_not_fit_is_listed(make_params):
+    params = make_params(num_blocks=3, tokens_mlp_dim=5)
+    del params["MixerBlock_0"]["LayerNorm_0"]["scale"]
+    with pytest.raises(ValueError, match="do not fit the model") as error:
+        pretrained.merge(params, shapes_of(make_params()))
+    first, *lines = str(error.value).splitlines()
+    assert "3 blocks" in first
+    assert "2 blocks" in first
+    unexpected = [
+        f"  unexpected: {n}"
+        for n, _ in leaves({"MixerBlock_2": params["MixerBlock_2"]})
+    ]
+    wide = [
+        f"  shape: MixerBlock_{i}/token_mixing/{name} is {was}, the model's {new}"
+        for i in range(2)
+        for name, was, new in (
+            ("Dense_0/bias", (5,), (4,)),
+            ("Dense_0/kernel", (16, 5), (16, 4)),
+            ("Dense_1/kernel", (5, 16), (4, 16)),
+        )
+    ]
+    assert sorted(lines) == sorted(
+        ["  missing: MixerBlock_0/LayerNorm_0/scale", *unexpected, *wide]
+    )
+
+
+def test_another_variant_is_named():
+    def shapes(name):
+        model = models.create(name, num_classes=1000)
+        image = jnp.zeros((1, 224, 224, 3))
+        return jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+
+    said = r"\(mixer_s16, 196 tokens, 1000 classes\) do not fit the model \(mixer_b16, "
+    with pytest.raises(ValueError, match=said):
+        pretrained.merge(shapes("mixer_s16"), shapes("mixer_b16"))
+
+
+# --- initial --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(weights, tmp_path):
+    pretrained.write_safetensors(weights, tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def start(source, make_params, size=(16, 16), how="grow", head="match", **fields):
+    """`initial` for a model of the saved weights' sizes, but for `fields`."""
+    target = shapes_of(make_params(image_size=size, **fields))
+    model = pretrained.create_model(target, gelu="exact")
+    return pretrained.initial(
+        source, model, target, image_size=size, head=head, resize_by=how
+    )
+
+
+def test_a_run_may_start_from_nothing_or_from_weights(saved, weights, make_params):
+    assert start(None, make_params) is None
+    assert_equal(start(saved, make_params), weights.params)
+
+
+def test_weights_grow_to_the_resolution_of_the_run(saved, weights, make_params):
+    grown = start(saved, make_params, (32, 32), tokens_mlp_dim=16)
+    kernel = grown["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"]
+    old = weights.params["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"]
+    assert kernel.shape == (64, 16)
+    np.testing.assert_allclose(np.abs(kernel).sum(), 4 * np.abs(old).sum(), rtol=1e-6)
+    same = ("stem", "pre_head_layer_norm", "head")
+    for part in same:
+        assert_equal({part: grown[part]}, {part: weights.params[part]})
+
+
+def test_weights_are_interpolated_to_any_grid(saved, make_params):
+    got = start(saved, make_params, (24, 20), how="interpolate")
+    kernel = got["MixerBlock_0"]["token_mixing"]["Dense_0"]["kernel"]
+    assert kernel.shape == (30, 4)
+    with pytest.raises(ValueError, match="cannot grow"):
+        start(saved, make_params, (24, 20))
+
+
+def test_growing_says_which_width_it_needs(saved, make_params):
+    said = r"from 4x4 to 8x8 patches .* 16 hidden units, .*\.tokens_mlp_dim=16\."
+    with pytest.raises(ValueError, match=said):
+        start(saved, make_params, (32, 32))
+
+
+def test_an_unknown_grid_is_asked_for(weights, make_params, tmp_path):
+    params = make_params(image_size=(8, 12))
+    unknown = dataclasses.replace(weights, params=params, image_size=None)
+    pretrained.write_npz(unknown, tmp_path / "w.npz")
+    assert_equal(start(tmp_path / "w.npz", make_params, (12, 8)), params)  # 6 tokens
+    with pytest.raises(ValueError, match="6 tokens, which make no square"):
+        start(tmp_path / "w.npz", make_params, (16, 24), tokens_mlp_dim=16)
+
+
+def test_another_gelu_is_said(saved, make_params, caplog):
+    target = shapes_of(make_params())
+    model = pretrained.create_model(target)
+    arguments = {"image_size": (16, 16), "head": "match", "resize_by": "grow"}
+    pretrained.initial(saved, model, target, **arguments)
+    assert "are for the exact GELU, this model computes the tanh one" in caplog.text
+
+
+# --- A run of weights, and from weights -----------------------------------------------
+
+
+def test_training_starts_from_the_weights_and_resumes_without_them(tiny, tmp_path):
+    """The checkpoint before any update is not written: a rate of zero shows it."""
+    first = train.train(tiny, tmp_path / "first")
+    tiny.init_from = str(tmp_path / "first")
+    tiny.optim.learning_rate = tiny.optim.end_learning_rate = 0.0
+    second = train.train(tiny, tmp_path / "second")
+    assert_equal(jax.device_get(second.params), jax.device_get(first.params))
+    again = pretrained.read(tmp_path / "second")
+    assert_equal(again.params, jax.device_get(first.params))
+    # What it began with is not needed any more.
+    (tmp_path / "first").rename(tmp_path / "gone")
+    assert int(train.train(tiny, tmp_path / "second").step) == 12
+    with pytest.raises(FileNotFoundError, match="There are no weights"):
+        train.train(tiny, tmp_path / "third")
+
+
+def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
+    runs.write(weights, tmp_path / "run")
+    run = runs.open_run(tmp_path / "run")
+    assert (run.step, run.class_names) == (0, list("abcdefghij"))
+    assert_equal(jax.device_get(run.params), weights.params)
+    assert run.config.model.gelu == "exact"
+    with pytest.raises(FileExistsError, match="is not empty; name a new folder"):
+        runs.write(weights, tmp_path / "run")
+    _, params = checkpoint.restore_params(tmp_path / "run" / "checkpoints")
+    assert_equal(params, weights.params)
+
+
+def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
+    make_params, tmp_path
+):
+    params = make_params(num_classes=1000)
+    weights = pretrained.Weights(params, "made", image_size=(16, 16), preprocess="timm")
+    runs.write(weights, tmp_path / "run")
+    config = runs.load(tmp_path / "run")
+    assert config.dataset.name == "imagenet2012"
+    assert {"minival", "val", "real", "v2", "fewshot"} == set(config.evals)
+    assert {e.preprocess for e in config.evals.values()} == {"timm"}

@@ -1,0 +1,609 @@
+"""Downloads from an https server on this machine that can cut, lie and change."""
+
+import contextlib
+import hashlib
+import http.server
+import math
+import os
+import pathlib
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trustme
+
+from mlp_mixer import models, pretrained
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.pretrained import npz, published
+from mlp_mixer.pretrained.published import PUBLISHED, Published
+
+NAME = "toy/Mixer-T_32"
+TOY = Published(
+    "mixer_s32", 7, {"num_blocks": 2, "hidden_dim": 64, "channels_mlp_dim": 128}
+)
+NOW = (0.0, 0.0, 0.0)  # Three more attempts, without waiting.
+# time.sleep refuses it: there may be no further attempt.
+NEVER = (-1.0,)
+
+
+def shapes(entry):
+    """{name: shape} of an entry's parameters, from the model itself."""
+    model = models.create(entry.model, num_classes=entry.num_classes, **entry.overrides)
+    image = jnp.zeros((1, 224, 224, 3))
+    tree = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    return {name: x.shape for name, x in leaves(tree)}
+
+
+def archive(path, seed):
+    """An npz file of TOY's parameters; returns its bytes."""
+    rng = np.random.default_rng(seed)
+    arrays = {k: rng.normal(size=shape) for k, shape in shapes(TOY).items()}
+    with open(path, "wb") as file:
+        npz.write(file, arrays)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    """Two files of TOY: as it is published, and as it might be one day."""
+    folder = tmp_path_factory.mktemp("contents")
+    return [archive(folder / f"{seed}.npz", seed) for seed in range(2)]
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as the server's next plan says."""
+
+    protocol_version = "HTTP/1.1"
+    server: "Site"
+
+    def do_GET(self):
+        site = self.server
+        asked, condition = self.headers["Range"], self.headers["If-Range"]
+        site.requests.append((self.path, asked, condition))
+        plan = site.plans.pop(0) if site.plans else {}
+        etag = f'"{hashlib.md5(site.content).hexdigest()}"'
+        etag = plan.get("etag", etag)
+        status, body = plan.get("status", 200), site.content
+        headers = {"ETag": etag, "Location": plan.get("location")}
+        honoured = plan.get("ranges", True) and (
+            condition == etag or plan.get("blind", False)
+        )
+        if status != 200:
+            body = b""
+        elif asked and honoured:
+            start, size = int(asked[len("bytes=") : -1]), len(body)
+            status, body = 206, body[start:]
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        headers["Content-Length"] = plan.get("length", len(body))
+        self.send_response(status)
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+        self.close_connection = True
+        for piece in (body[: plan.get("hold", 0)], body[plan.get("hold", 0) :]):
+            piece = piece[: plan.get("cut", len(piece))]
+            site.sent += len(piece)
+            self.wfile.write(piece)
+            if plan.get("hold") and not site.holding.is_set():
+                site.holding.set()
+                site.go.wait(60)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """An https server of one file.
+
+    Attributes:
+      content: of the file.
+      plans: of the next requests, e.g. {"cut": 1000}; then all is well.
+      requests: (path, Range, If-Range) of each that came.
+      sent: bytes of content, over all requests.
+    """
+
+    def __init__(self, content, context):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.plans = content, []
+        self.requests, self.sent = [], 0
+        self.holding, self.go = threading.Event(), threading.Event()
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.url = f"https://localhost:{self.server_port}"
+
+    @property
+    def ranges(self):
+        return [asked for _, asked, _ in self.requests]
+
+    def handle_error(self, request, client_address):
+        """Clients may leave."""
+
+
+@pytest.fixture(scope="module")
+def authority():
+    """Whoever signs this machine's certificate; nobody trusts it unasked."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def site(contents, authority, tmp_path, monkeypatch):
+    """TOY's server, its mirror and certificate named as a user would."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    site = Site(contents[0], context)
+    thread = threading.Thread(target=site.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setitem(PUBLISHED, NAME, TOY)
+    monkeypatch.setenv("MLP_MIXER_WEIGHTS_URL", site.url)
+    monkeypatch.setenv("MLP_MIXER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("no_proxy", "localhost")
+    yield site
+    site.go.set()
+    site.shutdown()
+    thread.join()
+    site.server_close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where TOY's file belongs."""
+    return tmp_path / "cache" / f"{NAME}.npz"
+
+
+def beside(path, suffix):
+    return path.with_name(path.name + suffix)
+
+
+def line(content):
+    """What `sha256sum` prints."""
+    return f"{hashlib.sha256(content).hexdigest()}  Mixer-T_32.npz\n"
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def offline(site, monkeypatch):
+    """Nobody listens at the address."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"https://localhost:{unused.getsockname()[1]}"
+    monkeypatch.setenv("MLP_MIXER_WEIGHTS_URL", address)
+    return address
+
+
+# --- The table ------------------------------------------------------------------------
+
+MIB = {
+    "imagenet1k/Mixer-B_16": 228.47,
+    "imagenet1k/Mixer-L_16": 794.29,
+    "imagenet21k/Mixer-B_16": 289.61,
+    "imagenet21k/Mixer-L_16": 875.78,
+    "sam/Mixer-B_16": 228.47,
+    "sam/Mixer-B_32": 230.04,
+    "gsam/Mixer-B_16": 228.47,
+    "gsam/Mixer-B_32": 230.04,
+    "gsam/Mixer-S_8": 78.79,
+    "gsam/Mixer-S_16": 70.71,
+    "gsam/Mixer-S_32": 72.91,
+}
+
+
+def test_the_table_is_the_listing():
+    assert set(PUBLISHED) == set(MIB)
+
+
+@pytest.mark.parametrize("name", MIB)
+def test_a_listed_size_is_the_models(name):
+    entry, rounding = PUBLISHED[name], 0.005 * 2**20
+    assert entry.num_bytes == 4 * sum(map(math.prod, shapes(entry).values()))
+    assert entry.sizes[0] - rounding <= MIB[name] * 2**20 <= entry.sizes[-1] + rounding
+
+
+def test_what_we_write_has_a_published_files_size(contents):
+    assert len(contents[0]) in TOY.sizes
+
+
+def test_a_file_says_when_it_is_not_the_papers():
+    for name, entry in PUBLISHED.items():
+        folder = name.partition("/")[0]
+        assert ("not of the Mixer paper" in entry.note) == (folder in ("sam", "gsam"))
+        assert ("pre-trained only" in entry.note) == (folder == "imagenet21k")
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(ValueError, match="published; try imagenet1k/Mixer-B_16, "):
+        published.fetch("imagenet1k/mixer-B-16")
+
+
+def test_a_name_is_a_source_of_weights(site, path, contents):
+    """In float32, of a folder that is not there: downloaded, and then not again."""
+    weights = pretrained.read(NAME)
+    assert (weights.said, weights.image_size) == ("published", (224, 224))
+    assert pretrained.geometry(weights.params)["num_classes"] == 7
+    pretrained.load(NAME)
+    assert len(site.requests) == 1
+    said = "not one of the published names (toy/Mixer-T_32|imagenet1k/Mixer-B_16), "
+    with pytest.raises(FileNotFoundError, match=said):
+        pretrained.read("imagenet1k/Mixer-B16")
+
+
+# --- Addresses ------------------------------------------------------------------------
+
+
+def test_the_address_is_the_authors_or_a_mirrors(monkeypatch):
+    monkeypatch.delenv("MLP_MIXER_WEIGHTS_URL", raising=False)
+    assert published.address("imagenet1k/Mixer-B_16") == (
+        "https://storage.googleapis.com/mixer_models/imagenet1k/Mixer-B_16.npz"
+    )
+    monkeypatch.setenv("MLP_MIXER_WEIGHTS_URL", "https://mirror.example/mixer/")
+    assert published.address("sam/Mixer-B_32") == (
+        "https://mirror.example/mixer/sam/Mixer-B_32.npz"
+    )
+    monkeypatch.setenv("MLP_MIXER_WEIGHTS_URL", "http://mirror.example")
+    with pytest.raises(ValueError, match="expected https"):
+        published.address("sam/Mixer-B_32")
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch):
+    for name in ("MLP_MIXER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert published.default_cache_dir() == pathlib.Path(
+        "/home/somebody/.cache/mlp_mixer"
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/cache")
+    assert published.default_cache_dir() == pathlib.Path("/scratch/cache/mlp_mixer")
+    monkeypatch.setenv("MLP_MIXER_CACHE", "~/weights")
+    assert published.default_cache_dir() == pathlib.Path("/home/somebody/weights")
+
+
+# --- The download ---------------------------------------------------------------------
+
+
+def test_a_file_is_downloaded_once(site, path, contents):
+    assert published.fetch(NAME) == path
+    assert path.read_bytes() == contents[0]
+    assert beside(path, ".sha256").read_text() == line(contents[0])
+    assert npz.read(path).keys() == shapes(TOY).keys()
+    assert published.fetch(NAME) == path
+    assert site.requests == [("/toy/Mixer-T_32.npz", None, None)]
+    assert sorted(os.listdir(path.parent)) == [
+        ".Mixer-T_32.npz.lock",
+        "Mixer-T_32.npz",
+        "Mixer-T_32.npz.sha256",
+    ]
+
+
+def test_a_cut_download_asks_only_for_the_rest(site, path, contents):
+    half = len(contents[0]) // 2
+    site.plans = [{"cut": half}]
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(what, total, unit, done):
+        shown.append([what, total, unit, done])
+        yield lambda more: shown[-1].__setitem__(3, shown[-1][3] + more)
+
+    published.fetch(NAME, progress=progress, waits_s=NOW)
+    (_, first, _), (_, second, condition) = site.requests
+    assert (first, second) == (None, f"bytes={half}-")
+    assert condition == f'"{hashlib.md5(contents[0]).hexdigest()}"'
+    assert site.sent == len(contents[0])
+    assert path.read_bytes() == contents[0]
+    ends = [half, len(contents[0])]
+    assert shown == [
+        [f"{NAME}: download", len(contents[0]), "bytes", end] for end in ends
+    ]
+
+
+def test_a_later_call_goes_on(site, path, contents):
+    half = len(contents[0]) // 2
+    site.plans = [{"cut": half}]
+    with pytest.raises(FileNotFoundError, match=f"{half:,} bytes are kept"):
+        published.fetch(NAME, waits_s=())
+    assert not path.exists()
+    published.fetch(NAME, waits_s=())
+    assert site.ranges == [None, f"bytes={half}-"]
+    assert path.read_bytes() == contents[0]
+
+
+def test_attempts_are_counted_anew_when_something_arrived(site, path, contents):
+    site.plans = [{"cut": 1000}] * 9
+    published.fetch(NAME, waits_s=(0.0,))
+    assert site.ranges == [None, *(f"bytes={i}000-" for i in range(1, 10))]
+    assert path.read_bytes() == contents[0]
+
+
+def test_attempts_end_when_nothing_arrives(site, path):
+    site.plans = [{"cut": 0}] * 9
+    with pytest.raises(FileNotFoundError, match="cut at 0 of"):
+        published.fetch(NAME, waits_s=NOW)
+    assert len(site.requests) == 1 + len(NOW)
+    assert not path.exists()
+
+
+def test_a_part_of_a_changed_file_is_dropped(site, path, contents):
+    half = len(contents[0]) // 2
+    site.plans = [{"cut": half}]
+    with pytest.raises(FileNotFoundError):
+        published.fetch(NAME, waits_s=())
+    site.content = contents[1]
+    published.fetch(NAME, waits_s=())
+    assert site.ranges == [None, f"bytes={half}-"]  # Refused by its If-Range.
+    assert path.read_bytes() == contents[1]
+
+
+def test_a_server_that_overlooks_the_change_is_noticed(site, path, contents):
+    site.plans = [{"cut": 1000}, {"blind": True}]
+    with pytest.raises(FileNotFoundError):
+        published.fetch(NAME, waits_s=())
+    site.content = contents[1]
+    published.fetch(NAME, waits_s=NOW)
+    assert site.ranges == [None, "bytes=1000-", None]
+    assert path.read_bytes() == contents[1]
+
+
+@pytest.mark.parametrize("etag", [None, 'W/"1"'])
+def test_without_a_strong_etag_a_download_begins_anew(site, path, contents, etag):
+    site.plans = [{"cut": 1000, "etag": etag}]
+    published.fetch(NAME, waits_s=NOW)
+    assert site.ranges == [None, None]
+    assert path.read_bytes() == contents[0]
+
+
+def test_without_ranges_a_download_begins_anew(site, path, contents):
+    site.plans = [{"cut": 1000}, {"ranges": False}]
+    published.fetch(NAME, waits_s=NOW)
+    assert site.ranges == [None, "bytes=1000-"]
+    assert site.sent == 1000 + len(contents[0])
+    assert path.read_bytes() == contents[0]
+
+
+def test_a_range_that_does_not_exist_begins_anew(site, path, contents):
+    site.plans = [{"cut": 1000}, {"status": 416}]
+    published.fetch(NAME, waits_s=NOW)
+    assert site.ranges == [None, "bytes=1000-", None]
+    assert path.read_bytes() == contents[0]
+
+
+def test_a_note_cut_in_the_writing_begins_anew(site, path, contents):
+    site.plans = [{"cut": 1000}]
+    with pytest.raises(FileNotFoundError):
+        published.fetch(NAME, waits_s=())
+    beside(path, ".part.json").write_text('{"etag": "\\"')
+    published.fetch(NAME, waits_s=())
+    assert site.ranges == [None, None]
+    assert path.read_bytes() == contents[0]
+
+
+def test_a_whole_part_needs_no_network(site, path, contents, monkeypatch):
+    """Killed between the last byte and the name."""
+    with monkeypatch.context() as patch:
+        patch.setattr(published._Part, "rename", lambda part, path: None)
+        published.fetch(NAME)
+    assert not path.exists()
+    published.fetch(NAME)
+    assert site.ranges == [None]
+    assert path.read_bytes() == contents[0]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_busy_server_is_asked_again(site, path, contents, status):
+    site.plans = [{"status": status}, {"status": status}]
+    published.fetch(NAME, waits_s=NOW)
+    assert len(site.requests) == 3
+    assert path.read_bytes() == contents[0]
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_file_that_is_not_there_is_one_error(site, path, status):
+    site.plans = [{"status": status}]
+    with pytest.raises(FileNotFoundError) as error:
+        published.fetch(NAME, waits_s=NEVER)
+    assert f"{site.url}/{NAME}.npz: {status} " in str(error.value)
+    assert f"put it there: {path}" in str(error.value)
+
+
+def test_no_network_is_one_error(site, path, offline):
+    with pytest.raises(FileNotFoundError) as error:
+        published.fetch(NAME, waits_s=NEVER)
+    assert f"{offline}/{NAME}.npz" in str(error.value)
+    assert "Connection refused" in str(error.value)
+    assert f"put it there: {path}" in str(error.value)
+    assert "MLP_MIXER_WEIGHTS_URL" in str(error.value)
+
+
+def test_a_network_that_goes_away_is_waited_for(site, path, offline, contents):
+    """Who has a part has had a network."""
+    put(beside(path, ".part"), contents[0][:1000])
+    beside(path, ".part.json").write_text('{"etag": "\\"1\\"", "size": 10000}')
+    with pytest.raises(ValueError, match="sleep length"):
+        published.fetch(NAME, waits_s=NEVER)
+
+
+def test_a_strangers_certificate_is_not_trusted(site, path, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(FileNotFoundError, match=r"CERTIFICATE_VERIFY_FAILED.*SSL_CERT"):
+        published.fetch(NAME, waits_s=NEVER)
+    assert site.requests == []
+
+
+def test_a_redirection_may_not_leave_https(site, path):
+    site.plans = [{"status": 302, "location": "http://localhost:1/"}]
+    with pytest.raises(FileNotFoundError, match="unknown url type: http"):
+        published.fetch(NAME, waits_s=NEVER)
+
+
+def test_a_redirection_is_followed(site, path, contents):
+    site.plans = [{"status": 302, "location": f"{site.url}/elsewhere"}]
+    published.fetch(NAME, waits_s=NEVER)
+    assert [where for where, _, _ in site.requests] == [f"/{NAME}.npz", "/elsewhere"]
+    assert path.read_bytes() == contents[0]
+
+
+@pytest.mark.parametrize("length", [TOY.sizes[0] - 1, TOY.sizes[-1] + 1])
+def test_an_impossible_size_is_refused_before_the_download(site, path, length):
+    site.plans = [{"length": length}]
+    where = f"{site.url}/{NAME}.npz"
+    with pytest.raises(ValueError, match=f"^{where} has {length:,} bytes") as error:
+        published.fetch(NAME, waits_s=NEVER)
+    assert f"{TOY.sizes[0]:,} (the parameters) to {TOY.sizes[-1]:,}" in str(error.value)
+    assert not beside(path, ".part").exists()
+
+
+def test_a_size_that_is_not_said_is_refused(site, path):
+    site.plans = [{"length": None}]
+    with pytest.raises(ValueError, match="does not say how long"):
+        published.fetch(NAME, waits_s=NEVER)
+    assert not beside(path, ".part").exists()
+
+
+def test_a_full_disk_is_known_before_the_download(site, path, monkeypatch):
+    usage = shutil.disk_usage(path.anchor)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="Make room"):
+        published.fetch(NAME, waits_s=NEVER)
+    assert beside(path, ".part").stat().st_size == 0
+
+
+# --- The cache ------------------------------------------------------------------------
+
+
+def test_a_changed_file_is_refused(site, path, contents):
+    published.fetch(NAME)
+    changed = bytearray(contents[0])
+    changed[len(changed) // 2] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(ValueError, match=f"Try again without {path}") as error:
+        published.fetch(NAME)
+    assert hashlib.sha256(changed).hexdigest() in str(error.value)
+    assert hashlib.sha256(contents[0]).hexdigest() in str(error.value)
+    path.unlink()
+    assert published.fetch(NAME).read_bytes() == contents[0]
+
+
+def test_a_shortened_file_is_refused(site, path, contents):
+    published.fetch(NAME)
+    path.write_bytes(contents[0][:1000])
+    with pytest.raises(ValueError, match=f"has 1,000 bytes, .*: remove {path}"):
+        published.fetch(NAME)
+
+
+def test_a_download_is_what_was_recorded_before(site, path, contents):
+    published.fetch(NAME)
+    path.unlink()
+    site.content = contents[1]
+    with pytest.raises(ValueError, match=r"without that record"):
+        published.fetch(NAME)
+    assert not path.exists()
+    assert not beside(path, ".part").exists()
+    beside(path, ".sha256").unlink()
+    assert published.fetch(NAME).read_bytes() == contents[1]
+    assert beside(path, ".sha256").read_text() == line(contents[1])
+
+
+def test_a_file_put_by_hand_is_recorded(site, path, contents, offline):
+    put(path, contents[0])
+    assert published.fetch(NAME) == path
+    assert beside(path, ".sha256").read_text() == line(contents[0])
+    path.write_bytes(contents[1])
+    with pytest.raises(ValueError, match="SHA-256"):
+        published.fetch(NAME)
+
+
+def test_a_wrong_file_put_by_hand_is_refused(site, path, contents, offline):
+    put(path, contents[0][:-30_000])
+    with pytest.raises(ValueError, match=f"remove {path} and try again"):
+        published.fetch(NAME)
+    assert not beside(path, ".sha256").exists()
+
+
+def test_a_read_only_cache_is_only_read(site, path, contents):
+    put(path, contents[0])
+    beside(path, ".sha256").write_text(line(contents[0]))
+    before = sorted(os.listdir(path.parent))
+    published.fetch(NAME)
+    assert sorted(os.listdir(path.parent)) == before
+
+
+# --- Several processes ----------------------------------------------------------------
+
+CHILD = f"""
+import logging
+logging.basicConfig(level=logging.INFO)
+from mlp_mixer.pretrained import published
+published.PUBLISHED[{NAME!r}] = published.Published(
+    {TOY.model!r}, {TOY.num_classes}, {dict(TOY.overrides)!r}
+)
+print(published.fetch({NAME!r}))
+"""
+
+
+@pytest.fixture
+def child():
+    """Starts another process that fetches; it ends with the test at the latest."""
+    started = []
+
+    def start():
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", CHILD],
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_several_processes_download_once(site, path, contents, child):
+    site.plans = [{"hold": 1000}]
+    here = threading.Thread(target=published.fetch, args=(NAME,))
+    here.start()
+    assert site.holding.wait(60)
+    process = child()
+    said = next((text for text in process.stderr if "waiting for it" in text), "")
+    assert "Another process downloads" in said
+    site.go.set()
+    here.join()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output == f"{path}\n"
+    assert site.ranges == [None]
+    assert path.read_bytes() == contents[0]
+
+
+def test_a_killed_download_is_continued(site, path, contents, child):
+    half = len(contents[0]) // 2
+    site.plans = [{"hold": half}]
+    process = child()
+    assert site.holding.wait(120)
+    part = beside(path, ".part")
+    while not part.exists() or part.stat().st_size < half // 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    have = part.stat().st_size
+    published.fetch(NAME, waits_s=())
+    assert site.ranges == [None, f"bytes={have}-"]
+    assert path.read_bytes() == contents[0]

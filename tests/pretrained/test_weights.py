@@ -1,0 +1,414 @@
+"""Weights in and out of files: what goes in comes out, or one error says what is wrong.
+
+Forms: npz as published, npz of the older layout, safetensors with our names and with
+timm's, torch state dicts, runs.
+"""
+
+import dataclasses
+import json
+import pathlib
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mlp_mixer import models, pretrained, runs, train
+from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.pretrained import timm, tree
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+WRITERS = {
+    "npz": (".npz", pretrained.write_npz, {}),
+    "safetensors": (".safetensors", pretrained.write_safetensors, {}),
+    "timm": (".safetensors", pretrained.write_safetensors, {"names": "timm"}),
+    "run": ("", runs.write, {}),
+}
+
+
+def write(form, weights, folder):
+    suffix, writer, options = WRITERS[form]
+    path = folder / f"{form}{suffix}"
+    writer(weights, path, **options)
+    return path
+
+
+def assert_bitwise(got, expected):
+    got, expected = dict(leaves(got)), dict(leaves(expected))
+    assert got.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (got[name].dtype, got[name].shape) == (x.dtype, x.shape), name
+        assert got[name].tobytes() == np.asarray(x).tobytes(), name
+
+
+# --- Round trips ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_a_round_trip_is_bitwise(form, weights, tmp_path):
+    again = pretrained.read(write(form, weights, tmp_path))
+    assert_bitwise(again.params, weights.params)
+    assert again.image_size == (16, 16)
+    if form != "npz":  # which is pure arrays, as published
+        known = ("gelu", "class_names")
+        assert all(getattr(again, f) == getattr(weights, f) for f in known)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("num_classes", [None, 1000])
+def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes):
+    model = models.create(name, num_classes=num_classes)
+    image = jnp.zeros((1, 224, 224, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+    # Of the right shape, and of four bytes.
+    flat = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in leaves(shapes)}
+    back = timm.ours(timm.theirs(flat))
+    assert {k: x.shape for k, x in back.items()} == {
+        k: x.shape for k, x in flat.items()
+    }
+    params = nested(back)
+    assert not tree.problems({k: x.shape for k, x in back.items()})
+    fields = pretrained.geometry(params)
+    assert all(getattr(model, field) == value for field, value in fields.items())
+    assert pretrained.variant(fields) == name
+    assert pretrained.square_image(params) == (224, 224)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixer_s32",
+        pytest.param("mixer_s16", marks=pytest.mark.slow),
+        pytest.param("mixer_b32", marks=pytest.mark.slow),
+        pytest.param("mixer_b16", marks=pytest.mark.slow),
+    ],
+)
+def test_the_real_sizes_go_round_all_forms_bitwise(name, make_params, tmp_path):
+    none = dict.fromkeys(
+        ("patch_size", "num_blocks", "hidden_dim", "tokens_mlp_dim", "channels_mlp_dim")
+    )
+    params = make_params(name, num_classes=1000, image_size=(224, 224), **none)
+    weights = pretrained.Weights(params, "made", image_size=(224, 224))
+    for form in WRITERS:
+        path = write(form, weights, tmp_path)
+        weights = pretrained.read(path)  # each from what the one before has written
+        assert_bitwise(weights.params, params)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "timm", "run"])
+def test_bfloat16_is_kept(form, weights, tmp_path):
+    params = pretrained.cast(weights.params, "bfloat16")
+    weights = dataclasses.replace(weights, params=params)
+    path = write(form, weights, tmp_path)
+    assert_bitwise(pretrained.read(path, dtype=None).params, params)
+    widened = jax.tree.map(lambda x: x.astype(np.float32), params)
+    assert_bitwise(pretrained.load(path), widened)
+
+
+def test_bfloat16_in_npz_is_found(weights, tmp_path):
+    """NumPy writes it as two bytes of nothing."""
+    params = pretrained.cast(weights.params, "bfloat16")
+    np.savez(tmp_path / "b.npz", **dict(leaves(params)))
+    with np.load(tmp_path / "b.npz") as file:
+        assert file["stem/bias"].dtype == "V2"
+    assert_bitwise(pretrained.read(tmp_path / "b.npz", dtype=None).params, params)
+    widened = jax.tree.map(lambda x: x.astype(np.float32), params)
+    assert_bitwise(pretrained.load(tmp_path / "b.npz"), widened)
+    # And written again it is float32, as the authors' code expects.
+    wide = dataclasses.replace(weights, params=params)
+    pretrained.write_npz(wide, tmp_path / "f.npz")
+    assert_bitwise(pretrained.read(tmp_path / "f.npz", dtype=None).params, widened)
+
+
+def test_the_npz_has_the_published_names(weights, tmp_path):
+    """Section 11.2 of the notes on the released files: flat, '/' between the parts."""
+    pretrained.write_npz(weights, tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as file:
+        assert len(file.files) == 2 + 2 * 12 + 2 + 2
+        shapes = {name: file[name].shape for name in file.files}
+    assert shapes["stem/kernel"] == (4, 4, 3, 8)
+    assert shapes["MixerBlock_1/token_mixing/Dense_0/kernel"] == (16, 4)
+    assert shapes["MixerBlock_1/channel_mixing/Dense_1/kernel"] == (16, 8)
+    assert shapes["pre_head_layer_norm/scale"] == (8,)
+    assert shapes["head/kernel"] == (8, 10)
+
+
+# --- The older layout -----------------------------------------------------------------
+
+
+def old_layout(params, norms=(0, 1), singletons=False):
+    """The names of before Linen, as big_vision's loader knows them."""
+    old = {}
+    for name, x in leaves(params):
+        if name.startswith("stem/"):
+            name = name.replace("stem/", "embedding/")
+        elif name.startswith("pre_head_layer_norm/"):
+            name = f"Mixer/{name.replace('pre_head_layer_norm', 'encoder_norm')}"
+        elif name.startswith("MixerBlock_"):
+            block, part, *rest = name.split("/")
+            if part.startswith("LayerNorm"):
+                part = f"LayerNorm_{norms[int(part[-1])]}"
+            else:
+                dense, leaf = rest
+                rest = [f"{leaf}{int(dense[-1]) + 1}"]
+                part = f"{part}_phase_0"
+                x = x[None] if singletons else x
+            name = "/".join(
+                ["Mixer", block.replace("MixerBlock", "encoderblock"), part]
+            )
+            name = "/".join([name, *rest])
+        old[name] = x
+    return old
+
+
+@pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+@pytest.mark.parametrize("norms", [(0, 1), (0, 2)])
+@pytest.mark.parametrize("singletons", [False, True])
+def test_the_older_layout_loads(prefix, norms, singletons, make_params, tmp_path):
+    params = make_params(num_blocks=11)  # 10 comes after 9, not after 1
+    old = old_layout(params, norms, singletons)
+    assert "Mixer/encoderblock_10/token_mixing_phase_0/kernel2" in old
+    arrays = {f"{prefix}{name}": x for name, x in old.items()}
+    if prefix.startswith("opt/"):
+        arrays["opt/state/step"] = np.int64(7)
+    np.savez(tmp_path / "old.npz", **arrays)
+    assert_bitwise(pretrained.load(tmp_path / "old.npz"), params)
+
+
+@pytest.mark.parametrize("prefix", ["params/", "opt/target/"])
+def test_the_current_layout_loads_with_a_prefix(prefix, make_params, tmp_path):
+    params = make_params(num_classes=None)
+    arrays = {f"{prefix}{name}": x for name, x in leaves(params)}
+    np.savez(tmp_path / "w.npz", **arrays, **{"opt/state/step": np.int64(7)})
+    assert_bitwise(pretrained.load(tmp_path / "w.npz"), params)
+
+
+# --- timm -----------------------------------------------------------------------------
+
+
+def test_a_timm_model_agrees_with_its_recorded_logits():
+    """Recorded from timm, whose GELU is exact; see tests/golden/README.md."""
+    weights = pretrained.read(GOLDEN / "timm_mixer.safetensors")
+    assert weights.gelu == "exact"
+    assert weights.image_size is None  # 4 × 6 patches
+    model = pretrained.create_model(weights)
+    with np.load(GOLDEN / "timm_mixer.npz") as recorded:
+        image = jnp.asarray(recorded["image"])
+        logits, out = model.apply({"params": weights.params}, image)
+        assert np.abs(recorded["logits"]).max() > 0.5
+        np.testing.assert_allclose(logits, recorded["logits"], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            out["pre_logits"], recorded["pre_logits"], atol=1e-5, rtol=0
+        )
+        # With the other GELU they do not.
+        tanh = pretrained.create_model(weights, gelu="tanh")
+        other, _ = tanh.apply({"params": weights.params}, image)
+        assert np.abs(other - recorded["logits"]).max() > 1e-4
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "model._orig_mod."])
+def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
+    arrays = timm.theirs(dict(leaves(weights.params)))
+    whole = {f"{wrapper}{k}": np.ascontiguousarray(x) for k, x in arrays.items()}
+    safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
+    assert_bitwise(pretrained.load(tmp_path / "w.safetensors"), weights.params)
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model"])
+def test_a_torch_state_dict_loads(nest, weights, tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = timm.theirs(dict(leaves(weights.params)))
+    state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}
+    state["stem.proj.bias"] = state["stem.proj.bias"].bfloat16()
+    path = tmp_path / "w.pth"
+    torch.save({nest: state, "epoch": 3} if nest else state, path)
+    read = pretrained.read(path, dtype=None)
+    assert read.gelu == "exact"
+    rounded = read.params["stem"].pop("bias")
+    expected = weights.params["stem"].pop("bias")
+    np.testing.assert_array_equal(rounded, expected.astype(ml_dtypes.bfloat16))
+    assert_bitwise(read.params, weights.params)
+    flip(path, path.read_bytes().find(np.float32(arrays["norm.bias"][0]).tobytes()))
+    with pytest.raises(ValueError, match="not a whole torch file"):
+        pretrained.read(path)
+
+
+def test_a_torch_file_never_runs_code(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Evil:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="weights alone"):
+        pretrained.read(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- Runs -----------------------------------------------------------------------------
+
+
+def test_a_run_gives_its_weights_and_what_it_knows(tiny, tmp_path):
+    state = train.train(tiny, tmp_path / "run")
+    weights = pretrained.read(tmp_path / "run")
+    assert_bitwise(weights.params, jax.device_get(state.params))
+    assert weights.said == "run at step 12"
+    assert (weights.gelu, weights.image_size) == ("tanh", (16, 16))
+    assert (weights.class_names, weights.preprocess) == (None, "vision_transformer")
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint 3"):
+        pretrained.read(tmp_path / "run", step=3)
+
+
+# --- What is wrong with a file --------------------------------------------------------
+
+
+def flip(path, at, mask=0x01):
+    data = bytearray(path.read_bytes())
+    data[at] ^= mask
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "timm"])
+def test_a_cut_file_is_refused(form, weights, tmp_path):
+    path = write(form, weights, tmp_path)
+    whole = path.read_bytes()
+    for keep in (0, 1, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match=f"{path.name} is not a whole"):
+            pretrained.read(path)
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "timm"])
+def test_a_flipped_bit_is_refused_or_changes_nothing(form, weights, tmp_path):
+    path = write(form, weights, tmp_path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    # The two ends, where names and shapes are, and some of the rest.
+    ends = [*range(0, 6000, 17), *range(len(whole) - 3000, len(whole), 17)]
+    places = [*ends, *rng.integers(0, len(whole), 200)]
+    refused = 0
+    for at in places:
+        path.write_bytes(whole)
+        flip(path, at, 1 << int(rng.integers(8)))
+        try:
+            again = pretrained.read(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert_bitwise(again.params, weights.params)
+            assert again.image_size == weights.image_size
+            assert form == "npz" or again.gelu == weights.gelu
+    assert refused > 0.5 * len(places)
+
+
+def test_a_damaged_array_is_named(weights, tmp_path):
+    path = tmp_path / "w.safetensors"
+    pretrained.write_safetensors(weights, path)
+    value = weights.params["MixerBlock_1"]["LayerNorm_0"]["scale"][3]
+    flip(path, path.read_bytes().find(struct.pack("<f", value)))
+    with pytest.raises(
+        ValueError, match=r"wrong bits in MixerBlock_1/LayerNorm_0/scale;"
+    ):
+        pretrained.read(path)
+
+
+def test_missing_unexpected_and_contradicting_arrays_are_one_error(weights, tmp_path):
+    flat = dict(leaves(weights.params))
+    del flat["MixerBlock_0/LayerNorm_1/bias"]
+    del flat["head/bias"]
+    flat["MixerBlock_0/layer_scale"] = np.zeros(8, np.float32)
+    flat["MixerBlock_1/token_mixing/Dense_0/kernel"] = np.zeros((15, 4), np.float32)
+    flat["stem/bias"] = np.zeros((1, 8), np.float32)
+    np.savez(tmp_path / "w.npz", **flat)
+    with pytest.raises(
+        ValueError, match=r"w\.npz does not hold the parameters"
+    ) as error:
+        pretrained.read(tmp_path / "w.npz")
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: MixerBlock_0/LayerNorm_1/bias",
+        "  missing: head/bias",
+        "  unexpected: MixerBlock_0/layer_scale (8,)",
+        "  shape: stem/bias is (1, 8), the others say (c=8)",
+        "  shape: MixerBlock_1/token_mixing/Dense_0/kernel is (15, 4), the others say "
+        "(s=16, ds=4)",
+    ]
+
+
+def test_another_architecture_is_refused_by_name(weights, tmp_path):
+    """ResMLP's blocks of timm have other parts."""
+    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays["blocks.0.ls1"] = np.zeros(8, np.float32)
+    whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
+    safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.ls1 \(8,\)"):
+        pretrained.read(tmp_path / "w.safetensors")
+    np.savez(tmp_path / "nothing.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="missing: stem/kernel"):
+        pretrained.read(tmp_path / "nothing.npz")
+
+
+def test_pickles_in_an_npz_are_refused(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.array([{}], object))
+    with pytest.raises(ValueError, match="is not a whole npz file"):
+        pretrained.read(tmp_path / "w.npz")
+
+
+def test_values_that_are_not_finite_are_reported(weights, tmp_path, caplog):
+    weights.params["stem"]["kernel"][0, 0, 0, :3] = np.nan
+    weights.params["head"]["bias"][1] = np.inf
+    path = write("npz", weights, tmp_path)
+    caplog.clear()
+    found = pretrained.not_finite(pretrained.load(path))
+    assert found == {"stem/kernel": 3, "head/bias": 1}
+    assert "3 values of stem/kernel are not finite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        ("nowhere", FileNotFoundError, "There are no weights"),
+        ("folder", FileNotFoundError, "holds no run"),
+        ("notes.txt", ValueError, r"ends in '\.txt'; weights are read from"),
+    ],
+)
+def test_a_source_that_is_none_teaches(source, error, said, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(error, match=said):
+        pretrained.read(tmp_path / source)
+
+
+def test_only_a_run_has_steps_and_only_some_dtypes_exist(weights, tmp_path):
+    path = write("npz", weights, tmp_path)
+    with pytest.raises(ValueError, match="no run's folder: it has no step 3"):
+        pretrained.read(path, step=3)
+    with pytest.raises(ValueError, match="dtype 'float16' is unknown; try float32, bf"):
+        pretrained.load(path, dtype="float16")
+
+
+def test_writing_is_whole_or_not_at_all(weights, tmp_path):
+    path = write("npz", weights, tmp_path)
+    before = path.read_bytes()
+    broken = dataclasses.replace(
+        weights, params={"stem": {"bias": np.array(["no number"])}}
+    )
+    with pytest.raises(ValueError, match="could not convert"):
+        pretrained.write_npz(broken, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_metadata_is_json_of_what_is_known(weights, tmp_path):
+    path = write("safetensors", weights, tmp_path)
+    with safetensors.safe_open(path, "np") as file:
+        known = json.loads(file.metadata()["mlp_mixer"])
+    assert known == {
+        "gelu": "exact",
+        "image_size": [16, 16],
+        "class_names": list("abcdefghij"),
+        "preprocess": "timm",
+    }

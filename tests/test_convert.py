@@ -1,0 +1,169 @@
+"""Conversion: the report says what weights are, and that what is written is read."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlp_mixer import convert, models, pretrained, runs
+from mlp_mixer.fingerprints import leaves
+
+
+@pytest.fixture
+def source(weights, tmp_path):
+    path = tmp_path / "source.safetensors"
+    pretrained.write_safetensors(weights, path)
+    return path
+
+
+def test_the_report_says_what_the_weights_are(source):
+    report = convert.convert(source)
+    parameters = 392 + 2 * (32 + (16 * 4 + 4) + (4 * 16 + 16) + (128 + 16) + (128 + 8))
+    assert report == {
+        "source": f"{source} (safetensors file)",
+        "model": "2 blocks, patch 4 × 4, C 8, D_S 4, D_C 16",
+        "classes": "10",
+        "resolution": "16 × 16 px",
+        "tokens": "16",
+        "parameters": f"{parameters + 16 + 90:,}",
+        "dtype": "float32",
+        "GELU": "exact",
+        "not finite": "none",
+    }
+
+
+@pytest.mark.parametrize("grown", [1, 2])
+def test_a_variant_is_recognised_grown_too(grown):
+    model = models.create("mixer_b16", num_classes=1000, tokens_mlp_dim=384 * grown**2)
+    size = (224 * grown, 224 * grown)
+    image = jnp.zeros((1, *size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+    params = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), shapes)
+    report = convert.describe(pretrained.Weights(params, "made", image_size=size))
+    assert report["model"] == f"Mixer-B/16 (mixer_b16), D_S {384 * grown**2}"
+    # Sections 2.2 and 6.3 of the notes on the paper.
+    assert report["parameters"] == ("59,880,472" if grown == 1 else "86,996,392")
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("t.npz", {}),
+        ("t.safetensors", {}),
+        ("t.safetensors", {"names": "timm"}),
+        ("t", {}),
+    ],
+)
+def test_what_is_written_is_compared_with_the_source(
+    target, options, source, weights, tmp_path
+):
+    if target == "t.npz":  # which cannot say that the GELU is exact
+        options = {"gelu": "tanh"}
+    report = convert.convert(source, tmp_path / target, **options)
+    assert "arrays equal bit for bit" in report["written"]
+    assert report["max |Δlogit|"] == report["max |Δpre_logits|"] == "0.0e+00"
+    again = dict(leaves(pretrained.load(tmp_path / target)))
+    for name, x in leaves(weights.params):
+        np.testing.assert_array_equal(again[name], x)
+
+
+def test_bfloat16_moves_logits_by_what_is_reported(source, tmp_path):
+    report = convert.convert(source, tmp_path / "t.safetensors", dtype="bfloat16")
+    assert report["dtype"] == "bfloat16"
+    assert 1e-4 < float(report["max |Δlogit|"]) < 0.1
+
+
+def test_a_lost_gelu_shows_in_the_logits(source, tmp_path, caplog):
+    report = convert.convert(source, tmp_path / "t.npz")
+    assert "npz does not say that the GELU is exact" in caplog.text
+    assert float(report["max |Δlogit|"]) > 1e-5
+
+
+def test_a_head_of_zeros_proves_nothing_and_says_so(weights, tmp_path):
+    weights.params["head"]["kernel"][:] = 0
+    pretrained.write_npz(weights, tmp_path / "w.npz")
+    report = convert.convert(tmp_path / "w.npz", tmp_path / "t.npz")
+    assert report["max |Δlogit|"] == "0.0e+00 (there is no head, or it is zero)"
+
+
+def test_a_write_that_goes_wrong_is_noticed(source, tmp_path, monkeypatch):
+    write = pretrained.write_npz
+
+    def wrong(weights, path):
+        params = jax.tree.map(np.copy, weights.params)
+        params["head"]["bias"][0] += 1
+        write(dataclasses.replace(weights, params=params), path)
+
+    monkeypatch.setattr(pretrained, "write_npz", wrong)
+    with pytest.raises(ValueError, match=r"t\.npz is not what was written: head/bias"):
+        convert.convert(source, tmp_path / "t.npz")
+
+
+def test_growing_and_interpolating(source, tmp_path):
+    report = convert.convert(source, tmp_path / "grown", grow=2)
+    assert (report["resolution"], report["tokens"]) == ("32 × 32 px", "64")
+    config = runs.load(tmp_path / "grown")
+    assert config.model.image_size == (32, 32)
+    assert config.model.tokens_mlp_dim == 16
+    report = convert.convert(source, tmp_path / "i.safetensors", interpolate=(24, 20))
+    assert (report["resolution"], report["tokens"]) == ("24 × 20 px", "30")
+    for wrong, said in (
+        ({"grow": 2, "interpolate": (24, 20)}, "Both --grow and --interpolate"),
+        ({"interpolate": (25, 20)}, "image_size 25 is not divisible by patch_size 4"),
+        ({"grow": 0}, "factor"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convert.convert(source, **wrong)
+
+
+def test_an_unknown_resolution_is_asked_for(weights, make_params, tmp_path):
+    params = make_params(image_size=(8, 12))
+    weights = dataclasses.replace(weights, params=params, image_size=None)
+    pretrained.write_npz(weights, tmp_path / "w.npz")
+    for target, options in (("run", {}), ("g.npz", {"grow": 2})):
+        with pytest.raises(
+            ValueError, match="do not say their image size; give it with"
+        ):
+            convert.convert(tmp_path / "w.npz", tmp_path / target, **options)
+    convert.convert(tmp_path / "w.npz", tmp_path / "run", image_size=(8, 12))
+    assert pretrained.read(tmp_path / "run").image_size == (8, 12)
+    convert.convert(tmp_path / "w.npz", tmp_path / "w.safetensors")
+
+
+def test_nothing_is_overwritten_and_unknown_endings_teach(source, tmp_path):
+    with pytest.raises(FileExistsError, match="is there already; remove it, or name"):
+        convert.convert(source, source)
+    with pytest.raises(
+        ValueError, match=r"ends in '\.onnx'; written are \.npz, \.safe"
+    ):
+        convert.convert(source, tmp_path / "t.onnx")
+    with pytest.raises(ValueError, match=r"--names=timm is for \.safetensors files"):
+        convert.convert(source, tmp_path / "t.npz", names="timm")
+
+
+@pytest.mark.slow
+def test_the_script_is_a_door_to_the_program(root, source, tmp_path):
+    script = [sys.executable, str(root / "scripts" / "convert_checkpoint.py")]
+    arguments = [str(source), "t.safetensors", "--names=timm", "--gelu=tanh"]
+    ran = subprocess.run(
+        [*script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "arrays equal bit for bit" in ran.stdout
+    assert "timm computes the exact GELU, these weights are for tanh" in ran.stderr
+    assert pretrained.read(tmp_path / "t.safetensors").gelu == "tanh"
+    ran = subprocess.run(
+        [*script, "nowhere.npz"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert (
+        ran.stderr.strip().splitlines()[-1].startswith("There are no weights nowhere")
+    )

@@ -1,0 +1,364 @@
+"""A sweep chooses on held-out images, repeats nothing, and averages like the paper."""
+
+import json
+import math
+import sys
+
+import pytest
+import sweep
+
+from mlp_mixer import checkpoint, metrics, program, recipe, runs, train
+
+RECIPE = '''
+"""A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
+
+from mlp_mixer import recipe
+
+LEARNING_RATES = (1e-6, 1e-2)
+
+
+def get_config(argument=""):
+    select = "select" in recipe.words(argument, ["select", "other"])
+    config = recipe.base()
+    config.dataset.name = "digits"
+    config.dataset.split = "train[:80%]" if select else "train"
+    config.batch_size = 48
+    config.total_steps = 16
+    config.loss = "softmax_xent"
+    config.input.crop = "resize"
+    config.input.flip = False
+    config.model.name = "mixer_s16"
+    config.model.image_size = (8, 8)
+    config.model.patch_size = (2, 2)
+    config.model.num_blocks = 1
+    config.model.hidden_dim = 32
+    config.model.tokens_mlp_dim = 16
+    config.model.channels_mlp_dim = 128
+    config.mesh.data = 1
+    config.model.scan = False
+    config.model.remat = "none"
+    config.optim.warmup_steps = 1
+    config.evals.seen = recipe.evaluation(
+        "train[80%:]" if select else "test",
+        every_steps=100,
+        preprocess="vision_transformer",
+    )
+    return config
+'''
+
+
+@pytest.fixture
+def value(tmp_path):
+    """What stands behind --config."""
+    path = tmp_path / "toy.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The folders in which training was started, in order."""
+    folders = []
+    original = train.train
+
+    def recorded(config, workdir, **kwargs):
+        folders.append("/".join(workdir.split("/")[-2:]))
+        return original(config, workdir, **kwargs)
+
+    monkeypatch.setattr(train, "train", recorded)
+    return folders
+
+
+RUNS = [
+    "toy/select-1e-06",
+    "toy/select-0.01",
+    "toy/final-0.01-seed-0",
+    "toy/final-0.01-seed-1",
+]
+
+
+def told(folder):
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def test_a_sweep_stopped_in_the_middle_goes_on_and_repeats_nothing(
+    value, tmp_path, data_dir, trained, monkeypatch
+):
+    folder = tmp_path / "sweep"
+    argv = [f"--config={value}", f"--workdir={folder}", f"--data_dir={data_dir}"]
+    with monkeypatch.context() as patch:
+        # As by a signal in the middle of the third run.
+        patch.setattr(
+            checkpoint.Checkpointer,
+            "stop_requested",
+            lambda self, step: "final" in str(self.directory) and step >= 5,
+        )
+        with pytest.raises(sweep.StoppedError, match=r"seed-0 was stopped before"):
+            sweep.main([*argv, "--seeds=2"])
+    assert trained == RUNS[:3]
+    trained.clear()
+    sweep.main([*argv, "--seeds=2"])
+    assert trained == RUNS[2:]
+    # Trained to its end once, evaluated there, and started from where it was.
+    assert [r["step"] for r in metrics.read(folder / RUNS[2])] == [16, 16]
+    said = told(folder)
+
+    # Finished: nothing at all, also without the checkpoints of the grid.
+    trained.clear()
+    for _ in range(2):
+        sweep.main([*argv, "--seeds=2", "--drop_checkpoints"])
+    assert trained == []
+    left = sorted(path.parent.name for path in folder.glob("*/*/checkpoints"))
+    assert left == ["final-0.01-seed-0", "final-0.01-seed-1"]
+    assert told(folder) == said
+
+    (result,) = said["results"]
+    assert result["learning_rate"] == 0.01
+    assert result["grid"]["1e-06"] < 0.3 < result["grid"]["0.01"]
+    scores = [metrics.read(folder / name)[-1]["seen/top1"] for name in RUNS]
+    assert [*result["grid"].values(), *result["seeds"].values()] == scores
+    assert result["mean"] == pytest.approx(sum(scores[2:]) / 2)
+    assert result["data"] == "digits test"
+    assert (
+        f"| toy | {100 * result['mean']:.2f} % |" in (folder / "sweep.md").read_text()
+    )
+    assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+    # A seed more is a run more.
+    sweep.main([*argv, "--seeds=3"])
+    assert trained == ["toy/final-0.01-seed-2"]
+    assert len(told(folder)["results"][0]["seeds"]) == 3
+
+
+def test_a_run_cut_off_at_its_very_end_is_completed(
+    value, tmp_path, data_dir, trained, monkeypatch
+):
+    config = sweep.open_task(value).final
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint.Checkpointer, "stop_requested", lambda self, step: step == 16
+        )
+        with pytest.raises(sweep.StoppedError):
+            sweep.complete(config, workdir, data_dir=data_dir)
+    # Its last evaluation was stopped, but not its training.
+    assert sweep.is_saved(workdir)
+    assert sweep.final_score(config, workdir) is None
+    score = sweep.complete(config, workdir, data_dir=data_dir)
+    assert len(trained) == 1
+    # Killed before its last save it is trained to it, also if it has been evaluated.
+    for count in (2, 3):
+        (workdir / "checkpoints" / "00000016").rename(workdir / f"gone {count}")
+        assert sweep.complete(config, workdir, data_dir=data_dir) == score
+        assert len(trained) == count
+        assert sweep.is_saved(workdir)
+        assert sweep.final_score(config, workdir) == score
+    # Of a trial the score is enough.
+    (workdir / "checkpoints" / "00000016").rename(workdir / "gone")
+    assert sweep.complete(config, workdir, data_dir=data_dir, trial=True) == score
+    assert len(trained) == 3
+
+
+def test_a_rate_that_diverges_is_a_result_and_is_not_tried_again(
+    value, tmp_path, data_dir, trained
+):
+    task = sweep.open_task(value, rates=[1e38, 1e-2])
+    task.select.optim.clip_norm = task.final.optim.clip_norm = None
+    for _ in range(2):
+        result = sweep.run(task, tmp_path, seeds=1, data_dir=data_dir)
+    assert trained == [
+        *("toy/select-0.01", "toy/select-1e+38", "toy/final-0.01-seed-0")
+    ]
+    assert math.isnan(result.grid[1e38])
+    assert result.learning_rate == 0.01
+    sweep.write(tmp_path, [result], {})
+    assert told(tmp_path)["results"][0]["grid"]["1e+38"] is None
+    assert "1e+38: diverged" in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_final_run_that_diverges_is_an_error(value, tmp_path, monkeypatch):
+    def diverge(config, workdir, **_):
+        raise FloatingPointError("At step 3 loss is nan")
+
+    monkeypatch.setattr(train, "train", diverge)
+    with pytest.raises(FloatingPointError, match="At step 3"):
+        sweep.complete(sweep.open_task(value).final, tmp_path)
+
+
+def test_another_recipes_run_is_no_result(value, tmp_path):
+    config = sweep.open_task(value).final
+    runs.claim(recipe.completed(config, 1500, 10), tmp_path / "run")
+    assert sweep.final_score(config, tmp_path / "run") is None
+    config.seed = 1
+    with pytest.raises(ValueError, match="another recipe:\n  seed: 0 there, 1 here"):
+        sweep.complete(config, tmp_path / "run")
+    config.seed, config.evals.seen.preprocess = 0, "timm"
+    with pytest.raises(ValueError, match="other evaluators"):
+        sweep.complete(config, tmp_path / "run")
+
+
+# --- Without training -----------------------------------------------------------------
+
+
+def test_the_best_learning_rate_wins_and_of_equals_the_lowest():
+    assert sweep.choose({0.003: 0.5, 0.01: 0.8, 0.03: 0.7}) == 0.01
+    for rates in ((0.01, 0.03, 0.06), (0.06, 0.03, 0.01)):
+        assert sweep.choose(dict.fromkeys(rates, 0.8) | {0.01: 0.2}) == 0.03
+    assert sweep.choose({0.01: 0.2, 0.03: math.nan}) == 0.01
+    with pytest.raises(ValueError, match=r"All learning rates diverged \(0.01, 0.03\)"):
+        sweep.choose({0.01: math.nan, 0.03: math.nan})
+
+
+def result(dataset, words, *scores):
+    return sweep.Result(
+        name=f"finetune-{dataset}",
+        words=words,
+        dataset=dataset,
+        data=f"{dataset} test",
+        preprocess="paper-resmall-crop",
+        grid={0.01: 0.5, 0.03: scores[0]},
+        learning_rate=0.03,
+        seeds=dict(enumerate(scores)),
+    )
+
+
+FIVE = {
+    "imagenet2012": 0.80,
+    "cifar10": 0.98,
+    "cifar100": 0.90,
+    "oxford_iiit_pet": 0.92,
+    "oxford_flowers102": 0.99,
+}
+
+
+def test_the_table_has_mean_and_deviation_over_seeds():
+    (row,) = sweep.rows([result("cifar10", "", 0.97, 0.98, 0.99)], {})
+    assert dict(zip(sweep.COLUMNS, row, strict=True)) == {
+        "": "finetune-cifar10",
+        "top-1": "98.00 %",
+        "±": "1.00",
+        "runs": "3",
+        "learning rate": "0.03",
+        "tried on held-out images": "0.01: 50.00 %, 0.03: 97.00 %",
+        "of": "cifar10 test (paper-resmall-crop)",
+    }
+    assert result("cifar10", "", 0.5).std is None
+
+
+def test_avg_5_is_the_mean_of_the_five_sets_of_one_model():
+    five = [
+        result(name, "", score - 0.01, score + 0.01) for name, score in FIVE.items()
+    ]
+    assert sweep.average_5(five) == {"Avg 5": pytest.approx(0.918)}
+    assert sweep.average_5(five[1:]) == {}
+    # Another model's fifth set is another model's.
+    large = [result(name, "l16", score) for name, score in FIVE.items()]
+    assert sweep.average_5([*five[1:], large[0]]) == {}
+    both = sweep.average_5([*five, *large, result("vtab_svhn", "l16", 0.1)])
+    assert list(both) == ["Avg 5", "Avg 5 l16"]
+    (*_, last) = sweep.rows(five, sweep.average_5(five))
+    assert last[:2] == ["Avg 5", "91.80 %"]
+
+
+def test_what_is_written_is_what_came_out(tmp_path):
+    five = [result(name, "", score, score) for name, score in FIVE.items()]
+    sweep.write(tmp_path / "new", five, sweep.average_5(five))
+    said = told(tmp_path / "new")
+    assert said["means"] == {"Avg 5": pytest.approx(0.918)}
+    assert [r["mean"] for r in said["results"]] == pytest.approx([*FIVE.values()])
+    assert said["results"][0]["grid"] == {"0.01": 0.5, "0.03": 0.8}
+    lines = (tmp_path / "new" / "sweep.md").read_text().splitlines()
+    assert len(lines) == 4 + 5 + 1
+    assert {line.count("|") for line in lines[2:]} == {len(sweep.COLUMNS) + 1}
+
+
+def test_the_shipped_recipes_bring_their_grids():
+    task = sweep.open_task("configs/finetune/cifar10.py:l16", ["--config.accumulate=8"])
+    assert task.name == "finetune-cifar10-l16"
+    assert task.learning_rates == (0.003, 0.01, 0.03, 0.06)
+    assert task.select.dataset.split == "train[:98%]"
+    assert sweep.watched(task.select) == "minival"
+    assert (task.final.dataset.split, sweep.watched(task.final)) == ("train", "test")
+    for config in (task.select, task.final):
+        assert config.accumulate == 8
+        assert config.init_from == "imagenet21k/Mixer-L_16"
+    pets = sweep.open_task("configs/finetune/pets.py", rates=[0.02])
+    assert pets.learning_rates == (0.02,)
+
+
+def test_one_learning_rate_needs_no_choice(value, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "complete", lambda config, workdir, **_: 0.5)
+    found = sweep.run(sweep.open_task(value, rates=[0.2]), tmp_path, seeds=2)
+    assert (found.grid, found.learning_rate, found.seeds) == ({}, 0.2, {0: 0.5, 1: 0.5})
+    sweep.write(tmp_path, [found], {})
+    assert not (tmp_path / "sweep.png").exists()
+
+
+def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
+    names = ("cifar10", "pets")
+    argv = [f"--config=configs/finetune/{name}.py" for name in names]
+    with pytest.raises(FileNotFoundError) as caught:
+        sweep.main([*argv, f"--data_dir={tmp_path}", f"--workdir={tmp_path}/runs"])
+    for name in ("cifar10", "oxford_iiit_pet"):
+        assert f"python -m mlp_mixer.prepare {name} --data_dir" in str(caught.value)
+    assert trained == []
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--config=nowhere.py"], FileNotFoundError, "There is no recipe nowhere.py"),
+        (["--config=configs/digits.py"], ValueError, "has no LEARNING_RATES; give"),
+        (
+            ["--config=configs/finetune/pets.py", "--config.optim.learing_rate=1"],
+            SystemExit,
+            "learing_rate",
+        ),
+        (["--config={toy}", "--config={toy}"], ValueError, "toy would share a folder"),
+        (
+            ["--config={toy}", "--config.evals.seen.every_steps=0"],
+            ValueError,
+            "evaluates nothing in training",
+        ),
+    ],
+)
+def test_mistakes_are_explained(arguments, error, message, value, tmp_path, data_dir):
+    argv = [argument.format(toy=value) for argument in arguments]
+    with pytest.raises(error, match=message):
+        sweep.main([*argv, f"--workdir={tmp_path}/runs", f"--data_dir={data_dir}"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--sedes=2"],
+        ["--config.seed", "1"],
+        ["--config.optim.learning_rate=1"],
+        ["--seeds=0"],
+        [],
+    ],
+)
+def test_a_wrong_command_line_is_refused(wrong, value, capsys):
+    argv = wrong and [f"--config={value}", *wrong]
+    with pytest.raises(SystemExit) as caught:
+        sweep.main(argv)
+    assert caught.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_an_early_end_says_how_to_go_on(value, tmp_path, data_dir, monkeypatch, caplog):
+    argv = [f"--config={value}", f"--workdir={tmp_path}/a b", f"--data_dir={data_dir}"]
+    monkeypatch.setattr(sys, "argv", ["scripts/sweep.py", *argv])
+    monkeypatch.setattr(metrics, "log_to_terminal", lambda: None)
+
+    def stopped(*_, **__):
+        raise sweep.StoppedError("It was stopped.")
+
+    monkeypatch.setattr(sweep, "complete", stopped)
+    monkeypatch.setattr(program, "_is_ours", lambda *_: True)
+    with pytest.raises(SystemExit, match="It was stopped"):
+        sweep.start(sweep.main)
+    assert "go on with\npython scripts/sweep.py --config=" in caplog.text
+    assert f"'--workdir={tmp_path}/a b'" in caplog.text
