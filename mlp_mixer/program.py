@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 
@@ -57,11 +58,9 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
 
 
 def _stdout_has_no_reader() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # whether it is broken is told in any case
+    return bool(poll.poll(0))
 
 
 def _join(where: str) -> None:
