@@ -119,8 +119,8 @@ def open_model(
     if weights.image_size is None:
         raise ValueError(
             f"{source} has {pretrained.tokens(weights.params)} tokens, which make no "
-            "square, and does not say its image size; give its run's folder, or a "
-            "safetensors file that says it."
+            "square, and does not say its image size; `python -m mlp_mixer.convert "
+            f"{source} NEW.safetensors --image_size=HEIGHT,WIDTH` makes a file that does."
         )
     count = pretrained.geometry(weights.params)["num_classes"]
     if count is None and labels is not None:
