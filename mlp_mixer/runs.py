@@ -120,7 +120,7 @@ def open_model(
         raise ValueError(
             f"{source} has {pretrained.tokens(weights.params)} tokens, which make no "
             "square, and does not say its image size; `python -m mlp_mixer.convert "
-            f"{source} NEW.safetensors --image_size=HEIGHT,WIDTH` makes a file that does."
+            f"{source} NEW.safetensors --image_size=HEIGHT,WIDTH` makes one that does."
         )
     count = pretrained.geometry(weights.params)["num_classes"]
     if count is None and labels is not None:
