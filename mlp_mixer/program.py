@@ -1,6 +1,8 @@
 """How a program starts: flags, logging, several processes, errors in one line."""
 
 import contextlib
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator
 
@@ -43,10 +45,22 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     """Exits with the message alone of an error that this project or `modules` raise."""
     try:
         yield
+    except BrokenPipeError:
+        if not _stdout_has_no_reader():
+            raise
+        # `… | head` has seen enough; the rest would fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if not _is_ours(error, modules):
             raise
         sys.exit(str(error))
+
+
+def _stdout_has_no_reader() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # whether it is broken is told in any case
+    return bool(poll.poll(0))
 
 
 def _join(where: str) -> None:

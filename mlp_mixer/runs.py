@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
+from mlp_mixer.data import class_names as naming
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,71 @@ def open_run(
     names = load_class_names(workdir)
     if names is None:
         names = [f"class {i}" for i in range(config.dataset.num_classes)]
+    names = list(naming.readable(names))
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
+
+
+class Opened(NamedTuple):
+    """Weights from anywhere as a model that predicts, on all devices."""
+
+    said: str  # where they come from, for people
+    mesh: Mesh
+    predict: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # steps.make_predict
+    params: Any
+    image_size: tuple[int, int]  # height and width in pixels
+    preprocess: str  # a key of data.image_ops.PROTOCOLS
+    class_names: tuple[str, ...]  # none without a head
+
+
+def open_model(
+    source: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    preprocess: str | None = None,
+    labels: str | os.PathLike[str] | None = None,
+) -> Opened:
+    """Opens weights for prediction, in float32, and says what they are in the log.
+
+    Args:
+      source: of `pretrained.read`: a run's folder, a file or a published name.
+      step: of a run's checkpoint; the newest by default.
+      preprocess: a key of `data.image_ops.PROTOCOLS`; by default the one that the run
+        was evaluated with, else "big_vision".
+      labels: a text file with the names of the classes, one a line.
+
+    Raises:
+      FileNotFoundError: nothing is there.
+      ValueError: they are no weights of an MLP-Mixer, do not say their image size, or
+        have another number of classes than `labels`.
+    """
+    weights = pretrained.read(source, step=step)
+    if weights.image_size is None:
+        raise ValueError(
+            f"{source} has {pretrained.tokens(weights.params)} tokens, which make no "
+            "square, and does not say its image size; `python -m mlp_mixer.convert "
+            f"{source} NEW.safetensors --image_size=HEIGHT,WIDTH` makes one that does."
+        )
+    count = pretrained.geometry(weights.params)["num_classes"]
+    if count is None and labels is not None:
+        raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
+    names = naming.choose(weights.class_names, count, labels=labels) if count else ()
+    mesh = sharding.make_mesh()
+    model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
+    protocol = preprocess or weights.preprocess or "big_vision"
+    height, width = weights.image_size
+    name = os.fspath(source)
+    said = weights.said if name in weights.said else f"{name} ({weights.said})"
+    logger.info("%s: %dx%d px, preprocessed by %s", said, height, width, protocol)
+    return Opened(
+        said,
+        mesh,
+        steps.make_predict(model, mesh),
+        jax.device_put(weights.params, sharding.replicated(mesh)),
+        (height, width),
+        protocol,
+        names,
+    )
 
 
 def claim(

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     (
         "recipe",
+        "atomic",
         "models",
         "losses",
         "sharding",
@@ -28,6 +29,7 @@ LAYERS = (
         "data.randaugment",
         "data.tfrecords",
         "data.folders",
+        "data.class_names",
     ),
     (
         "optim",

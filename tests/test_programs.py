@@ -1,12 +1,16 @@
 """What a person reads who mistypes: one clear message, no page of traceback."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
 from mlp_mixer import evaluate, metrics
+from mlp_mixer import program as program_module
 
 BEFORE_ANYTHING = {
     "an unknown word": (
@@ -200,14 +204,15 @@ def test_predict_names_digits_and_skips_what_is_broken(
     shutil.copytree(root / "docs" / "digits", folder)
     (folder / "broken.png").write_bytes(b"not an image")
     (folder / "notes.txt").write_text("not looked at")
-    process = program("predict", f"--workdir={workdir}", "--top=2", folder)
+    process = program("predict", f"--workdir={workdir}", folder, "--top=2")
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert "broken.png is left out" in said
+    assert "broken.png: cannot decode" in said
+    assert "preprocessed by vision_transformer" in said
     assert "1 of 11 images could not be read" in said
-    lines = [line for line in said.splitlines() if ".png: " in line and "%" in line]
+    lines = [line for line in said.splitlines() if ".png  " in line and "%" in line]
     assert len(lines) == 10
-    right = sum(line.split("/")[-1][0] == line.split(": ")[1][0] for line in lines)
+    right = sum(line.split("/")[-1][0] == line.split()[1] for line in lines)
     assert right >= 6
     assert all(line.count("%") == 2 for line in lines)
 
@@ -221,10 +226,7 @@ def test_predict_names_digits_and_skips_what_is_broken(
             ["--workdir={run}", "--only=test", "--preprocess=tim"],
             "unknown protocol 'tim'; try one of timm",
         ),
-        ("predict", ["--workdir={empty}", "{empty}"], "There is no image in"),
-        ("predict", ["--workdir={run}", "no.png"], "There is no file or folder no.png"),
-        ("predict", ["--workdir={run}"], "Name image files or folders"),
-        ("predict", ["--workdir={run}", "--step=7", "{digits}"], "no checkpoint 7"),
+        ("predict", ["--weights={run}", "--step=7", "{digits}"], "no checkpoint 7"),
     ],
 )
 def test_mistakes_after_training_are_explained(
@@ -236,3 +238,31 @@ def test_mistakes_after_training_are_explained(
     assert process.returncode == 1
     assert message in said
     assert "Traceback" not in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `predict … | head -1`."""
+    script = """
+from mlp_mixer import program
+program.run(lambda arguments: [print("a line") for _ in range(100_000)])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.stdout
+    assert process.stderr
+    with process.stdout as out:
+        assert out.readline() == b"a line\n"
+    with process.stderr as errors:
+        said = errors.read()
+    assert process.wait(timeout=100) == 1
+    assert said == b""
+
+
+def test_another_pipe_that_breaks_is_an_error():
+    """A worker's, say."""
+    with pytest.raises(BrokenPipeError), program_module.errors_in_one_line():
+        raise BrokenPipeError

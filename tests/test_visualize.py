@@ -103,6 +103,47 @@ def test_a_run_without_records_still_has_a_report():
     assert visualize.png(figure).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("count", [1, 7, 60])
+def test_the_sheet_holds_every_image_with_its_classes(count):
+    rng = np.random.default_rng(0)
+    shapes = [(8, 8, 3), (30, 90, 3), (200, 50, 3)]
+    images = [rng.integers(0, 256, shapes[i % 3], np.uint8) for i in range(count)]
+    long = "a name that does not fit at all, " * 5
+    captions = [f"$a {'long ' * 30}$/{i}.png" for i in range(count)]
+    figure = visualize.sheet(
+        images,
+        captions=captions,
+        classes=[("cat $_$", long)] * count,
+        probabilities=[(0.75, 0.25)] * count,
+        title="a $title$ 日本",
+    )
+    pictures = [axis for axis in figure.axes if axis.images]
+    bars = [axis for axis in figure.axes if axis.patches]
+    assert len(pictures) == len(bars) == count
+    drawn = visualize.png(figure)
+    width, height = PIL.Image.open(io.BytesIO(drawn)).size
+    # In the order given, whole on the sheet, and every text where it belongs.
+    page = np.array([0, 0, width, height])
+    for i, (picture, bar) in enumerate(zip(pictures, bars, strict=True)):
+        np.testing.assert_array_equal(picture.images[0].get_array(), images[i])
+        assert picture.get_title().endswith(f"/{i}.png")
+        widths = [
+            patch.get_path().get_extents(patch.get_patch_transform()).width
+            for patch in bar.patches
+        ]
+        assert widths == [0.75, 0.25]
+        texts = [text.get_text() for text in bar.texts]
+        assert texts[:2] == ["cat $_$", "75.0 %"]
+        assert texts[2].endswith("…")
+        boxes = [text.get_window_extent() for text in bar.texts]
+        assert boxes[2].x1 < boxes[3].x0
+        for box in (*boxes, picture.title.get_window_extent()):
+            assert (page[:2] <= box.min).all()
+            assert (box.max <= page[2:]).all()
+    tops = [p.get_window_extent().y1 for p in pictures]
+    assert tops == sorted(tops, reverse=True) or count > 6
+
+
 def test_the_learning_rates_show_every_accuracy_and_ring_the_chosen():
     curves = {"one": {0.03: 0.7, 0.01: 0.9, 0.06: None}, "two": {0.01: 0.5}}
     figure = visualize.learning_rates(curves, {"one": 0.01, "two": 0.01})

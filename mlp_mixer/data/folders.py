@@ -1,10 +1,11 @@
-"""Folders of image files, one sub-folder per class."""
+"""Image files: folders with one sub-folder per class, and files without labels."""
 
 import dataclasses
+import glob
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,54 @@ def open_folder(path: str, split: str) -> FolderSource:
     return FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
 
 
+def open_files(paths: Iterable[str]) -> FolderSource:
+    """Image files without labels: the label of each is 0, of one nameless class."""
+    paths = list(paths)
+    return FolderSource(paths, np.zeros(len(paths), np.int32), ("",))
+
+
+def find_images(path: str) -> list[str]:
+    """The image files that a path stands for, sorted.
+
+    Args:
+        path: a file of any name; a folder, for the images in it and below it; or a
+            glob ("photos/**/*.jpg"), for the images and folders that match. What is
+            hidden (".git", "._0.png") and folders behind links are passed by.
+
+    Raises:
+        FileNotFoundError: nothing is there or matches.
+        ValueError: there is no image in it.
+    """
+    if os.path.isdir(path):
+        found = sorted(_below(path))
+    elif os.path.exists(path):
+        return [path]
+    elif matches := glob.glob(os.path.expanduser(path), recursive=True):
+        files = {m for m in matches if _is_image(m) and not os.path.isdir(m)}
+        inside = {f for m in matches if os.path.isdir(m) for f in _below(m)}
+        found = sorted(files | inside)
+    else:
+        kind = "match for" if glob.has_magic(path) else "file or folder"
+        raise FileNotFoundError(f"There is no {kind} {path}.")
+    if not found:
+        raise ValueError(
+            f"There is no image in {path}; images end in {', '.join(IMAGE_SUFFIXES)}."
+        )
+    return found
+
+
+def _below(folder: str) -> Iterator[str]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if _is_image(name) and not name.startswith("."):
+                yield os.path.join(root, name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
 def subfolders(folder: pathlib.Path) -> tuple[str, ...]:
     """Sorted names, without hidden ones."""
     with os.scandir(folder) as entries:
@@ -103,7 +152,7 @@ def _list_images(folder: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
         f"{name}/{file}"
         for name in classes
         for file in os.listdir(folder / name)
-        if file.lower().endswith(IMAGE_SUFFIXES) and not file.startswith(".")
+        if _is_image(file) and not file.startswith(".")
     ]
     return sorted(files), classes
 

@@ -4,21 +4,18 @@ The current npz layout is for the world, safetensors for ourselves: it keeps bfl
 and carries checksums and what else a model needs to know.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
-from mlp_mixer import checkpoint
+from mlp_mixer import atomic, checkpoint
 from mlp_mixer.fingerprints import leaves, nested
 from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.tree import Params
@@ -190,7 +187,7 @@ METADATA = "mlp_mixer"
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
     """Writes the published layout, float32, which the authors' code loads as it is."""
-    with _whole(path) as file:
+    with atomic.writing(path) as file:
         npz.write(file, dict(leaves(weights.params)))
 
 
@@ -211,19 +208,5 @@ def write_safetensors(
         if (value := getattr(weights, field)) is not None
     }
     flat = timm.theirs(flat) if names == "timm" else flat
-    with _whole(path) as file:
+    with atomic.writing(path) as file:
         file.write(safetensors.dumps(flat, {METADATA: json.dumps(known)}))
-
-
-@contextlib.contextmanager
-def _whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file that has its name once it is complete."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

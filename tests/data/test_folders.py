@@ -6,7 +6,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from mlp_mixer.data import sources
+from mlp_mixer.data import folders, sources
 
 
 def write_images(root, counts, suffix=".png"):
@@ -73,3 +73,36 @@ def test_folder_errors_say_what_is_there(tmp_path):
     write_images(tmp_path / "empty", {"train": 0})
     with pytest.raises(ValueError, match="No images"):
         opened(tmp_path / "empty", "all")
+
+
+def test_images_are_found_by_file_folder_and_glob(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", {"a": 2, "b": 1})
+    for name in ("photos/notes.txt", "photos/a/._0.png", "photos/.git/x.png", "odd"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    everything = ["photos/a/000.png", "photos/a/001.png", "photos/b/000.png"]
+    find = folders.find_images
+    assert find("photos") == everything
+    assert find("photos/*") == everything
+    assert find("photos/**") == everything  # each once
+    assert find("photos/*/000.png") == [everything[0], everything[2]]
+    assert find("odd") == ["odd"]  # what is named is taken at its word
+    (tmp_path / "[a].png").write_bytes(b"x")
+    assert find("[a].png") == ["[a].png"]
+    for nothing in ("photos/none", "none*.png"):
+        with pytest.raises(FileNotFoundError, match=nothing.replace("*", r"\*")):
+            find(nothing)
+    with pytest.raises(ValueError, match=r"no image in photos/\*\.txt; images end in"):
+        find("photos/*.txt")
+
+
+def test_files_without_labels_are_a_source(tmp_path):
+    write_images(tmp_path, {"a": 2})
+    paths = folders.find_images(str(tmp_path))
+    source = folders.open_files(reversed(paths))
+    assert isinstance(source, sources.Source)
+    assert [source.name_of(i) for i in range(2)] == paths[::-1]
+    assert [source[i]["label"] for i in range(2)] == [0, 0]
+    assert source[0]["image"] == pathlib.Path(paths[1]).read_bytes()
