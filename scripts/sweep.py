@@ -500,7 +500,7 @@ def parse(
         p.error(f"{' '.join(wrong)}: write --config.FIELD=VALUE")
     if [word for word in rest if word.startswith("--config.optim.learning_rate=")]:
         p.error("the learning rate is what is chosen; give --learning_rates")
-    if args.init_from:
+    if args.init_from is not None:
         rest.append(f"--config.init_from={args.init_from}")
     return args, rest
 

@@ -724,6 +724,18 @@ def test_our_lines_are_seen_and_the_chatter_of_orbax_is_not(tmp_path, caplog):
     assert [r for r in caplog.records if f"{os.sep}orbax{os.sep}" in r.pathname] == []
 
 
+def test_a_clean_up_that_the_end_of_the_program_overtakes_is_no_error(tmp_path, caplog):
+    """The next start does it; a page of Orbax's would hide why the program ended."""
+    with Checkpointer(tmp_path, every_steps=10):
+        pass
+    path = f"a{os.sep}orbax{os.sep}checkpoint{os.sep}futures.py"
+    for why in ("cannot schedule new futures after shutdown", "no space is left"):
+        said = logging.LogRecord("absl", logging.ERROR, path, 1, why, (), None)
+        logging.getLogger("absl").handle(said)
+    assert "no space is left" in caplog.text
+    assert "cannot schedule" not in caplog.text
+
+
 # Several processes.
 
 
