@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -147,6 +146,11 @@ def _write(weights: pretrained.Weights, target: pathlib.Path, names: str) -> Non
     if suffix == ".npz":
         if weights.gelu != "tanh":
             logger.warning("npz does not say that the GELU is %s.", weights.gelu)
+        if weights.image_size != pretrained.square_image(weights.params):
+            logger.warning(
+                "npz does not say that images are %s px; safetensors does.",
+                describe(weights)["resolution"].removesuffix(" px"),
+            )
         pretrained.write_npz(weights, target)
     elif suffix == ".safetensors":
         if names == "timm" and weights.gelu != "exact":
@@ -199,20 +203,12 @@ def main(arguments: list[str]) -> None:
         names=flag.names,
         dtype=flag.dtype,
         gelu=flag.gelu,
-        image_size=_pair("image_size", flag.image_size),
+        image_size=program.size("image_size"),
         grow=flag.grow,
-        interpolate=_pair("interpolate", flag.interpolate),
+        interpolate=program.size("interpolate"),
         step=flag.step,
     )
     metrics.table("", ["", arguments[-1]], [[k, v] for k, v in report.items()])
-
-
-def _pair(name: str, given: Sequence[str] | None) -> tuple[int, int] | None:
-    if given is None:
-        return None
-    if len(given) != 2 or not all(part.isdigit() for part in given):
-        raise ValueError(f"--{name} is {','.join(given)}; expected HEIGHT,WIDTH.")
-    return int(given[0]), int(given[1])
 
 
 if __name__ == "__main__":

@@ -431,8 +431,7 @@ def main(arguments: list[str]) -> None:
         logger.info("Parameters in %s are exported as float32.", ", ".join(dtypes))
     if flags.FLAGS.gelu:
         weights = dataclasses.replace(weights, gelu=flags.FLAGS.gelu)
-    if flags.FLAGS.image_size:
-        size = parse_size(flags.FLAGS.image_size)
+    if size := program.size("image_size"):
         weights = dataclasses.replace(weights, image_size=size)
     for path in paths:
         if path.endswith(".onnx"):
@@ -444,15 +443,6 @@ def main(arguments: list[str]) -> None:
             ["output", "batch", "largest value", "largest difference", "allowed"],
             [[d.output, str(d.batch), *(f"{x:.2g}" for x in d[2:])] for d in found],
         )
-
-
-def parse_size(words: list[str]) -> tuple[int, int]:
-    """["224", "224"] → (224, 224): height and width in pixels."""
-    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
-        raise ValueError(
-            f"--image_size is {','.join(words)!r}; expected HEIGHT,WIDTH, e.g. 224,224."
-        )
-    return int(words[0]), int(words[1])
 
 
 if __name__ == "__main__":

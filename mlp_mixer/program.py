@@ -63,6 +63,18 @@ def _stdout_has_no_reader() -> bool:
     return bool(poll.poll(0))
 
 
+def size(flag: str) -> tuple[int, int] | None:
+    """(height, width) in pixels of a list flag; None if it is not set."""
+    words = flags.FLAGS[flag].value
+    if words is None:
+        return None
+    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
+        raise ValueError(
+            f"--{flag} is {','.join(words)!r}; expected HEIGHT,WIDTH, e.g. 224,224."
+        )
+    return int(words[0]), int(words[1])
+
+
 def _join(where: str) -> None:
     if where == "auto":
         jax.distributed.initialize()

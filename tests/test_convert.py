@@ -120,7 +120,7 @@ def test_growing_and_interpolating(source, tmp_path):
             convert.convert(source, **wrong)
 
 
-def test_an_unknown_resolution_is_asked_for(weights, make_params, tmp_path):
+def test_an_unknown_resolution_is_asked_for(weights, make_params, tmp_path, caplog):
     params = make_params(image_size=(8, 12))
     weights = dataclasses.replace(weights, params=params, image_size=None)
     pretrained.write_npz(weights, tmp_path / "w.npz")
@@ -132,6 +132,8 @@ def test_an_unknown_resolution_is_asked_for(weights, make_params, tmp_path):
     convert.convert(tmp_path / "w.npz", tmp_path / "run", image_size=(8, 12))
     assert pretrained.read(tmp_path / "run").image_size == (8, 12)
     convert.convert(tmp_path / "w.npz", tmp_path / "w.safetensors")
+    convert.convert(tmp_path / "run", tmp_path / "again.npz")
+    assert "npz does not say that images are 8 × 12 px" in caplog.text
 
 
 def test_nothing_is_overwritten_and_unknown_endings_teach(source, tmp_path):

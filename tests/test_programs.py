@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from absl import flags
 
 from mlp_mixer import evaluate, metrics
 from mlp_mixer import program as program_module
@@ -266,3 +267,17 @@ def test_another_pipe_that_breaks_is_an_error():
     """A worker's, say."""
     with pytest.raises(BrokenPipeError), program_module.errors_in_one_line():
         raise BrokenPipeError
+
+
+@pytest.mark.parametrize("words", [["224"], ["224", "x"], ["1", "2", "3"], ["-1", "2"]])
+def test_a_size_is_two_numbers(words, monkeypatch):
+    values = flags.FlagValues()
+    flags.DEFINE_list("image_size", None, "HEIGHT,WIDTH", flag_values=values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    assert program_module.size("image_size") is None
+    values["image_size"].value = ["224", "160"]
+    assert program_module.size("image_size") == (224, 160)
+    values["image_size"].value = words
+    with pytest.raises(ValueError, match=r"--image_size is .*; expected HEIGHT,WIDTH"):
+        program_module.size("image_size")

@@ -1,6 +1,11 @@
-"""Fine-tuning at twice the resolution in a minute: digits at 16x16, from those at 8x8.
+"""Fine-tuning at twice the resolution in half a minute: digits at 16x16 from 8x8.
 
 Words: select (train on 90 % and evaluate on the rest).
+
+Expected: 98 to 99.3 % top-1 on the 297 held-out images; from scratch, with
+  --config.init_from= and the best learning rate for that, 97 to 98 %.
+Cost: 150 steps, half a minute on two laptop cores.
+Weights: the run of configs/digits.py in runs/digits, or --config.init_from.
 
     python -m mlp_mixer.train --config=configs/digits.py
     python -m mlp_mixer.train --config=configs/finetune/digits.py
