@@ -18,7 +18,7 @@ def writing(
       mode: "wb" or "w".
       **options: of `open`.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.realpath(path))  # a link stays one
     if path.exists() and not path.is_file():  # /dev/stdout, say: nothing to replace
         with open(path, mode, **options) as file:
             yield file

@@ -339,6 +339,8 @@ def restore_params(
             try:
                 return candidate, _read(manager, candidate, target, subtree="params")
             except _DamagedError as damage:
+                if step is None and not _folder(folder, candidate).exists():
+                    continue  # a run that trains has dropped it meanwhile
                 logger.error(
                     "Checkpoint %d in %s is damaged (%s); left as it is",
                     *(candidate, folder, damage),

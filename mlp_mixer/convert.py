@@ -27,6 +27,9 @@ from mlp_mixer.pretrained import resize
 
 logger = logging.getLogger(__name__)
 
+# No endings of folders.
+FILES = (*pretrained.TORCH_SUFFIXES, ".onnx", ".stablehlo", ".h5", ".msgpack", ".zip")
+
 
 def convert(
     source: str | os.PathLike[str],
@@ -65,6 +68,8 @@ def convert(
         weights = dataclasses.replace(weights, gelu=gelu)
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
+    if weights.image_size is not None:
+        pretrained.check(weights)
     if grow is not None and interpolate is not None:
         raise ValueError("Both --grow and --interpolate are given; choose one.")
     if grow is not None or interpolate is not None:
@@ -76,13 +81,17 @@ def convert(
     report = {"source": f"{source} ({weights.said})", **describe(weights)}
     if target is None:
         return report
-    _write(weights, pathlib.Path(target), names)
+    _write(weights, os.fspath(target), names)
     again = pretrained.read(target, dtype=None)
     wanted, got = (dict(leaves(w.params)) for w in (weights, again))
-    widened = {k: x.astype(got[k].dtype) for k, x in wanted.items()}
-    if wrong := [k for k, x in widened.items() if x.tobytes() != got[k].tobytes()]:
+    report["dtype"] = describe(again)["dtype"]
+    narrowed = any(x.dtype.itemsize > got[k].dtype.itemsize for k, x in wanted.items())
+    # What was widened, bfloat16 in npz, says the same.
+    same = {k: x.astype(got[k].dtype) for k, x in wanted.items()}
+    if wrong := [k for k, x in same.items() if x.tobytes() != got[k].tobytes()]:
         raise ValueError(f"{target} is not what was written: {', '.join(wrong)}.")
-    report["written"] = f"{target}, read back: {len(got)} arrays equal bit for bit"
+    how = "equal, narrowed to float32" if narrowed else "equal bit for bit"
+    report["written"] = f"{target}, read back: {len(got)} arrays {how}"
     return report | _round_trip(before, again)
 
 
@@ -119,12 +128,7 @@ def _called(fields: dict[str, Any]) -> str:
 def _resized(
     weights: pretrained.Weights, factor: int, to: tuple[int, int] | None
 ) -> pretrained.Weights:
-    size = weights.image_size
-    if size is None:
-        raise ValueError(
-            f"The weights ({weights.said}) do not say their image size; give it with "
-            "--image_size=HEIGHT,WIDTH."
-        )
+    size = pretrained.check(weights)
     patch = pretrained.geometry(weights.params)["patch_size"]
     grid = (size[0] // patch[0], size[1] // patch[1])
     if to is None:
@@ -137,10 +141,15 @@ def _resized(
     return dataclasses.replace(weights, params=params, image_size=to)
 
 
-def _write(weights: pretrained.Weights, target: pathlib.Path, names: str) -> None:
-    suffix = target.suffix.lower()
-    if suffix in (".npz", ".safetensors") and target.exists():
-        raise FileExistsError(f"{target} is there already; remove it, or name another.")
+def _write(weights: pretrained.Weights, target: str, names: str) -> None:
+    suffix = pathlib.PurePath(target).suffix.lower()
+    if suffix in (".npz", ".safetensors"):
+        if "://" in target:
+            raise ValueError(f"{target} is elsewhere; write the file here and copy it.")
+        if os.path.exists(target):
+            raise FileExistsError(
+                f"{target} is there already; remove it, or name another."
+            )
     if names == "timm" and suffix != ".safetensors":
         raise ValueError(f"--names=timm is for .safetensors files, not for {target}.")
     if suffix == ".npz":
@@ -160,13 +169,13 @@ def _write(weights: pretrained.Weights, target: pathlib.Path, names: str) -> Non
                 weights.gelu,
             )
         pretrained.write_safetensors(weights, target, names=names)
-    elif not suffix:
-        runs.write(weights, target)
-    else:
+    elif suffix in FILES:
         raise ValueError(
             f"{target} ends in {suffix!r}; written are .npz, .safetensors and, without "
             "an ending, the folder of a run."
         )
+    else:
+        runs.write(weights, target)
 
 
 def _round_trip(

@@ -38,7 +38,6 @@ from absl import flags
 import mlp_mixer
 from mlp_mixer import metrics, pretrained, program
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.mixer import check_divisible
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def export_stablehlo(
 
     def write(file):
         (n,) = jax.export.symbolic_shape("n")
-        image = jax.ShapeDtypeStruct((n, *_image_size(weights), 3), jnp.float32)
+        image = jax.ShapeDtypeStruct((n, *pretrained.check(weights), 3), jnp.float32)
         with _no_paths():
             exported = jax.export.export(jax.jit(mixer), platforms=PLATFORMS)(image)
             file.write_bytes(exported.serialize(vjp_order=int(gradients)))
@@ -189,7 +188,7 @@ def to_onnx(weights: pretrained.Weights) -> Any:
 
     weights = _checked(weights)
     fields = pretrained.geometry(weights.params)
-    (h, w), (ph, pw) = _image_size(weights), fields["patch_size"]
+    (h, w), (ph, pw) = pretrained.check(weights), fields["patch_size"]
     s, c, k = (h // ph) * (w // pw), fields["hidden_dim"], fields["num_classes"]
     nodes = []
     constants = {
@@ -292,8 +291,7 @@ def _require(*modules: str) -> None:
 
 def _checked(weights: pretrained.Weights) -> pretrained.Weights:
     """The weights in float32, after a look at all that an export needs of them."""
-    if weights.gelu not in GELUS:
-        raise ValueError(f"gelu {weights.gelu!r} is unknown; try {', '.join(GELUS)}.")
+    pretrained.check(weights)
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
     if bad := pretrained.not_finite(params):
         raise ValueError(
@@ -301,28 +299,7 @@ def _checked(weights: pretrained.Weights) -> pretrained.Weights:
             "are finite:\n  "
             + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
         )
-    _image_size(weights)
     return dataclasses.replace(weights, params=params)
-
-
-def _image_size(weights: pretrained.Weights) -> tuple[int, int]:
-    """Height and width in pixels, which fit the parameters."""
-    tokens = pretrained.tokens(weights.params)
-    if weights.image_size is None:
-        raise ValueError(
-            f"The weights ({weights.said}) are for {tokens} tokens, which make no "
-            "square, and do not say their image size; give --image_size=HEIGHT,WIDTH."
-        )
-    h, w = weights.image_size
-    ph, pw = pretrained.geometry(weights.params)["patch_size"]
-    check_divisible((h, w), (ph, pw))
-    if (h // ph) * (w // pw) != tokens:
-        raise ValueError(
-            f"A {h}x{w} image makes {h // ph * (w // pw)} tokens of {ph}x{pw} pixels, "
-            f"but the weights ({weights.said}) are for {tokens}; give the image size "
-            "that they were trained at."
-        )
-    return h, w
 
 
 def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
@@ -389,7 +366,7 @@ def _differences(
     found = []
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for n in BATCHES:
-            shape = (n, *_image_size(weights), 3)
+            shape = (n, *pretrained.check(weights), 3)
             image = rng.uniform(-1, 1, shape).astype(np.float32)
             expected = jax.device_get(reference(weights.params, image))
             given = call(image)
@@ -419,7 +396,7 @@ def main(arguments: list[str]) -> None:
             "Name the weights and the files to write, e.g. runs/digits digits.onnx."
         )
     source, *paths = arguments
-    for suffix in (pathlib.Path(path).suffix for path in paths):
+    for suffix in (pathlib.Path(path).suffix.lower() for path in paths):
         if suffix not in FORMATS:
             raise ValueError(
                 f"No file ending in {suffix!r} is written; try {', '.join(FORMATS)}."
@@ -434,7 +411,7 @@ def main(arguments: list[str]) -> None:
     if size := program.size("image_size"):
         weights = dataclasses.replace(weights, image_size=size)
     for path in paths:
-        if path.endswith(".onnx"):
+        if path.lower().endswith(".onnx"):
             found = export_onnx(weights, path)
         else:
             found = export_stablehlo(weights, path, gradients=flags.FLAGS.gradients)

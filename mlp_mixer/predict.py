@@ -83,6 +83,11 @@ def predict(
         `runs.open_model`.
     """
     files = [file for path in paths for file in folders.find_images(os.fspath(path))]
+    if not files or batch_size < 1:
+        raise ValueError(
+            f"There are {len(files)} images and batch_size is {batch_size}; each must "
+            "be 1 or more."
+        )
     _check_top(top)
     model = runs.open_model(source, step=step, preprocess=preprocess, labels=labels)
     return classify(model, files, top=top, batch_size=batch_size)

@@ -117,5 +117,8 @@ def _is_ours(error: BaseException, modules: tuple[str, ...] = ()) -> bool:
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
-    name = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    where = trace.tb_frame.f_globals if trace else {}
+    if "get_config" in where:  # a recipe, whatever it was loaded as
+        return True
+    name = where.get("__name__", "")
     return name.partition(".")[0] in ("mlp_mixer", "__main__", *modules)

@@ -523,7 +523,7 @@ def words(argument: str, known: Sequence[str]) -> list[str]:
     Raises:
       ValueError: a word that the recipe does not know.
     """
-    given = _split(argument or "")
+    given = split(argument or "")
     for word in given:
         if word not in known:
             tries = ", ".join(_nearest(word, known)) or "none"
@@ -533,8 +533,9 @@ def words(argument: str, known: Sequence[str]) -> list[str]:
     return given
 
 
-def _split(argument: str) -> list[str]:
-    return [word.strip() for word in argument.split(",") if word.strip()]
+def split(argument: str) -> list[str]:
+    """The words of "imagenet21k, short", each once."""
+    return [*dict.fromkeys(w.strip() for w in argument.split(",") if w.strip())]
 
 
 def total_steps(config: ConfigDict) -> int:
@@ -613,7 +614,7 @@ def run_name(value: str) -> str:
     if "configs" in folders:
         last = len(folders) - folders[::-1].index("configs")
         name = "-".join([*folders[last:], name])
-    return "-".join([name, *_split(argument)])
+    return "-".join([name, *split(argument)])
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:

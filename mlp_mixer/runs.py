@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 
 from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
 from mlp_mixer.data import class_names as naming
+from mlp_mixer.fingerprints import describe
+from mlp_mixer.fingerprints import differences as differences_of_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +69,18 @@ def open_run(
     )
     image = jnp.zeros((1, *config.model.image_size, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
-    target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        shapes,
-        sharding.shardings(shapes, mesh, config.sharding),
-    )
     step, params = checkpoint.restore_params(
-        f"{workdir}/checkpoints", target, step=step, best=best
+        f"{workdir}/checkpoints", step=step, best=best
     )
-    names = load_class_names(workdir)
-    if names is None:
-        names = [f"class {i}" for i in range(config.dataset.num_classes)]
-    names = list(naming.readable(names))
+    params = pretrained.cast(params, "float32")
+    if different := differences_of_arrays(describe(params), describe(shapes)):
+        raise ValueError(
+            f"Step {step} of {workdir} is not of its recipe's model; these arrays "
+            f"differ:\n{different}"
+        )
+    params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
+    count = config.dataset.num_classes
+    names = list(naming.choose(load_class_names(workdir), count)) if count else []
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
 
@@ -116,12 +119,7 @@ def open_model(
         have another number of classes than `labels`.
     """
     weights = pretrained.read(source, step=step)
-    if weights.image_size is None:
-        raise ValueError(
-            f"{source} has {pretrained.tokens(weights.params)} tokens, which make no "
-            "square, and does not say its image size; `python -m mlp_mixer.convert "
-            f"{source} NEW.safetensors --image_size=HEIGHT,WIDTH` makes one that does."
-        )
+    size = pretrained.check(weights)
     count = pretrained.geometry(weights.params)["num_classes"]
     if count is None and labels is not None:
         raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
@@ -129,15 +127,17 @@ def open_model(
     mesh = sharding.make_mesh()
     model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
     protocol = preprocess or weights.preprocess or "big_vision"
-    height, width = weights.image_size
+    height, width = size
     name = os.fspath(source)
-    said = weights.said if name in weights.said else f"{name} ({weights.said})"
+    said = f"{name} ({weights.said})"
     logger.info("%s: %dx%d px, preprocessed by %s", said, height, width, protocol)
     return Opened(
         said,
         mesh,
         steps.make_predict(model, mesh),
-        jax.device_put(weights.params, sharding.replicated(mesh)),
+        sharding.place(
+            weights.params, sharding.shardings(weights.params, mesh, "replicated")
+        ),
         (height, width),
         protocol,
         names,
@@ -161,11 +161,12 @@ def claim(
     """
     check(config, workdir)
     path = epath.Path(workdir) / "config.json"
-    new = json.loads(config.to_json_best_effort())
+    new = to_json(config)
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, content in (("config", new), ("class_names", class_names)):
         # Whole or not at all, also if the process is killed here.
-        written = path.with_name(f"{name}.json.{os.getpid()}")
+        # Processes of several hosts may have equal numbers.
+        written = path.with_name(f"{name}.json.{uuid.uuid4().hex}")
         written.write_text(json.dumps(content, indent=2) + "\n")
         written.replace(path.with_name(f"{name}.json"))
 
@@ -179,20 +180,30 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
     path = epath.Path(workdir) / "config.json"
     if not path.exists() or not _has_begun(path.parent):
         return
-    before = _flat(json.loads(path.read_text()))
-    now = _flat(json.loads(config.to_json_best_effort()))
-    differing = [
-        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, "absent") != now.get(key, "absent")
-        and not any(key == m or key.startswith(f"{m}.") for m in MAY_CHANGE)
-    ]
-    if differing:
+    if differing := differences(json.loads(path.read_text()), to_json(config)):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + "\n".join(differing)
             + "\nChoose another --workdir, or give the fields their old values."
         )
+
+
+def differences(
+    there: Any, here: Any, may_change: Sequence[str] = MAY_CHANGE
+) -> list[str]:
+    """Lines for people: the fields of two recipes' `to_json` that differ."""
+    before, now = _flat(there), _flat(here)
+    return [
+        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "absent") != now.get(key, "absent")
+        and not any(key == m or key.startswith(f"{m}.") for m in may_change)
+    ]
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The recipe in what JSON has."""
+    return json.loads(config.to_json_best_effort())
 
 
 def _has_begun(folder: epath.Path) -> bool:
@@ -213,19 +224,15 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
       FileExistsError: there is a run, or something else.
     """
     folder = epath.Path(workdir)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{workdir} is not empty; name a new folder.")
-    if weights.image_size is None:
-        raise ValueError(
-            f"The weights ({weights.said}) do not say their image size; give it with "
-            "--image_size=HEIGHT,WIDTH."
-        )
+    size = pretrained.check(weights)
     fields = pretrained.geometry(weights.params)
     config = recipe.base()
     config.batch_size = 256
     config.dataset.num_classes = fields.pop("num_classes")
     config.model.name = pretrained.variant(fields) or config.model.name
-    config.model.update(fields, gelu=weights.gelu, image_size=weights.image_size)
+    config.model.update(fields, gelu=weights.gelu, image_size=size)
     for name, data in recipe.PRETRAINING.items():
         if data["num_classes"] == config.dataset.num_classes:
             config.dataset.name = name

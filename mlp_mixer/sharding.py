@@ -97,6 +97,20 @@ def put(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def place(tree: Any, shardings: Any) -> Any:
+    """Makes global arrays of host arrays that every process has whole.
+
+    Args:
+      tree: of NumPy arrays.
+      shardings: as `shardings` gives them, for each.
+    """
+
+    def one(x, sharding):
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def is_one_cpu(mesh: Mesh) -> bool:
     """Whether products may be flattened: faster on one CPU device, wrong elsewhere."""
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"

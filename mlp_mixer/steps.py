@@ -83,14 +83,9 @@ def init_state(
         )
         return init(_stream(seed, "init"))
 
-    def place(x, a):
-        def part(index):
-            return np.asarray(x[index], a.dtype)
-
-        return jax.make_array_from_callback(a.shape, a.sharding, part)
-
+    params = jax.tree.map(lambda x, a: np.asarray(x, a.dtype), params, target.params)
     begin = jax.jit(lambda params: _begin(tx, params), out_shardings=shardings)
-    return begin(jax.tree.map(place, params, target.params))
+    return begin(sharding.place(params, shardings.params))
 
 
 def _init(model, tx, rng, image_size):

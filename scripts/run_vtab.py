@@ -8,14 +8,12 @@ in the paper's Table 2. The rate of each task is chosen on its 200 held-out imag
 Stopped, the same command goes on.
 """
 
-import os
 import statistics
 from collections.abc import Sequence
 
 import sweep
 
 from mlp_mixer import recipe
-from mlp_mixer.data import preparation
 
 RECIPE = "configs/finetune/vtab.py"
 
@@ -54,24 +52,6 @@ def means(results: Sequence[sweep.Result], groups: dict[str, str]) -> dict[str, 
     }
 
 
-def check_data(tasks: Sequence[str], data_dir: str | os.PathLike | None) -> None:
-    """Passes if all tasks are prepared.
-
-    Raises:
-      FileNotFoundError: names those that are not, and how to prepare them.
-    """
-    folder = data_dir or preparation.default_data_dir()
-    absent = [task for task in tasks if not preparation.find(f"vtab_{task}", folder)]
-    if not absent:
-        return
-    steps = [preparation.instructions(f"vtab_{task}", folder) for task in absent]
-    lines = dict.fromkeys(line for step in steps for line in step.splitlines())
-    raise FileNotFoundError(
-        f"Not prepared in {folder}: {', '.join(absent)}. Prepare them once, or name "
-        "other tasks with --tasks:\n" + "\n".join(lines)
-    )
-
-
 def main(argv: list[str]) -> None:
     """The command line."""
     p = sweep.parser(__doc__, "runs/vtab")
@@ -81,7 +61,6 @@ def main(argv: list[str]) -> None:
     shipped = sweep.open_recipe(RECIPE)
     classes_and_groups = shipped["TASKS"]
     names = tasks_of(args.tasks.split(","), list(classes_and_groups))
-    check_data(names, args.data_dir)
     words = [word.strip() for word in args.words.split(",") if word.strip()]
     tasks = [
         sweep.open_task(

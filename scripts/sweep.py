@@ -33,14 +33,29 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mlp_mixer import evaluate, metrics, program, recipe, runs, train, visualize
-from mlp_mixer.data import sources
+from mlp_mixer import (
+    atomic,
+    evaluate,
+    metrics,
+    program,
+    recipe,
+    runs,
+    train,
+    visualize,
+)
+from mlp_mixer.data import preparation, sources
 
 logger = logging.getLogger(__name__)
 
 # "Avg 5" of Tables 2 and 3.
-FIVE = ("imagenet2012", "cifar10", "cifar100", "oxford_iiit_pet", "oxford_flowers102")
-DIVERGED = "diverged.txt"
+FIVE = {
+    "imagenet2012": "ImageNet",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "oxford_iiit_pet": "Pets",
+    "oxford_flowers102": "Flowers",
+}
+RESULT = "result.json"  # of a finished run: its recipe and its top-1
 
 
 class StoppedError(RuntimeError):
@@ -56,14 +71,12 @@ class Task:
 
     Attributes:
       name: of its folder.
-      words: of its recipe.
       select: trains on a part and evaluates on the rest of the training split.
       final: trains on all of it and evaluates on the test split.
       learning_rates: to choose from.
     """
 
     name: str
-    words: str
     select: ConfigDict
     final: ConfigDict
     learning_rates: tuple[float, ...]
@@ -82,9 +95,13 @@ def open_task(
 
     Raises:
       FileNotFoundError: there is no such recipe.
-      ValueError: it has no learning rates.
+      ValueError: it has no learning rates, or holds out images itself.
     """
     path, _, words = value.partition(":")
+    if "select" in recipe.split(words):
+        raise ValueError(
+            f"{value} has the word select, which a sweep adds itself; leave it out."
+        )
     if not rates:
         rates = open_recipe(path).get("LEARNING_RATES")
         if not rates:
@@ -93,7 +110,6 @@ def open_task(
             )
     return Task(
         name=recipe.run_name(value),
-        words=words,
         select=_config(path, f"{words},select", overrides),
         final=_config(path, words, overrides),
         learning_rates=tuple(sorted(set(rates))),
@@ -136,58 +152,57 @@ def watched(config: ConfigDict) -> str:
     return names[0]
 
 
-def missing(tasks: Iterable[Task], data_dir: str | None) -> dict[str, str]:
-    """{data set: what to do} of the data that the tasks need and that is not here."""
-    found: dict[str, str] = {}
+def check_data(tasks: Iterable[Task], data_dir: str | None) -> None:
+    """Passes if what the tasks train and are evaluated on is prepared.
+
+    Raises:
+      FileNotFoundError: names what is not, and how to prepare it.
+    """
+    folder = data_dir or preparation.default_data_dir()
+    names: dict[str, None] = {}
     for task in tasks:
         for config in (task.select, task.final):
             evaluation = recipe.evaluations(config)[watched(config)]
-            for dataset in (config.dataset.to_dict(), evaluation["dataset"]):
-                size = config.model.image_size
-                try:
-                    sources.open_source(**dataset, data_dir=data_dir, image_size=size)
-                except FileNotFoundError as error:
-                    found.setdefault(dataset["name"], str(error))
-    return found
+            names |= dict.fromkeys((config.dataset.name, evaluation["dataset"]["name"]))
+    absent = [
+        name
+        for name in names
+        if name.partition(":")[0] not in sources.DATASETS
+        and not preparation.find(name, folder)
+    ]
+    if absent:
+        steps = [preparation.instructions(name, folder) for name in absent]
+        lines = dict.fromkeys(line for step in steps for line in step.splitlines())
+        raise FileNotFoundError(
+            f"Not prepared in {folder}: {', '.join(absent)}. Prepare them once:\n"
+            + "\n".join(lines)
+        )
 
 
 # --- One run --------------------------------------------------------------------------
 
 
-def final_score(config: ConfigDict, workdir: pathlib.Path) -> float | None:
-    """Top-1 in [0, 1] of the finished run of `config` in `workdir`.
-
-    Looks at its recipe and its metrics alone.
+def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
+    """Top-1 in [0, 1] of the run of `config` in `workdir`; NaN if it diverged.
 
     Returns:
-      None if it is not finished, NaN if it diverged.
+      None if it is not finished.
 
     Raises:
-      ValueError: another recipe's run, or one that was evaluated otherwise.
+      ValueError: it is another recipe's, or was evaluated otherwise.
     """
-    if not (workdir / "config.json").exists():
+    path = workdir / RESULT
+    if not path.exists():
         return None
-    saved = runs.load(workdir)
-    data = saved.dataset
-    runs.check(recipe.completed(config, data.num_examples, data.num_classes), workdir)
-    if saved.evals.to_dict() != config.evals.to_dict():
+    said = json.loads(path.read_text())
+    may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
+    if differing := runs.differences(said["config"], runs.to_json(config), may_change):
         raise ValueError(
-            f"{workdir} holds a run with other evaluators; choose another --workdir."
+            f"{workdir} holds a run of another recipe:\n"
+            + "\n".join(differing)
+            + "\nChoose another --workdir, or give the fields their old values."
         )
-    if (workdir / DIVERGED).exists():
-        return math.nan
-    last, key = recipe.total_steps(saved), f"{watched(config)}/top1"
-    scores = [r[key] for r in metrics.read(workdir) if r["step"] == last and key in r]
-    return scores[-1] if scores else None
-
-
-def is_saved(workdir: pathlib.Path) -> bool:
-    """Whether the run in `workdir` has the checkpoint of its last step."""
-    if not (workdir / "config.json").exists():
-        return False
-    last = recipe.total_steps(runs.load(workdir))
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return any(name.isdigit() and int(name) == last for name in names)
+    return math.nan if said["top1"] is None else said["top1"]
 
 
 def complete(
@@ -197,38 +212,49 @@ def complete(
     data_dir: str | None = None,
     trial: bool = False,
 ) -> float:
-    """Trains `config` to its end, unless it is there; returns its top-1 in [0, 1].
+    """Trains `config` to its end, unless that is done; returns its top-1 in [0, 1].
 
     Args:
       config: of a recipe.
       workdir: folder of the run.
       data_dir: where data sets are; TFDS's own folder by default.
-      trial: whether the score is all that matters: a finished run may lack its
-        checkpoint, and a loss that is not finite is a result, NaN.
+      trial: whether a loss that is not finite is a result, NaN.
 
     Raises:
       StoppedError: the process was asked to stop.
     """
-    score, saved = final_score(config, workdir), is_saved(workdir)
-    if score is not None and (saved or trial):
+    score = finished(config, workdir)
+    if score is not None:
         logger.info("%s is finished: top-1 %s", workdir, _percent(score))
         return score
-    if saved:  # stopped during its last evaluation
-        name = watched(config)
-        found = evaluate.evaluate(str(workdir), only=[name], data_dir=data_dir)
-        return found[name]["top1"]
     try:
-        train.train(config, str(workdir), data_dir=data_dir)
+        state = train.train(config, str(workdir), data_dir=data_dir)
+        score = _score(config, workdir, int(state.step), data_dir)
     except FloatingPointError as error:
         if not trial:
             raise
         # The same again would diverge again.
-        (workdir / DIVERGED).write_text(f"{error}\n")
         logger.warning("%s", error)
-    score = final_score(config, workdir)
-    if score is None:
-        raise StoppedError(f"{workdir} was stopped before its end.")
+        score = math.nan
+    result = {"config": runs.to_json(config), "top1": _finite(score)}
+    with atomic.writing(workdir / RESULT, "w") as file:
+        json.dump(result, file, indent=2)
     return score
+
+
+def _score(
+    config: ConfigDict, workdir: pathlib.Path, step: int, data_dir: str | None
+) -> float:
+    last, name = recipe.total_steps(runs.load(workdir)), watched(config)
+    if step < last:
+        raise StoppedError(f"{workdir} was stopped before its end.")
+    key = f"{name}/top1"
+    scores = [r[key] for r in metrics.read(workdir) if r["step"] == last and key in r]
+    if scores:
+        return scores[-1]
+    # Stopped during its last evaluation.
+    found = evaluate.evaluate(str(workdir), step=last, only=[name], data_dir=data_dir)
+    return found[name]["top1"]
 
 
 # --- One task -------------------------------------------------------------------------
@@ -240,7 +266,7 @@ class Result:
 
     Attributes:
       name: of the task.
-      words: of its recipe.
+      model: what was fine-tuned, and at which resolution.
       dataset: what was fine-tuned on.
       data: what was evaluated.
       preprocess: its protocol.
@@ -251,7 +277,7 @@ class Result:
     """
 
     name: str
-    words: str
+    model: str
     dataset: str
     data: str
     preprocess: str
@@ -331,9 +357,11 @@ def run(
         scores[seed] = complete(config, workdir, data_dir=data_dir)
     evaluation = recipe.evaluations(task.final)[watched(task.final)]
     dataset = evaluation["dataset"]
+    height, width = task.final.model.image_size
+    start = task.final.init_from or "nothing"
     return Result(
         name=task.name,
-        words=task.words,
+        model=f"{task.final.model.name} from {start}, {height}x{width}",
         dataset=task.final.dataset.name,
         data=f"{dataset['name']} {dataset['split']}",
         preprocess=evaluation["preprocess"],
@@ -349,15 +377,35 @@ Means = Callable[[Sequence[Result]], dict[str, float]]
 
 
 def average_5(results: Sequence[Result]) -> dict[str, float]:
-    """The paper's "Avg 5" for each model, by its words, that has all five sets."""
-    by_words: dict[str, dict[str, float]] = {}
-    for result in results:
-        by_words.setdefault(result.words, {})[result.dataset] = result.mean
+    """The paper's "Avg 5" of each model, resolution and protocol with all five sets."""
     return {
-        f"Avg 5 {words}".strip(): statistics.fmean(found[name] for name in FIVE)
-        for words, found in by_words.items()
+        f"Avg 5 of {of}": statistics.fmean(found[name] for name in FIVE)
+        for of, found in _of_five(results).items()
         if found.keys() >= set(FIVE)
     }
+
+
+def _of_five(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """{model, resolution and protocol: {data set: accuracy}} of the five sets."""
+    found: dict[str, dict[str, float]] = {}
+    for result in results:
+        if result.dataset in FIVE:
+            of = f"{result.model}, {result.preprocess}"
+            found.setdefault(of, {})[result.dataset] = result.mean
+    return found
+
+
+def table_of_five(results: Sequence[Result]) -> list[list[str]]:
+    """Rows like the paper's Table 3, a model each, with what is known so far."""
+    means = average_5(results)
+    return [
+        [
+            of,
+            *(_percent(found[name]) if name in found else "" for name in FIVE),
+            _percent(means[f"Avg 5 of {of}"]) if f"Avg 5 of {of}" in means else "",
+        ]
+        for of, found in _of_five(results).items()
+    ]
 
 
 COLUMNS = ["", "top-1", "±", "runs", "learning rate", "tried on held-out images", "of"]
@@ -397,8 +445,10 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(json.dumps(said, indent=2) + "\n")
     right = ["---", *["---:"] * 4, "---", "---"]
-    lines = [COLUMNS, right, *rows(results, means)]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = _markdown([COLUMNS, right, *rows(results, means)])
+    if five := table_of_five(results):
+        columns = ["", *FIVE.values(), "Avg 5"]
+        text += "\n" + _markdown([columns, ["---", *["---:"] * 6], *five])
     (folder / "sweep.md").write_text(f"# {folder}\n\n{text}")
     curves = {
         result.name: {r: _finite(a) for r, a in result.grid.items()}
@@ -409,6 +459,10 @@ def write(
         chosen = {result.name: result.learning_rate for result in results}
         picture = visualize.png(visualize.learning_rates(curves, chosen))
         (folder / "sweep.png").write_bytes(picture)
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _finite(accuracy: float) -> float | None:
@@ -433,8 +487,7 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} would share a folder; name each once.")
-    if absent := missing(tasks, args.data_dir):
-        raise FileNotFoundError("\n".join(absent.values()))
+    check_data(tasks, args.data_dir)
     folder = pathlib.Path(args.workdir)
     results: list[Result] = []
     for i, task in enumerate(tasks):
@@ -486,7 +539,10 @@ def _positive(text: str) -> int:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
+    rates = tuple(map(float, text.split(",")))
+    if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]} is no learning rate")
+    return rates
 
 
 def parse(
@@ -498,8 +554,12 @@ def parse(
         p.error(f"unknown: {' '.join(wrong)}; fields are --config.FIELD=VALUE")
     if wrong := [word for word in rest if "=" not in word]:
         p.error(f"{' '.join(wrong)}: write --config.FIELD=VALUE")
-    if [word for word in rest if word.startswith("--config.optim.learning_rate=")]:
-        p.error("the learning rate is what is chosen; give --learning_rates")
+    for field, instead in (
+        ("optim.learning_rate", "--learning_rates"),
+        ("seed", "--seeds"),
+    ):
+        if any(word.startswith(f"--config.{field}=") for word in rest):
+            p.error(f"config.{field} is what a sweep varies; give {instead}")
     if args.init_from is not None:
         rest.append(f"--config.init_from={args.init_from}")
     return args, rest

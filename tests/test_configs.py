@@ -20,6 +20,8 @@ RECIPES = [
     ("mixer_b16", "imagenet21k"),
     ("mixer_h14", "jft300m"),
     ("digits", ""),
+    ("finetune/digits", ""),
+    ("finetune/digits", "select"),
     ("finetune/imagenet2012", ""),
     ("finetune/imagenet2012", "l16,448"),
     ("finetune/imagenet2012", "h14,jft300m,448,resize_crop,select"),
@@ -95,7 +97,7 @@ def test_every_section_is_accepted_by_its_function(root, name, argument, monkeyp
         assert section["dataset"]["name"] == config.dataset.name
     if name.startswith("finetune/"):
         assert list(watched) in (["minival"], ["val"], ["test"])
-        assert config.dataset.name in preparation.PREPARABLE
+        assert config.dataset.name in (*preparation.PREPARABLE, "digits")
     else:
         if "imagenet2012" in config.dataset.name:
             assert set(watched) == {"minival", "val"}
@@ -106,7 +108,8 @@ def test_every_section_is_accepted_by_its_function(root, name, argument, monkeyp
         source, **config.input, image_size=size, batch_size=config.batch_size, seed=0
     )
     assert config.loss in losses.LOSSES
-    assert config.batch_size % jax.device_count() == 0 or name == "digits"
+    assert config.batch_size % mesh.size == 0
+    assert mesh.size == (1 if config.dataset.name == "digits" else jax.device_count())
 
 
 @pytest.mark.parametrize(("name", "argument"), RECIPES)

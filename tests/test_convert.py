@@ -126,7 +126,7 @@ def test_an_unknown_resolution_is_asked_for(weights, make_params, tmp_path, capl
     pretrained.write_npz(weights, tmp_path / "w.npz")
     for target, options in (("run", {}), ("g.npz", {"grow": 2})):
         with pytest.raises(
-            ValueError, match="do not say their image size; give it with"
+            ValueError, match="do not say their image size; `python -m mlp"
         ):
             convert.convert(tmp_path / "w.npz", tmp_path / target, **options)
     convert.convert(tmp_path / "w.npz", tmp_path / "run", image_size=(8, 12))
@@ -169,3 +169,28 @@ def test_the_script_is_a_door_to_the_program(root, source, tmp_path):
     assert (
         ran.stderr.strip().splitlines()[-1].startswith("There are no weights nowhere")
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"image_size": (8, 8)}, "8x8 image makes 4 tokens"),
+        ({"image_size": (17, 19)}, "image_size 17 is not divisible by patch_size 4"),
+        ({"gelu": "relu"}, "gelu 'relu' is unknown; try tanh, exact"),
+        ({"names": "Timm"}, "names 'Timm' are unknown; try ours, timm"),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown; try float32, bfloat16"),
+    ],
+)
+def test_a_wrong_argument_leaves_nothing(options, said, source, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        convert.convert(source, tmp_path / "t.safetensors", **options)
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_what_is_narrowed_is_said_to_be(weights, tmp_path):
+    wide = {k: x.astype(np.float64) + 1e-12 for k, x in leaves(weights.params)}
+    np.savez(tmp_path / "w.npz", **wide)
+    report = convert.convert(tmp_path / "w.npz", tmp_path / "t.npz")
+    assert "arrays equal, narrowed to float32" in report["written"]
+    report = convert.convert(tmp_path / "t.npz", tmp_path / "b.npz", dtype="bfloat16")
+    assert report["dtype"] == "float32"  # what lies in the file

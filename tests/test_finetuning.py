@@ -14,12 +14,10 @@ def test_growing_pretrained_digits_beats_training_from_scratch(
 ):
     """On real images, in as many steps of the same recipe; and resuming is bitwise."""
     config = load(root, "digits")
-    config.mesh.data = 1
     config.epochs = 20.0  # a third of the recipe's
     train.train(config, tmp_path / "pretrained", data_dir=data_dir)
 
     config = load(root, "finetune/digits")
-    config.mesh.data = 1
     config.init_from = str(tmp_path / "pretrained")
     config.log_every_steps = 1
     folders = {name: tmp_path / name for name in ("straight", "stopped", "scratch")}

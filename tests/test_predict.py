@@ -437,6 +437,14 @@ def test_tokens_that_make_no_square_need_an_image_size(tmp_path, some):
     pretrained.write_npz(pretrained.Weights(params, ""), silent)
     known = {"image_size": (8, 20)}
     pretrained.write_safetensors(pretrained.Weights(params, "", **known), told)
-    with pytest.raises(ValueError, match=r"10 tokens, .* does not say its image size"):
+    with pytest.raises(ValueError, match=r"10 tokens, .* do not say their image size"):
         predict.predict(silent, some)
     assert len(list(predict.predict(told, some))) == 3
+
+
+def test_no_image_or_no_batch_is_refused_at_once(tmp_path):
+    said = r"batch_size is \d+; each must be 1 or more"
+    with pytest.raises(ValueError, match=said):
+        predict.predict(tmp_path, [])
+    with pytest.raises(ValueError, match=said):
+        predict.predict(tmp_path, [__file__], batch_size=0)

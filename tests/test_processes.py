@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from test_train import state_of, told
 
-from mlp_mixer import runs
+from mlp_mixer import pretrained, runs
 
 RUN = [
     "--config=configs/digits.py",
+    "--config.mesh.data=-1",
     "--config.total_steps=12",
     "--config.optim.warmup_steps=2",
     "--config.log_every_steps=1",
@@ -86,3 +87,44 @@ def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3),
         *(state_of(config, run).params["head"] for run in (one, two)),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_two_processes_start_from_the_same_weights_or_not_at_all(
+    seeds, make_params, program, tmp_path, data_dir
+):
+    """Each reads a file of its own, as from its own disk."""
+    port, pair = free_port(), []
+    for i, seed in enumerate(seeds):
+        params = make_params(
+            seed=seed,
+            image_size=(8, 8),
+            patch_size=(2, 2),
+            num_blocks=4,
+            hidden_dim=64,
+            tokens_mlp_dim=32,
+            channels_mlp_dim=256,
+        )
+        weights = pretrained.Weights(params, "made")
+        pretrained.write_npz(weights, tmp_path / f"{i}.npz")
+        pair.append(
+            program(
+                "train",
+                *RUN,
+                "--config.sharding=fsdp",
+                f"--config.init_from={tmp_path / f'{i}.npz'}",
+                f"--data_dir={data_dir}",
+                f"--distributed=localhost:{port},{i},2",
+                f"--workdir={tmp_path / 'run'}",
+                devices=1,
+            )
+        )
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    codes = [process.returncode for process in pair]
+    if seeds == (0, 0):
+        assert codes == [0, 0], "\n".join(said)
+        assert told(tmp_path / "run")[0]["train/loss"] > 3  # of random weights
+    else:
+        assert 0 not in codes
+        assert "The processes read different weights at" in "".join(said)

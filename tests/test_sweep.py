@@ -1,5 +1,6 @@
 """A sweep chooses on held-out images, repeats nothing, and averages like the paper."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import sweep
 
-from mlp_mixer import checkpoint, metrics, program, recipe, runs, train
+from mlp_mixer import checkpoint, evaluate, metrics, program, runs, train
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -130,7 +131,7 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_repeats_nothing(
     assert len(told(folder)["results"][0]["seeds"]) == 3
 
 
-def test_a_run_cut_off_at_its_very_end_is_completed(
+def test_a_run_stopped_in_its_last_evaluation_is_evaluated_once(
     value, tmp_path, data_dir, trained, monkeypatch
 ):
     config = sweep.open_task(value).final
@@ -139,24 +140,18 @@ def test_a_run_cut_off_at_its_very_end_is_completed(
         patch.setattr(
             checkpoint.Checkpointer, "stop_requested", lambda self, step: step == 16
         )
-        with pytest.raises(sweep.StoppedError):
-            sweep.complete(config, workdir, data_dir=data_dir)
-    # Its last evaluation was stopped, but not its training.
-    assert sweep.is_saved(workdir)
-    assert sweep.final_score(config, workdir) is None
+        state = train.train(config, str(workdir), data_dir=data_dir)
+    assert int(state.step) == 16
+    assert not any("seen/top1" in r for r in metrics.read(workdir))
+    trained.clear()
     score = sweep.complete(config, workdir, data_dir=data_dir)
-    assert len(trained) == 1
-    # Killed before its last save it is trained to it, also if it has been evaluated.
-    for count in (2, 3):
-        (workdir / "checkpoints" / "00000016").rename(workdir / f"gone {count}")
-        assert sweep.complete(config, workdir, data_dir=data_dir) == score
-        assert len(trained) == count
-        assert sweep.is_saved(workdir)
-        assert sweep.final_score(config, workdir) == score
-    # Of a trial the score is enough.
-    (workdir / "checkpoints" / "00000016").rename(workdir / "gone")
-    assert sweep.complete(config, workdir, data_dir=data_dir, trial=True) == score
-    assert len(trained) == 3
+    assert 0 < score < 1
+    # And then never again, whatever becomes of its checkpoints.
+    trained.clear()
+    (workdir / "checkpoints").rename(workdir / "gone")
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    assert sweep.complete(config, workdir, data_dir=data_dir) == score
+    assert trained == []
 
 
 def test_a_rate_that_diverges_is_a_result_and_is_not_tried_again(
@@ -185,16 +180,23 @@ def test_a_final_run_that_diverges_is_an_error(value, tmp_path, monkeypatch):
         sweep.complete(sweep.open_task(value).final, tmp_path)
 
 
-def test_another_recipes_run_is_no_result(value, tmp_path):
+@pytest.mark.parametrize("top1", [0.5, None])
+def test_another_recipes_run_is_no_result(top1, value, tmp_path):
+    """Nor is one that diverged with other fields, or was evaluated otherwise."""
     config = sweep.open_task(value).final
-    runs.claim(recipe.completed(config, 1500, 10), tmp_path / "run")
-    assert sweep.final_score(config, tmp_path / "run") is None
-    config.seed = 1
-    with pytest.raises(ValueError, match="another recipe:\n  seed: 0 there, 1 here"):
-        sweep.complete(config, tmp_path / "run")
-    config.seed, config.evals.seen.preprocess = 0, "timm"
-    with pytest.raises(ValueError, match="other evaluators"):
-        sweep.complete(config, tmp_path / "run")
+    assert sweep.finished(config, tmp_path) is None
+    said = {"config": runs.to_json(config), "top1": top1}
+    (tmp_path / "result.json").write_text(json.dumps(said))
+    score = sweep.finished(config, tmp_path)
+    assert score == 0.5 if top1 else math.isnan(score)
+    config.accumulate = 4  # which moves no result
+    assert sweep.finished(config, tmp_path) is not None
+    config.optim.clip_norm = 0.5
+    with pytest.raises(ValueError, match=r"clip_norm: 1\.0 there, 0\.5 here"):
+        sweep.complete(config, tmp_path)
+    config.optim.clip_norm, config.evals.seen.preprocess = 1.0, "timm"
+    with pytest.raises(ValueError, match=r"evals\.seen\.preprocess: vision_transf"):
+        sweep.complete(config, tmp_path)
 
 
 # --- Without training -----------------------------------------------------------------
@@ -209,10 +211,10 @@ def test_the_best_learning_rate_wins_and_of_equals_the_lowest():
         sweep.choose({0.01: math.nan, 0.03: math.nan})
 
 
-def result(dataset, words, *scores):
+def result(dataset, model, *scores):
     return sweep.Result(
         name=f"finetune-{dataset}",
-        words=words,
+        model=model,
         dataset=dataset,
         data=f"{dataset} test",
         preprocess="paper-resmall-crop",
@@ -247,29 +249,45 @@ def test_the_table_has_mean_and_deviation_over_seeds():
 
 def test_avg_5_is_the_mean_of_the_five_sets_of_one_model():
     five = [
-        result(name, "", score - 0.01, score + 0.01) for name, score in FIVE.items()
+        result(name, "b16", score - 0.01, score + 0.01) for name, score in FIVE.items()
     ]
-    assert sweep.average_5(five) == {"Avg 5": pytest.approx(0.918)}
+    b16, l16 = (f"{model}, paper-resmall-crop" for model in ("b16", "l16"))
+    assert sweep.average_5(five) == {f"Avg 5 of {b16}": pytest.approx(0.918)}
     assert sweep.average_5(five[1:]) == {}
-    # Another model's fifth set is another model's.
+    # Another model's fifth set is another model's, and so is another protocol's.
     large = [result(name, "l16", score) for name, score in FIVE.items()]
     assert sweep.average_5([*five[1:], large[0]]) == {}
+    other = dataclasses.replace(five[0], preprocess="paper-resize-crop")
+    assert sweep.average_5([*five[1:], other]) == {}
     both = sweep.average_5([*five, *large, result("vtab_svhn", "l16", 0.1)])
-    assert list(both) == ["Avg 5", "Avg 5 l16"]
+    assert list(both) == [f"Avg 5 of {b16}", f"Avg 5 of {l16}"]
     (*_, last) = sweep.rows(five, sweep.average_5(five))
-    assert last[:2] == ["Avg 5", "91.80 %"]
+    assert last[:2] == [f"Avg 5 of {b16}", "91.80 %"]
+
+
+def test_the_table_of_five_has_a_row_for_each_model_like_the_papers():
+    five = [result(name, "b16", score) for name, score in FIVE.items()]
+    large = [result("cifar10", "l16", 0.5), result("vtab_svhn", "l16", 0.1)]
+    assert sweep.table_of_five([*reversed(five), *large]) == [
+        [
+            *("b16, paper-resmall-crop", "80.00 %", "98.00 %", "90.00 %", "92.00 %"),
+            *("99.00 %", "91.80 %"),
+        ],
+        ["l16, paper-resmall-crop", "", "50.00 %", "", "", "", ""],
+    ]
 
 
 def test_what_is_written_is_what_came_out(tmp_path):
     five = [result(name, "", score, score) for name, score in FIVE.items()]
     sweep.write(tmp_path / "new", five, sweep.average_5(five))
     said = told(tmp_path / "new")
-    assert said["means"] == {"Avg 5": pytest.approx(0.918)}
+    assert [*said["means"].values()] == [pytest.approx(0.918)]
     assert [r["mean"] for r in said["results"]] == pytest.approx([*FIVE.values()])
     assert said["results"][0]["grid"] == {"0.01": 0.5, "0.03": 0.8}
     lines = (tmp_path / "new" / "sweep.md").read_text().splitlines()
-    assert len(lines) == 4 + 5 + 1
-    assert {line.count("|") for line in lines[2:]} == {len(sweep.COLUMNS) + 1}
+    assert len(lines) == (2 + 2 + 5 + 1) + (1 + 2 + 1)
+    assert {line.count("|") for line in lines[2:10]} == {len(sweep.COLUMNS) + 1}
+    assert lines[11].startswith("|  | ImageNet | CIFAR-10 |")
 
 
 def test_the_shipped_recipes_bring_their_grids():
@@ -316,6 +334,7 @@ def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
             "learing_rate",
         ),
         (["--config={toy}", "--config={toy}"], ValueError, "toy would share a folder"),
+        (["--config={toy}:select"], ValueError, "word select, which a sweep adds"),
         (
             ["--config={toy}", "--config.evals.seen.every_steps=0"],
             ValueError,

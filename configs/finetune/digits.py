@@ -35,6 +35,7 @@ def get_config(argument: str = ""):
     config.model.hidden_dim = 64
     config.model.tokens_mlp_dim = 4 * 32
     config.model.channels_mlp_dim = 256
+    config.mesh.data = 1
     config.model.scan = False
     config.model.remat = "none"
 

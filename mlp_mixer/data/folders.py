@@ -101,8 +101,9 @@ def find_images(path: str) -> list[str]:
 
     Args:
         path: a file of any name; a folder, for the images in it and below it; or a
-            glob ("photos/**/*.jpg"), for the images and folders that match. What is
-            hidden (".git", "._0.png") and folders behind links are passed by.
+            glob ("photos/**/*.jpg"), for the images and folders that match, each file
+            once. What is hidden (".git", "._0.png") is passed by, and in a folder
+            what lies in folders behind links.
 
     Raises:
         FileNotFoundError: nothing is there or matches.
@@ -115,10 +116,14 @@ def find_images(path: str) -> list[str]:
     elif matches := glob.glob(os.path.expanduser(path), recursive=True):
         files = {m for m in matches if _is_image(m) and not os.path.isdir(m)}
         inside = {f for m in matches if os.path.isdir(m) for f in _below(m)}
-        found = sorted(files | inside)
+        # Each file once: links may lead to it on many ways.
+        ways = {os.path.realpath(f): f for f in sorted(files | inside, reverse=True)}
+        found = sorted(ways.values())
     else:
-        kind = "match for" if glob.has_magic(path) else "file or folder"
-        raise FileNotFoundError(f"There is no {kind} {path}.")
+        kind, hint = "file or folder", ""
+        if glob.has_magic(path):
+            kind, hint = "match for", " (a name with a bracket is written [[])"
+        raise FileNotFoundError(f"There is no {kind} {path}{hint}.")
     if not found:
         raise ValueError(
             f"There is no image in {path}; images end in {', '.join(IMAGE_SUFFIXES)}."

@@ -11,9 +11,11 @@ safetensors (our names or timm's), or a torch state dict with timm's names.
 from mlp_mixer.pretrained.fitting import HEADS, create_model, initial, merge
 from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
 from mlp_mixer.pretrained.weights import (
+    TORCH_SUFFIXES,
     Params,
     Weights,
     cast,
+    check,
     load,
     not_finite,
     read,
@@ -23,9 +25,11 @@ from mlp_mixer.pretrained.weights import (
 
 __all__ = [
     "HEADS",
+    "TORCH_SUFFIXES",
     "Params",
     "Weights",
     "cast",
+    "check",
     "create_model",
     "geometry",
     "initial",

@@ -4,9 +4,11 @@ import logging
 import os
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.fingerprints import fingerprint, leaves, nested
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
 from mlp_mixer.pretrained.tree import Params
@@ -110,7 +112,21 @@ def initial(
             *(source, weights.gelu, model.gelu, weights.gelu),
         )
     params = _at(weights, model, image_size, how=resize_by)
+    _check_equal_everywhere(params, source)
     return merge(params, target, head=head)
+
+
+def _check_equal_everywhere(params: Params, source: object) -> None:
+    """Every process reads for itself, perhaps from its own disk."""
+    if jax.process_count() == 1:
+        return
+    mine = np.array([*fingerprint(params).values()], np.uint32)
+    everybodys = multihost_utils.process_allgather(mine)
+    if (everybodys != everybodys[0]).any():
+        raise ValueError(
+            f"The processes read different weights at {source}; name a file on a "
+            "shared disk, or a run that is finished."
+        )
 
 
 def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> Params:
@@ -121,6 +137,9 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
     new_grid = (image_size[0] // ph, image_size[1] // pw)
     if weights.image_size is None:
         if tree.tokens(weights.params) == new_grid[0] * new_grid[1]:
+            logger.warning(
+                "The weights do not say their grid; it is taken to be %dx%d.", *new_grid
+            )
             return weights.params
         raise ValueError(
             f"The weights ({weights.said}) have {tree.tokens(weights.params)} "
@@ -132,8 +151,14 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
     params = resize.resized(
         weights.params, old_grid=old_grid, new_grid=new_grid, how=how
     )
-    wide = tree.geometry(params)["tokens_mlp_dim"]
-    if new_grid != old_grid and wide != model.tokens_mlp_dim:
+    fields = tree.geometry(params)
+    wide = fields["tokens_mlp_dim"]
+    same = ("num_blocks", "hidden_dim", "channels_mlp_dim")
+    if (
+        new_grid != old_grid
+        and wide != model.tokens_mlp_dim
+        and all(fields[field] == getattr(model, field) for field in same)
+    ):
         raise ValueError(
             f"To {how} the weights from {old_grid[0]}x{old_grid[1]} to "
             f"{new_grid[0]}x{new_grid[1]} patches gives token mixing {wide} hidden "
@@ -144,8 +169,11 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
 
 
 def _said(params: Any) -> str:
-    """ "mixer_b16, 1000 classes": what a person would call a tree of this geometry."""
-    fields = tree.geometry(params)
+    """What a person would call them, e.g. mixer_b16, 196 tokens, 1000 classes."""
+    try:
+        fields = tree.geometry(params)
+    except ValueError:
+        return "no whole MLP-Mixer"
     name = tree.variant(fields)
     if name is None:
         name = (

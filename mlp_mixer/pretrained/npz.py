@@ -33,10 +33,13 @@ def read(path: str | os.PathLike[str]) -> Flat:
     with open(path, "rb") as file:
         try:
             archive = zipfile.ZipFile(file)
-            for member in archive.namelist():
+            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            prefix = _prefix(members)
+            for name, member in members.items():
+                if name.startswith("opt/") and not name.startswith(prefix or "/"):
+                    continue  # of the optimiser
                 # Compared with its CRC-32, which np.load does only at the very end.
                 data = io.BytesIO(archive.read(member))
-                name = member.removesuffix(".npy")
                 arrays[name] = np.lib.format.read_array(data, allow_pickle=False)
         except (
             zipfile.BadZipFile,
@@ -72,8 +75,7 @@ def _typed(array: np.ndarray) -> np.ndarray:
 def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
     """{name in our tree: array} of either layout, with or without prefix."""
     prefix = _prefix(arrays)
-    names = [name for name in arrays if name.startswith(prefix)]
-    inner = {name.removeprefix(prefix): arrays[name] for name in names}
+    inner = {name.removeprefix(prefix): x for name, x in arrays.items()}
     if not any(re.match("(Mixer|embedding)/", name) for name in inner):
         return inner
     norms = _norms(inner)
@@ -87,11 +89,10 @@ def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What a whole checkpoint's parameters start with; their optimiser is left out."""
-    for prefix in PREFIXES:
-        if any(name.startswith(prefix) for name in names):
-            return prefix
-    return ""
+    """What the parameters of a whole checkpoint start with."""
+    stems = tuple(f"{p}{stem}/" for p in PREFIXES for stem in ("stem", "embedding"))
+    found = [name for name in names if name.startswith(stems)]
+    return next((p for p in PREFIXES if found and found[0].startswith(p)), "")
 
 
 def _norms(names: Iterable[str]) -> dict[str, int]:

@@ -46,8 +46,11 @@ def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
 
     Names that timm's Mixer does not have (ResMLP's, gMLP's) stay as they are, for the
     caller to refuse.
+
+    Raises:
+      ValueError: two arrays claim one name.
     """
-    flat = {}
+    flat: Flat = {}
     for name, array in arrays.items():
         bare = re.sub(WRAPPERS, "", name)
         module, _, kind = bare.rpartition(".")
@@ -59,6 +62,8 @@ def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
             continue
         leaf = kind if kind == "bias" else "scale" if array.ndim == 1 else "kernel"
         place = home.format(number[1]) if number else home
+        if f"{place}/{leaf}" in flat:
+            raise ValueError(f"There are two arrays for {bare}, the second is {name}.")
         flat[f"{place}/{leaf}"] = array.transpose(AXES[array.ndim])
     return flat
 
@@ -79,7 +84,7 @@ def theirs(params: Mapping[str, np.ndarray]) -> Flat:
 
 
 def read_torch(path: str | os.PathLike[str]) -> Flat:
-    """{name: array} of a torch state dict, bare or inside a training checkpoint.
+    """{name: array} of a torch state dict, bare or beside plain values.
 
     Raises:
       ModuleNotFoundError: torch is not installed.

@@ -88,9 +88,19 @@ def problems(shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def geometry(params: Params) -> dict[str, Any]:
-    """The fields of `models.mixer.MlpMixer` that follow from the shapes of a tree."""
+    """The fields of `models.mixer.MlpMixer` that follow from the shapes of a tree.
+
+    Raises:
+      ValueError: a size stands in none of its arrays.
+    """
     shapes = _shapes(params)
     found = sizes(shapes)
+    if not {"ph", "pw", "c", "ds", "dc"} <= found.keys():
+        raise ValueError(
+            "These are not the parameters of an MLP-Mixer; expected a tree with stem, "
+            f"MixerBlock_0, …, got {', '.join(params) or 'nothing'}. Try "
+            "variables['params'] instead of variables."
+        )
     return {
         "patch_size": (found["ph"], found["pw"]),
         "num_blocks": _num_blocks(shapes),

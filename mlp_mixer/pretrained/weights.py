@@ -11,17 +11,21 @@ import logging
 import os
 import pathlib
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from mlp_mixer import atomic, checkpoint
 from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.models.layers import GELUS
+from mlp_mixer.models.mixer import check_divisible
 from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.tree import Params
 
 logger = logging.getLogger(__name__)
 
+NAMES = ("ours", "timm")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -78,12 +82,19 @@ def read(
         MLP-Mixer: an array is missing or unexpected, or shapes contradict each other.
     """
     name = os.fspath(source)
+    if not name or name.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{name!r} are no weights; expected a run's folder, a file, or a published "
+            f"name: {', '.join(published.PUBLISHED)}."
+        )
     path = epath.Path(name).expanduser()
     if path.is_dir():
         flat, weights = _read_run(path, step)
     elif step is not None:
         raise ValueError(f"{name} is no run's folder: it has no step {step}.")
     elif path.exists():
+        if "://" in name:
+            raise ValueError(f"{name} is a file elsewhere; copy it here first.")
         flat, weights = _read_file(pathlib.Path(path))
     elif name in published.PUBLISHED:
         flat, weights = _read_file(published.fetch(name))
@@ -95,7 +106,13 @@ def read(
             f"There are no weights {name}: no run's folder, no file, and not one of "
             f"the published names {', '.join(near)}."
         )
-    if wrong := tree.problems({k: x.shape for k, x in flat.items()}):
+    wrong = tree.problems({k: x.shape for k, x in flat.items()})
+    wrong += [
+        f"dtype: {k} is {x.dtype}, expected floats"
+        for k, x in flat.items()
+        if not jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if wrong:
         raise ValueError(
             f"{name} does not hold the parameters of one MLP-Mixer:\n  "
             + "\n  ".join(wrong)
@@ -106,7 +123,37 @@ def read(
     for array, count in not_finite(params).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
     size = weights.image_size or tree.square_image(params)
-    return dataclasses.replace(weights, params=params, image_size=size)
+    weights = dataclasses.replace(weights, params=params, image_size=size)
+    if size is not None:
+        check(weights)
+    return weights
+
+
+def check(weights: Weights) -> tuple[int, int]:
+    """Returns the image size, if all that a model needs to know is there and fits.
+
+    Raises:
+      ValueError: the image size is not known or makes other tokens than the parameters
+        are for; or there is no such GELU.
+    """
+    if weights.gelu not in GELUS:
+        raise ValueError(f"gelu {weights.gelu!r} is unknown; try {', '.join(GELUS)}.")
+    count = tree.tokens(weights.params)
+    if weights.image_size is None:
+        raise ValueError(
+            f"The weights ({weights.said}) are for {count} tokens, which make no "
+            "square, and do not say their image size; `python -m mlp_mixer.convert "
+            "SOURCE NEW.safetensors --image_size=HEIGHT,WIDTH` writes some that do."
+        )
+    (h, w), (ph, pw) = weights.image_size, tree.geometry(weights.params)["patch_size"]
+    check_divisible((h, w), (ph, pw))
+    if (h // ph) * (w // pw) != count:
+        raise ValueError(
+            f"A {h}x{w} image makes {h // ph * (w // pw)} tokens of {ph}x{pw} pixels, "
+            f"but the weights ({weights.said}) are for {count}; give the image size "
+            "that they were trained at."
+        )
+    return h, w
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -133,10 +180,10 @@ Flat = dict[str, np.ndarray]
 
 
 def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
-    if not (folder / "config.json").exists():
+    if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
         raise FileNotFoundError(
-            f"{folder} holds no run (no config.json). Name a folder that "
-            "`python -m mlp_mixer.train` has written, e.g. runs/digits."
+            f"{folder} holds no run (no config.json and checkpoints). Name a folder "
+            "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
     config = json.loads((folder / "config.json").read_text())
     names = json.loads((folder / "class_names.json").read_text())
@@ -167,12 +214,12 @@ def _read_file(path: pathlib.Path) -> tuple[Flat, Weights]:
             f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
     try:
-        fields = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: wrong bits in its metadata.") from error
-    for field in ("image_size", "class_names"):
-        if field in fields:
+        said = dict(json.loads(metadata.get(METADATA, "{}")))
+        fields = {field: said[field] for field in KNOWN if field in said}
+        for field in {"image_size", "class_names"} & fields.keys():
             fields[field] = tuple(fields[field])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
     if not timm.is_timm(arrays):
         return arrays, Weights({}, f"{suffix[1:]} file", **fields)
     fields = {"gelu": "exact", **fields}
@@ -181,8 +228,9 @@ def _read_file(path: pathlib.Path) -> tuple[Flat, Weights]:
 
 # --- Writing --------------------------------------------------------------------------
 
-# Of a safetensors file: JSON of the fields of `Weights` that are known.
+# Of a safetensors file: JSON of these fields of `Weights`, as far as they are known.
 METADATA = "mlp_mixer"
+KNOWN = ("gelu", "image_size", "class_names", "preprocess")
 
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
@@ -201,10 +249,12 @@ def write_safetensors(
       path: of the file.
       names: "ours", those of the official tree, or "timm".
     """
+    if names not in NAMES:
+        raise ValueError(f"names {names!r} are unknown; try {', '.join(NAMES)}.")
     flat = dict(leaves(weights.params))
     known = {
         field: value
-        for field in ("gelu", "image_size", "class_names", "preprocess")
+        for field in KNOWN
         if (value := getattr(weights, field)) is not None
     }
     flat = timm.theirs(flat) if names == "timm" else flat

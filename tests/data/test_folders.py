@@ -98,6 +98,14 @@ def test_images_are_found_by_file_folder_and_glob(tmp_path, monkeypatch):
         find("photos/*.txt")
 
 
+def test_a_glob_finds_a_file_once_however_many_links_lead_there(tmp_path):
+    write_images(tmp_path / "photos", {"a": 1})
+    (tmp_path / "photos" / "loop").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "b").symlink_to(tmp_path / "photos" / "a")
+    for path in ("", "/*", "/**", "/**/*.png"):
+        assert len(folders.find_images(f"{tmp_path}/photos{path}")) == 1, path
+
+
 def test_files_without_labels_are_a_source(tmp_path):
     write_images(tmp_path, {"a": 2})
     paths = folders.find_images(str(tmp_path))

@@ -109,6 +109,16 @@ def test_every_name_that_does_not_fit_is_listed(make_params):
     )
 
 
+def test_what_is_no_tree_of_parameters_is_said(make_params):
+    params = make_params()
+    for wrong in ({}, {"params": params}, {"head": params["head"]}):
+        with pytest.raises(ValueError, match=r"got .*variables\['params'\] instead"):
+            pretrained.create_model(wrong)
+        said = r"\(no whole MLP-Mixer\) do not fit[^$]*missing: stem/kernel"
+        with pytest.raises(ValueError, match=said):
+            pretrained.merge(wrong, shapes_of(params))
+
+
 def test_another_variant_is_named():
     def shapes(name):
         model = models.create(name, num_classes=1000)
@@ -168,11 +178,12 @@ def test_growing_says_which_width_it_needs(saved, make_params):
         start(saved, make_params, (32, 32))
 
 
-def test_an_unknown_grid_is_asked_for(weights, make_params, tmp_path):
+def test_an_unknown_grid_is_asked_for(weights, make_params, tmp_path, caplog):
     params = make_params(image_size=(8, 12))
     unknown = dataclasses.replace(weights, params=params, image_size=None)
     pretrained.write_npz(unknown, tmp_path / "w.npz")
     assert_equal(start(tmp_path / "w.npz", make_params, (12, 8)), params)  # 6 tokens
+    assert "do not say their grid; it is taken to be 3x2" in caplog.text
     with pytest.raises(ValueError, match="6 tokens, which make no square"):
         start(tmp_path / "w.npz", make_params, (16, 24), tokens_mlp_dim=16)
 
@@ -216,6 +227,21 @@ def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
     assert_equal(params, weights.params)
 
 
+def test_a_run_of_weights_may_be_of_bfloat16_and_without_a_head(make_params, tmp_path):
+    params = pretrained.cast(make_params(num_classes=None), "bfloat16")
+    runs.write(
+        pretrained.Weights(params, "made", image_size=(16, 16)), tmp_path / "run"
+    )
+    run = runs.open_run(tmp_path / "run")
+    assert run.class_names == []
+    assert_equal(jax.device_get(run.params), pretrained.cast(params, "float32"))
+    with pytest.raises(FileExistsError):
+        runs.write(
+            pretrained.Weights(params, "made", image_size=(16, 16)),
+            tmp_path / "run" / "config.json",
+        )
+
+
 def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
     make_params, tmp_path
 ):
@@ -226,3 +252,7 @@ def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
     assert config.dataset.name == "imagenet2012"
     assert {"minival", "val", "real", "v2", "fewshot"} == set(config.evals)
     assert {e.preprocess for e in config.evals.values()} == {"timm"}
+    # Evaluation names them as prediction does.
+    names = runs.open_run(tmp_path / "run").class_names
+    assert tuple(names) == runs.open_model(tmp_path / "run").class_names
+    assert names[0] == "tench, Tinca tinca"

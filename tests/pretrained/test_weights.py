@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import struct
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -351,6 +352,67 @@ def test_another_architecture_is_refused_by_name(weights, tmp_path):
         pretrained.read(tmp_path / "nothing.npz")
 
 
+def test_what_else_lies_beside_prefixed_parameters(make_params, tmp_path):
+    """An optimiser is left out unread; anything else is unexpected."""
+    params = make_params()
+    arrays = {f"params/{name}": x for name, x in leaves(params)}
+    optimiser = {"opt/state/who": np.array([{}], object), "opt/target/x": np.zeros(3)}
+    np.savez(tmp_path / "w.npz", **arrays, **optimiser)
+    assert_bitwise(pretrained.load(tmp_path / "w.npz"), params)
+    np.savez(tmp_path / "w.npz", **arrays, **{"MixerBlock_0/extra": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"unexpected: MixerBlock_0/extra \(3,\)"):
+        pretrained.load(tmp_path / "w.npz")
+
+
+def test_only_floats_are_parameters(weights, tmp_path):
+    for wrong in (np.zeros(8, np.int8), np.array(["a"] * 8), np.zeros(8, complex)):
+        flat = dict(leaves(weights.params)) | {"stem/bias": wrong}
+        np.savez(tmp_path / "w.npz", **flat)
+        said = rf"dtype: stem/bias is {wrong.dtype}, expected floats"
+        with pytest.raises(ValueError, match=said):
+            pretrained.read(tmp_path / "w.npz")
+
+
+def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
+    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays["model.stem.proj.bias"] = np.zeros(8, np.float32)
+    whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
+    safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
+    with pytest.raises(
+        ValueError, match=r"two arrays for stem\.proj\.bias, the second"
+    ):
+        pretrained.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ('{"image_size": [16, 20]}', "16x20 image makes 20 tokens .* are for 16"),
+        ('{"image_size": null}', "metadata that is not ours"),
+        ('["tanh"]', "metadata that is not ours"),
+        ('{"gelu": "relu"}', "gelu 'relu' is unknown; try tanh, exact"),
+    ],
+)
+def test_metadata_that_cannot_be_is_refused(known, said, weights, tmp_path):
+    flat, path = dict(leaves(weights.params)), tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(flat, path, metadata={"mlp_mixer": known})
+    with pytest.raises(ValueError, match=said):
+        pretrained.read(path)
+    # A field of a later version is passed by.
+    later = {"mlp_mixer": '{"gelu": "exact", "depth": 3}'}
+    safetensors.numpy.save_file(flat, path, metadata=later)
+    assert pretrained.read(path).gelu == "exact"
+
+
+def test_a_torch_file_without_torch_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "w.pth").touch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        ModuleNotFoundError, match="torch is not installed: pip install"
+    ):
+        pretrained.read(tmp_path / "w.pth")
+
+
 def test_pickles_in_an_npz_are_refused(tmp_path):
     np.savez(tmp_path / "w.npz", a=np.array([{}], object))
     with pytest.raises(ValueError, match="is not a whole npz file"):
@@ -373,13 +435,17 @@ def test_values_that_are_not_finite_are_reported(weights, tmp_path, caplog):
         ("nowhere", FileNotFoundError, "There are no weights"),
         ("folder", FileNotFoundError, "holds no run"),
         ("notes.txt", ValueError, r"ends in '\.txt'; weights are read from"),
+        ("", ValueError, "'' are no weights; expected a run's folder"),
+        ("https://x.org/w.npz", ValueError, "or a published name: imagenet1k/Mixer"),
     ],
 )
 def test_a_source_that_is_none_teaches(source, error, said, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "folder" / "config.json").write_text("{}")  # of another library
+    somewhere = source if not source or ":" in source else tmp_path / source
     with pytest.raises(error, match=said):
-        pretrained.read(tmp_path / source)
+        pretrained.read(somewhere)
 
 
 def test_only_a_run_has_steps_and_only_some_dtypes_exist(weights, tmp_path):
