@@ -17,6 +17,7 @@ def stopping_at_100(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_first_steps_of_the_digits_are_the_recorded_ones(
     root, tmp_path, data_dir, stopping_at_100
 ):

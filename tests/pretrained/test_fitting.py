@@ -199,20 +199,25 @@ def test_another_gelu_is_said(saved, make_params, caplog):
 # --- A run of weights, and from weights -----------------------------------------------
 
 
-def test_training_starts_from_the_weights_and_resumes_without_them(tiny, tmp_path):
-    """The checkpoint before any update is not written: a rate of zero shows it."""
-    first = train.train(tiny, tmp_path / "first")
-    tiny.init_from = str(tmp_path / "first")
+def test_training_starts_from_the_weights_and_resumes_without_them(
+    tiny, make_params, tmp_path
+):
+    """The state before any update is not kept: a learning rate of zero shows it."""
+    params = make_params(
+        num_classes=8, hidden_dim=32, tokens_mlp_dim=16, channels_mlp_dim=128
+    )
+    file = tmp_path / "w.npz"
+    pretrained.write_npz(pretrained.Weights(params, "made"), file)
+    tiny.init_from = str(file)
+    tiny.total_steps = 4
     tiny.optim.learning_rate = tiny.optim.end_learning_rate = 0.0
-    second = train.train(tiny, tmp_path / "second")
-    assert_equal(jax.device_get(second.params), jax.device_get(first.params))
-    again = pretrained.read(tmp_path / "second")
-    assert_equal(again.params, jax.device_get(first.params))
+    assert_equal(jax.device_get(train.train(tiny, tmp_path / "run").params), params)
+    assert_equal(pretrained.load(tmp_path / "run"), params)
     # What it began with is not needed any more.
-    (tmp_path / "first").rename(tmp_path / "gone")
-    assert int(train.train(tiny, tmp_path / "second").step) == 12
+    file.unlink()
+    assert int(train.train(tiny, tmp_path / "run").step) == 4
     with pytest.raises(FileNotFoundError, match="There are no weights"):
-        train.train(tiny, tmp_path / "third")
+        train.train(tiny, tmp_path / "another")
 
 
 def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
