@@ -23,9 +23,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves, nested
+from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
 from mlp_mixer.signals import StopFlag
 
 PyTree = Any
@@ -364,9 +365,8 @@ def _read(
     saved, prints = (_below(subtree, meta[k]) for k in ("arrays", "fingerprints"))
     on_host = target is None
     if on_host:
-        target = nested(
-            {name: jax.ShapeDtypeStruct(*array) for name, array in saved.items()}
-        )
+        shapes = {name: jax.ShapeDtypeStruct(*array) for name, array in saved.items()}
+        target = unflatten_dict(shapes, sep="/")
     if different := differences(saved, describe(target)):
         raise ValueError(
             f"Checkpoint {step} in {manager.directory} holds another model or "

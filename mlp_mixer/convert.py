@@ -194,7 +194,7 @@ def _round_trip(
 
     pairs = zip(outputs(before), outputs(after), strict=True)
     moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
-    zero = not np.any(np.asarray(before.params.get("head", {}).get("kernel", 0)))
+    zero = "head" not in before.params or not before.params["head"]["kernel"].any()
     said = f"{moved[0]:.1e}" + (" (there is no head, or it is zero)" if zero else "")
     return {"max |Δlogit|": said, "max |Δpre_logits|": f"{moved[1]:.1e}"}
 

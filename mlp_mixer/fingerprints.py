@@ -3,7 +3,6 @@
 All of it is independent of how the arrays are cut over devices.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,18 +19,6 @@ def leaves(tree: PyTree) -> list[tuple[str, Any]]:
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-
-
-def nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree whose `leaves` these are: {"a/b": x} → {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        branch = tree
-        for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch[last] = leaf
-    return tree
 
 
 def describe(tree: PyTree) -> Arrays:

@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import export, models, pretrained
-from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.fingerprints import leaves
 
 # A grid of 2 x 3 patches of 4 x 8 pixels, and no two sizes alike: nothing can be
 # transposed unnoticed.
@@ -40,7 +41,8 @@ def random_weights(model, image_size, **fields):
         centre = 1.0 if name.endswith("scale") else 0.0
         return rng.normal(centre, spread, shape).astype(np.float32)
 
-    params = nested({name: draw(name, x.shape) for name, x in leaves(shapes)})
+    drawn = {name: draw(name, x.shape) for name, x in leaves(shapes)}
+    params = unflatten_dict(drawn, sep="/")
     known = {"gelu": model.gelu, "image_size": image_size, "said": "random"} | fields
     return pretrained.Weights(params, **known)
 

@@ -8,7 +8,7 @@ A source is a run's folder, a published name, or a file: npz (both published lay
 safetensors (our names or timm's), or a torch state dict with timm's names.
 """
 
-from mlp_mixer.pretrained.fitting import HEADS, create_model, initial, merge
+from mlp_mixer.pretrained.fitting import create_model, initial, merge
 from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
 from mlp_mixer.pretrained.weights import (
     TORCH_SUFFIXES,
@@ -24,7 +24,6 @@ from mlp_mixer.pretrained.weights import (
 )
 
 __all__ = [
-    "HEADS",
     "TORCH_SUFFIXES",
     "Params",
     "Weights",

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from mlp_mixer.fingerprints import fingerprint, leaves, nested
+from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
 from mlp_mixer.pretrained.tree import Params
@@ -75,7 +76,7 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
             f"The weights ({_said(params)}) do not fit the model ({_said(target)}):"
             "\n  " + "\n  ".join(wrong)
         )
-    return nested({name: given[name] for name in wanted})
+    return unflatten_dict({name: given[name] for name in wanted}, sep="/")
 
 
 def initial(

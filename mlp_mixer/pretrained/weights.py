@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import atomic, checkpoint
-from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.layers import GELUS
 from mlp_mixer.models.mixer import check_divisible
 from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
@@ -117,7 +118,7 @@ def read(
             f"{name} does not hold the parameters of one MLP-Mixer:\n  "
             + "\n  ".join(wrong)
         )
-    params = nested(flat)
+    params = unflatten_dict(flat, sep="/")
     if dtype is not None:
         params = cast(params, dtype)
     for array, count in not_finite(params).items():
@@ -164,7 +165,8 @@ def cast(params: Params, dtype: str) -> Params:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; try {', '.join(DTYPES)}.")
-    return nested({k: np.asarray(x, DTYPES[dtype]) for k, x in leaves(params)})
+    flat = {k: np.asarray(x, DTYPES[dtype]) for k, x in leaves(params)}
+    return unflatten_dict(flat, sep="/")
 
 
 def not_finite(params: Params) -> dict[str, int]:

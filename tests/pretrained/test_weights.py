@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import models, pretrained, runs, train
-from mlp_mixer.fingerprints import leaves, nested
+from mlp_mixer.fingerprints import leaves
 from mlp_mixer.pretrained import timm, tree
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -70,7 +71,7 @@ def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes
     assert {k: x.shape for k, x in back.items()} == {
         k: x.shape for k, x in flat.items()
     }
-    params = nested(back)
+    params = unflatten_dict(back, sep="/")
     assert not tree.problems({k: x.shape for k, x in back.items()})
     fields = pretrained.geometry(params)
     assert all(getattr(model, field) == value for field, value in fields.items())
