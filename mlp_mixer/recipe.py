@@ -87,8 +87,9 @@ def base() -> ConfigDict:
     config.model.rescale_stochastic_depth = False
     config.model.head_bias = 0.0  # initial value
     config.model.dtype = "float32"  # of activations and products, or "bfloat16"
-    config.model.scan = True
-    config.model.remat = "pre_gelu"  # or "none", "full"
+    # How training computes it, which moves no result; None: sharding.formulation.
+    config.model.scan = config_dict.placeholder(bool)
+    config.model.remat = config_dict.placeholder(str)  # "none", "pre_gelu", "full"
 
     # optim.create
     config.optim = ConfigDict()
@@ -346,6 +347,8 @@ def pretraining(
         config.epochs = 60.0
     if "gpu8" in given:
         config.accumulate = gpu8
+        # Less memory than a GPU's fastest formulation.
+        config.model.scan, config.model.remat = True, "pre_gelu"
         config.input.workers = 32  # half the cores of a usual host of 8 GPUs
     return config
 

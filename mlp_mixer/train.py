@@ -60,7 +60,7 @@ def train(
     model = models.create(
         **config.model,
         num_classes=config.dataset.num_classes,
-        flat=sharding.is_one_cpu(mesh),
+        formulation=sharding.formulation(mesh),
     )
     total_steps = recipe.total_steps(config)
     tx, schedule = optim.create(**config.optim, total_steps=total_steps)

@@ -74,7 +74,7 @@ def job_of(args: argparse.Namespace) -> Job:
         job = Job(fields, optimiser, config.loss, config.mixup)
     else:
         fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
-        job = Job(fields | {"scan": True, "remat": "pre_gelu"}, dict(OPTIM))
+        job = Job(fields, dict(OPTIM))
     given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
     if args.image_size:
         given["image_size"] = (args.image_size, args.image_size)
@@ -140,7 +140,9 @@ class Bench:
 
     def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
         self.mesh = sharding.make_mesh(devices)
-        ours: Any = models.create(**job.model, flat=sharding.is_one_cpu(self.mesh))
+        ours: Any = models.create(
+            **job.model, formulation=sharding.formulation(self.mesh)
+        )
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])
@@ -398,8 +400,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--seconds", type=float, default=1.0, help="at least, per timing")
     flag("--dtype", choices=("float32", "bfloat16"), help="of products")
     flag("--image_size", type=int, help="side in pixels")
-    flag("--scan", action=switch, help="train with one scanned block (default)")
-    flag("--remat", choices=REMAT_POLICIES, help="in training; default: pre_gelu")
+    flag("--scan", action=switch, help="one scanned block; default: not on GPUs")
+    flag("--remat", choices=REMAT_POLICIES, help="default: pre_gelu; on GPU none")
     flag("--override", action="append", default=[], metavar="KEY=VALUE", help="a field")
     flag("--peer", action=switch, default=True, help="the literal model too")
     flag("--only", choices=KINDS, help="half of it")
