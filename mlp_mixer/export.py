@@ -285,7 +285,8 @@ def _require(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"Export needs {' and '.join(missing)}; pip install 'mlp-mixer[export]'."
+            f"Export needs {' and '.join(missing)}; "
+            "pip install '.[export]' in the clone."
         )
 
 

@@ -34,7 +34,7 @@ from mlp_mixer.data import image_ops, pipeline, randaugment
 STAGES = ("decode", "crop and resize", "flip", "RandAugment")
 # The last is big_vision's run of B/16, a whole TPU v3-128.
 RATES = (1_000.0, 3_000.0, 10_000.0, 48_400.0)
-HINT = "no tf.data here: pip install 'mlp-mixer[prepare]' brings TensorFlow"
+HINT = "no tf.data here: pip install '.[prepare]' brings TensorFlow"
 
 
 @dataclasses.dataclass
