@@ -6,7 +6,11 @@ allowed in them, and bytes that are no text too (Python's lone surrogates).
 
 import codecs
 import io
+import itertools
+import os
 import re
+import unicodedata
+from typing import IO
 
 # Controls, line separators, marks that turn the direction of what follows them, and
 # lone surrogates, which no encoding can write.
@@ -34,6 +38,36 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def width(text: str) -> int:
+    """How many columns of a terminal the text takes: two for each ideogram."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
+
+
+def shortened(text: str, room: int, end: int = 0) -> str:
+    """The text on one line, at most `room` columns wide.
+
+        >>> shortened("a long name", 7), shortened("a long name", 7, end=2)
+        ('a long…', 'a lo…me')
+
+    Args:
+      text: see `printable`.
+      room: in columns of a terminal.
+      end: how many of them show the end of a text that is longer.
+    """
+    text = printable(text)
+    if width(text) <= room:
+        return text
+    return f"{_beginning(text, room - end - 1)}…{_beginning(text[::-1], end)[::-1]}"
+
+
+def _beginning(text: str, room: int) -> str:
+    widths = itertools.accumulate(map(width, text))
+    return text[: sum(so_far <= room for so_far in widths)]
+
+
 def markdown(text: str) -> str:
     r"""The text as a cell of a Markdown table shows it: nothing in it is markup.
 
@@ -52,6 +86,30 @@ def accept_any_text(*streams: object) -> None:
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_STAND_IN)
+
+
+def write_result(stream: IO[str] | None, said: str) -> None:
+    """Writes to stdout at once; if that fails, nothing fails again at the exit.
+
+    Args:
+      stream: `sys.stdout` (None if it is closed).
+      said: whole lines.
+
+    Raises:
+      BrokenPipeError: the reader has gone.
+      OSError: it cannot be written, e.g. its disk is full.
+    """
+    if stream is None:
+        return
+    try:
+        stream.write(said)
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would try once more to write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise OSError(f"stdout cannot be written: {error.strerror}.") from error
 
 
 def _escaped(character: str) -> str:
