@@ -323,7 +323,5 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*map(text.printable, row))
-    console = rich.console.Console(markup=False, emoji=False)
-    with console.capture() as printed:
-        console.print(drawn)
-    text.write_result(sys.stdout, printed.get())
+    with text.flushed(sys.stdout):
+        rich.console.Console(markup=False, emoji=False).print(drawn)

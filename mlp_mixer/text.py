@@ -5,11 +5,13 @@ allowed in them, and bytes that are no text too (Python's lone surrogates).
 """
 
 import codecs
+import contextlib
 import io
 import itertools
 import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from typing import IO
 
 # Controls, line separators, marks that turn the direction of what follows them, and
@@ -88,27 +90,27 @@ def accept_any_text(*streams: object) -> None:
             stream.reconfigure(errors=_STAND_IN)
 
 
-def write_result(stream: IO[str] | None, said: str) -> None:
-    """Writes to stdout at once; if that fails, nothing fails again at the exit.
+@contextlib.contextmanager
+def flushed(stdout: IO[str] | None) -> Iterator[None]:
+    """Sends on what is written to stdout meanwhile; a failure is one, not two.
 
     Args:
-      stream: `sys.stdout` (None if it is closed).
-      said: whole lines.
+      stdout: `sys.stdout`; None if it is closed.
 
     Raises:
       BrokenPipeError: the reader has gone.
       OSError: it cannot be written, e.g. its disk is full.
     """
-    if stream is None:
-        return
     try:
-        stream.write(said)
-        stream.flush()
+        yield
+        if stdout:
+            stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        # Python would try once more to write what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        # At the exit Python would try once more to write what is left.
+        if stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         raise OSError(f"stdout cannot be written: {error.strerror}.") from error
 
 

@@ -1,17 +1,21 @@
 """Pictures for people who would rather look: a run, and predictions, at a glance."""
 
 import io
+import logging
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+# Where it may not keep its fonts it says so twice, and that only here.
+logging.getLogger("matplotlib").addFilter(lambda record: "mkdir" not in record.msg)
 
-from mlp_mixer.text import printable, shortened
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+
+from mlp_mixer.text import printable, shortened  # noqa: E402
 
 # More classes make a confusion matrix that nobody can read.
 MAX_CONFUSION_CLASSES = 40
