@@ -12,13 +12,15 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import IO
+from typing import Any
 
 # Controls, line separators, marks that turn the direction of what follows them, and
 # lone surrogates, which no encoding can write.
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+# Of these, those that do not stand for a byte.
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 # What this project writes itself, for an encoding that lacks it.
 _PLAIN = {"×": "x", "→": "->", "…": "~", "−": "-", "│": "|", "─": "-"}
 # In GitHub's Markdown; an underscore only where it could begin or end emphasis.
@@ -42,6 +44,8 @@ def printable(text: str, keep: str = "") -> str:
 
 def width(text: str) -> int:
     """How many columns of a terminal the text takes: two for each ideogram."""
+    if text.isascii():
+        return len(text)
     return sum(
         0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text
@@ -63,6 +67,20 @@ def shortened(text: str, room: int, end: int = 0) -> str:
     if width(text) <= room:
         return text
     return f"{_beginning(text, room - end - 1)}…{_beginning(text[::-1], end)[::-1]}"
+
+
+def padded(text: str, room: int) -> str:
+    """The text with blanks up to `room` columns."""
+    return text + " " * (room - width(text))
+
+
+def encodable(text: str) -> str:
+    r"""The text with what even `errors="surrogateescape"` cannot encode escaped.
+
+    Bytes that are no text stay those bytes; halves of pairs of surrogates, which JSON
+    can hold, are written like \ud83d.
+    """
+    return _HALVES.sub(lambda match: _escaped(match[0]), text)
 
 
 def _beginning(text: str, room: int) -> str:
@@ -91,7 +109,7 @@ def accept_any_text(*streams: object) -> None:
 
 
 @contextlib.contextmanager
-def flushed(stdout: IO[str] | None) -> Iterator[None]:
+def flushed(stdout: Any) -> Iterator[None]:
     """Sends on what is written to stdout meanwhile; a failure is one, not two.
 
     Args:
