@@ -216,7 +216,7 @@ def run(
 
     Raises:
       FileNotFoundError: as in `predict`.
-      OSError: stdout cannot be written; files are, of what was read until then.
+      OSError: stdout cannot be written.
       RuntimeError: the sheet cannot be drawn; all else is written.
       ValueError: as in `predict`; or no image at all could be read.
     """
