@@ -21,26 +21,36 @@ import tensorboardX
 from absl import logging as absl_logging
 from etils import epath
 
+from mlp_mixer import text
+
 _CONSOLE = rich.console.Console(stderr=True)
 logger = logging.getLogger(__name__)
+
+
+class _Printable(logging.Formatter):
+    """Shows whatever a name in a message holds, and obeys none of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return text.printable(super().format(record), keep="\n\t")
 
 
 def log_to_terminal() -> None:
     """Sends the programs' own lines to stderr, above the progress bar if there is one.
 
     Absl's handler would prefix each with its source; what libraries say through absl
-    is shown from warnings on.
+    is shown from warnings on. From here on stdout and stderr print any text.
     """
+    text.accept_any_text(sys.stdout, sys.stderr)
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
     absl_logging.set_verbosity(absl_logging.WARNING)
     if _CONSOLE.is_terminal:
         handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Printable("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     if jax.process_index() > 0:
         handler.setLevel(logging.WARNING)
     root.addHandler(handler)
@@ -88,9 +98,9 @@ class Writer(contextlib.AbstractContextManager):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(workdir) if r["step"] <= first_step]
-        text = "".join(f"{json.dumps(record)}\n" for record in kept)
+        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
         rewritten = self._path.with_name("metrics.jsonl.tmp")
-        rewritten.write_text(text)
+        rewritten.write_text(lines)
         rewritten.replace(self._path)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(
@@ -234,16 +244,25 @@ def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     """Returns `track(items, count)`, which shows a bar on a terminal."""
 
     def track(items: Iterable[Any], count: int) -> Iterable[Any]:
-        return rich.progress.track(
-            items,
-            name,
-            total=count,
-            console=_CONSOLE,
-            transient=True,
-            disable=not _CONSOLE.is_terminal,
-        )
+        with _bar(
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+        ) as bar:
+            yield from bar.track(items, count, description=text.printable(name))
 
     return track
+
+
+def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+    """A bar for a while, on a terminal only; brackets in its description are text."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        *columns,
+        console=_CONSOLE,
+        transient=True,
+        disable=not _CONSOLE.is_terminal,
+    )
 
 
 @contextlib.contextmanager
@@ -282,26 +301,27 @@ def counter(
                 *(what, amount(now), amount(total), amount(rate), left),
             )
 
-    with rich.progress.Progress(
-        "{task.description}",
+    with _bar(
         rich.progress.BarColumn(None),
-        "{task.fields[said]}",
+        rich.progress.TextColumn("{task.fields[said]}", markup=False),
         rich.progress.TimeRemainingColumn(),
-        console=_CONSOLE,
-        transient=True,
-        disable=not _CONSOLE.is_terminal,
     ) as bar:
-        task = bar.add_task(what, total=total, completed=done, said="")
+        task = bar.add_task(text.printable(what), total=total, completed=done, said="")
         yield advance
     taken = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
     logger.info("%s: %s in %s", what, amount(now), taken)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table to stdout."""
-    drawn = rich.table.Table(title=title)
-    for i, column in enumerate(columns):
+    """Prints a table to stdout; its texts are shown as they are, without markup.
+
+    Raises:
+      OSError: stdout cannot be written.
+    """
+    drawn = rich.table.Table(title=text.printable(title))
+    for i, column in enumerate(map(text.printable, columns)):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
-    rich.console.Console().print(drawn)
+        drawn.add_row(*map(text.printable, row))
+    with text.flushed(sys.stdout):
+        rich.console.Console(markup=False, emoji=False).print(drawn)

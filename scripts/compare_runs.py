@@ -34,7 +34,7 @@ def read(path: str | pathlib.Path) -> Ledger:
     """
     path = pathlib.Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
-    records = map(json.loads, file.read_text().splitlines())
+    records = map(json.loads, file.read_text(encoding="utf-8").splitlines())
     ledger = {
         r["step"]: {key: r[key] for key in KEYS}
         for r in records

@@ -40,6 +40,7 @@ from mlp_mixer import (
     program,
     recipe,
     runs,
+    text,
     train,
     visualize,
 )
@@ -194,7 +195,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     path = workdir / RESULT
     if not path.exists():
         return None
-    said = json.loads(path.read_text())
+    said = json.loads(path.read_text(encoding="utf-8"))
     may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
     if differing := runs.differences(said["config"], runs.to_json(config), may_change):
         raise ValueError(
@@ -443,13 +444,17 @@ def write(
         fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
         said["results"].append(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(said, indent=2) + "\n")
+    (folder / "sweep.json").write_text(
+        json.dumps(said, indent=2) + "\n", encoding="utf-8"
+    )
     right = ["---", *["---:"] * 4, "---", "---"]
-    text = _markdown([COLUMNS, right, *rows(results, means)])
+    tables = _markdown(COLUMNS, right, rows(results, means))
     if five := table_of_five(results):
         columns = ["", *FIVE.values(), "Avg 5"]
-        text += "\n" + _markdown([columns, ["---", *["---:"] * 6], *five])
-    (folder / "sweep.md").write_text(f"# {folder}\n\n{text}")
+        tables += "\n" + _markdown(columns, ["---", *["---:"] * 6], five)
+    (folder / "sweep.md").write_text(
+        f"# {text.markdown(str(folder))}\n\n{tables}", encoding="utf-8"
+    )
     curves = {
         result.name: {r: _finite(a) for r, a in result.grid.items()}
         for result in results
@@ -461,8 +466,11 @@ def write(
         (folder / "sweep.png").write_bytes(picture)
 
 
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _markdown(
+    columns: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]]
+) -> str:
+    head, *body = ([*map(text.markdown, line)] for line in (columns, *lines))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, right, *body))
 
 
 def _finite(accuracy: float) -> float | None:
@@ -506,8 +514,8 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
             raise
         results.append(result)
         write(folder, results, means(results))
-    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
     logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
+    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
 
 
 def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:

@@ -1,7 +1,9 @@
 """Image files: folders with one sub-folder per class, and files without labels."""
 
+import contextlib
 import dataclasses
 import glob
+import logging
 import os
 import pathlib
 import re
@@ -11,6 +13,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mlp_mixer.data import decoding
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 200  # files of a folder, for an Exif orientation
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm")
 
 
@@ -87,7 +94,22 @@ def open_folder(path: str, split: str) -> FolderSource:
         order = np.random.default_rng(0).permutation(len(files[name]))[start:stop]
         paths += [f"{folder}/{files[name][i]}" for i in order]
         labels += [label_of[files[name][i].partition("/")[0]] for i in order]
+    _say_what_is_turned(path, split, paths)
     return FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
+
+
+def _say_what_is_turned(path: str, split: str, paths: list[str]) -> None:
+    looked_at = paths[:: -(-len(paths) // LOOKED_AT) or 1]
+    turned = 0
+    for name in looked_at:
+        with contextlib.suppress(OSError):  # named when it is read
+            turned += decoding.orientation(pathlib.Path(name).read_bytes()) != 1
+    if turned:
+        logger.info(
+            "folder:%s %s: %d of %d images looked at are turned by Exif; they are read "
+            "as they are stored, unrotated, as the authors do.",
+            *(path, split, turned, len(looked_at)),
+        )
 
 
 def open_files(paths: Iterable[str]) -> FolderSource:
@@ -102,18 +124,21 @@ def find_images(path: str) -> list[str]:
     Args:
         path: a file of any name; a folder, for the images in it and below it; or a
             glob ("photos/**/*.jpg"), for the images and folders that match, each file
-            once. What is hidden (".git", "._0.png") is passed by, and in a folder
-            what lies in folders behind links.
+            once. What there is is a path: a folder "a[1]" in "a[1]/*.jpg" too. What is
+            hidden (".git", "._0.png") is passed by, and in a folder what lies in
+            folders behind links.
 
     Raises:
         FileNotFoundError: nothing is there or matches.
         ValueError: there is no image in it.
     """
+    if not os.path.exists(path):
+        path = os.path.expanduser(path)
     if os.path.isdir(path):
         found = sorted(_below(path))
     elif os.path.exists(path):
         return [path]
-    elif matches := glob.glob(os.path.expanduser(path), recursive=True):
+    elif matches := _matches(path):
         files = {m for m in matches if _is_image(m) and not os.path.isdir(m)}
         inside = {f for m in matches if os.path.isdir(m) for f in _below(m)}
         # Each file once: links may lead to it on many ways.
@@ -129,6 +154,14 @@ def find_images(path: str) -> list[str]:
             f"There is no image in {path}; images end in {', '.join(IMAGE_SUFFIXES)}."
         )
     return found
+
+
+def _matches(path: str) -> list[str]:
+    """What matches a glob, whose beginning is a path as far as there is one."""
+    folder = os.path.dirname(path)
+    while not os.path.isdir(folder or os.curdir):
+        folder = os.path.dirname(folder)
+    return glob.glob(glob.escape(folder) + path[len(folder) :], recursive=True)
 
 
 def _below(folder: str) -> Iterator[str]:
