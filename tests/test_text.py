@@ -1,4 +1,4 @@
-"""What people read: any name on one line, in any encoding, and nothing taken for markup."""
+"""What people read: any name on one line, in any encoding, and no markup in it."""
 
 import io
 import os
