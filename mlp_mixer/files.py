@@ -7,12 +7,11 @@ not have, nesting that no file of ours has, and more bytes than any file of ours
 import json
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
-from mlp_mixer.text import printable
+from mlp_mixer.text import brief, printable
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 50  # A recipe has five levels.
@@ -92,19 +91,6 @@ def parse_json(data: bytes | str, said: str, *kinds: type, finite: bool = True) 
 def kind_of(value: object) -> str:
     """What JSON calls a value, for messages: "a list"."""
     return _NAMES[type(value)]
-
-
-def brief(said: object, most: int = 200) -> str:
-    """One printable line of at most `most` characters."""
-    line = printable(str(said)[: most + 1])
-    return line if len(line) <= most else f"{line[: most - 1]}…"
-
-
-def listed(lines: Sequence[str], most: int = 18, indent: str = "  ") -> str:
-    """The first `most` lines, indented and brief, and how many more there are."""
-    shown = [f"{indent}{brief(line)}" for line in lines[:most]]
-    more = [f"  and {len(lines) - most:,} more"] if len(lines) > most else []
-    return "\n".join(shown + more)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from mlp_mixer import files
+from mlp_mixer.text import brief, printable
 
 # Of metrics.jsonl: two million records.
 MAX_BYTES = 2**29
@@ -216,15 +217,15 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
     *lines, _ = files.read_bytes(path, MAX_BYTES).split(b"\n")
     records = []
     for number, line in enumerate(lines, 1):
-        said = f"Line {number} of {files.printable(os.fspath(path))}"
+        said = f"Line {number} of {printable(os.fspath(path))}"
         record = files.parse_json(line, said, finite=False)
         step = record.get("step")
         if type(step) is not int or step < 0:
-            raise ValueError(f"{said} is no record: its step is {files.brief(step)}.")
+            raise ValueError(f"{said} is no record: its step is {brief(step)}.")
         for name, value in record.items():
             if type(value) not in (int, float):
                 raise ValueError(
-                    f"{said} is no record: {files.brief(name)} is "
+                    f"{said} is no record: {brief(name)} is "
                     f"{files.kind_of(value)}; expected a number."
                 )
         records.append(record)

@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_dict
 
 from mlp_mixer import files
+from mlp_mixer.text import brief, printable
 
 logger = logging.getLogger(__name__)
 PACKAGE = pathlib.Path(__file__).parent
@@ -575,18 +576,18 @@ def read(path: epath.PathLike) -> ConfigDict:
       FileNotFoundError: there is no such file.
       ValueError: it is damaged, or holds no recipe.
     """
-    said, tree = files.printable(os.fspath(path)), files.read_json(path)
+    said, tree = printable(os.fspath(path)), files.read_json(path)
     config = base()
     try:
         missing = _take(config, _tuples(tree))
     except (TypeError, ValueError) as error:
-        what = files.brief(error)
+        what = brief(error)
         raise ValueError(f"{said} is no recipe of a run: {what}") from error
     if missing:
         logger.warning(
             "%s does not say %s, as if an older version had written it; taken as in "
             "recipe.base().",
-            *(said, files.brief(", ".join(missing))),
+            *(said, brief(", ".join(missing))),
         )
     return config
 
@@ -598,7 +599,7 @@ def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list
         if not isinstance(there, ConfigDict):
             _set(section, key, value, field)
         elif not isinstance(value, dict):
-            raise ValueError(f"{field} is {files.brief(value)}; expected a section.")
+            raise ValueError(f"{field} is {brief(value)}; expected a section.")
     missing = [f"{where}{key}" for key in section if key not in tree]
     if lost := sorted(_NEEDED & {*missing}):
         raise ValueError(f"it does not say {', '.join(lost)}.")
@@ -618,7 +619,7 @@ def _set(section: ConfigDict, key: str, value: Any, field: str) -> None:
         section[key] = value
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{field} is {files.brief(value, 60)}; expected as in recipe.base()."
+            f"{field} is {brief(value, 60)}; expected as in recipe.base()."
         ) from error
 
 

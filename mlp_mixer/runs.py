@@ -13,10 +13,11 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mlp_mixer import checkpoint, files, models, pretrained, recipe, sharding, steps
+from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.fingerprints import describe
 from mlp_mixer.fingerprints import differences as differences_of_arrays
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
     if differing := differences(to_json(recipe.read(path)), to_json(config)):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + files.listed(differing, 17, indent="")
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
 

@@ -1,14 +1,21 @@
-"""Text from outside (names of files, classes and data sets), for people to read."""
+"""Text from outside, made fit to print."""
 
-import re
-
-# Controls, line separators, marks that turn the direction of what follows them, and
-# lone surrogates, which no encoding can write.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, for any terminal; what cannot be shown is escaped."""
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    """`text` with control characters and lone surrogates escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def brief(text: object, most: int = 200) -> str:
+    """`text` in one printable line of at most `most` characters."""
+    line = printable(str(text)[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def listed(lines: Sequence[str], most: int = 18) -> str:
+    """The first `most` lines, each indented and brief, and how many more there are."""
+    shown = [f"  {brief(line)}" for line in lines[:most]]
+    more = [f"  and {len(lines) - most:,} more"] if len(lines) > most else []
+    return "\n".join(shown + more)

@@ -45,6 +45,7 @@ from mlp_mixer import (
     visualize,
 )
 from mlp_mixer.data import preparation, sources
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     if differing := runs.differences(said["config"], runs.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + files.listed(differing, 17, indent="")
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
     return math.nan if top1 is None else top1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from mlp_mixer import files
+from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
     names = files.read_json(path, list, type(None))
     if names is None:
         return None
-    said = files.printable(os.fspath(path))
+    said = printable(os.fspath(path))
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(
             f"{said} holds {files.kind_of(wrong[0])} among the names of classes; "

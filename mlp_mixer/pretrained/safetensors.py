@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, numpy, safe_open
 
 from mlp_mixer import files
-from mlp_mixer.files import brief
+from mlp_mixer.text import brief
 
 CHECKSUMS = "crc32"
 

@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mlp_mixer.files import brief
+from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
 

@@ -26,6 +26,7 @@ from mlp_mixer.models.layers import GELUS
 from mlp_mixer.models.mixer import check_divisible
 from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.tree import Params
+from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,7 @@ def _check_arrays(name: str, flat: Flat) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{name} does not hold the parameters of one MLP-Mixer:\n"
-            + files.listed(wrong)
+            f"{name} does not hold the parameters of one MLP-Mixer:\n" + listed(wrong)
         )
 
 
@@ -256,7 +256,7 @@ def _known(metadata: str, path: pathlib.Path) -> dict[str, Any]:
         fields = {field: said[field] for field in KNOWN if field in said}
         for field, value in fields.items():
             if not _FITS[field](value):
-                raise ValueError(f"{field} is {files.brief(value)}")
+                raise ValueError(f"{field} is {brief(value)}")
     except ValueError as error:
         raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
     for field in {"image_size", "class_names"} & fields.keys():
