@@ -26,6 +26,7 @@ from mlp_mixer.data import class_names as naming
 from mlp_mixer.data import sources
 from mlp_mixer.fingerprints import describe
 from mlp_mixer.fingerprints import differences as differences_of_arrays
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,9 @@ def open_run(
         )
     params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
     count = config.dataset.num_classes
-    names = list(naming.choose(load_class_names(workdir), count)) if count else []
+    names = (
+        list(naming.choose(load_class_names(workdir, count), count)) if count else []
+    )
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
 
@@ -275,11 +278,11 @@ def _check_recipe(
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*MAY_CHANGE, "dataset.num_examples")
     if differing := differences(
-        json.loads(path.read_text()), to_json(config), may_change
+        to_json(recipe.read(path)), to_json(config), may_change
     ):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
 
@@ -401,12 +404,19 @@ def load(workdir: epath.PathLike) -> ConfigDict:
             f"{workdir} holds no run (no config.json). Name a folder that "
             "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
         )
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    return recipe.read(path)
 
 
-def load_class_names(workdir: epath.PathLike) -> list[str] | None:
-    """The names of the classes of the run in `workdir`, if its data set has names."""
-    return json.loads((epath.Path(workdir) / "class_names.json").read_text())
+def load_class_names(
+    workdir: epath.PathLike, count: int | None = None
+) -> list[str] | None:
+    """The names of the classes of the run in `workdir`, if its data set has names.
+
+    Raises:
+      FileNotFoundError: class_names.json is not there.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    return naming.of_run(epath.Path(workdir) / "class_names.json", count)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -414,10 +424,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
     return {k: v for key, value in pairs for k, v in _flat(value, key).items()}
-
-
-def _tuples(tree: Any) -> Any:
-    """JSON's lists back to tuples."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Controls, line separators, marks that turn the direction of what follows them, and
@@ -40,6 +40,19 @@ def printable(text: str, keep: str = "") -> str:
     return _UNPRINTABLE.sub(
         lambda match: match[0] if match[0] in keep else _escaped(match[0]), text
     )
+
+
+def brief(text: object, most: int = 200) -> str:
+    """`text` in one printable line of at most `most` characters."""
+    line = printable(str(text)[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def listed(lines: Sequence[str], most: int = 18) -> str:
+    """The first `most` lines, each indented and brief, and how many more there are."""
+    shown = [f"  {brief(line)}" for line in lines[:most]]
+    more = [f"  and {len(lines) - most:,} more"] if len(lines) > most else []
+    return "\n".join(shown + more)
 
 
 def width(text: str) -> int:

@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     ("text",),
+    ("files",),
     (
         "recipe",
         "atomic",

@@ -7,12 +7,16 @@ it ships, were trained with the tanh approximation.
 import os
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
 
@@ -63,7 +67,9 @@ def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
         leaf = kind if kind == "bias" else "scale" if array.ndim == 1 else "kernel"
         place = home.format(number[1]) if number else home
         if f"{place}/{leaf}" in flat:
-            raise ValueError(f"There are two arrays for {bare}, the second is {name}.")
+            raise ValueError(
+                f"There are two arrays for {brief(bare)}, the second is {brief(name)}."
+            )
         flat[f"{place}/{leaf}"] = array.transpose(AXES[array.ndim])
     return flat
 
@@ -83,8 +89,15 @@ def theirs(params: Mapping[str, np.ndarray]) -> Flat:
     return flat
 
 
-def read_torch(path: str | os.PathLike[str]) -> Flat:
+def read_torch(
+    path: str | os.PathLike[str], check: Callable[[Flat], None] = lambda flat: None
+) -> Flat:
     """{name: array} of a torch state dict, bare or beside plain values.
+
+    Args:
+      path: of the file.
+      check: raises if arrays of these names and shapes are not wanted. They are
+        stand-ins: a tensor may declare more than the file holds.
 
     Raises:
       ModuleNotFoundError: torch is not installed.
@@ -99,32 +112,68 @@ def read_torch(path: str | os.PathLike[str]) -> Flat:
         ) from error
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"wrong bits in {damaged}")
+            _check_zip(path)
         # Never unpickles code.
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
         EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
         RuntimeError,
+        TypeError,
         ValueError,
-        KeyError,
     ) as error:
         raise ValueError(
             f"{path} is not a whole torch file of weights alone: "
-            f"{str(error).splitlines()[0]}"
+            f"{brief((str(error).splitlines() or [type(error).__name__])[0])}"
         ) from error
     for nest in NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
             break
     if not isinstance(content, dict) or not all(
-        isinstance(x, torch.Tensor) for x in content.values()
+        isinstance(name, str) and isinstance(x, torch.Tensor)
+        for name, x in content.items()
     ):
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
-    return {str(name): _numpy(tensor) for name, tensor in content.items()}
+    for name, x in content.items():
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
+            raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
+    size = sum(x.nbytes for x in content.values())
+    if size > os.path.getsize(path):  # one number, expanded to any shape
+        raise ValueError(
+            f"{path} declares {size:,} bytes of tensors, which it has not."
+        )
+    check(
+        {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
+    )
+    return {name: _numpy(tensor) for name, tensor in content.items()}
+
+
+def _check_zip(path: str | os.PathLike[str]) -> None:
+    """torch.save neither compresses nor repeats, and torch.load compares no CRC-32."""
+    with zipfile.ZipFile(path) as archive:
+        seen: set[str] = set()
+        for info in archive.infolist():
+            if info.filename in seen:
+                raise ValueError(f"two members are called {info.filename}")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            if info.external_attr & 0x10:  # torch would read nothing, and say nothing
+                raise ValueError(f"{info.filename} is a folder")
+            seen.add(info.filename)
+        if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its members declare more bytes than it has")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong bits in {damaged}")
 
 
 def _numpy(tensor: Any) -> np.ndarray:

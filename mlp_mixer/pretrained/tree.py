@@ -54,8 +54,11 @@ def layout(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _num_blocks(names: Iterable[str]) -> int:
-    numbers = (re.match(r"MixerBlock_(\d+)/", name) for name in names)
-    return 1 + max((int(match[1]) for match in numbers if match), default=0)
+    """How many blocks are there, whatever their numbers say."""
+    matches = (re.match(r"MixerBlock_(\d+)/(.*)", name) for name in names)
+    parts = Counter(match[1] for match in matches if match and match[2] in BLOCK)
+    # More than half of a block: what is less is a stray array, not a block.
+    return max(sum(2 * count > len(BLOCK) for count in parts.values()), 1)
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -81,7 +84,9 @@ def problems(shapes: Mapping[str, Shape]) -> list[str]:
         if name not in shapes:
             continue
         fitting = tuple(found.get(letter, 0) for letter in axes)
-        if shapes[name] != fitting:
+        if not all(shapes[name]):
+            lines.append(f"shape: {name} is {shapes[name]}, which is empty")
+        elif shapes[name] != fitting:
             said = ", ".join(f"{a}={n}" for a, n in zip(axes, fitting, strict=True))
             lines.append(f"shape: {name} is {shapes[name]}, the others say ({said})")
     return lines

@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,17 +19,20 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import atomic, checkpoint
+from mlp_mixer import atomic, checkpoint, files, recipe
+from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.layers import GELUS
 from mlp_mixer.models.mixer import check_divisible
 from mlp_mixer.pretrained import npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.tree import Params
+from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
 
 NAMES = ("ours", "timm")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+Flat = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -107,6 +112,29 @@ def read(
             f"There are no weights {name}: no run's folder, no file, and not one of "
             f"the published names {', '.join(near)}."
         )
+    _check_arrays(name, flat)
+    params = unflatten_dict(flat, sep="/")
+    if dtype is not None:
+        params = cast(params, dtype)
+    for array, count in not_finite(params).items():
+        logger.warning("%s: %d values of %s are not finite.", name, count, array)
+    size = weights.image_size or tree.square_image(params)
+    weights = dataclasses.replace(weights, params=params, image_size=size)
+    count = tree.geometry(params)["num_classes"]
+    if weights.class_names and count not in (None, len(weights.class_names)):
+        raise ValueError(
+            f"{name} has {len(weights.class_names):,} names of classes for a head of "
+            f"{count:,}."
+        )
+    if size is not None:
+        try:
+            check(weights)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return weights
+
+
+def _check_arrays(name: str, flat: Flat) -> None:
     wrong = tree.problems({k: x.shape for k, x in flat.items()})
     wrong += [
         f"dtype: {k} is {x.dtype}, expected floats"
@@ -115,19 +143,8 @@ def read(
     ]
     if wrong:
         raise ValueError(
-            f"{name} does not hold the parameters of one MLP-Mixer:\n  "
-            + "\n  ".join(wrong)
+            f"{name} does not hold the parameters of one MLP-Mixer:\n" + listed(wrong)
         )
-    params = unflatten_dict(flat, sep="/")
-    if dtype is not None:
-        params = cast(params, dtype)
-    for array, count in not_finite(params).items():
-        logger.warning("%s: %d values of %s are not finite.", name, count, array)
-    size = weights.image_size or tree.square_image(params)
-    weights = dataclasses.replace(weights, params=params, image_size=size)
-    if size is not None:
-        check(weights)
-    return weights
 
 
 def check(weights: Weights) -> tuple[int, int]:
@@ -178,25 +195,23 @@ def not_finite(params: Params) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-Flat = dict[str, np.ndarray]
-
-
 def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
     if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
         raise FileNotFoundError(
             f"{folder} holds no run (no config.json and checkpoints). Name a folder "
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
-    config = json.loads((folder / "config.json").read_text())
-    names = json.loads((folder / "class_names.json").read_text())
+    config = recipe.read(folder / "config.json")
+    names = class_names.of_run(folder / "class_names.json", config.dataset.num_classes)
     step, params = checkpoint.restore_params(folder / "checkpoints", step=step)
-    kinds = ((e["type"], e["preprocess"]) for e in config["evals"].values())
+    sections = config.evals.values()
+    kinds = ((section.type, section.preprocess) for section in sections)
     return dict(leaves(params)), Weights(
         {},
         f"run at step {step}",
-        gelu=config["model"]["gelu"],
-        image_size=tuple(config["model"]["image_size"]),
-        class_names=names and tuple(names),
+        gelu=config.model.gelu,
+        image_size=config.model.image_size,
+        class_names=tuple(names) if names else None,
         preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
     )
 
@@ -204,28 +219,53 @@ def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
 def _read_file(path: pathlib.Path) -> tuple[Flat, Weights]:
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
+
+    def check_declared(arrays: Flat) -> None:
+        _check_arrays(str(path), _named_as_ours(arrays, path))
+
     if suffix == ".npz":
-        arrays = npz.read(path)
+        arrays = npz.read(path, check_declared)
     elif suffix == ".safetensors":
-        arrays, metadata = safetensors.read(path)
+        arrays, metadata = safetensors.read(path, check_declared)
     elif suffix in TORCH_SUFFIXES:
-        arrays = timm.read_torch(path)
+        arrays = timm.read_torch(path, check_declared)
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
             f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
-    try:
-        said = dict(json.loads(metadata.get(METADATA, "{}")))
-        fields = {field: said[field] for field in KNOWN if field in said}
-        for field in {"image_size", "class_names"} & fields.keys():
-            fields[field] = tuple(fields[field])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
+    fields = _known(metadata.get(METADATA, "{}"), path)
+    flat = _named_as_ours(arrays, path)
     if not timm.is_timm(arrays):
-        return arrays, Weights({}, f"{suffix[1:]} file", **fields)
+        return flat, Weights({}, f"{suffix[1:]} file", **fields)
     fields = {"gelu": "exact", **fields}
-    return timm.ours(arrays), Weights({}, f"{suffix[1:]} file, timm's names", **fields)
+    return flat, Weights({}, f"{suffix[1:]} file, timm's names", **fields)
+
+
+def _named_as_ours(arrays: Flat, path: pathlib.Path) -> Flat:
+    try:
+        return timm.ours(arrays) if timm.is_timm(arrays) else arrays
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _known(metadata: str, path: pathlib.Path) -> dict[str, Any]:
+    """Fields of `Weights` from our metadata, as far as this version has them."""
+    try:
+        said = files.parse_json(metadata, "what it says")
+        fields = {field: said[field] for field in KNOWN if field in said}
+        for field, value in fields.items():
+            if not _FITS[field](value):
+                raise ValueError(f"{field} is {brief(value)}")
+    except ValueError as error:
+        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
+    for field in {"image_size", "class_names"} & fields.keys():
+        fields[field] = tuple(fields[field])
+    return fields
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(inner) is kind for inner in value)
 
 
 # --- Writing --------------------------------------------------------------------------
@@ -233,6 +273,12 @@ def _read_file(path: pathlib.Path) -> tuple[Flat, Weights]:
 # Of a safetensors file: JSON of these fields of `Weights`, as far as they are known.
 METADATA = "mlp_mixer"
 KNOWN = ("gelu", "image_size", "class_names", "preprocess")
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "gelu": lambda value: isinstance(value, str),
+    "image_size": lambda value: _is_list(value, int) and len(value) == 2,
+    "class_names": lambda value: _is_list(value, str),
+    "preprocess": lambda value: isinstance(value, str),
+}
 
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
