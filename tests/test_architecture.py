@@ -18,6 +18,8 @@ LAYERS = (
     (
         "recipe",
         "atomic",
+        "files",
+        "text",
         "models",
         "losses",
         "sharding",
