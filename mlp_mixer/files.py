@@ -1,7 +1,7 @@
-"""JSON from files that anything may have happened to: what it should be, or one line.
+"""Reading files that anything may have happened to, and saying what is wrong with them.
 
-Refused are, besides what is no JSON: keys that stand twice, numbers that JSON does not
-have, nesting that no file of ours has, and more bytes than any file of ours.
+Of JSON is refused, besides what is none: keys that stand twice, numbers that JSON does
+not have, nesting that no file of ours has, and more bytes than any file of ours has.
 """
 
 import json
@@ -80,9 +80,8 @@ def parse_json(data: bytes | str, said: str, *kinds: type, finite: bool = True) 
         value = json.loads(text, object_pairs_hook=_object)
         _check(value, finite, MAX_DEPTH)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{said} is no JSON that can be read: {brief(error)}.") from (
-            error
-        )
+        what = brief(error)
+        raise ValueError(f"{said} is no JSON that can be read: {what}.") from error
     if not isinstance(value, kinds or (dict,)):
         expected = " or ".join(_NAMES[kind] for kind in kinds or (dict,))
         raise ValueError(f"{said} holds {kind_of(value)}; expected {expected}.")

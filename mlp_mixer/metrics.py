@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,11 @@ import tensorboardX
 from absl import logging as absl_logging
 from etils import epath
 
+from mlp_mixer import files
+from mlp_mixer.text import brief, printable
+
+# Of metrics.jsonl: two million records.
+MAX_BYTES = 2**29
 _CONSOLE = rich.console.Console(stderr=True)
 logger = logging.getLogger(__name__)
 
@@ -190,10 +196,40 @@ class Writer(contextlib.AbstractContextManager):
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run, in order; an unfinished last line is left out."""
+    """The records of a run, in order; an unfinished last line is left out.
+
+    Raises:
+      OSError: they cannot be read.
+      ValueError: a line is no record.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_file(path) if path.exists() else []
+
+
+def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of such a file, in order; an unfinished last line is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      OSError: it cannot be read.
+      ValueError: a line is no record: an object of numbers, one of them the step.
+    """
+    *lines, _ = files.read_bytes(path, MAX_BYTES).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        said = f"Line {number} of {printable(os.fspath(path))}"
+        record = files.parse_json(line, said, finite=False)
+        step = record.get("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{said} is no record: its step is {brief(step)}.")
+        for name, value in record.items():
+            if type(value) not in (int, float):
+                raise ValueError(
+                    f"{said} is no record: {brief(name)} is "
+                    f"{files.kind_of(value)}; expected a number."
+                )
+        records.append(record)
+    return records
 
 
 class Profiler:

@@ -7,13 +7,19 @@ works wherever it lies. Each section holds the arguments of exactly one function
 """
 
 import difflib
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict, config_dict
 
+from mlp_mixer import files
+from mlp_mixer.text import brief, printable
+
+logger = logging.getLogger(__name__)
 PACKAGE = pathlib.Path(__file__).parent
 
 
@@ -549,6 +555,95 @@ def total_steps(config: ConfigDict) -> int:
         )
     examples = config.epochs * config.dataset.num_examples
     return max(round(examples / config.batch_size), 1)
+
+
+# --- The recipe of a run --------------------------------------------------------------
+
+# What every version has written; any other field has its default where it is missing.
+_NEEDED = {
+    *("seed", "batch_size", "loss", "model", "optim", "input", "evals", "checkpoint"),
+    *("dataset", "dataset.name", "dataset.split", "dataset.num_classes"),
+    *("model.name", "model.image_size", "model.gelu"),
+}
+
+
+def read(path: epath.PathLike) -> ConfigDict:
+    """Returns the recipe that a run has written, as JSON.
+
+    A field that a version before has not written has its default, which the log says.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or holds no recipe.
+    """
+    said, tree = printable(os.fspath(path)), files.read_json(path)
+    config = base()
+    try:
+        missing = _take(config, _tuples(tree))
+    except (TypeError, ValueError) as error:
+        what = brief(error)
+        raise ValueError(f"{said} is no recipe of a run: {what}") from error
+    if missing:
+        logger.warning(
+            "%s does not say %s, as if an older version had written it; taken as in "
+            "recipe.base().",
+            *(said, brief(", ".join(missing))),
+        )
+    return config
+
+
+def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list[str]:
+    """Copies values into the fields of their type; returns the fields without one."""
+    for key, value in tree.items():
+        field, there = f"{where}{key}", section.get(key)
+        if not isinstance(there, ConfigDict):
+            _set(section, key, value, field)
+        elif not isinstance(value, dict):
+            raise ValueError(f"{field} is {brief(value)}; expected a section.")
+    missing = [f"{where}{key}" for key in section if key not in tree]
+    if lost := sorted(_NEEDED & {*missing}):
+        raise ValueError(f"it does not say {', '.join(lost)}.")
+    for key, inner in section.items():
+        if isinstance(inner, ConfigDict) and key in tree:
+            take = _take_evaluators if f"{where}{key}" == "evals" else _take
+            missing += take(inner, tree[key], f"{where}{key}.")
+    return missing
+
+
+def _set(section: ConfigDict, key: str, value: Any, field: str) -> None:
+    fields = dict(section.items(preserve_field_references=True))
+    optional = isinstance(fields.get(key), config_dict.FieldReference)
+    if value is None and key in fields and not optional:
+        raise ValueError(f"{field} is null; expected as in recipe.base().")
+    try:
+        section[key] = value
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{field} is {brief(value, 60)}; expected as in recipe.base()."
+        ) from error
+
+
+def _take_evaluators(
+    section: ConfigDict, tree: Mapping[str, Any], where: str
+) -> list[str]:
+    known = {"accuracy": lambda: evaluation(""), "fewshot": lambda: fewshot("", "")}
+    missing = []
+    for name, fields in tree.items():
+        kind = fields.get("type") if isinstance(fields, dict) else None
+        if kind not in known:
+            raise ValueError(
+                f"{where}{name} is no evaluator of type {' or '.join(known)}."
+            )
+        section[name] = known[kind]()
+        missing += _take(section[name], fields, f"{where}{name}.")
+    return missing
+
+
+def _tuples(tree: Any) -> Any:
+    """JSON's lists back to tuples."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
 # --- Where a recipe is, and where its run goes ----------------------------------------

@@ -17,6 +17,7 @@ from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.fingerprints import describe
 from mlp_mixer.fingerprints import differences as differences_of_arrays
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,9 @@ def open_run(
         )
     params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
     count = config.dataset.num_classes
-    names = list(naming.choose(load_class_names(workdir), count)) if count else []
+    names = (
+        list(naming.choose(load_class_names(workdir, count), count)) if count else []
+    )
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
 
@@ -179,10 +182,10 @@ def check(config: ConfigDict, workdir: epath.PathLike) -> None:
     path = epath.Path(workdir) / "config.json"
     if not path.exists() or not _has_begun(path.parent):
         return
-    if differing := differences(json.loads(path.read_text()), to_json(config)):
+    if differing := differences(to_json(recipe.read(path)), to_json(config)):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
 
@@ -257,12 +260,19 @@ def load(workdir: epath.PathLike) -> ConfigDict:
             f"{workdir} holds no run (no config.json). Name a folder that "
             "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
         )
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    return recipe.read(path)
 
 
-def load_class_names(workdir: epath.PathLike) -> list[str] | None:
-    """The names of the classes of the run in `workdir`, if its data set has names."""
-    return json.loads((epath.Path(workdir) / "class_names.json").read_text())
+def load_class_names(
+    workdir: epath.PathLike, count: int | None = None
+) -> list[str] | None:
+    """The names of the classes of the run in `workdir`, if its data set has names.
+
+    Raises:
+      FileNotFoundError: class_names.json is not there.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    return naming.of_run(epath.Path(workdir) / "class_names.json", count)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -270,10 +280,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
     return {k: v for key, value in pairs for k, v in _flat(value, key).items()}
-
-
-def _tuples(tree: Any) -> Any:
-    """JSON's lists back to tuples."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree

@@ -36,6 +36,7 @@ from ml_collections import ConfigDict, config_flags
 from mlp_mixer import (
     atomic,
     evaluate,
+    files,
     metrics,
     program,
     recipe,
@@ -44,6 +45,7 @@ from mlp_mixer import (
     visualize,
 )
 from mlp_mixer.data import preparation, sources
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -194,15 +196,20 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     path = workdir / RESULT
     if not path.exists():
         return None
-    said = json.loads(path.read_text())
+    said = files.read_json(path)
+    top1 = said.get("top1", math.inf)
+    if not isinstance(said.get("config"), dict) or not (
+        top1 is None or (type(top1) in (int, float) and 0 <= top1 <= 1)
+    ):
+        raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
     if differing := runs.differences(said["config"], runs.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
-    return math.nan if said["top1"] is None else said["top1"]
+    return math.nan if top1 is None else top1
 
 
 def complete(

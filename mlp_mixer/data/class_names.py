@@ -7,6 +7,11 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from etils import epath
+
+from mlp_mixer import files
+from mlp_mixer.text import printable
+
 logger = logging.getLogger(__name__)
 
 _IMAGENET = pathlib.Path(__file__).with_name("imagenet_classes.txt")
@@ -88,4 +93,31 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
         )
     if "" in names:
         raise ValueError(f"Line {names.index('') + 1} of {path} is empty.")
+    return names
+
+
+def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
+    """Names from a run's class_names.json; None if its data set has none.
+
+    Args:
+      path: of the file.
+      count: of the model's classes, if it is known.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    names = files.read_json(path, list, type(None))
+    if names is None:
+        return None
+    said = printable(os.fspath(path))
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(
+            f"{said} holds {files.kind_of(wrong[0])} among the names of classes; "
+            "expected strings alone."
+        )
+    if count is not None and len(names) != count:
+        raise ValueError(
+            f"{said} has {len(names):,} names, but the model {count:,} classes."
+        )
     return names

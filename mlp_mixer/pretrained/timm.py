@@ -7,12 +7,16 @@ it ships, were trained with the tanh approximation.
 import os
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
 
@@ -83,7 +87,8 @@ def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
         new = our_name(name) or name
         if new in first:
             raise ValueError(
-                f"two arrays are the {new} of one model: {first[new]} and {name}"
+                f"there are two arrays for {brief(new)}: {brief(first[new])} and "
+                f"{brief(name)}"
             )
         first[new] = name
         axes = AXES.get(array.ndim) if new != name else None
@@ -99,8 +104,15 @@ def theirs(params: Mapping[str, np.ndarray]) -> Flat:
     }
 
 
-def read_torch(path: str | os.PathLike[str]) -> Flat:
+def read_torch(
+    path: str | os.PathLike[str], check: Callable[[Flat], None] = lambda flat: None
+) -> Flat:
     """{name: array} of a torch state dict, bare or beside plain values.
+
+    Args:
+      path: of the file.
+      check: raises if arrays of these names and shapes are not wanted. They are
+        stand-ins: a tensor may declare more than the file holds.
 
     Raises:
       ModuleNotFoundError: torch is not installed.
@@ -115,22 +127,28 @@ def read_torch(path: str | os.PathLike[str]) -> Flat:
         ) from error
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"wrong bits in {damaged}")
+            _check_zip(path)
         # Never unpickles code.
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
         EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
         RuntimeError,
+        TypeError,
         ValueError,
-        KeyError,
     ) as error:
         raise ValueError(
             f"{path} is not a whole torch file of weights alone: "
-            f"{str(error).splitlines()[0]}"
+            f"{brief((str(error).splitlines() or [type(error).__name__])[0])}"
         ) from error
     for nest in NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
@@ -138,13 +156,34 @@ def read_torch(path: str | os.PathLike[str]) -> Flat:
             break
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
-    for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
+    for name, x in content.items():
+        if not isinstance(name, str) or not isinstance(x, torch.Tensor):
             raise ValueError(
-                f"{path} holds no state dict: {name!r} is no tensor, but a "
-                f"{type(value).__name__}."
+                f"{path} holds no state dict: {brief(name)} is no tensor, but a "
+                f"{type(x).__name__}."
             )
-    return {str(name): _numpy(tensor) for name, tensor in content.items()}
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
+            raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
+    check(
+        {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
+    )
+    return {name: _numpy(tensor) for name, tensor in content.items()}
+
+
+def _check_zip(path: str | os.PathLike[str]) -> None:
+    """torch.save neither compresses nor repeats, and torch.load compares no CRC-32."""
+    with zipfile.ZipFile(path) as archive:
+        seen: set[str] = set()
+        for info in archive.infolist():
+            if info.filename in seen:
+                raise ValueError(f"two members are called {info.filename}")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            seen.add(info.filename)
+        if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its members declare more bytes than it has")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong bits in {damaged}")
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import atomic, checkpoint
+from mlp_mixer import atomic, checkpoint, files, recipe
+from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.layers import GELUS
 from mlp_mixer.models.mixer import check_divisible
@@ -31,13 +32,13 @@ from mlp_mixer.pretrained.normalisation import (
     normalisation,
 )
 from mlp_mixer.pretrained.tree import Params
-from mlp_mixer.text import listed
+from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
 
 NAMES = ("ours", "timm")
-Flat = dict[str, np.ndarray]
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+Flat = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -146,6 +147,12 @@ def read(
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
     size = weights.image_size or tree.square_image(params)
     weights = dataclasses.replace(weights, params=params, image_size=size, source=name)
+    count = tree.geometry(params)["num_classes"]
+    if weights.class_names and count not in (None, len(weights.class_names)):
+        raise ValueError(
+            f"{name} has {len(weights.class_names):,} names of classes for a head of "
+            f"{count:,}."
+        )
     if size is not None:
         check(weights)
     return weights
@@ -211,18 +218,18 @@ def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
             f"{folder} holds no run (no config.json and checkpoints). Name a folder "
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
-    config = json.loads((folder / "config.json").read_text())
-    names = json.loads((folder / "class_names.json").read_text())
+    config = recipe.read(folder / "config.json")
+    names = class_names.of_run(folder / "class_names.json", config.dataset.num_classes)
     step, params = checkpoint.restore_params(folder / "checkpoints", step=step)
-    kinds = ((e["type"], e["preprocess"]) for e in config["evals"].values())
-    flat = dict(leaves(params))
-    _check_arrays(folder, flat)
+    flat = _checked(dict(leaves(params)), folder)
+    sections = config.evals.values()
+    kinds = ((section.type, section.preprocess) for section in sections)
     return flat, Weights(
         {},
         f"run at step {step}",
-        gelu=config["model"]["gelu"],
-        image_size=tuple(config["model"]["image_size"]),
-        class_names=names and tuple(names),
+        gelu=config.model.gelu,
+        image_size=config.model.image_size,
+        class_names=tuple(names) if names else None,
         preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
     )
 
@@ -231,41 +238,57 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> tuple[Flat, W
     """The arrays and what is said of them, with no normalisation folded yet."""
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
+
+    def check_declared(arrays: Flat) -> None:
+        _checked(arrays, path)
+
     if suffix == ".npz":
-        arrays = npz.read(path)
+        arrays = npz.read(path, check_declared)
     elif suffix == ".safetensors":
-        arrays, metadata = safetensors.read(path)
+        arrays, metadata = safetensors.read(path, check_declared)
     elif suffix in TORCH_SUFFIXES:
-        arrays = timm.read_torch(path)
+        arrays = timm.read_torch(path, check_declared)
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
             f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
-    try:
-        said = dict(json.loads(metadata.get(METADATA, "{}")))
-        fields = {field: said[field] for field in KNOWN if field in said}
-        for field in {"image_size", "class_names"} & fields.keys():
-            fields[field] = tuple(fields[field])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
-    is_timm = timm.is_timm(arrays)
-    flat = _named_as_ours(arrays, path) if is_timm else arrays
-    _check_arrays(path, flat, _in_timm if is_timm else str)
-    kind = f"{suffix[1:]} file" + (", timm's names" if is_timm else "")
+    fields = _known(metadata.get(METADATA, "{}"), path)
+    flat = _checked(arrays, path)
+    kind = f"{suffix[1:]} file"
+    if timm.is_timm(arrays):
+        kind, fields = f"{kind}, timm's names", {"gelu": "exact", **fields}
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
-    elif is_timm:
+    elif timm.is_timm(arrays):
         return flat, _of_timm(path, flat, kind, given)
-    fields = {"gelu": "exact"} | fields if is_timm else fields
     return flat, Weights({}, kind, normalisation=given or CENTRED, **fields)
 
 
-def _named_as_ours(arrays: Flat, path: pathlib.Path) -> Flat:
+def _checked(arrays: Flat, source: object) -> Flat:
+    """The arrays of one Mixer, by their names in our tree.
+
+    Raises:
+      ValueError: they are not; names what is wrong as the source does.
+    """
+    is_timm = timm.is_timm(arrays)
     try:
-        return timm.ours(arrays)
+        flat = timm.ours(arrays) if is_timm else arrays
     except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
+        raise ValueError(f"{source}: {error}.") from error
+    called = _in_timm if is_timm else str
+    expected = tree.layout(flat)
+    wrong = [
+        f"dtype: {called(name)} is {x.dtype}, expected floats"
+        for name, x in flat.items()
+        if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    wrong += tree.problems({name: x.shape for name, x in flat.items()}, called)
+    if wrong:
+        raise ValueError(
+            f"{source} does not hold the parameters of one MLP-Mixer:\n{listed(wrong)}"
+        )
+    return flat
 
 
 def _in_timm(name: str) -> str:
@@ -273,20 +296,23 @@ def _in_timm(name: str) -> str:
     return name if theirs == name else f"{theirs} as {name}"
 
 
-def _check_arrays(
-    source: object, flat: Flat, called: Callable[[str], str] = str
-) -> None:
-    shapes = {name: x.shape for name, x in flat.items()}
-    expected = tree.layout(flat)
-    wrong = [
-        f"dtype: {called(name)} is {x.dtype}, expected floats"
-        for name, x in flat.items()
-        if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    if wrong := wrong + tree.problems(shapes, called):
-        raise ValueError(
-            f"{source} does not hold the parameters of one MLP-Mixer:\n{listed(wrong)}"
-        )
+def _known(metadata: str, path: pathlib.Path) -> dict[str, Any]:
+    """Fields of `Weights` from our metadata, as far as this version has them."""
+    try:
+        said = files.parse_json(metadata, "what it says")
+        fields = {field: said[field] for field in KNOWN if field in said}
+        for field, value in fields.items():
+            if not _FITS[field](value):
+                raise ValueError(f"{field} is {brief(value)}")
+    except ValueError as error:
+        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
+    for field in {"image_size", "class_names"} & fields.keys():
+        fields[field] = tuple(fields[field])
+    return fields
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(inner) is kind for inner in value)
 
 
 def _check_agreed(
@@ -365,6 +391,12 @@ def _fitting(config: hub.Config, flat: Flat) -> dict[str, Any]:
 # Of a safetensors file: JSON of these fields of `Weights`, as far as they are known.
 METADATA = "mlp_mixer"
 KNOWN = ("gelu", "image_size", "class_names", "preprocess")
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "gelu": lambda value: isinstance(value, str),
+    "image_size": lambda value: _is_list(value, int) and len(value) == 2,
+    "class_names": lambda value: _is_list(value, str),
+    "preprocess": lambda value: isinstance(value, str),
+}
 
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
