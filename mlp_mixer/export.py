@@ -306,7 +306,7 @@ def _checked(weights: pretrained.Weights) -> pretrained.Weights:
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
     if bad := pretrained.not_finite(params):
         raise ValueError(
-            f"The weights ({weights.said}) are not exported: not all of their values "
+            f"The weights {weights.called} are not exported: not all of their values "
             "are finite:\n  "
             + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
         )

@@ -142,8 +142,7 @@ def open_model(
     model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
     protocol = preprocess or weights.preprocess or "big_vision"
     height, width = size
-    name = os.fspath(source)
-    said = f"{name} ({weights.said})"
+    said = weights.called
     logger.info("%s: %dx%d px, preprocessed by %s", said, height, width, protocol)
     return Opened(
         said,

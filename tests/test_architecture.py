@@ -20,6 +20,8 @@ LAYERS = (
     (
         "recipe",
         "atomic",
+        "files",
+        "text",
         "models",
         "losses",
         "sharding",

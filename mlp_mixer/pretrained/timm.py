@@ -40,53 +40,68 @@ WRAPPERS = r"^(?:module\.|model\.|_orig_mod\.)+"
 NESTS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
 
+def our_name(name: str) -> str | None:
+    """The name in our tree of an array of timm's, in whichever wrapper; None: no such.
+
+    Of a Mixer of any depth: also a block that there is not has a name.
+    """
+    module, _, kind = re.sub(WRAPPERS, "", name).rpartition(".")
+    number = re.search(r"\.([0-9]+)\.", module)
+    home = dict(MODULES).get(re.sub(r"\.[0-9]+\.", ".{}.", module))
+    if home is None or kind not in ("weight", "bias"):
+        return None
+    norm = module.rpartition(".")[2].startswith("norm")
+    leaf = "bias" if kind == "bias" else "scale" if norm else "kernel"
+    return f"{home.format(number and number[1])}/{leaf}"
+
+
+def their_name(name: str) -> str:
+    """The name in timm of an array of our tree; any other stays as it is."""
+    home, _, leaf = name.rpartition("/")
+    number = re.match(r"MixerBlock_([0-9]+)/", home)
+    homes = {home: module for module, home in MODULES}
+    module = homes.get(re.sub(r"^MixerBlock_[0-9]+/", "MixerBlock_{}/", home))
+    if module is None:
+        return name
+    kind = "bias" if leaf == "bias" else "weight"
+    return f"{module.format(number and number[1])}.{kind}"
+
+
 def is_timm(names: Iterable[str]) -> bool:
-    """Whether these are the names of a timm Mixer, of whichever wrapper."""
-    return any(re.sub(WRAPPERS, "", name) == "stem.proj.weight" for name in names)
+    """Whether any of these is the name of an array of a timm Mixer."""
+    return any(our_name(name) is not None for name in names)
 
 
 def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
     """{name in our tree: array} of {name in timm: array}.
 
     Names that timm's Mixer does not have (ResMLP's, gMLP's) stay as they are, for the
-    caller to refuse.
+    caller to refuse, and so do arrays of a rank that none has.
 
     Raises:
       ValueError: two arrays claim one name.
     """
     flat: Flat = {}
+    first: dict[str, str] = {}
     for name, array in arrays.items():
-        bare = re.sub(WRAPPERS, "", name)
-        module, _, kind = bare.rpartition(".")
-        number = re.search(r"\.(\d+)\.", module)
-        pattern = re.sub(r"\.\d+\.", ".{}.", module)
-        home = dict(MODULES).get(pattern)
-        if home is None or array.ndim not in AXES or kind not in ("weight", "bias"):
-            flat[name] = array
-            continue
-        leaf = kind if kind == "bias" else "scale" if array.ndim == 1 else "kernel"
-        place = home.format(number[1]) if number else home
-        if f"{place}/{leaf}" in flat:
+        new = our_name(name) or name
+        if new in first:
             raise ValueError(
-                f"There are two arrays for {brief(bare)}, the second is {brief(name)}."
+                f"there are two arrays for {brief(new)}: {brief(first[new])} and "
+                f"{brief(name)}"
             )
-        flat[f"{place}/{leaf}"] = array.transpose(AXES[array.ndim])
+        first[new] = name
+        axes = AXES.get(array.ndim) if new != name else None
+        flat[new] = array if axes is None else array.transpose(axes)
     return flat
 
 
 def theirs(params: Mapping[str, np.ndarray]) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
-    homes = {home: module for module, home in MODULES}
-    flat = {}
-    for name, array in params.items():
-        home, _, leaf = name.rpartition("/")
-        number = re.search(r"_(\d+)/", home)
-        module = homes[re.sub(r"^MixerBlock_\d+/", "MixerBlock_{}/", home)]
-        kind = "bias" if leaf == "bias" else "weight"
-        axes = np.argsort(AXES[array.ndim])
-        place = module.format(number[1] if number else "")
-        flat[f"{place}.{kind}"] = array.transpose(axes)
-    return flat
+    return {
+        their_name(name): array.transpose(np.argsort(AXES[array.ndim]))
+        for name, array in params.items()
+    }
 
 
 def read_torch(
@@ -139,12 +154,14 @@ def read_torch(
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
             break
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(x, torch.Tensor)
-        for name, x in content.items()
-    ):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
     for name, x in content.items():
+        if not isinstance(name, str) or not isinstance(x, torch.Tensor):
+            raise ValueError(
+                f"{path} holds no state dict: {brief(name)} is no tensor, but a "
+                f"{type(x).__name__}."
+            )
         if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
             raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
     size = sum(x.nbytes for x in content.values())
