@@ -31,6 +31,18 @@ _PILLOWS_ERRORS = (
     PIL.Image.DecompressionBombError,
 )
 
+# How files end that `decode` reads, the most common first. Not all that Pillow knows:
+# some formats need another program, hold no picture of up to 16 bits, or are leaving.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".jpe", ".jfif", ".mpo", ".apng", ".avifs", ".dib", ".ico", ".icns", ".cur"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".pnm", ".ppm", ".pgm", ".pbm", ".tga", ".icb", ".vda", ".vst"),
+    *(".sgi", ".rgb", ".rgba", ".bw", ".ras", ".pcx", ".dcx", ".psd", ".qoi", ".dds"),
+    *(".blp", ".fit", ".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr", ".msp"),
+    *(".pcd", ".pxr", ".xbm", ".xpm"),
+)
+
 # Complaints about a JPEG that end it: libjpeg merely warns, and makes up the pixels.
 # The last one is ours.
 _DAMAGE = (

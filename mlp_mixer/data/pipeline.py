@@ -7,9 +7,15 @@ worker processes. The augmentation is big_vision's `configs/mlp_mixer_i1k.py`:
 Inception crop, flip, RandAugment, all on uint8; the device normalises.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +32,9 @@ Image = UInt8[np.ndarray, "h w 3"]
 Cropped = UInt8[np.ndarray, "height width 3"]
 
 _log = logging.getLogger(__name__)
+
+# How long a worker process works on after SIGTERM, in seconds.
+_GRACE = 30
 
 
 def train_batches(
@@ -322,7 +331,9 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
         grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     )
     if workers:
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers))
+        chunks = chunks.mp_prefetch(
+            grain.MultiprocessingOptions(workers), worker_init_fn=_follow_parent
+        )
     # Last, because the buffers above count chunks, and rows keep the share's order.
     batches = chunks.batch(
         share.rows // share.chunk, drop_remainder=True, batch_fn=_concatenate
@@ -333,6 +344,42 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
     return iter(ahead)
 
 
+def _follow_parent(index: int, count: int) -> None:
+    """Ends this worker process when its parent is gone, and not much before.
+
+    What stops a run is sent to all of its processes (by Ctrl-C, by a cluster), while
+    the parent needs some more batches to end well, so it decides: `_running` starts
+    workers with SIGINT and SIGTERM blocked. But Python, too, sends SIGTERM to what is
+    left of its workers at its end, and waits for them.
+    """
+    del index, count
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+@contextlib.contextmanager
+def _running(batches: Any) -> Iterator[Iterator[Batch]]:
+    """Starts the threads and worker processes of `_batches`, and ends them."""
+    # It unblocks the signals of whoever starts it, so it must be there before.
+    multiprocessing.resource_tracker.ensure_running()
+    # Threads and processes inherit the mask of the thread that starts them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        batches.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
 def _concatenate(chunks: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
 
@@ -340,7 +387,7 @@ def _concatenate(chunks: Sequence[Batch]) -> Batch:
 def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
     """Counts and names the broken images of a stream, and ends it above `limit`."""
     seen: list[int] = []
-    try:
+    with _running(batches):
         for batch in batches:
             broken = batch.pop("broken")
             for index in map(int, broken[broken >= 0]):
@@ -350,20 +397,16 @@ def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
             if len(seen) > limit:
                 raise _too_many(source, seen, limit)
             yield batch
-    finally:
-        batches.close()
 
 
 def _logged(batches: Any, source: Source) -> Iterator[Batch]:
     """Names the broken images of an evaluation."""
-    try:
+    with _running(batches):
         for batch in batches:
             for index in map(int, batch["index"][~batch["mask"]]):
                 if index >= 0:
                     _warn(source, index, "it is not counted")
             yield batch
-    finally:
-        batches.close()
 
 
 def _warn(source: Source, index: int, consequence: str) -> None:
