@@ -153,12 +153,13 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
         are not finite, or no image size; or the path is not UTF-8.
     """
     _require("onnx", "onnxruntime")
-    name = os.fspath(path)
-    if printable(name) != printable(name.encode(errors="replace").decode()):
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"{printable(name)} is not UTF-8 here, and the onnx package opens no other "
-            "names; choose another one, or a locale with UTF-8."
-        )
+            f"{printable(os.fspath(path))} is not UTF-8 here, and the onnx package "
+            "opens no other names; choose another one, or a locale with UTF-8."
+        ) from error
     import onnx
     import onnxruntime
 
