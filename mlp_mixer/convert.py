@@ -81,7 +81,8 @@ def convert(
     report = {"source": f"{source} ({weights.said})", **describe(weights)}
     if target is None:
         return report
-    _write(weights, os.fspath(target), names)
+    target = os.path.expanduser(target)
+    _write(weights, target, names)
     again = pretrained.read(target, dtype=None)
     wanted, got = (dict(leaves(w.params)) for w in (weights, again))
     report["dtype"] = describe(again)["dtype"]
@@ -208,7 +209,7 @@ def main(arguments: list[str]) -> None:
         )
     flag = flags.FLAGS
     report = convert(
-        *arguments,
+        *map(program.path, arguments),
         names=flag.names,
         dtype=flag.dtype,
         gelu=flag.gelu,
@@ -234,11 +235,15 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "image_size", None, "HEIGHT,WIDTH px, if the source does not say."
     )
-    flags.DEFINE_integer("grow", None, "So many times the patches on each side.")
+    flags.DEFINE_integer(
+        "grow", None, "So many times the patches on each side.", lower_bound=1
+    )
     flags.DEFINE_list(
         "interpolate",
         None,
         "HEIGHT,WIDTH px of another resolution (not the paper's way).",
     )
-    flags.DEFINE_integer("step", None, "Of a run's checkpoint; the newest if not set.")
+    flags.DEFINE_integer(
+        "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
+    )
     program.run(main)

@@ -60,6 +60,7 @@ def open_run(
     Raises:
       FileNotFoundError: no run or no checkpoint there.
     """
+    workdir = epath.Path(workdir).expanduser()
     config = load(workdir)
     mesh = sharding.make_mesh()
     model = models.create(
@@ -252,7 +253,7 @@ def load(workdir: epath.PathLike) -> ConfigDict:
     Raises:
       FileNotFoundError: no run there.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir).expanduser() / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{workdir} holds no run (no config.json). Name a folder that "
