@@ -88,7 +88,8 @@ def convert(
     report = {"source": weights.called, **describe(weights)}
     if target is None:
         return report
-    _write(weights, os.fspath(target), names)
+    target = os.path.expanduser(target)
+    _write(weights, target, names)
     again = pretrained.read(target, dtype=None)
     wanted, got = (dict(leaves(w.params)) for w in (weights, again))
     report["dtype"] = describe(again)["dtype"]
@@ -239,7 +240,7 @@ def main(arguments: list[str]) -> None:
         )
     flag = flags.FLAGS
     report = convert(
-        *arguments,
+        *map(program.path, arguments),
         names=flag.names,
         dtype=flag.dtype,
         gelu=flag.gelu,
@@ -274,11 +275,15 @@ if __name__ == "__main__":
         "say: one number or RED,GREEN,BLUE. Folded into the stem.",
     )
     flags.DEFINE_list("std", None, "See --mean.")
-    flags.DEFINE_integer("grow", None, "So many times the patches on each side.")
+    flags.DEFINE_integer(
+        "grow", None, "So many times the patches on each side.", lower_bound=1
+    )
     flags.DEFINE_list(
         "interpolate",
         None,
         "HEIGHT,WIDTH px of another resolution (not the paper's way).",
     )
-    flags.DEFINE_integer("step", None, "Of a run's checkpoint; the newest if not set.")
+    flags.DEFINE_integer(
+        "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
+    )
     program.run(main)

@@ -54,6 +54,7 @@ def evaluate(
         once in a run of several processes).
       ValueError: the recipe has no such evaluators.
     """
+    workdir = epath.Path(workdir).expanduser()
     run = runs.open_run(workdir, step, best)
     sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
     if not sections:
@@ -198,12 +199,14 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_integer("step", None, "Of the checkpoint; the newest if not set.")
+    program.define_path("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_integer(
+        "step", None, "Of the checkpoint; the newest if not set.", lower_bound=0
+    )
     flags.DEFINE_string("best", None, "Instead: the best by this metric (val/top1).")
     flags.DEFINE_list(
         "only", None, "Evaluators by name, or all; if not set, those of training."
     )
     flags.DEFINE_string("preprocess", None, "One protocol for all, e.g. timm.")
-    flags.DEFINE_string("data_dir", None, "Folder of data sets; TFDS's own if not set.")
+    program.define_path("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     program.run(main, distributed=True)

@@ -344,7 +344,7 @@ def _keep(
     load: Callable[[pathlib.Path], Callable[[np.ndarray], Outputs]],
 ) -> list[Difference]:
     """Writes, loads and compares; files get their names only if they are right."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         draft = pathlib.Path(folder) / path.name
@@ -407,7 +407,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(
             "Name the weights and the files to write, e.g. runs/digits digits.onnx."
         )
-    source, *paths = arguments
+    source, *paths = map(program.path, arguments)
     for suffix in (pathlib.Path(path).suffix.lower() for path in paths):
         if suffix not in FORMATS:
             raise ValueError(
@@ -443,7 +443,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("step", None, "Of a run's checkpoint; the newest if not set.")
+    flags.DEFINE_integer(
+        "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
+    )
     flags.DEFINE_list(
         "image_size",
         None,

@@ -243,20 +243,22 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
 class Profiler:
     """Writes a trace of some steps, for TensorBoard or Perfetto."""
 
-    def __init__(self, workdir: epath.PathLike, steps: str | None):
-        """`steps` is "START:STOP" (both traced), or None.
+    def __init__(self, workdir: epath.PathLike, steps: str | None, *, total_steps: int):
+        """`steps` is "START:STOP" (both traced) of a run of `total_steps`, or None.
 
         Raises:
-          ValueError: not two step numbers in order.
+          ValueError: not two step numbers of the run in order.
         """
         self._folder, self._steps = f"{workdir}/profile", (0, 0)
-        if steps:
-            start, _, stop = steps.partition(":")
-            if not (start.isdigit() and stop.isdigit() and 0 < int(start) <= int(stop)):
-                raise ValueError(
-                    f"--profile is {steps!r}; expected START:STOP, e.g. 10:12."
-                )
-            self._steps = int(start), int(stop)
+        if steps is None:
+            return
+        numbers = [int(n) if n.isdecimal() else 0 for n in steps.split(":")]
+        if len(numbers) != 2 or not 0 < numbers[0] <= min(numbers[1], total_steps):
+            raise ValueError(
+                f"--profile is {steps!r}; expected START:STOP, e.g. 10:12, of the "
+                f"steps 1 ... {total_steps}."
+            )
+        self._steps = numbers[0], numbers[1]
 
     def before(self, step: int) -> None:
         """Starts the trace if `step` is its first."""

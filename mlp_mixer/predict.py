@@ -412,7 +412,8 @@ def main(arguments: list[str]) -> None:
     if values["format"] != "table" and isinstance(sys.stdout, io.TextIOWrapper):
         # As in a file: names may be any bytes, whatever the terminal shows.
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    count, broken = run(arguments, **{name: values[name] for name in OPTIONS})
+    images = [program.path(argument) for argument in arguments]
+    count, broken = run(images, **{name: values[name] for name in OPTIONS})
     if broken:
         sys.exit(f"{broken} of {count} images could not be read.")
 
@@ -423,29 +424,31 @@ OPTIONS = (
 )
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
+    program.define_path(
         "weights",
         None,
         "A run's folder, a file (npz, safetensors, timm's) or a published name.",
         required=True,
     )
     flags.DEFINE_alias("workdir", "weights")
-    flags.DEFINE_integer("step", None, "Of a run's checkpoint; the newest if not set.")
-    flags.DEFINE_integer("top", 3, "How many classes.")
+    flags.DEFINE_integer(
+        "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
+    )
+    flags.DEFINE_integer("top", 3, "How many classes.", lower_bound=1)
     flags.DEFINE_enum(
         "preprocess",
         None,
         list(image_ops.PROTOCOLS),
         "If not set, that of the run's evaluation, else big_vision.",
     )
-    flags.DEFINE_string("labels", None, "A text file with a class's name a line.")
     flags.DEFINE_boolean(
         "exif", False, "Turns images as Exif says; the authors leave them as stored."
     )
+    program.define_path("labels", None, "A text file with a class's name a line.")
     flags.DEFINE_enum("format", "table", list(FORMATS), "Of the predictions.")
-    flags.DEFINE_string("out", None, "A file for them; stdout if not set.")
-    flags.DEFINE_string("features", None, "An npz file for features (pre-logits).")
-    flags.DEFINE_string("sheet", None, "A PNG file: images and classes to look at.")
+    program.define_path("out", None, "A file for them; stdout if not set.")
+    program.define_path("features", None, "An npz file for features (pre-logits).")
+    program.define_path("sheet", None, "A PNG file: images and classes to look at.")
     # Flags may also follow the images.
     flags.FLAGS.set_gnu_getopt()
     program.run(main)

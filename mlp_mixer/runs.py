@@ -71,6 +71,7 @@ def open_run(
       FileNotFoundError: no run or no checkpoint there.
       ValueError: `best` is no score of an evaluator that runs in training.
     """
+    workdir = epath.Path(workdir).expanduser()
     config = load(workdir)
     more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
     mesh = sharding.make_mesh()
@@ -397,7 +398,7 @@ def load(workdir: epath.PathLike) -> ConfigDict:
     Raises:
       FileNotFoundError: no run there.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir).expanduser() / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{workdir} holds no run (no config.json). Name a folder that "

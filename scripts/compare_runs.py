@@ -16,6 +16,8 @@ import pathlib
 import sys
 from collections.abc import Iterable, Mapping
 
+import arguments
+
 from mlp_mixer import metrics
 
 STEPS = (1, 10, 100, 1000)
@@ -54,14 +56,16 @@ Row = tuple[int, str, float, float, float]
 def differences(a: Mapping, b: Mapping) -> list[Row]:
     """(step, key, a's value, b's value, relative difference) of the common steps."""
     return [
-        (step, key, a[step][key], b[step][key], _relative(a[step][key], b[step][key]))
+        (step, key, a[step][key], b[step][key], _apart(a[step][key], b[step][key]))
         for step in sorted(a.keys() & b.keys())
         for key in KEYS
     ]
 
 
-def _relative(a: float, b: float) -> float:
-    return 0.0 if a == b else abs(a / b - 1) if b else math.inf
+def _apart(a: float, b: float) -> float:
+    if a == b:
+        return 0.0
+    return abs(a / b - 1) if b else math.inf
 
 
 def apart(rows: Iterable[Row]) -> list[Row]:
@@ -74,8 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="folder of a run, or a file of records")
-    parser.add_argument("other", help="the same")
+    path = arguments.path
+    parser.add_argument("run", type=path, help="folder of a run, or a file of records")
+    parser.add_argument("other", type=path, help="the same")
     args = parser.parse_args(argv)
     try:
         rows = differences(read(args.run), read(args.other))

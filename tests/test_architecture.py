@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Law 1: a module imports lower layers and, in data/, models/, …, its own package. A
 # name stands for a module or for all modules of a package.
 LAYERS = (
-    ("text",),
+    # What a leaf may import.
+    ("text", "errors", "fields"),
     ("files",),
     (
         "recipe",
@@ -60,7 +61,7 @@ DOORS = {
     "tensorflow_datasets": ("data",),
     "tensorflow": ("data.preparation",),
     "orbax": ("checkpoint",),
-    "ml_collections": ("recipe", "runs", *PROGRAMS),
+    "ml_collections": ("recipe", "runs", "program", *PROGRAMS),
     # data.pipeline: Grain's workers read flags.
     "absl.flags": ("program", "data.pipeline", *PROGRAMS),
     "absl.app": ("program", *PROGRAMS),
