@@ -1,10 +1,12 @@
 """What classes are called: ImageNet-1k's names, and names from a file."""
 
 import collections
+import contextlib
 import functools
 import logging
 import os
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,20 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
     if all(name in words for name in names):
         return tuple(words[name] for name in names)
     return tuple(names)
+
+
+def canonical(name: str) -> str:
+    """The name in one spelling, however a file system or a locale spells it.
+
+    macOS may give "é" as "e" and an accent, and without a UTF-8 locale Python gives its
+    bytes as surrogates.
+    """
+    if name.isascii():
+        return name
+    with contextlib.suppress(UnicodeError):  # surrogates that stand for no bytes
+        data = name.encode("utf-8", "surrogateescape")
+        name = data.decode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFC", name)
 
 
 def choose(

@@ -4,22 +4,28 @@ Nothing here needs TensorFlow or the network. TFDS data is read in both of its f
 array_record and TFRecord.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import difflib
+import functools
+import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from google.protobuf.message import DecodeError
 from jaxtyping import Int
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
 from mlp_mixer.data import folders, preparation
+from mlp_mixer.data.class_names import canonical
 from mlp_mixer.data.tfrecords import TFRecords
 
 Label = int | Int[np.ndarray, " m"]
@@ -171,6 +177,8 @@ class _TfdsSource:
         )
         read = grain.sources.ArrayRecordDataSource if random_access else TFRecords
         self._records = read(files) if files else ()
+        self.version = str(info.version)
+        self.shards = [(file.filename, file.examples_in_shard) for file in files]
         self.multi_label = several
         self.num_classes = int(one.num_classes)
         self.class_names = tuple(one.names)
@@ -272,6 +280,95 @@ class _SyntheticSource:
 
     def name_of(self, index: int) -> str:
         return f"synthetic[{index}]"
+
+
+# --- What the data is -----------------------------------------------------------------
+
+
+@functools.singledispatch
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What a source holds, in JSON, to be compared with what it held before.
+
+    It takes seconds: names and sizes of files are looked at, not what is in them. It
+    says nothing of the place, so data may be moved, and is equal on processes that see
+    the same data.
+    """
+    return _common(source, type(source).__name__)
+
+
+def _common(source: Source, kind: str) -> dict[str, Any]:
+    names = source.class_names
+    return {
+        "kind": kind,
+        "num_examples": len(source),
+        "num_classes": source.num_classes,
+        "class_names": None if names is None else [canonical(name) for name in names],
+    }
+
+
+@fingerprint.register
+def _(source: _SyntheticSource) -> dict[str, Any]:
+    return _common(source, "synthetic") | {"image_size": list(source.size)}
+
+
+@fingerprint.register
+def _(source: _TfdsSource) -> dict[str, Any]:
+    shards = {
+        os.path.basename(path): {
+            "examples": examples,
+            "bytes": epath.Path(path).stat().length,
+        }
+        for path, examples in source.shards
+    }
+    version = {"version": source.version, "shards": shards}
+    return _common(source, "prepared") | version
+
+
+@fingerprint.register
+def _(source: folders.FolderSource) -> dict[str, Any]:
+    names = [canonical(name) for name in source.class_names]
+    lines: dict[str, list[str]] = {name: [] for name in names}
+    sizes: collections.Counter[str] = collections.Counter()
+    order = hashlib.sha256()
+    for path, label, size in zip(
+        source.paths, source.labels, _sizes(source.paths), strict=True
+    ):
+        line = f"{canonical(os.path.basename(path))}\0{size}\n"
+        lines[names[label]].append(line)
+        sizes[names[label]] += size
+        order.update(_bytes(f"{names[label]}/{line}"))
+    files = {
+        name: {
+            "images": len(of_class),
+            "bytes": sizes[name],
+            "files": hashlib.sha256(_bytes("".join(sorted(of_class)))).hexdigest(),
+        }
+        for name, of_class in lines.items()
+    }
+    more = {"classes": files, "order": order.hexdigest()}
+    return _common(source, "folder") | more
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _sizes(paths: Sequence[str]) -> list[int]:
+    """In bytes; -1 of a file that cannot be looked at. Many at once, for slow disks."""
+    parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return [size for part in pool.map(_sizes_of, parts) for size in part]
+
+
+def _sizes_of(paths: Sequence[str]) -> list[int]:
+    return [_size(path) for path in paths]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # training names it as a broken image
+        return -1
 
 
 def _open_digits(_: str, split: str, **options: Any) -> Source:
