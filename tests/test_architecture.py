@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Law 1: a module imports lower layers and, in data/, models/, …, its own package. A
 # name stands for a module or for all modules of a package.
 LAYERS = (
+    ("text",),
     (
         "recipe",
         "atomic",
