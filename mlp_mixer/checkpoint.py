@@ -91,6 +91,7 @@ class Checkpointer:
         self._every_steps = every_steps
         self._keep_best = keep_best
         self._position: int | None = None  # the step last saved or restored
+        self._complete: int | None = None  # the newest known to be whole
 
         policies = ocp.checkpoint_managers
         keep: list[Any] = [policies.LatestN(keep_latest)]
@@ -146,6 +147,16 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest step that has a checkpoint, or None."""
         return max(self.all_steps(), default=None)
+
+    def complete_step(self) -> int | None:
+        """The step last saved or restored whole, as far as is known without waiting."""
+        step = self._position
+        if step is not None and step != self._complete:
+            done = not self._manager.is_saving_in_progress()
+            # A save that failed has left none; `wait` will tell.
+            if done and _folder(self.directory, step).exists():
+                self._complete = step
+        return self._complete
 
     def due(self, step: int) -> bool:
         """Whether `save` acts on this step without `force`."""

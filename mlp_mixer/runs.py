@@ -1,10 +1,11 @@
 """A run's folder explains itself: its recipe, its classes, its checkpoints."""
 
+import contextlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,19 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
+from mlp_mixer import (
+    checkpoint,
+    history,
+    models,
+    ownership,
+    pretrained,
+    processes,
+    recipe,
+    sharding,
+    steps,
+)
 from mlp_mixer.data import class_names as naming
+from mlp_mixer.data import sources
 from mlp_mixer.fingerprints import describe
 from mlp_mixer.fingerprints import differences as differences_of_arrays
 
@@ -144,11 +156,61 @@ def open_model(
     )
 
 
+def check_agreement(
+    config: ConfigDict, source: sources.Source, evals: Mapping[str, Any]
+) -> None:
+    """Passes if all processes of this run have the same recipe, data and JAX.
+
+    Args:
+      config: with every field resolved.
+      source: what is trained on.
+      evals: of `evaluators.create`.
+
+    Raises:
+      ValueError: they differ; names each difference, its values and the processes.
+    """
+    if jax.process_count() == 1:
+        return
+    with processes.together():
+        data = {"training": [source], **{k: e.sources for k, e in evals.items()}}
+        seen = {k: [*map(sources.fingerprint, found)] for k, found in data.items()}
+    processes.compare(
+        recipe=to_json(config),
+        data=seen,
+        jax=jax.__version__,
+        devices=jax.local_device_count(),
+    )
+
+
+@contextlib.contextmanager
+def claimed(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    class_names: Sequence[str] | None = None,
+) -> Iterator[Callable[[int | None], None]]:
+    """Owns the folder of a run and claims it, until the end of the block.
+
+    Yields:
+      `note_saved(step)`, to be called with the newest step that is saved.
+
+    Raises:
+      OwnedError: another process trains there.
+      FileNotFoundError: a part of the run there is missing.
+      ValueError: another recipe's run, or the processes see different folders.
+    """
+    with ownership.owned(workdir):
+        saved = None
+        with processes.together():
+            if jax.process_index() == 0:
+                saved = claim(config, workdir, class_names)
+        yield saved.note if saved else lambda _: None
+
+
 def claim(
     config: ConfigDict,
     workdir: epath.PathLike,
     class_names: Sequence[str] | None = None,
-) -> None:
+) -> history.Saved:
     """Writes the resolved recipe to `workdir`, or checks that it is the one there.
 
     Args:
@@ -156,10 +218,14 @@ def claim(
       workdir: folder of the run.
       class_names: kept beside the recipe for prediction.
 
+    Returns:
+      What notes the saved steps there.
+
     Raises:
+      FileNotFoundError: of a run that has begun a part is missing.
       ValueError: another recipe's run, which has begun; lists the fields that differ.
     """
-    check(config, workdir)
+    past = check(config, workdir)
     path = epath.Path(workdir) / "config.json"
     new = to_json(config)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,23 +235,36 @@ def claim(
         written = path.with_name(f"{name}.json.{uuid.uuid4().hex}")
         written.write_text(json.dumps(content, indent=2) + "\n")
         written.replace(path.with_name(f"{name}.json"))
+    return history.Saved(workdir, past)
 
 
-def check(config: ConfigDict, workdir: epath.PathLike) -> None:
+def check(config: ConfigDict, workdir: epath.PathLike) -> history.History:
     """Passes if `workdir` holds no result, or a run of `config`, every field resolved.
 
+    Returns:
+      What has happened there.
+
     Raises:
+      FileNotFoundError: a part of the run is missing.
       ValueError: another recipe's run; lists the fields that differ.
     """
     path = epath.Path(workdir) / "config.json"
-    if not path.exists() or not _has_begun(path.parent):
-        return
+    past = history.read(workdir)
+    if not past.has_begun:
+        return past
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{workdir} holds a run ({past}), but its config.json is missing, which "
+            "says of which recipe. Bring it back, or choose another --workdir."
+        )
+    history.check(workdir, past, load(workdir).checkpoint.every_steps)
     if differing := differences(json.loads(path.read_text()), to_json(config)):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + "\n".join(differing)
             + "\nChoose another --workdir, or give the fields their old values."
         )
+    return past
 
 
 def differences(
@@ -206,14 +285,6 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-def _has_begun(folder: epath.Path) -> bool:
-    """Whether there is a result to lose; a wrong field may have kept it from any."""
-    records = folder / "metrics.jsonl"
-    return any((folder / "checkpoints").glob("*")) or (
-        records.exists() and bool(records.read_text().strip())
-    )
-
-
 def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     """Writes weights as a run at step 0, for every program that takes a run.
 
@@ -222,10 +293,9 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
 
     Raises:
       FileExistsError: there is a run, or something else.
+      OwnedError: another process writes there.
     """
-    folder = epath.Path(workdir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{workdir} is not empty; name a new folder.")
+    _check_empty(epath.Path(workdir))
     size = pretrained.check(weights)
     fields = pretrained.geometry(weights.params)
     config = recipe.base()
@@ -240,10 +310,22 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     if weights.preprocess is not None:
         for section in config.evals.values():
             section.preprocess = weights.preprocess
-    claim(config, workdir, weights.class_names)
     params = jax.tree.map(jnp.asarray, weights.params)
-    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
-        saver.save(0, {"params": params}, force=True)
+    with ownership.owned(workdir):
+        _check_empty(epath.Path(workdir))  # once more: nobody else can write now
+        saved = claim(config, workdir, weights.class_names)
+        with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
+            saver.save(0, {"params": params}, force=True)
+            saver.wait()
+            saved.note(saver.complete_step())
+
+
+def _check_empty(folder: epath.Path) -> None:
+    if folder.exists() and (
+        not folder.is_dir()
+        or {path.name for path in folder.iterdir()} - {ownership.FILE}
+    ):
+        raise FileExistsError(f"{folder} is not empty; name a new folder.")
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:

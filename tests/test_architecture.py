@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Law 1: a module imports lower layers and, in data/, models/, …, its own package. A
 # name stands for a module or for all modules of a package.
 LAYERS = (
-    ("text",),
+    ("text", "processes"),
     (
         "recipe",
         "atomic",
@@ -25,6 +25,7 @@ LAYERS = (
         "fingerprints",
         "signals",
         "metrics",
+        "ownership",
         "data.decoding",
         "data.image_ops",
         "data.randaugment",
@@ -35,6 +36,7 @@ LAYERS = (
     (
         "optim",
         "checkpoint",
+        "history",
         "data.pipeline",
         "data.sources",
         "data.preparation",

@@ -41,6 +41,7 @@ class Accuracy:
       data: the split, for people.
       preprocess: the protocol.
       source: the split.
+      sources: it alone; what the evaluator reads.
       broken: images of the split that could not be read in the last pass.
       unlabelled: readable ones without a label in the last pass.
     """
@@ -78,6 +79,7 @@ class Accuracy:
         self.source = sources.open_source(
             **dataset, data_dir=data_dir, image_size=image_size
         )
+        self.sources = (self.source,)
         self.broken = self.unlabelled = 0
         self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]

@@ -202,6 +202,7 @@ class FewShot:
       every_steps: of training, between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, of both splits.
+      sources: both splits.
     """
 
     def __init__(
@@ -257,6 +258,7 @@ class FewShot:
             sources.open_source(**split, data_dir=data_dir, image_size=image_size)
             for split in (train, test)
         )
+        self.sources = (self._train, self._test)
         if self._train.num_classes != self._test.num_classes:
             raise ValueError(
                 f"{self.data}: {self._train.num_classes} classes, but "
