@@ -89,7 +89,9 @@ class Writer(contextlib.AbstractContextManager):
         self._learning_rate, self._last_good = learning_rate, last_good
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._mark = (first_step, time.perf_counter())
-        self._file = self._board = self._bar = None
+        self._file: Any = None
+        self._board: _Board | None = None
+        self._bar: rich.progress.Progress | None = None
         # What is recorded of the first step; the same on every process.
         self._evaluated: set[str] = set()
         with processes.together():

@@ -30,7 +30,7 @@ FILE = "owner.json"
 # What the systems say that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # How long another host may need to see what was written, seconds.
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 # Tasks of one job, as Slurm and the usual MPI starters count them.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _WIDTH = 300  # characters, of a command in a message
@@ -197,6 +197,6 @@ def _refusal(path: epath.Path) -> str:
             "they are one run."
         )
     return (
-        f"{path.parent} is in use by {who}\n"
-        f"Nothing there is changed. Wait for its end, or choose another --workdir.{hint}"
+        f"{path.parent} is in use by {who}\nNothing there is changed. Wait for its "
+        f"end, or choose another --workdir.{hint}"
     )

@@ -92,12 +92,9 @@ def compare(**values: Any) -> None:
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Returns {"a.b": value} of nested dicts and sequences; empty ones are values."""
-    if isinstance(tree, dict) and tree:
-        pairs = tree.items()
-    elif isinstance(tree, list | tuple) and tree:
-        pairs = enumerate(tree)
-    else:
+    if not tree or not isinstance(tree, dict | list | tuple):
         return {prefix: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     named = ((f"{prefix}.{key}" if prefix else str(key), v) for key, v in pairs)
     return {k: v for key, value in named for k, v in _flat(value, key).items()}
 
