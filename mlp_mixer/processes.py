@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 LINES = 10  # of a message, for differences
-WIDTH = 100  # characters, of one value in it
+WIDTH = 50  # characters, of one value in it
 
 
 def gather(value: Any) -> list[Any]:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.experimental import multihost_utils
 
+from mlp_mixer import processes
 from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
@@ -104,26 +104,27 @@ def initial(
     """
     if not source:
         return None
-    weights = read(source)
-    logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
-    if weights.gelu != model.gelu:
-        logger.warning(
-            "%s are for the %s GELU, this model computes the %s one; "
-            "--config.model.gelu=%s keeps theirs.",
-            *(source, weights.gelu, model.gelu, weights.gelu),
-        )
-    params = _at(weights, model, image_size, how=resize_by)
+    with processes.together():
+        weights = read(source)
+        logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
+        if weights.gelu != model.gelu:
+            logger.warning(
+                "%s are for the %s GELU, this model computes the %s one; "
+                "--config.model.gelu=%s keeps theirs.",
+                *(source, weights.gelu, model.gelu, weights.gelu),
+            )
+        params = _at(weights, model, image_size, how=resize_by)
+        params = merge(params, target, head=head)
     _check_equal_everywhere(params, source)
-    return merge(params, target, head=head)
+    return params
 
 
 def _check_equal_everywhere(params: Params, source: object) -> None:
     """Every process reads for itself, perhaps from its own disk."""
     if jax.process_count() == 1:
         return
-    mine = np.array([*fingerprint(params).values()], np.uint32)
-    everybodys = multihost_utils.process_allgather(mine)
-    if (everybodys != everybodys[0]).any():
+    mine, *others = processes.gather(fingerprint(params))
+    if any(theirs != mine for theirs in others):
         raise ValueError(
             f"The processes read different weights at {source}; name a file on a "
             "shared disk, or a run that is finished."
