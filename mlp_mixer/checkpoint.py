@@ -69,7 +69,8 @@ class Checkpointer:
         every_steps: `save` acts on the multiples of it.
         keep_latest: how many of the newest checkpoints are kept.
         keep_every_steps: checkpoints at multiples of it are kept for ever.
-        keep_best: the name of a metric; the checkpoint with its highest value is kept.
+        keep_best: the name of a metric; the checkpoint with its best value is kept.
+        more_is_better: whether that is the highest value, or the lowest.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Checkpointer:
         keep_latest: int = 2,
         keep_every_steps: int | None = None,
         keep_best: str | None = None,
+        more_is_better: bool = True,
     ):
         counts = (every_steps, keep_latest, keep_every_steps)
         if any(count is not None and count < 1 for count in counts):
@@ -99,7 +101,7 @@ class Checkpointer:
             keep.append(policies.EveryNSteps(keep_every_steps))
         self._scores: dict[int, float] = {}
         if keep_best is not None:
-            keep.append(_KeepBest(self._scores))
+            keep.append(_KeepBest(self._scores, more_is_better))
         # Orbax removes what a killed save has left, in the background, without a word.
         unfinished = _names(self.directory, "*.orbax-checkpoint-tmp*")
         if unfinished and jax.process_index() == 0:
@@ -346,6 +348,7 @@ def restore_params(
     *,
     step: int | None = None,
     best: str | None = None,
+    more_is_better: bool = True,
 ) -> tuple[int, PyTree]:
     """The `params` of one checkpoint, and its step; nothing in the directory changes.
 
@@ -356,7 +359,8 @@ def restore_params(
         target: the tree of `params` as `jax.ShapeDtypeStruct` with shardings; without
             it whatever model is there, as NumPy arrays in nested dicts.
         step: which checkpoint; without it the newest intact one.
-        best: instead of a step, the metric whose highest value chooses it.
+        best: instead of a step, the metric whose best value chooses it.
+        more_is_better: whether that is the highest value, or the lowest.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or only damaged ones.
@@ -378,7 +382,7 @@ def restore_params(
             others = steps or _names(folder, "*") or "nothing: has the run saved one?"
             raise FileNotFoundError(f"There is no {wanted} in {folder}, only {others}")
         if best is not None:
-            step = _best(_scores(folder, steps, best))
+            step = _best(_scores(folder, steps, best), more_is_better)
             if step is None:
                 raise ValueError(
                     f"None of the checkpoints {steps} in {folder} has the metric "
@@ -543,14 +547,15 @@ class _KeepBest:
     Orbax keeps its own metrics in a file that, damaged, stops the manager from opening.
     """
 
-    def __init__(self, scores: Mapping[int, float]):
-        self._scores = scores
+    def __init__(self, scores: Mapping[int, float], more_is_better: bool):
+        self._scores, self._more_is_better = scores, more_is_better
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> list[bool]:
         steps = [info.step for info in checkpoints]
-        best = _best({s: self._scores[s] for s in steps if s in self._scores})
+        scores = {s: self._scores[s] for s in steps if s in self._scores}
+        best = _best(scores, self._more_is_better)
         # Without a score its metrics could not be read: it may have been the best.
         return [step == best or step not in self._scores for step in steps]
 
@@ -569,9 +574,10 @@ def _scores(directory: epath.Path, steps: Sequence[int], name: str) -> dict[int,
     return scores
 
 
-def _best(scores: Mapping[int, float]) -> int | None:
-    """The step of the highest score, the later one of equals."""
-    known = [(score, step) for step, score in scores.items() if math.isfinite(score)]
+def _best(scores: Mapping[int, float], more_is_better: bool) -> int | None:
+    """The step of the best score, the later one of equals."""
+    sign = 1 if more_is_better else -1
+    known = [(sign * x, step) for step, x in scores.items() if math.isfinite(x)]
     return max(known)[1] if known else None
 
 

@@ -53,7 +53,7 @@ def evaluate(
       ValueError: the recipe has no such evaluators.
     """
     run = runs.open_run(workdir, step, best)
-    sections = recipe.evaluations(run.config, only)
+    sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
     if not sections:
         known = ", ".join(run.config.evals) or "it has none"
         raise ValueError(

@@ -183,14 +183,17 @@ def _dataset(split: str) -> ConfigDict:
 
 
 def evaluations(
-    config: ConfigDict, only: Sequence[str] | None = None
+    config: ConfigDict,
+    only: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The sections of `config.evals` with training's loss, and its batch size and
-    data set where they name none of their own.
+    """The sections of `config.evals` with training's loss and classes, and its batch
+    size and data set where they name none of their own.
 
     Args:
       config: with the evaluators.
       only: their names, or "all"; None: those that run in training.
+      class_names: of training; None: its classes have no names.
 
     Raises:
       ValueError: an evaluator that the recipe does not have.
@@ -214,8 +217,12 @@ def evaluations(
         if section["type"] == "accuracy":
             section["loss"] = config.loss
             # The model's classes; few-shot evaluation has those of its own data.
-            if section["dataset"]["num_classes"] is None:
-                section["dataset"]["num_classes"] = config.dataset.num_classes
+            section["num_classes"] = config.dataset.num_classes
+            section["class_names"] = class_names
+            dataset = section["dataset"]
+            same = all(dataset[k] == config.dataset[k] for k in ("name", "label"))
+            if dataset["num_classes"] is None and same:
+                dataset["num_classes"] = config.dataset.num_classes
     return sections
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mlp_mixer import (
     checkpoint,
+    evaluators,
     history,
     models,
     ownership,
@@ -71,8 +72,10 @@ def open_run(
 
     Raises:
       FileNotFoundError: no run or no checkpoint there.
+      ValueError: `best` is no score of an evaluator that runs in training.
     """
     config = load(workdir)
+    more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
     mesh = sharding.make_mesh()
     model = models.create(
         **config.model,
@@ -82,7 +85,7 @@ def open_run(
     image = jnp.zeros((1, *config.model.image_size, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     step, params = checkpoint.restore_params(
-        f"{workdir}/checkpoints", step=step, best=best
+        f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
     )
     params = pretrained.cast(params, "float32")
     if different := differences_of_arrays(describe(params), describe(shapes)):
@@ -157,13 +160,13 @@ def open_model(
 
 
 def check_agreement(
-    config: ConfigDict, source: sources.Source, evals: Mapping[str, Any]
+    config: ConfigDict, data: dict[str, Any], evals: Mapping[str, Any]
 ) -> None:
     """Passes if all processes of this run have the same recipe, data and JAX.
 
     Args:
       config: with every field resolved.
-      source: what is trained on.
+      data: `sources.fingerprint` of the training data.
       evals: of `evaluators.create`.
 
     Raises:
@@ -172,11 +175,14 @@ def check_agreement(
     if jax.process_count() == 1:
         return
     with processes.together():
-        data = {"training": [source], **{k: e.sources for k, e in evals.items()}}
-        seen = {k: [*map(sources.fingerprint, found)] for k, found in data.items()}
+        read = {
+            name: [sources.fingerprint(source) for source in evaluator.sources]
+            for name, evaluator in evals.items()
+        }
     processes.compare(
         recipe=to_json(config),
-        data=seen,
+        data=data,
+        evals=read,
         jax=jax.__version__,
         devices=jax.local_device_count(),
     )
@@ -187,8 +193,11 @@ def claimed(
     config: ConfigDict,
     workdir: epath.PathLike,
     class_names: Sequence[str] | None = None,
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
 ) -> Iterator[Callable[[int | None], None]]:
-    """Owns the folder of a run and claims it, until the end of the block.
+    """Owns the folder of a run until the end of the block, and claims it, see `claim`.
 
     Yields:
       `note_saved(step)`, to be called with the newest step that is saved.
@@ -202,7 +211,13 @@ def claimed(
         saved = None
         with processes.together():
             if jax.process_index() == 0:
-                saved = claim(config, workdir, class_names)
+                saved = claim(
+                    config,
+                    workdir,
+                    class_names,
+                    data,
+                    accept_changed_data=accept_changed_data,
+                )
         yield saved.note if saved else lambda _: None
 
 
@@ -210,61 +225,188 @@ def claim(
     config: ConfigDict,
     workdir: epath.PathLike,
     class_names: Sequence[str] | None = None,
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
 ) -> history.Saved:
-    """Writes the resolved recipe to `workdir`, or checks that it is the one there.
+    """Writes what a run is to `workdir`, or checks that it is the one there.
+
+    That is the resolved recipe; the names of its classes, which stay as they are once
+    the run has begun; and what its training data is.
 
     Args:
       config: with every field resolved.
       workdir: folder of the run.
-      class_names: kept beside the recipe for prediction.
+      class_names: of the training data, by label.
+      data: `sources.fingerprint` of the training data; None: it is not recorded.
+      accept_changed_data: see `check`.
 
     Returns:
       What notes the saved steps there.
 
     Raises:
-      FileNotFoundError: of a run that has begun a part is missing.
-      ValueError: another recipe's run, which has begun; lists the fields that differ.
+      FileNotFoundError: as `check`.
+      ValueError: as `check`; or the run has other classes.
     """
-    past = check(config, workdir)
-    path = epath.Path(workdir) / "config.json"
-    new = to_json(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", new), ("class_names", class_names)):
+    check(config, workdir, data, accept_changed_data=accept_changed_data)
+    folder = epath.Path(workdir)
+    begun = history.has_begun(workdir)
+    naming.places(class_names, trained_classes(workdir), **_sides(config, workdir))
+    folder.mkdir(parents=True, exist_ok=True)
+    new: dict[str, Any] = {"config": to_json(config)}
+    if not begun or not (folder / "class_names.json").exists():
+        new["class_names"] = class_names
+    if data is not None:
+        new["data"] = data
+        if begun:
+            _say_what_is_recorded(workdir, _recorded_data(folder), data)
+    for name, content in new.items():
         # Whole or not at all, also if the process is killed here.
         # Processes of several hosts may have equal numbers.
-        written = path.with_name(f"{name}.json.{uuid.uuid4().hex}")
+        written = folder / f"{name}.json.{uuid.uuid4().hex}"
         written.write_text(json.dumps(content, indent=2) + "\n")
-        written.replace(path.with_name(f"{name}.json"))
-    return history.Saved(workdir, past)
+        written.replace(folder / f"{name}.json")
+    return history.Saved(workdir)
 
 
-def check(config: ConfigDict, workdir: epath.PathLike) -> history.History:
-    """Passes if `workdir` holds no result, or a run of `config`, every field resolved.
+def check(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
+) -> None:
+    """Passes if `workdir` holds no result, or a run of this recipe and data.
 
-    Returns:
-      What has happened there.
+    Args:
+      config: with every field resolved.
+      workdir: folder of the run.
+      data: `sources.fingerprint` of the training data; None: it is not compared.
+      accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
       FileNotFoundError: a part of the run is missing.
-      ValueError: another recipe's run; lists the fields that differ.
+      ValueError: another recipe's run, lists the fields that differ; or its training
+        data has changed, says how.
     """
-    path = epath.Path(workdir) / "config.json"
-    past = history.read(workdir)
-    if not past.has_begun:
-        return past
+    _check_recipe(config, workdir, data, accept_changed_data)
+    folder = epath.Path(workdir)
+    recorded = _recorded_data(folder) if history.has_begun(workdir) else None
+    if recorded is None or data is None or accept_changed_data:
+        return
+    if changed := sources.changes(recorded, data):
+        raise ValueError(
+            f"The training data of {workdir} has changed:\n  "
+            + "\n  ".join(changed)
+            + "\nBring the old data back, choose another --workdir, or go on with the "
+            "new data: --accept_changed_data."
+        )
+
+
+def training_data(
+    source: sources.Source,
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    data: dict[str, Any],
+    *,
+    accept_changed_data: bool = False,
+) -> sources.Source:
+    """The training data with the classes of the run in `workdir`, if it has begun.
+
+    Args:
+      source: its labels are mapped to the run's by name.
+      config: with every field resolved.
+      workdir: folder of the run.
+      data: `sources.fingerprint(source)`.
+      accept_changed_data: see `check`.
+
+    Raises:
+      ValueError: as `check`; or the run has other classes.
+    """
+    _check_recipe(config, workdir, data, accept_changed_data)
+    names = trained_classes(workdir)
+    if names is not None:
+        sides = _sides(config, workdir)
+        source = sources.with_classes(source, names, len(names), **sides)
+    check(config, workdir, data, accept_changed_data=accept_changed_data)
+    return source
+
+
+def _check_recipe(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    data: dict[str, Any] | None,
+    accept_changed_data: bool,
+) -> None:
+    folder = epath.Path(workdir)
+    path = folder / "config.json"
+    if not history.has_begun(workdir):
+        return
     if not path.exists():
         raise FileNotFoundError(
-            f"{workdir} holds a run ({past}), but its config.json is missing, which "
-            "says of which recipe. Bring it back, or choose another --workdir."
+            f"{workdir} holds a run, but its config.json is missing, which says of "
+            "which recipe. Bring it back, or choose another --workdir."
         )
-    history.check(workdir, past, load(workdir).checkpoint.every_steps)
-    if differing := differences(json.loads(path.read_text()), to_json(config)):
+    history.check(workdir, load(workdir).checkpoint.every_steps)
+    may_change: Sequence[str] = MAY_CHANGE
+    if accept_changed_data or (data is not None and _recorded_data(folder)):
+        # The fingerprints say it better: of each class, or each shard.
+        may_change = (*MAY_CHANGE, "dataset.num_examples")
+    if differing := differences(
+        json.loads(path.read_text()), to_json(config), may_change
+    ):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + "\n".join(differing)
             + "\nChoose another --workdir, or give the fields their old values."
         )
-    return past
+
+
+def _say_what_is_recorded(
+    workdir: epath.PathLike, recorded: dict[str, Any] | None, data: dict[str, Any]
+) -> None:
+    if recorded is None:
+        logger.info(
+            "%s does not say what its training data was, so that cannot be compared; "
+            "from now on it does.",
+            workdir,
+        )
+    elif changed := sources.changes(recorded, data):
+        said = "\n  ".join(changed)
+        logger.warning("%s goes on with changed data:\n  %s", workdir, said)
+
+
+def trained_classes(workdir: epath.PathLike) -> list[str] | None:
+    """The names of the classes of a run that has begun, if they have names."""
+    folder = epath.Path(workdir)
+    if not (folder / "class_names.json").exists() or not history.has_begun(workdir):
+        return None
+    return load_class_names(workdir)
+
+
+def _sides(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
+    """What to call the training data and the run where their classes differ."""
+    return {
+        "of": f"{config.dataset.name} {config.dataset.split}",
+        "to": f"the run in {workdir}",
+        "hint": "Give the classes their old names, or choose another --workdir.",
+    }
+
+
+def _recorded_data(folder: epath.Path) -> dict[str, Any] | None:
+    """The fingerprint of a run's training data; None of a run of an older version."""
+    path = folder / "data.json"
+    if not path.exists():
+        return None
+    try:
+        recorded = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(recorded, dict):
+        raise ValueError(
+            f"{path} holds {recorded!r:.100}; expected what training wrote."
+        )
+    return recorded
 
 
 def differences(

@@ -3,8 +3,8 @@
     python -m mlp_mixer.train --config=configs/mixer_b16.py
 
 The same command again resumes the run, on any number of devices. A run lives in one
-folder (`runs/<recipe>` by default): config.json, class_names.json, metrics.jsonl,
-tensorboard/, checkpoints/.
+folder (`runs/<recipe>` by default): config.json, class_names.json, data.json,
+metrics.jsonl, tensorboard/, checkpoints/.
 """
 
 import functools
@@ -41,6 +41,7 @@ def train(
     *,
     data_dir: str | None = None,
     profile: str | None = None,
+    accept_changed_data: bool = False,
 ) -> steps.TrainState:
     """Runs `config` to its last step, evaluating and checkpointing on the way.
 
@@ -49,6 +50,8 @@ def train(
       workdir: folder of the run; what it holds is resumed.
       data_dir: where data sets are; TFDS's own folder by default.
       profile: "START:STOP", steps of which a trace is written.
+      accept_changed_data: whether a run goes on with other data than it began with, of
+        the same classes.
 
     Returns:
       The state after the last update, or after the one at which the process was asked
@@ -63,6 +66,13 @@ def train(
             **config.dataset, data_dir=data_dir, image_size=size
         )
         config = recipe.completed(config, len(source), source.num_classes)
+        best = config.checkpoint.keep_best
+        more_is_better = best is None or evaluators.more_is_better(
+            config.evals.to_dict(), best
+        )
+        data = sources.fingerprint(source)
+        accept = {"accept_changed_data": accept_changed_data}
+        source = runs.training_data(source, config, workdir, data, **accept)
         model = models.create(
             **config.model,
             num_classes=config.dataset.num_classes,
@@ -75,19 +85,19 @@ def train(
         )
         predict = steps.make_predict(model, mesh)
         evals = evaluators.create(
-            recipe.evaluations(config),
+            recipe.evaluations(config, class_names=source.class_names),
             predict=predict,
             mesh=mesh,
             image_size=size,
             data_dir=data_dir,
         )
         profiler = metrics.Profiler(workdir, profile)
-    runs.check_agreement(config, source, evals)
+    runs.check_agreement(config, data, evals)
 
     with (
-        runs.claimed(config, workdir, source.class_names) as note_saved,
+        runs.claimed(config, workdir, source.class_names, data, **accept) as note_saved,
         checkpoint.Checkpointer(
-            f"{workdir}/checkpoints", **config.checkpoint
+            f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
         ) as checkpointer,
     ):
         # State: the newest good checkpoint, else a fresh start, from weights or none.
@@ -100,6 +110,7 @@ def train(
                 image_size=size,
                 head=config.init_head,
                 resize_by=config.init_resize,
+                class_names=source.class_names,
             )
             state = steps.init_state(
                 model, tx, target, seed=config.seed, image_size=size, params=params
@@ -200,6 +211,7 @@ def main(arguments: list[str]) -> None:
         flags.FLAGS.workdir or recipe.default_workdir(sys.argv),
         data_dir=flags.FLAGS.data_dir,
         profile=flags.FLAGS.profile,
+        accept_changed_data=flags.FLAGS.accept_changed_data,
     )
 
 
@@ -208,5 +220,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/<recipe> if not set.")
     flags.DEFINE_string("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to write a trace of.")
+    flags.DEFINE_bool(
+        "accept_changed_data", False, "Go on with other data of the same classes."
+    )
     flags.mark_flag_as_required("config")
     program.run(main, distributed=True)

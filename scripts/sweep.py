@@ -36,6 +36,7 @@ from ml_collections import ConfigDict, config_flags
 from mlp_mixer import (
     atomic,
     evaluate,
+    evaluators,
     metrics,
     program,
     recipe,
@@ -141,7 +142,7 @@ def watched(config: ConfigDict) -> str:
     """The evaluator that decides: the one that runs in training.
 
     Raises:
-      ValueError: there is not exactly one.
+      ValueError: there is not exactly one, or it has no top-1.
     """
     names = list(recipe.evaluations(config))
     if len(names) != 1:
@@ -149,6 +150,7 @@ def watched(config: ConfigDict) -> str:
             f"The recipe evaluates {', '.join(names) or 'nothing'} in training, and "
             "one accuracy has to decide; set every_steps of the others to 0."
         )
+    evaluators.more_is_better(config.evals.to_dict(), f"{names[0]}/top1")
     return names[0]
 
 

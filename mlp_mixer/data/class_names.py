@@ -1,4 +1,7 @@
-"""What classes are called: ImageNet-1k's names, and names from a file."""
+"""What classes are called, and whose are whose: names are compared, not only counted.
+
+`places` does that; there are ImageNet-1k's names too, and names from a file.
+"""
 
 import collections
 import contextlib
@@ -7,7 +10,9 @@ import logging
 import os
 import pathlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +56,109 @@ def canonical(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
+def places(
+    names: Sequence[str] | None,
+    known: Sequence[str] | None,
+    *,
+    of: str,
+    to: str,
+    hint: str = "",
+) -> tuple[int, ...] | None:
+    """Where the classes called `names` stand among those called `known`.
+
+    The spelling of accents does not matter, and ImageNet-1k's synset ids are its words.
+    Numbers ("0", "1", "10", "2", … in a folder) are labels rather than names: each is
+    the class with that label, whatever it is called.
+
+    Args:
+      names: by label, perhaps not of all classes; None: they have none.
+      known: by label, of all classes.
+      of: what has the `names`, for people.
+      to: what has the `known` ones, for people.
+      hint: end of the message, what to do about different names.
+
+    Returns:
+      For each of `names` its place; None if each stands where it stands in `known`, or
+      if one side has no names.
+
+    Raises:
+      ValueError: `known` lacks some of them; lists what only one side has. Or a name
+        that stands elsewhere in `known` is there twice.
+    """
+    theirs, ours = keys(names or ()), keys(known or ())
+    numbers, known_numbers = _numbers(names), _numbers(known)
+    as_many = not names or not known or len(names) == len(known)
+    if names and known and {*theirs} <= {*ours}:
+        if theirs == ours:
+            return None
+        if twice := _repeated(theirs) or _repeated(ours):
+            raise ValueError(
+                f"The classes of {of} and of {to} are in another order, and cannot be "
+                f"told apart by name: {_listed(twice)} is there more than once."
+            )
+        place = {name: i for i, name in enumerate(ours)}
+        found = [place[name] for name in theirs]
+    elif as_many and (numbers or known_numbers):
+        labels = range(len(names or known or ()))
+        places_of = {label: i for i, label in enumerate(known_numbers or labels)}
+        found = [places_of[label] for label in numbers or labels]
+    elif names and known:
+        raise ValueError(
+            f"The classes of {of} and of {to} differ."
+            + _only(of, names, ours)
+            + _only(to, known, theirs)
+            + (f"\n{hint}" if hint else "")
+        )
+    else:
+        return None
+    if found == list(range(len(found))):
+        return None
+    moved = next(i for i, at in enumerate(found) if i != at)
+    logger.info(
+        "%s has the classes of %s in another order: they are mapped by name, e.g. %s, "
+        "%d there, to %d.",
+        *(of, to, _listed([names[moved] if names else str(moved)])),
+        *(moved, found[moved]),
+    )
+    return tuple(found)
+
+
+def keys(names: Iterable[str]) -> list[str]:
+    """What names are compared by: equal for two names of one class."""
+    ids = _synset_ids()
+    spelt = (canonical(name) for name in names)
+    return [ids.get(name, name) for name in spelt]
+
+
+@functools.cache
+def _synset_ids() -> dict[str, str]:
+    return {canonical(words): synset for synset, words in imagenet().items()}
+
+
+def _numbers(names: Sequence[str] | None) -> list[int] | None:
+    """The names as labels if they are those from 0 on, in any order."""
+    if not names or not all(name.isascii() and name.isdigit() for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    return numbers if sorted(numbers) == list(range(len(numbers))) else None
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, n in collections.Counter(names).items() if n > 1]
+
+
+def _only(side: str, names: Sequence[str], others: Iterable[str]) -> str:
+    known = {*others}
+    pairs = zip(names, keys(names), strict=True)
+    only = [name for name, key in pairs if key not in known]
+    return f"\n  Only {side}: {_listed(only)}." if only else ""
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"'{printable(name)}'" for name in names[:limit]) + more
+
+
 def choose(
     known: Sequence[str] | None,
     count: int,
@@ -62,14 +170,22 @@ def choose(
     Args:
       known: what the weights say they are, if they do.
       count: of classes.
-      labels: a file to `read` instead.
+      labels: a file to `read` instead: other words for the same classes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it has other than `count` names.
+      ValueError: there are other than `count` names; or the file gives a class what is
+        another class's name by `known`.
     """
+    if known and len(known) != count:
+        raise ValueError(
+            f"The weights name {len(known)} classes, but their head has {count}."
+        )
     if labels is not None:
-        return readable(read(labels, count))
+        words = read(labels, count)
+        if known:
+            _check_same_classes(words, known, labels)
+        return readable(words)
     if known:
         return readable(known)
     if count == len(imagenet()):
@@ -80,6 +196,31 @@ def choose(
         )
         return tuple(imagenet().values())
     return tuple(f"class {i}" for i in range(count))
+
+
+def _check_same_classes(
+    words: Sequence[str], known: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """Passes if no word is another class's name; what is called otherwise is said."""
+    given, ours = keys(words), keys(known)
+    place = {name: i for i, name in enumerate(ours)}
+    other = [i for i, name in enumerate(given) if name != ours[i]]
+    wrong = [i for i in other if given[i] in place]
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f"Line {i + 1} of {path} is {_listed([words[i]])}, but by the weights this "
+            f"is the name of class {place[given[i]]}, and class {i} is "
+            f"{_listed([known[i]])} ({len(wrong)} such lines). Order the lines as the "
+            "weights do, or leave --labels out: the weights name their classes."
+        )
+    if other:
+        i = other[0]
+        logger.info(
+            "%s has other words than the weights for %d of %d classes, e.g. %s for %s.",
+            *(path, len(other), len(words)),
+            *(_listed([words[i]]), _listed([known[i]])),
+        )
 
 
 def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import processes
+from mlp_mixer.data.class_names import places
 from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
@@ -87,6 +89,7 @@ def initial(
     image_size: tuple[int, int],
     head: str,
     resize_by: str,
+    class_names: Sequence[str] | None = None,
 ) -> Params | None:
     """Returns the parameters that a run starts from, for `config.init_from`.
 
@@ -98,6 +101,8 @@ def initial(
       head: of `merge`.
       resize_by: what to do if the weights are for another grid of patches: "grow"
         (the paper's way, K times as many on each side) or "interpolate".
+      class_names: of the data, by label; a head that is kept is brought into their
+        order by name. None: they have no names.
 
     Raises:
       ValueError: they do not fit.
@@ -115,8 +120,31 @@ def initial(
             )
         params = _at(weights, model, image_size, how=resize_by)
         params = merge(params, target, head=head)
+        count = tree.geometry(weights.params)["num_classes"]
+        if head == "match" and count == tree.geometry(params)["num_classes"]:
+            params = _head_by_name(params, class_names, weights.class_names, source)
     _check_equal_everywhere(params, source)
     return params
+
+
+def _head_by_name(
+    params: Params,
+    names: Sequence[str] | None,
+    had: Sequence[str] | None,
+    source: object,
+) -> Params:
+    """With a head for classes called `names` instead of `had`."""
+    order = places(
+        names,
+        had,
+        of="the training data",
+        to=str(source),
+        hint="--config.init_head=zero starts with a new head for other classes.",
+    )
+    if order is None or "head" not in params:
+        return params
+    head = {name: x[..., np.array(order)] for name, x in params["head"].items()}
+    return params | {"head": head}
 
 
 def _check_equal_everywhere(params: Params, source: object) -> None:
