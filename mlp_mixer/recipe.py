@@ -626,21 +626,6 @@ def _contradictions(config: ConfigDict) -> list[str]:
     return found
 
 
-def check_batch(config: ConfigDict, devices: int) -> None:
-    """Passes if the devices divide each micro-batch.
-
-    Raises:
-      ValueError: they do not; names the nearest batch that they divide.
-    """
-    unit = config.accumulate * devices
-    if config.batch_size % unit:
-        times = f" times {config.accumulate} micro-batches" * (config.accumulate > 1)
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}, which does not divide among "
-            f"{devices} devices{times}; try {max(config.batch_size // unit, 1) * unit}."
-        )
-
-
 # --- The recipe of a run --------------------------------------------------------------
 
 # What every version has written; any other field has its default where it is missing.

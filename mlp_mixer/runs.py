@@ -1,10 +1,11 @@
 """A run's folder explains itself: its recipe, its classes, its checkpoints."""
 
+import contextlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,11 @@ from ml_collections import ConfigDict
 from mlp_mixer import (
     checkpoint,
     evaluators,
+    history,
     models,
+    ownership,
     pretrained,
+    processes,
     recipe,
     sharding,
     steps,
@@ -158,6 +162,68 @@ def open_model(
     )
 
 
+def check_agreement(
+    config: ConfigDict, data: dict[str, Any], evals: Mapping[str, Any]
+) -> None:
+    """Passes if all processes of this run have the same recipe, data and JAX.
+
+    Args:
+      config: with every field resolved.
+      data: `sources.fingerprint` of the training data.
+      evals: of `evaluators.create`.
+
+    Raises:
+      ValueError: they differ; names each difference, its values and the processes.
+    """
+    if jax.process_count() == 1:
+        return
+    with processes.together():
+        read = {
+            name: [sources.fingerprint(source) for source in evaluator.sources]
+            for name, evaluator in evals.items()
+        }
+    processes.compare(
+        recipe=to_json(config),
+        data=data,
+        evals=read,
+        jax=jax.__version__,
+        devices=jax.local_device_count(),
+    )
+
+
+@contextlib.contextmanager
+def claimed(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    class_names: Sequence[str] | None = None,
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
+) -> Iterator[Callable[[int | None], None]]:
+    """Owns the folder of a run until the end of the block, and claims it, see `claim`.
+
+    Yields:
+      `note_saved(step)`, to be called with the newest step that is saved.
+
+    Raises:
+      OwnedError: another process trains there.
+      FileNotFoundError: a part of the run there is missing.
+      ValueError: another recipe's run, or the processes see different folders.
+    """
+    with ownership.owned(workdir):
+        saved = None
+        with processes.together():
+            if jax.process_index() == 0:
+                saved = claim(
+                    config,
+                    workdir,
+                    class_names,
+                    data,
+                    accept_changed_data=accept_changed_data,
+                )
+        yield saved.note if saved else lambda _: None
+
+
 def claim(
     config: ConfigDict,
     workdir: epath.PathLike,
@@ -165,7 +231,7 @@ def claim(
     data: dict[str, Any] | None = None,
     *,
     accept_changed_data: bool = False,
-) -> None:
+) -> history.Saved:
     """Writes what a run is to `workdir`, or checks that it is the one there.
 
     That is the resolved recipe; the names of its classes, which stay as they are once
@@ -178,12 +244,16 @@ def claim(
       data: `sources.fingerprint` of the training data; None: it is not recorded.
       accept_changed_data: see `check`.
 
+    Returns:
+      What notes the saved steps there.
+
     Raises:
+      FileNotFoundError: as `check`.
       ValueError: as `check`; or the run has other classes.
     """
     check(config, workdir, data, accept_changed_data=accept_changed_data)
     folder = epath.Path(workdir)
-    begun = _has_begun(folder)
+    begun = history.has_begun(workdir)
     naming.places(class_names, trained_classes(workdir), **_sides(config, workdir))
     folder.mkdir(parents=True, exist_ok=True)
     new: dict[str, Any] = {"config": to_json(config)}
@@ -199,6 +269,7 @@ def claim(
         written = folder / f"{name}.json.{uuid.uuid4().hex}"
         written.write_text(json.dumps(content, indent=2) + "\n")
         written.replace(folder / f"{name}.json")
+    return history.Saved(workdir)
 
 
 def check(
@@ -217,12 +288,13 @@ def check(
       accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
+      FileNotFoundError: a part of the run is missing.
       ValueError: another recipe's run, lists the fields that differ; or its training
         data has changed, says how.
     """
     _check_recipe(config, workdir, data, accept_changed_data)
     folder = epath.Path(workdir)
-    recorded = _recorded_data(folder) if _has_begun(folder) else None
+    recorded = _recorded_data(folder) if history.has_begun(workdir) else None
     if recorded is None or data is None or accept_changed_data:
         return
     if changed := sources.changes(recorded, data):
@@ -271,8 +343,14 @@ def _check_recipe(
 ) -> None:
     folder = epath.Path(workdir)
     path = folder / "config.json"
-    if not path.exists() or not _has_begun(folder):
+    if not history.has_begun(workdir):
         return
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{workdir} holds a run, but its config.json is missing, which says of "
+            "which recipe. Bring it back, or choose another --workdir."
+        )
+    history.check(workdir, load(workdir).checkpoint.every_steps)
     may_change: Sequence[str] = MAY_CHANGE
     if accept_changed_data or (data is not None and _recorded_data(folder)):
         # The fingerprints say it better: of each class, or each shard.
@@ -304,7 +382,7 @@ def _say_what_is_recorded(
 def trained_classes(workdir: epath.PathLike) -> list[str] | None:
     """The names of the classes of a run that has begun, if they have names."""
     folder = epath.Path(workdir)
-    if not (folder / "class_names.json").exists() or not _has_begun(folder):
+    if not (folder / "class_names.json").exists() or not history.has_begun(workdir):
         return None
     return load_class_names(workdir)
 
@@ -352,14 +430,6 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-def _has_begun(folder: epath.Path) -> bool:
-    """Whether there is a result to lose; a wrong field may have kept it from any."""
-    records = folder / "metrics.jsonl"
-    return any((folder / "checkpoints").glob("*")) or (
-        records.exists() and bool(records.read_text().strip())
-    )
-
-
 def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     """Writes weights as a run at step 0, for every program that takes a run.
 
@@ -368,10 +438,9 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
 
     Raises:
       FileExistsError: there is a run, or something else.
+      OwnedError: another process writes there.
     """
-    folder = epath.Path(workdir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{workdir} is not empty; name a new folder.")
+    _check_empty(epath.Path(workdir))
     size = pretrained.check(weights)
     fields = pretrained.geometry(weights.params)
     config = recipe.base()
@@ -386,10 +455,22 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     if weights.preprocess is not None:
         for section in config.evals.values():
             section.preprocess = weights.preprocess
-    claim(config, workdir, weights.class_names)
     params = jax.tree.map(jnp.asarray, weights.params)
-    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
-        saver.save(0, {"params": params}, force=True)
+    with ownership.owned(workdir):
+        _check_empty(epath.Path(workdir))  # once more: nobody else can write now
+        saved = claim(config, workdir, weights.class_names)
+        with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
+            saver.save(0, {"params": params}, force=True)
+            saver.wait()
+            saved.note(saver.complete_step())
+
+
+def _check_empty(folder: epath.Path) -> None:
+    if folder.exists() and (
+        not folder.is_dir()
+        or {path.name for path in folder.iterdir()} - {ownership.FILE}
+    ):
+        raise FileExistsError(f"{folder} is not empty; name a new folder.")
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:

@@ -7,6 +7,7 @@ folder (`runs/<recipe>` by default): config.json, class_names.json, data.json,
 metrics.jsonl, tensorboard/, checkpoints/.
 """
 
+import functools
 import logging
 import sys
 
@@ -22,6 +23,7 @@ from mlp_mixer import (
     models,
     optim,
     pretrained,
+    processes,
     program,
     recipe,
     runs,
@@ -57,40 +59,46 @@ def train(
     """
     # Descriptions: nothing is on a device yet.
     workdir = epath.Path(workdir).expanduser()
-    recipe.check(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    recipe.check_batch(config, devices=mesh.size)
-    size = config.model.image_size
-    model = models.create(**config.model, formulation=sharding.formulation(mesh))
-    source = sources.open_source(**config.dataset, data_dir=data_dir, image_size=size)
-    config = recipe.completed(config, len(source), source.num_classes)
-    best = config.checkpoint.keep_best
-    more_is_better = best is None or evaluators.more_is_better(
-        config.evals.to_dict(), best
-    )
-    data = sources.fingerprint(source)
-    accept = {"accept_changed_data": accept_changed_data}
-    source = runs.training_data(source, config, workdir, data, **accept)
-    model = model.clone(num_classes=config.dataset.num_classes)
-    total_steps = recipe.total_steps(config)
-    profiler = metrics.Profiler(workdir, profile, total_steps=total_steps)
-    tx, schedule = optim.create(**config.optim, total_steps=total_steps)
-    target = steps.state_shapes(
-        model, tx, mesh, image_size=size, strategy=config.sharding
-    )
-    predict = steps.make_predict(model, mesh)
-    evals = evaluators.create(
-        recipe.evaluations(config, class_names=source.class_names),
-        predict=predict,
-        mesh=mesh,
-        image_size=size,
-        data_dir=data_dir,
-    )
-    runs.claim(config, workdir, source.class_names, data, **accept)
+    with processes.together():
+        recipe.check(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch(mesh, config.batch_size, config.accumulate)
+        size = config.model.image_size
+        model = models.create(**config.model, formulation=sharding.formulation(mesh))
+        source = sources.open_source(
+            **config.dataset, data_dir=data_dir, image_size=size
+        )
+        config = recipe.completed(config, len(source), source.num_classes)
+        best = config.checkpoint.keep_best
+        more_is_better = best is None or evaluators.more_is_better(
+            config.evals.to_dict(), best
+        )
+        data = sources.fingerprint(source)
+        accept = {"accept_changed_data": accept_changed_data}
+        source = runs.training_data(source, config, workdir, data, **accept)
+        model = model.clone(num_classes=config.dataset.num_classes)
+        total_steps = recipe.total_steps(config)
+        profiler = metrics.Profiler(workdir, profile, total_steps=total_steps)
+        tx, schedule = optim.create(**config.optim, total_steps=total_steps)
+        target = steps.state_shapes(
+            model, tx, mesh, image_size=size, strategy=config.sharding
+        )
+        predict = steps.make_predict(model, mesh)
+        evals = evaluators.create(
+            recipe.evaluations(config, class_names=source.class_names),
+            predict=predict,
+            mesh=mesh,
+            image_size=size,
+            data_dir=data_dir,
+        )
+    runs.check_agreement(config, data, evals)
 
-    with checkpoint.Checkpointer(
-        f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
-    ) as checkpointer:
+    with (
+        runs.claimed(config, workdir, source.class_names, data, **accept) as note_saved,
+        checkpoint.Checkpointer(
+            f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
+        ) as checkpointer,
+    ):
         # State: the newest good checkpoint, else a fresh start, from weights or none.
         state = checkpointer.restore(target)
         if state is None:
@@ -147,37 +155,48 @@ def train(
             learning_rate=schedule,
             last_good=checkpointer.latest_step,
         ) as writer:
-            for step in range(first_step + 1, total_steps + 1):
+            # The first step is done; of it only what a stop kept from being evaluated.
+            for step in range(first_step, total_steps + 1):
                 last = step == total_steps
-                profiler.before(step)
-                batch = sharding.put(next(batches), mesh)
-                state, scalars = train_step(state, batch)
-                writer.train(step, scalars)
-                profiler.after(step, last, scalars)
+                if step > first_step:
+                    profiler.before(step)
+                    batch = sharding.put(next(batches), mesh)
+                    state, scalars = train_step(state, batch)
+                    writer.train(step, scalars)
+                    profiler.after(step, last, scalars)
 
-                def stop(step=step):
-                    return checkpointer.stop_requested(step)
-
+                stop = functools.partial(checkpointer.stop_requested, step)
+                stopping = False
                 results: dict[str, float] = {}
                 for name, evaluator in evals.items():
-                    if (last or step % evaluator.every_steps == 0) and not stop():
-                        writer.flush()
-                        scores = evaluator.run(state.params, stop)
-                        if scores is not None:
-                            writer.evaluation(step, name, scores)
-                            results |= {f"{name}/{k}": v for k, v in scores.items()}
-
-                stopping = stop() and not last
-                if last or stopping or checkpointer.due(step):
-                    # A state that is not finite must not become a checkpoint.
+                    if stopping or not writer.is_due(step, name, evaluator.every_steps):
+                        continue
                     writer.flush()
-                    checkpointer.save(step, state, results, force=last or stopping)
+                    scores = None if stop() else evaluator.run(state.params, stop)
+                    if scores is None:
+                        stopping = True
+                        continue
+                    named = {f"{name}/{k}": v for k, v in scores.items()}
+                    results |= named
+                    if step == first_step:
+                        checkpointer.add_metrics(step, named)
+                    writer.evaluation(step, name, scores)
+
+                if step > first_step:
+                    stopping = stopping or (stop() and not last)
+                    if last or stopping or checkpointer.due(step):
+                        # A state that is not finite must not become a checkpoint.
+                        writer.flush()
+                        checkpointer.save(step, state, results, force=last or stopping)
+                note_saved(checkpointer.complete_step())
                 if stopping:
-                    logger.info(
-                        "Stopped after step %d; the same command goes on from there.",
-                        step,
-                    )
                     break
+            checkpointer.wait()
+            note_saved(checkpointer.complete_step())
+            if stopping:
+                logger.info(
+                    "Stopped after step %d; the same command goes on from there.", step
+                )
             else:
                 logger.info("%s is trained to step %d.", workdir, total_steps)
     return state

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("text", "errors", "fields"),
+    ("text", "errors", "fields", "processes"),
     ("files",),
     (
         "recipe",
@@ -29,6 +29,7 @@ LAYERS = (
         "fingerprints",
         "signals",
         "metrics",
+        "ownership",
         "data.decoding",
         "data.image_ops",
         "data.randaugment",
@@ -39,6 +40,7 @@ LAYERS = (
     (
         "optim",
         "checkpoint",
+        "history",
         "data.pipeline",
         "data.sources",
         "data.preparation",

@@ -41,6 +41,7 @@ class Accuracy:
       data: the split, for people.
       preprocess: the protocol.
       source: the split.
+      sources: it alone; what the evaluator reads.
       broken: images of the split that could not be read in the last pass.
       unlabelled: readable ones without a label in the last pass.
     """
@@ -100,6 +101,7 @@ class Accuracy:
             of=self.data,
             to="the model",
         )
+        self.sources = (self.source,)
         self.broken = self.unlabelled = 0
         self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]

@@ -207,6 +207,7 @@ class FewShot:
       every_steps: of training, between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, of both splits.
+      sources: both splits.
     """
 
     @staticmethod
@@ -275,6 +276,7 @@ class FewShot:
             of=f"{test['name']} {test['split']}",
             to=f"{train['name']} {train['split']}",
         )
+        self.sources = (self._train, self._test)
         if self._train.multi_label or self._test.multi_label:
             raise ValueError(f"{self.data}: few-shot needs one label per image.")
         self._shots, self._seeds = tuple(sorted(shots)), seeds

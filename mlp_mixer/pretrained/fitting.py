@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.experimental import multihost_utils
 
+from mlp_mixer import processes
 from mlp_mixer.data.class_names import places
 from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
@@ -113,20 +113,21 @@ def initial(
     """
     if not source:
         return None
-    weights = read(source)
-    logger.info("From %s: %s.", weights.called, _said(weights.params))
-    if weights.gelu != model.gelu:
-        logger.warning(
-            "%s are for the %s GELU, this model computes the %s one; "
-            "--config.model.gelu=%s keeps theirs.",
-            *(source, weights.gelu, model.gelu, weights.gelu),
-        )
-    params = _at(weights, model, image_size, how=resize_by)
+    with processes.together():
+        weights = read(source)
+        logger.info("From %s: %s.", weights.called, _said(weights.params))
+        if weights.gelu != model.gelu:
+            logger.warning(
+                "%s are for the %s GELU, this model computes the %s one; "
+                "--config.model.gelu=%s keeps theirs.",
+                *(source, weights.gelu, model.gelu, weights.gelu),
+            )
+        params = _at(weights, model, image_size, how=resize_by)
+        params = merge(params, target, head=head, called=f"The weights {source}")
+        count = tree.geometry(weights.params)["num_classes"]
+        if head == "match" and count == tree.geometry(params)["num_classes"]:
+            params = _head_by_name(params, class_names, weights.class_names, source)
     _check_equal_everywhere(params, source)
-    params = merge(params, target, head=head, called=f"The weights {source}")
-    count = tree.geometry(weights.params)["num_classes"]
-    if head == "match" and count == tree.geometry(params)["num_classes"]:
-        params = _head_by_name(params, class_names, weights.class_names, source)
     return params
 
 
@@ -154,9 +155,8 @@ def _check_equal_everywhere(params: Params, source: object) -> None:
     """Every process reads for itself, perhaps from its own disk."""
     if jax.process_count() == 1:
         return
-    mine = np.array([*fingerprint(params).values()], np.uint32)
-    everybodys = multihost_utils.process_allgather(mine)
-    if (everybodys != everybodys[0]).any():
+    mine, *others = processes.gather(fingerprint(params))
+    if any(theirs != mine for theirs in others):
         raise ValueError(
             f"The processes read different weights at {source}; name a file on a "
             "shared disk, or a run that is finished."
