@@ -350,9 +350,8 @@ def test_csv_and_jsonl_hold_any_name_exactly(oddly_named, tmp_path):
     paths = sorted(f"{images}/{name}" for name in os.listdir(images))
     out = tmp_path / "out.csv"
     predict.run([images], weights=weights, format="csv", top=8, out=str(out))
-    options = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with open(out, **options) as file:
-        _, *rows = csv.reader(file)
+    written = out.read_bytes().decode("utf-8", "surrogateescape")
+    _, *rows = csv.reader(io.StringIO(written, newline=""))
     assert [row[0] for row in rows] == paths
     # Half a pair of surrogates has no bytes.
     known = {text.encodable(name) for name in classes}
@@ -405,7 +404,7 @@ def test_a_sheet_without_a_readable_image_is_one_line(
 
 
 def test_photos_that_exif_turns_are_counted_and_turned_if_asked(
-    weights, params, some, tmp_path, caplog
+    weights, params, some, tmp_path, caplog, monkeypatch
 ):
     with PIL.Image.open(some[0]) as image:
         pixels = image.copy()
@@ -427,6 +426,17 @@ def test_photos_that_exif_turns_are_counted_and_turned_if_asked(
     np.testing.assert_allclose(same.probabilities, -np.sort(-as_stored), rtol=1e-4)
     assert not np.allclose(turned.probabilities, same.probabilities, rtol=1e-2)
     assert caplog.messages == ["2 of 3 images were turned as Exif says."]
+    shown: list[tuple[int, ...]] = []
+    original = predict.visualize.sheet
+
+    def sheet(images, **texts):
+        shown.extend(image.shape for image in images)
+        return original(images, **texts)
+
+    monkeypatch.setattr(predict.visualize, "sheet", sheet)
+    options = {"exif": True, "sheet": str(tmp_path / "sheet.png")}
+    predict.run(paths, weights=weights, **options)
+    assert shown == [(30, 9, 3), (30, 9, 3), (9, 30, 3)]
 
 
 # --- What is broken, missing or mistyped ----------------------------------------------

@@ -1,5 +1,6 @@
 """What a person reads who mistypes: one clear message, no page of traceback."""
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from absl import flags
 from odd_names import NAMES
 from PIL import Image
 
-from mlp_mixer import checkpoint, evaluate, metrics, models, recipe, runs
+from mlp_mixer import checkpoint, evaluate, metrics, models, recipe, runs, text
 from mlp_mixer import program as program_module
 
 BEFORE_ANYTHING = {
@@ -169,33 +170,17 @@ def odd_run(tmp_path_factory):
     return workdir, data, len(classes)
 
 
-def evaluated(workdir, stdout, **variables):
-    """`evaluate` in a process of its own, its stdout as given."""
-    for name in ("evaluate.json", "evaluate.md", "report.png"):
-        (workdir / name).unlink(missing_ok=True)
-    return subprocess.run(
-        [sys.executable, "-m", "mlp_mixer.evaluate", f"--workdir={workdir}"],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables,
-        check=False,
-    )
-
-
-def test_evaluate_takes_any_name_and_a_stdout_without_utf_8(odd_run):
+def test_evaluate_takes_any_name_and_a_stdout_without_utf_8(odd_run, monkeypatch):
     workdir, data, classes = odd_run
-    process = evaluated(
-        workdir,
-        subprocess.PIPE,
-        **{"PYTHONIOENCODING": "ascii", "COLUMNS": "200"},
-    )
-    assert process.returncode == 0, process.stderr
-    said = " ".join(process.stdout.decode("ascii").split())
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    monkeypatch.setenv("COLUMNS", "200")
+    text.accept_any_text(sys.stdout)
+    evaluate.evaluate(workdir)
+    said = " ".join(printed.getvalue().decode("ascii").split())
     assert "mixer_s16, 8 x 8" in said
     assert f"folder:{data} all" in said
     assert r"_run_ \x1b[31m at step 1" in said
-    assert b"\x1b" not in process.stdout + process.stderr
-    assert b"Warning" not in process.stderr
     assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((workdir / "evaluate.json").read_text(encoding="utf-8"))
     assert results["workdir"] == str(workdir)
@@ -210,12 +195,22 @@ def test_evaluate_takes_any_name_and_a_stdout_without_utf_8(odd_run):
 
 def test_results_are_kept_if_stdout_is_full(odd_run):
     workdir, *_ = odd_run
+    for name in ("evaluate.json", "evaluate.md", "report.png"):
+        (workdir / name).unlink(missing_ok=True)
+    variables = {"JAX_PLATFORMS": "cpu", "LC_ALL": "C", "PYTHONUTF8": "0"}
     with open("/dev/full", "w") as full:
-        process = evaluated(workdir, full)
+        process = subprocess.run(
+            [sys.executable, "-m", "mlp_mixer.evaluate", f"--workdir={workdir}"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=os.environ | variables | {"PYTHONCOERCECLOCALE": "0"},
+            check=False,
+        )
     assert process.returncode == 1
-    *said, last = process.stderr.decode().splitlines()
+    *said, last = process.stderr.decode("ascii").splitlines()
     assert last == "stdout cannot be written: No space left on device."
     assert len(said) <= 4, said
+    assert "\x1b" not in "".join(said)
     assert all((workdir / f"evaluate.{kind}").exists() for kind in ("json", "md"))
     assert (workdir / "report.png").exists()
 
