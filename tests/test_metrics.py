@@ -139,8 +139,9 @@ def test_progress_takes_any_name(name, monkeypatch):
 
 
 def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
-    said = io.StringIO()
+    said, printed = io.StringIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
@@ -149,4 +150,6 @@ def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
     finally:
         root.handlers[:], level = before
         root.setLevel(level)
+    print("é ×", end="", flush=True)
+    assert printed.getvalue() == rb"\xe9 x"
     assert said.getvalue()[9:] == "a\\x1b[2J and\n\\udcff\\r\n"

@@ -6,10 +6,11 @@ import struct
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from golden import cases
 
-from mlp_mixer.data import image_ops, pipeline, sources
+from mlp_mixer.data import decoding, image_ops, pipeline, sources
 
 SUMS, _ = cases.load()
 ODD = cases.odd_images()
@@ -119,6 +120,88 @@ def test_of_a_line_the_middle_is_seen(protocol, turned):
         assert (red == [90] * 112 + [170] * 112).all()
     else:  # both have 130 half-way
         assert 90 <= red[0] < 129 <= red[111] <= 130 <= red[112] <= 131 < red[-1] <= 170
+
+
+# --- turned by Exif ---
+
+BLOCKS = np.kron(
+    np.random.default_rng(0).integers(0, 256, (3, 5, 3)), np.ones((8, 8, 1))
+).astype(np.uint8)
+# How each is written, and how far its pixels are off on average.
+TURNABLE = {
+    "JPEG": ({"quality": 100, "subsampling": 0}, 2),
+    "MPO": ({"quality": 100, "subsampling": 0}, 2),
+    "PNG": ({}, 0),
+    "WEBP": ({"lossless": True}, 0),
+    "TIFF": ({}, 0),
+    "TIFF, compressed": ({"compression": "tiff_deflate"}, 0),
+    "AVIF": ({"quality": 100, "subsampling": "4:4:4"}, 3),
+}
+
+
+def turned_by_exif(kind, orientation, pixels=BLOCKS):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO()
+    options, _ = TURNABLE[kind]
+    image = PIL.Image.fromarray(pixels)
+    image.save(data, kind.partition(",")[0], exif=exif, **options)
+    return data.getvalue()
+
+
+def assert_close(image, expected, off):
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() <= off
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", TURNABLE)
+def test_no_format_is_turned_unless_asked(kind, orientation):
+    data, (_, off) = turned_by_exif(kind, orientation), TURNABLE[kind]
+    assert decoding.orientation(data) == orientation
+    assert_close(decoding.decode(data), BLOCKS, off)
+    upright = PIL.Image.fromarray(BLOCKS)
+    upright.getexif()[0x0112] = orientation
+    expected = np.asarray(PIL.ImageOps.exif_transpose(upright))
+    assert (orientation < 5) == (expected.shape == BLOCKS.shape)
+    for dct in ("fast", "accurate"):
+        turned = decoding.decode(data, dct, exif=True)
+        assert_close(turned, expected, off)
+        assert turned.flags.c_contiguous
+
+
+def test_sixteen_bits_of_a_turned_tiff_are_read_too():
+    data = turned_by_exif("TIFF", 6, BLOCKS[..., 0].astype(np.uint16) << 8)
+    np.testing.assert_array_equal(decoding.decode(data)[..., 0], BLOCKS[..., 0])
+    assert decoding.decode(data, exif=True).shape == (40, 24, 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("wrong", [0, 9, 65535])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_orientation_that_is_none_turns_nothing(kind, wrong):
+    data, (_, off) = turned_by_exif(kind, wrong), TURNABLE[kind]
+    assert_close(decoding.decode(data, exif=True), BLOCKS, off)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning"
+)
+@pytest.mark.parametrize("kind", [kind for kind in TURNABLE if kind != "TIFF"])
+def test_no_damage_of_a_header_is_more_than_a_value_error(kind):
+    whole = turned_by_exif(kind, 6)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, min(400, len(whole)), 2):
+            damaged[at] = rng.integers(256)
+        assert 1 <= decoding.orientation(bytes(damaged)) <= 8
+        decoded_or_refused(bytes(damaged))
+
+
+@pytest.mark.parametrize("data", [b"", b"text", JPEG, PNG], ids=len)
+def test_what_has_no_exif_is_upright(data):
+    assert decoding.orientation(data) == 1
 
 
 # --- damaged --------------------------------------------------------------------------
