@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,8 +43,8 @@ def convert(
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
     step: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: pretrained.Stated | None = None,
+    std: pretrained.Stated | None = None,
 ) -> dict[str, str]:
     """Converts weights, and returns the report as {what: value}.
 
