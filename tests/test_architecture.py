@@ -20,8 +20,6 @@ LAYERS = (
     (
         "recipe",
         "atomic",
-        "files",
-        "text",
         "models",
         "losses",
         "sharding",
