@@ -150,6 +150,46 @@ def test_nothing_is_overwritten_and_unknown_endings_teach(source, tmp_path):
         convert.convert(source, tmp_path / "t.npz", names="timm")
 
 
+def test_a_target_that_would_do_harm_is_refused_and_leaves_nothing(source, tmp_path):
+    """The source and what else is there stay as they are."""
+    convert.convert(source, tmp_path / "run")
+    (tmp_path / "link.safetensors").symlink_to(source)
+    (tmp_path / "to_run").symlink_to(tmp_path / "run", target_is_directory=True)
+    (tmp_path / "to_nothing").symlink_to(tmp_path / "gone")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for target, error, said in (
+        ("", ValueError, "The target has no name"),
+        (source, FileExistsError, "is there already; remove it"),
+        (tmp_path / "run" / ".." / source.name, FileExistsError, "is there already"),
+        (tmp_path / "link.safetensors", FileExistsError, "is there already"),
+        (tmp_path / "run", FileExistsError, "is not empty; name a new folder"),
+        (tmp_path / "to_run", FileExistsError, "is not empty; name a new folder"),
+        (tmp_path / "to_nothing", FileExistsError, "is a link to nothing"),
+        (source / "new.npz", NotADirectoryError, "is a file; .* cannot lie in it"),
+        (source / "new" / "run", NotADirectoryError, "is a file; .* cannot lie in it"),
+        (tmp_path / "run/checkpoints/9", ValueError, "lies among the checkpoints of"),
+        (tmp_path / "to_run/checkpoints/w.npz", ValueError, "lies among the checkpoin"),
+        (tmp_path / f"{'x' * 300}.npz", OSError, "cannot be written: File name too lo"),
+        (tmp_path / ("x" * 300), OSError, "cannot be written: File name too long"),
+        (tmp_path / "w.safetensor", ValueError, r"ends in '\.safetensor'; written are"),
+        (tmp_path / "w.npy", ValueError, r"ends in '\.npy'; written are"),
+        (tmp_path / "w.ckpt", ValueError, r"ends in '\.ckpt'; written are"),
+    ):
+        with pytest.raises(error, match=said):
+            convert.convert(source, target)
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_a_target_in_a_new_folder_is_written_and_a_folder_is_said_to_be_one(
+    source, tmp_path
+):
+    convert.convert(source, tmp_path / "a" / "b" / "w.safetensors")
+    assert (tmp_path / "a" / "b" / "w.safetensors").is_file()
+    report = convert.convert(source, tmp_path / "c" / "mixer_v1.5")
+    assert f"{tmp_path}/c/mixer_v1.5, a run's folder, read back" in report["written"]
+
+
 @pytest.mark.slow
 def test_the_script_is_a_door_to_the_program(root, source, tmp_path):
     script = [sys.executable, str(root / "scripts" / "convert_checkpoint.py")]
