@@ -571,7 +571,7 @@ TORCH_BOMBS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.filterwarnings("ignore:Sparse invariant", "ignore:Validating sparse")
 @pytest.mark.parametrize("kind", TORCH_BOMBS)
 def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
     torch = pytest.importorskip("torch")
