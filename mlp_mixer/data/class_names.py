@@ -82,7 +82,8 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path} with the names of classes.")
     try:
-        text = file.read_text(encoding="utf-8-sig").rstrip()
+        data = files.read_bytes(path, files.MAX_BYTES)
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").rstrip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
     names = tuple(line.strip() for line in text.splitlines())

@@ -5,12 +5,30 @@ JPEGs by libjpeg-turbo (simplejpeg), everything else by Pillow.
 
 import contextlib
 import io
-import math
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
 import simplejpeg
 from jaxtyping import UInt8
+
+from mlp_mixer.text import brief
+
+# The largest image that is decoded: twice what Pillow warns of. Above `PIXELS` bytes
+# are the limit too: 34 bytes of WebP declare 169 million pixels (27 s and 3.6 GB), and
+# a photograph has fewer pixels to a byte.
+MAX_PIXELS = 178_956_970
+PIXELS, PIXELS_PER_BYTE = 2**24, 500
+# What Pillow hands to another program, Ghostscript, to be run.
+_PROGRAMS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+
+# What its plugins raise about damaged data.
+_PILLOWS_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
+    PIL.Image.DecompressionBombError,
+)
 
 # Complaints about a JPEG that end it: libjpeg merely warns, and makes up the pixels.
 # The last one is ours.
@@ -37,8 +55,8 @@ def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
             models were trained; "accurate" those of Pillow and OpenCV. Only for JPEG.
 
     Raises:
-        ValueError: `dct` is unknown, or the data are damaged, not an image, or too
-            large to be a photograph (Pillow's limit, 179 million pixels).
+        ValueError: `dct` is unknown, or the data are damaged, not an image, or declare
+            more pixels than `MAX_PIXELS`, or than their bytes can be a photograph of.
     """
     if dct not in ("fast", "accurate"):
         raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
@@ -60,8 +78,7 @@ def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
 
 def _decode_jpeg(data: bytes, fast: bool, strict: bool) -> UInt8[np.ndarray, "h w 3"]:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
-    if height * width > 2 * (PIL.Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"too many pixels, {height}x{width}")
+    _check_pixels(data, height, width)
     if colours not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=fast, strict=strict)
     inks = simplejpeg.decode_jpeg(data, "CMYK", fastdct=fast, strict=strict)
@@ -72,12 +89,15 @@ def _decode_jpeg(data: bytes, fast: bool, strict: bool) -> UInt8[np.ndarray, "h 
 
 
 def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    if data.startswith(_PROGRAMS):
+        raise _undecodable(data, "PostScript is a program, not an image")
     try:
         image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
+        _check_pixels(data, image.height, image.width)
         image.load()
     except PIL.UnidentifiedImageError as error:
         raise _undecodable(data, "no image format that Pillow knows") from error
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except _PILLOWS_ERRORS as error:
         raise _undecodable(data, str(error)) from error
     if image.mode.startswith(("I", "F")):
         # Pillow clips 16-bit grey to 255 where everyone else keeps the high byte.
@@ -96,8 +116,14 @@ def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.convert("RGB"))
 
 
+def _check_pixels(data: bytes, height: int, width: int) -> None:
+    most = min(MAX_PIXELS, max(PIXELS, PIXELS_PER_BYTE * len(data)))
+    if height * width > most:
+        raise ValueError(f"too many pixels, {height}x{width}, more than {most:,}")
+
+
 def _undecodable(data: bytes, reason: str) -> ValueError:
     return ValueError(
-        f"cannot decode {len(data)} bytes that begin with {data[:8]!r}: {reason}; "
-        "is the file complete, and an image?"
+        f"cannot decode {len(data)} bytes that begin with {data[:8]!r}: "
+        f"{brief(reason)}; is the file complete, and an image?"
     )

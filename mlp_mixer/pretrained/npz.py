@@ -77,9 +77,9 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
         RuntimeError,
         ValueError,
     ) as error:
+        said = brief(error) or type(error).__name__
         raise ValueError(
-            f"{path} is not a whole npz file ({brief(error)}); copy or download it "
-            "again."
+            f"{path} is not a whole npz file ({said}); copy or download it again."
         ) from error
 
 

@@ -167,6 +167,11 @@ def read_torch(
     check(
         {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
     )
+    size = sum(x.nbytes for x in content.values())
+    if size > os.path.getsize(path):  # one number, expanded to any shape
+        raise ValueError(
+            f"{path} declares {size:,} bytes of tensors, which it has not."
+        )
     return {name: _numpy(tensor) for name, tensor in content.items()}
 
 
@@ -179,6 +184,8 @@ def _check_zip(path: str | os.PathLike[str]) -> None:
                 raise ValueError(f"two members are called {info.filename}")
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{info.filename} is compressed")
+            if info.external_attr & 0x10:  # torch would read nothing, and say nothing
+                raise ValueError(f"{info.filename} is a folder")
             seen.add(info.filename)
         if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
             raise ValueError("its members declare more bytes than it has")

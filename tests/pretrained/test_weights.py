@@ -5,12 +5,18 @@ timm's, torch state dicts, runs.
 """
 
 import dataclasses
+import io
 import json
+import math
 import pathlib
 import re
 import shutil
 import struct
 import sys
+import time
+import tracemalloc
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -529,6 +535,297 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(form, weights, tmp_path):
     assert refused > 0.5 * len(places)
 
 
+# --- Small files that could hurt ------------------------------------------------------
+
+
+def npy(array, shape=None, descr="<f4"):
+    """A .npy file, perhaps of another shape and dtype than it says."""
+    file = io.BytesIO()
+    shape = np.shape(array) if shape is None else shape
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + np.asarray(array, np.float32).tobytes()
+
+
+def archive(path, members, compression=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in members:
+            file.writestr(f"{name}.npy", content)
+
+
+def with_header(flat, header, content=b""):
+    """The members of `flat`, one of which begins with another header."""
+    first, *others = flat
+    return [(first, header + content), *((name, npy(flat[name])) for name in others)]
+
+
+def far_block(path, flat):
+    one = np.zeros(1, np.float32)
+    np.savez(path, **{"MixerBlock_99999999/LayerNorm_0/scale": one, "stem/bias": one})
+
+
+def block_of_many_digits(path, flat):
+    np.savez(path, **{f"MixerBlock_{'9' * 5000}/LayerNorm_0/scale": np.zeros(1)})
+
+
+def old_names_of_many_digits(path, flat):
+    name = f"Mixer/encoderblock_99999999/LayerNorm_{'9' * 5000}/scale"
+    np.savez(path, **{name: np.zeros(1), "embedding/bias": np.zeros(1)})
+
+
+def inflates(path, flat):
+    stem = {"stem/kernel": np.zeros(30_000_000, np.float32)}
+    np.savez_compressed(path, **flat | stem)
+
+
+def inflates_beside(path, flat):
+    np.savez_compressed(path, **flat, zeros=np.zeros(30_000_000, np.float32))
+
+
+def says_less_than_it_inflates_to(path, flat):
+    """The archive's directory has the size and CRC-32 of a good array."""
+    *others, name = flat
+    bomb = npy(np.zeros(25_000_000), shape=flat[name].shape)
+    archive(path, [*((k, npy(flat[k])) for k in others), (name, bomb)])
+    data, good = bytearray(path.read_bytes()), npy(flat[name])
+    entry = data.rindex(b"PK\x01\x02")  # the last member's
+    struct.pack_into("<I", data, entry + 16, zlib.crc32(good))
+    struct.pack_into("<I", data, entry + 24, len(good))
+    path.write_bytes(data)
+
+
+def a_header_without_end(path, flat):
+    header = b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1)
+    archive(path, with_header(flat, header, bytes(10**8)))
+
+
+def a_huge_element(path, flat):
+    header = npy(np.zeros(0), shape=(), descr="|V100000000")
+    archive(path, with_header(flat, header, bytes(10**8)))
+
+
+def more_than_it_has(path, flat):
+    archive(path, with_header(flat, npy(np.zeros(0), shape=(2**20, 2**20))))
+
+
+def negative_sizes(path, flat):
+    archive(path, with_header(flat, npy(np.zeros(8), shape=(-2, -4))))
+
+
+def objects(path, flat):
+    archive(path, with_header(flat, npy(np.zeros(0), shape=(8,), descr="|O")))
+
+
+def another_compression(path, flat):
+    members = [(name, npy(array)) for name, array in flat.items()]
+    archive(path, members, zipfile.ZIP_LZMA)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def two_members_of_one_name(path, flat):
+    members = [(name, npy(array)) for name, array in flat.items()]
+    archive(path, [*members, ("stem/bias", npy(np.ones(8)))])
+
+
+def a_consistent_mixer_of_zeros(path, flat):
+    """Of the right shapes, and so large as no file of its size can be."""
+    sizes = {"ph": 4, "pw": 4, "rgb": 3, "s": 16, "ds": 4, "c": 2**14, "dc": 2**14}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, axes in tree.layout(["MixerBlock_0/x"]).items():
+            shape = tuple(sizes[axis] for axis in axes)
+            with file.open(f"{name}.npy", "w") as member:
+                member.write(npy(np.zeros(0), shape=shape))
+                for _ in range(math.prod(shape) // 2**10):
+                    member.write(bytes(2**12))
+
+
+def thousands_of_names(path, flat):
+    extra = {f"x{i}\x1b[31m\n": np.zeros(1, np.float32) for i in range(1000)}
+    np.savez(path, **flat, **extra)
+
+
+def a_name_of_50_kb(path, flat):
+    np.savez(path, **flat, **{"x" * 50_000: np.zeros(1, np.float32)})
+
+
+def empty_arrays(path, flat):
+    np.savez(path, **{name: x[..., :0] for name, x in flat.items()})
+
+
+NPZ_BOMBS = {
+    far_block: r"unexpected: MixerBlock_99999999/LayerNorm_0/scale \(1,\)",
+    block_of_many_digits: "unexpected: MixerBlock_999",
+    old_names_of_many_digits: "unexpected: MixerBlock_99999999/LayerNorm_999",
+    inflates: r"stem/kernel is \(30000000,\)",
+    inflates_beside: r"unexpected: zeros \(30000000,\)",
+    says_less_than_it_inflates_to: "Bad CRC-32",
+    a_header_without_end: "expected 4294967295 bytes",
+    a_huge_element: r"holds no numbers, but \|V100000000",
+    more_than_it_has: "has 128 bytes; its header says 4,398,046,511,232",
+    negative_sizes: r"\(-2, -4\)|its header says",
+    objects: "holds no numbers, but object",
+    another_compression: "is compressed as no npz file is",
+    two_members_of_one_name: "two members are called stem/bias",
+    thousands_of_names: r"unexpected: x0\\x1b\[31m\\n \(1,\)",
+    a_name_of_50_kb: "unexpected: xxx",
+    empty_arrays: "which is empty",
+}
+
+
+def assert_refused_cheaply(path, message):
+    """Within seconds, 20 MB and 20 lines that no terminal obeys."""
+    began = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message) as error:
+            pretrained.read(path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    lines = str(error.value).splitlines()
+    assert path.name in lines[0]
+    assert len(lines) <= 20
+    assert all(line.isprintable() and len(line) < 400 for line in lines)
+    assert most < 20e6
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("make", NPZ_BOMBS, ids=lambda make: make.__name__)
+def test_a_small_npz_cannot_hurt(make, weights, tmp_path):
+    make(tmp_path / "w.npz", dict(leaves(weights.params)))
+    assert_refused_cheaply(tmp_path / "w.npz", NPZ_BOMBS[make])
+
+
+@pytest.mark.slow
+def test_a_mixer_of_zeros_may_not_be_larger_than_any(tmp_path):
+    a_consistent_mixer_of_zeros(tmp_path / "w.npz", {})
+    said = r"that declare 2,1\d\d,\d\d\d,\d\d\d are no weights"
+    assert_refused_cheaply(tmp_path / "w.npz", said)
+
+
+def test_a_compressed_npz_of_zeros_is_read(make_params, tmp_path):
+    """Small ones may inflate by any factor."""
+    params = jax.tree.map(np.zeros_like, make_params(hidden_dim=256))
+    np.savez_compressed(tmp_path / "w.npz", **dict(leaves(params)))
+    assert (tmp_path / "w.npz").stat().st_size < 50_000
+    assert_bitwise(pretrained.load(tmp_path / "w.npz"), params)
+
+
+def header_of(path):
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return data[8 : 8 + size], data[8 + size :]
+
+
+SAFETENSORS_BOMBS = {
+    "length beyond the file": (lambda h: h, 2**62, "header says that it has 4,611,686"),
+    "length beyond any": (lambda h: h, 2**64 - 1, "header says that it has 18,446,744"),
+    "lists without end": (lambda h: b"[" * 10**6, None, "its header is no JSON"),
+    "objects without end": (lambda h: b'{"a":' * 10**6, None, "its header is no JSON"),
+    "an array twice": (
+        lambda h: (
+            h.rstrip()[:-1] + b',"a":{"dtype":"F32","shape":[0],'
+            b'"data_offsets":[0,0]}' * 2 + b"}"
+        ),
+        None,
+        "the key 'a' stands there twice",
+    ),
+    "a field twice": (
+        lambda h: h.replace(b'"dtype":"F32"', b'"dtype":"F32","dtype":"F32"', 1),
+        None,
+        "the key 'dtype' stands there twice",
+    ),
+    "shapes beyond the file": (
+        lambda h: h.replace(b'"shape":[8]', b'"shape":[4611686018427387904]'),
+        None,
+        "is not a whole safetensors file",
+    ),
+    "a far block": (
+        lambda h: h.replace(b"MixerBlock_1", b"MixerBlock_99999999"),
+        None,
+        "does not hold the parameters|is not a whole",
+    ),
+    "a name that commands": (
+        lambda h: h.replace(b"head/bias", rb"head/\u001b[31m\nbias"),
+        None,
+        r"head/\\x1b\[31m\\nbias",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAFETENSORS_BOMBS)
+def test_a_small_safetensors_file_cannot_hurt(kind, weights, tmp_path):
+    path = tmp_path / "w.safetensors"
+    safetensors.numpy.save_file(dict(leaves(weights.params)), path)
+    change, length, message = SAFETENSORS_BOMBS[kind]
+    header, rest = header_of(path)
+    changed = change(header)
+    assert changed != header or length
+    path.write_bytes(struct.pack("<Q", length or len(changed)) + changed + rest)
+    assert_refused_cheaply(path, message)
+
+
+def expanded(torch, arrays):
+    return {k: torch.zeros(1).expand(*x.shape) for k, x in arrays.items()}
+
+
+TORCH_BOMBS = {
+    "a far block": (
+        lambda torch, _: {"blocks.99999999.norm1.weight": torch.zeros(1)},
+        "unexpected|holds",
+    ),
+    "one number as a huge array": (
+        lambda torch, a: a | {"stem.proj.weight": torch.zeros(1).expand(10**6, 10**6)},
+        "does not hold the parameters",
+    ),
+    "one number as every array": (expanded, r"declares [\d,]+ bytes of tensors"),
+    "no device": (
+        lambda torch, a: a | {"stem.proj.weight": torch.empty(10**9, device="meta")},
+        "stem.proj.weight holds no plain numbers",
+    ),
+    "sparse": (
+        lambda torch, a: (
+            a | {"norm.bias": torch.sparse_coo_tensor(size=(10**9, 10**9))}
+        ),
+        "norm.bias holds no plain numbers",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant", "ignore:Validating sparse")
+@pytest.mark.parametrize("kind", TORCH_BOMBS)
+def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
+    torch = pytest.importorskip("torch")
+    make, message = TORCH_BOMBS[kind]
+    arrays = timm.theirs(dict(leaves(make_params(hidden_dim=128))))
+    tensors = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
+    torch.save(make(torch, tensors), tmp_path / "w.pth")
+    assert_refused_cheaply(tmp_path / "w.pth", message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: [*names, names[0]], "two members are called"),
+        (lambda names: names, "is compressed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_torch_archive_is_as_torch_writes_it(change, message, weights, tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = timm.theirs(dict(leaves(weights.params)))
+    state = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
+    torch.save(state, tmp_path / "good.pth")
+    with zipfile.ZipFile(tmp_path / "good.pth") as good:
+        names = change(good.namelist())
+        packed = zipfile.ZIP_DEFLATED if "compressed" in message else zipfile.ZIP_STORED
+        with zipfile.ZipFile(tmp_path / "w.pth", "w", packed) as file:
+            for name in names:
+                file.writestr(name, good.read(name))
+    assert_refused_cheaply(tmp_path / "w.pth", message)
+
+
 def test_a_damaged_array_is_named(weights, tmp_path):
     path = tmp_path / "w.safetensors"
     pretrained.write_safetensors(weights, path)
@@ -711,17 +1008,37 @@ def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
         ('{"image_size": null}', "metadata that is not ours"),
         ('["tanh"]', "metadata that is not ours"),
         ('{"gelu": "relu"}', "gelu 'relu' is unknown; try tanh, exact"),
+        ('{"gelu": ["tanh"]}', "metadata that is not ours: gelu is"),
+        ('{"gelu": null}', "metadata that is not ours: gelu is None"),
+        ('{"image_size": [16.0, 16]}', "metadata that is not ours: image_size is"),
+        ('{"image_size": [0, 0]}', "image_size 0 is not divisible"),
+        ('{"class_names": ["a", 3]}', "metadata that is not ours: class_names is"),
+        ('{"class_names": ["a"]}', "1 names of classes for a head of 10"),
+        ('{"preprocess": {}}', "metadata that is not ours: preprocess is"),
+        ('{"gelu": "tanh", "gelu": "exact"}', "'gelu' stands there twice"),
+        ("[" * 100_000, "metadata that is not ours"),
+        ("", "metadata that is not ours"),
     ],
 )
 def test_metadata_that_cannot_be_is_refused(known, said, weights, tmp_path):
     flat, path = dict(leaves(weights.params)), tmp_path / "w.safetensors"
     safetensors.numpy.save_file(flat, path, metadata={"mlp_mixer": known})
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as error:
         pretrained.read(path)
+    assert str(error.value).startswith(str(path))
+    assert len(str(error.value).splitlines()) == 1
     # A field of a later version is passed by.
     later = {"mlp_mixer": '{"gelu": "exact", "depth": 3}'}
     safetensors.numpy.save_file(flat, path, metadata=later)
     assert pretrained.read(path).gelu == "exact"
+
+
+def test_damaged_checksums_are_damage(weights, tmp_path):
+    flat, path = dict(leaves(weights.params)), tmp_path / "w.safetensors"
+    for sums in ("[]", "[[1, 2]]", "3", "{", '{"a": 1, "a": 1}'):
+        safetensors.numpy.save_file(flat, path, metadata={"crc32": sums})
+        with pytest.raises(ValueError, match=r"w\.safetensors is damaged: its checks"):
+            pretrained.read(path)
 
 
 def test_a_torch_file_without_torch_says_what_to_do(tmp_path, monkeypatch):
