@@ -185,8 +185,8 @@ def check(weights: Weights) -> tuple[int, int]:
         raise ValueError(f"{weights.called}: {error}") from error
     if (h // ph) * (w // pw) != count:
         raise ValueError(
-            f"A {h}x{w} image makes {h // ph * (w // pw)} tokens of {ph}x{pw} pixels, "
-            f"but the weights {weights.called} are for {count}; give the image size "
+            f"{weights.called}: a {h}x{w} image makes {h // ph * (w // pw)} tokens of "
+            f"{ph}x{pw} pixels, but the weights are for {count}; give the image size "
             "that they were trained at."
         )
     return h, w
