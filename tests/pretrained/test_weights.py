@@ -323,6 +323,16 @@ def test_weights_for_other_images_make_of_ours_what_timm_made_of_theirs(
     assert np.abs(other - logits).max() > 0.01
 
 
+def test_the_config_beside_a_link_is_the_one_that_counts(foreign, tmp_path):
+    """The hub's cache is links by name to files by checksum."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "model.safetensors").symlink_to(foreign)
+    config_beside(snapshot / "model.safetensors", hub_config(0, 1))
+    weights = pretrained.read(snapshot / "model.safetensors")
+    assert str(weights.normalisation) == "mean 0 and std 1"
+
+
 def test_nothing_is_folded_for_our_own_images(foreign):
     before = pretrained.load(foreign)
     assert_bitwise(by_hub_config(foreign, [0.5] * 3, [0.5] * 3).params, before)
