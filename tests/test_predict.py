@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.numpy
 from odd_names import NAMES as ODD_NAMES
 
 from mlp_mixer import checkpoint, predict, pretrained, recipe, runs, text
@@ -195,6 +196,34 @@ def test_synset_ids_are_shown_as_words(params, some, tmp_path):
 
 
 # --- What is written ------------------------------------------------------------------
+
+
+def test_foreign_weights_predict_as_they_were_trained(params, some, tmp_path, caplog):
+    """Here for images normalised as ImageNet's often are: their config.json says so."""
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    model = pretrained.Weights(params, "made", gelu="exact")
+    pretrained.write_safetensors(model, tmp_path / "t.safetensors", names="timm")
+    arrays = safetensors.numpy.load_file(tmp_path / "t.safetensors")
+    kernel = arrays["stem.proj.weight"] * (2 * std[:, None, None])
+    arrays["stem.proj.weight"] = kernel.astype(np.float32)
+    bias = arrays["stem.proj.bias"] + np.einsum("crhw,r->c", kernel, (mean - 0.5) / std)
+    arrays["stem.proj.bias"] = bias.astype(np.float32)
+    foreign = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(arrays, foreign)
+
+    def probabilities(source):
+        found = predict.predict(source, some, preprocess="vision_transformer", top=8)
+        ranked = [dict(zip(x.indices, x.probabilities, strict=True)) for x in found]
+        return np.array([[one[k] for k in range(len(NAMES))] for one in ranked])
+
+    expected = probabilities(tmp_path / "t.safetensors")
+    assert np.abs(probabilities(foreign) - expected).max() > 0.01
+    assert "model.safetensors does not say what its images" in caplog.text
+    caplog.clear()
+    said = {"mean": list(mean), "std": list(std)}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": said}))
+    np.testing.assert_allclose(probabilities(foreign), expected, atol=1e-5)
+    assert "does not say" not in caplog.text
 
 
 def test_csv_is_clean_and_holds_what_was_predicted(weights, some, capsys):

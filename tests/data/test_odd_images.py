@@ -232,6 +232,17 @@ def bad_huffman_code():
     return bytes(data)
 
 
+def webp_of_one_colour(height, width):
+    """Lossless: what its pixels are needs no bits at all."""
+    data = bytearray(cases.encode(PIL.Image.new("RGB", (8, 8)), "WEBP", lossless=True))
+    sizes = data.index(b"VP8L") + 9
+    data[sizes : sizes + 4] = struct.pack("<I", (width - 1) | (height - 1) << 14)
+    return bytes(data)
+
+
+SMALL = PIL.Image.open(io.BytesIO(JPEG)).resize((12, 10))
+AVIF, DDS = cases.encode(SMALL, "AVIF"), cases.encode(SMALL, "DDS")
+
 DAMAGED = {
     "truncated JPEG": (JPEG[:-500], "[Pp]remature end"),
     "JPEG header only": (JPEG[:100], "."),
@@ -258,6 +269,25 @@ DAMAGED = {
         cases.png(np.zeros((1, 1), np.uint8), 0, stated_size=(100_000, 100_000)),
         "10000000000 pixels",
     ),
+    "JPEG of 600 bytes for 81 megapixels": (
+        bomb(9000, 9000),
+        "too many pixels, 9000x9000, more than 16,777,216",
+    ),
+    "PNG of 1 pixel for 81 megapixels": (
+        cases.png(np.zeros((1, 1), np.uint8), 0, stated_size=(9000, 9000)),
+        "too many pixels, 9000x9000",
+    ),
+    "WebP of 34 bytes for 81 megapixels": (
+        webp_of_one_colour(9000, 9000),
+        "too many pixels, 9000x9000",
+    ),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n{} loop\n", "is a program, not an image"),
+    "AVIF with a flipped bit": (
+        AVIF[:81] + bytes([AVIF[81] ^ 1]) + AVIF[82:],
+        "Missing or empty image item",
+    ),
+    "DDS of unknown pixels": (DDS[:80] + b"\0\x20\0\0" + DDS[84:], "Unknown pixel"),
+    "QOI cut off": (cases.encode(PIL.Image.new("RGB", (20, 15)), "QOI")[:15], "."),
     "32-bit samples": (
         cases.encode(PIL.Image.fromarray(np.full((3, 4), 1 << 20, np.int32)), "TIFF"),
         "more than 16 bits",
@@ -274,6 +304,22 @@ DAMAGED = {
 def test_a_damaged_file_says_what_is_wrong(data, reason, dct):
     with pytest.raises(ValueError, match=f"^cannot decode {len(data)} bytes.*{reason}"):
         image_ops.decode(data, dct)
+
+
+def test_a_photograph_may_have_many_pixels():
+    tile = np.random.default_rng(0).integers(0, 256, (500, 400, 3), np.uint8)
+    image = np.tile(tile, (10, 10, 1))  # 20 megapixels
+    data = cases.encode(PIL.Image.fromarray(image), "JPEG", quality=10)
+    assert image_ops.decode(data).shape == image.shape
+
+
+@pytest.mark.parametrize("limit", [None, 10**12])
+def test_the_number_of_pixels_is_limited_by_ourselves(limit, monkeypatch):
+    """Whatever other programs have made of Pillow's limit."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
+    for data in (bomb(65_000, 65_000), webp_of_one_colour(16_000, 16_000)):
+        with pytest.raises(ValueError, match="too many pixels"):
+            image_ops.decode(data)
 
 
 def decoded_or_refused(data):
