@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -45,6 +46,9 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     """Exits with the message alone of an error that this project or `modules` raise."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         if not _stdout_has_no_reader():
             raise

@@ -7,6 +7,7 @@ worker processes. The augmentation is big_vision's `configs/mlp_mixer_i1k.py`:
 Inception crop, flip, RandAugment, all on uint8; the device normalises.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -369,9 +370,12 @@ def _running(batches: Any) -> Iterator[Iterator[Batch]]:
         batches.start_prefetch()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # The frame of an error may hold them until Python has begun to take itself apart.
+    atexit.register(batches.close)
     try:
         yield batches
     finally:
+        atexit.unregister(batches.close)
         batches.close()
 
 
