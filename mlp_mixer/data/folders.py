@@ -24,7 +24,7 @@ from mlp_mixer.text import printable
 logger = logging.getLogger(__name__)
 
 # Files and folders of operating systems and servers, beside those with a dot in front.
-_OF_SYSTEMS = frozenset(
+OF_SYSTEMS = frozenset(
     (
         *("__macosx", "icon\r", "network trash folder"),
         *("thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -160,7 +160,7 @@ def _matched(pattern: str, matches: Iterable[str]) -> Iterator[tuple[str, str | 
     named = pathlib.PurePath(pattern).parts
     for match in matches:
         parts = {*pathlib.PurePath(match).parts} - {*named}
-        if any(part.lower() in _OF_SYSTEMS for part in parts):
+        if any(part.lower() in OF_SYSTEMS for part in parts):
             yield match, HIDDEN
         elif os.path.isdir(match):
             yield from _below(match)
@@ -199,7 +199,7 @@ def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or a system's own."""
-    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
 def why_left_out(name: str) -> str | None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
+from mlp_mixer.data import folders
+from mlp_mixer.data.folders import LeftOut
 from mlp_mixer.data.preparation import tars, writing
 from mlp_mixer.data.preparation.writing import Job, Split
 
@@ -48,7 +50,10 @@ def prepare_imagenet(job: Job) -> None:
     _begin(job, [train, val])
     label_of = {wnid: label for label, wnid in enumerate(_wnids())}
     archives = []
-    for member in tars.list_members(tars.Archive(train)):
+    left_out = LeftOut()
+    members = tars.list_members(tars.Archive(train), left_out, _hidden)
+    folders.say_left_out(train, left_out)
+    for member in members:
         wnid = member.name.removesuffix(".tar")
         if wnid not in label_of:
             raise ValueError(
@@ -93,7 +98,7 @@ def prepare_real(job: Job) -> None:
     images = _validation(job, val)
     _say_counts(job, {"validation": images})
     numbers = [_number(name.decode()) for name in images.name]
-    if max(numbers) > len(real):
+    if max(numbers, default=0) > len(real):
         raise ValueError(
             f"real.json holds {len(real):,} lists, but there is an image number"
             f" {max(numbers):,}."
@@ -118,6 +123,10 @@ def prepare_real(job: Job) -> None:
         homepage="https://github.com/google-research/reassessed-imagenet",
         supervised_keys=("image", "real_label"),
     )
+
+
+def _hidden(name: str) -> str | None:
+    return folders.HIDDEN if folders.is_hidden(name) else None
 
 
 def _begin(job: Job, paths: Sequence[pathlib.Path]) -> None:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 
 import numpy as np
@@ -341,6 +342,42 @@ def test_files_that_are_not_imagenets_are_named(copied, tmp_path):
     (copied / imagenet.TRAIN).write_bytes(toy_imagenet.tar({"cat.tar": photo}))
     with pytest.raises(ValueError, match=r"holds cat.tar; expected the tars of"):
         prepare("imagenet2012", tmp_path, copied)
+
+
+def test_imagenets_tars_may_come_from_macos(copied, tmp_path, caplog):
+    """Twins of the classes' tars, of their images and of those of validation."""
+    caplog.set_level("INFO")
+
+    def files(data):
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            opened = ((m.name, archive.extractfile(m)) for m in archive)
+            return {name: file.read() for name, file in opened if file}
+
+    def packed(data):
+        return toy_imagenet.tar(toy_imagenet.as_macos_packs(files(data)))
+
+    train, val = copied / imagenet.TRAIN, copied / imagenet.VAL
+    classes = {name: packed(data) for name, data in files(train.read_bytes()).items()}
+    train.write_bytes(packed(toy_imagenet.tar(classes)))
+    val.write_bytes(packed(val.read_bytes()))
+    prepare("imagenet2012", tmp_path, copied)
+    for place, count in {
+        str(train): 4,
+        "the tars of imagenet2012 train": 24,
+        "the tars of imagenet2012 validation": 9,
+    }.items():
+        line = f"Left out of {place}: {count} hidden or of the system."
+        assert caplog.text.count(line) == 1
+    for split, count in (("train", 24), ("validation", 9)):
+        assert len(examples("imagenet2012", split, tmp_path)) == count
+
+
+def test_a_validation_tar_without_images_has_no_examples(copied, tmp_path):
+    (copied / imagenet.VAL).write_bytes(toy_imagenet.tar({"readme.txt": b"x"}))
+    with pytest.raises(
+        ValueError, match="imagenet2012_real validation has no examples"
+    ):
+        prepare("imagenet2012_real", tmp_path, copied)
 
 
 def test_what_is_there_is_left_alone(prepared, manual, caplog, monkeypatch):
