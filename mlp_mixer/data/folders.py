@@ -124,19 +124,22 @@ def find_images(path: str) -> list[str]:
     Args:
         path: a file of any name; a folder, for the images in it and below it; or a
             glob ("photos/**/*.jpg"), for the images and folders that match, each file
-            once. What is hidden (".git", "._0.png") is passed by, and in a folder
-            what lies in folders behind links.
+            once. What there is is a path: a folder "a[1]" in "a[1]/*.jpg" too. What is
+            hidden (".git", "._0.png") is passed by, and in a folder what lies in
+            folders behind links.
 
     Raises:
         FileNotFoundError: nothing is there or matches.
         OSError: a folder cannot be read.
         ValueError: there is no image in it.
     """
+    if not os.path.exists(path):
+        path = os.path.expanduser(path)
     if os.path.isdir(path):
         seen = dict(_below(path))
     elif os.path.exists(path):
         return [path]
-    elif matches := glob.glob(os.path.expanduser(path), recursive=True):
+    elif matches := _matches(path):
         seen = dict(_matched(path, matches))
         # Each file once: links may lead to it on many ways.
         ways = {os.path.realpath(f): f for f in sorted(seen, reverse=True)}
@@ -153,6 +156,14 @@ def find_images(path: str) -> list[str]:
         raise ValueError(f"There is no image in {path}{holds}; {_ENDINGS}.")
     say_left_out(path, left_out)
     return found
+
+
+def _matches(path: str) -> list[str]:
+    """What matches a glob, whose beginning is a path as far as there is one."""
+    folder = os.path.dirname(path)
+    while not os.path.isdir(folder or os.curdir):
+        folder = os.path.dirname(folder)
+    return glob.glob(glob.escape(folder) + path[len(folder) :], recursive=True)
 
 
 def _matched(pattern: str, matches: Iterable[str]) -> Iterator[tuple[str, str | None]]:

@@ -506,6 +506,8 @@ def main(folder, when, how):
         tell(2)
     if how == "raise":
         raise ValueError("an error")
+    if how == "worker":
+        multiprocessing.active_children()[0].kill()
     while not stop.is_set():
         next(batches)
     for _ in range(30):  # more than lie in buffers
@@ -538,8 +540,8 @@ def end_a_parent(tmp_path, when, how):
 
     Args:
         when: "running" or "starting", of the workers.
-        how: "raise", or a signal; "SIGKILL" is sent to the parent alone, others are
-            sent to all of its processes, as by Ctrl-C and by clusters.
+        how: "raise"; "worker", of which one is killed; or a signal: SIGKILL is sent to
+            the parent alone, others to all of its processes, as by Ctrl-C and clusters.
     """
     shared = pathlib.Path("/dev/shm")  # of Linux
     before = {*shared.glob("psm_*")}
@@ -561,7 +563,7 @@ def end_a_parent(tmp_path, when, how):
         assert all(map(is_running, workers))
         if how == "SIGKILL":
             process.kill()
-        elif how != "raise":
+        elif how.startswith("SIG"):
             os.killpg(process.pid, signal.Signals[how])
         process.wait(60)
         assert wait_until(lambda: not any(map(is_running, workers)), 30)
@@ -610,3 +612,12 @@ def test_an_error_ends_the_workers_and_is_all_that_is_said(tmp_path):
     assert code == 1
     assert said.endswith("ValueError: an error\n")
     assert said.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_the_end_of_a_worker_alone_is_an_error_that_says_why(tmp_path):
+    said, code = end_a_parent(tmp_path, "running", "worker")
+    assert code == 1
+    assert "ChildProcessError: A process that decodes images ended" in said
+    assert "exit code -9" in said
+    assert "fewer input.workers" in said
