@@ -4,6 +4,7 @@ What a search leaves out is counted by kind and said in one line.
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import glob
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from mlp_mixer.data import decoding
 from mlp_mixer.data.decoding import SUFFIXES
 from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
 
+LOOKED_AT = 200  # files of a folder, for an Exif orientation
 # Files and folders of operating systems and servers, beside those with a dot in front.
 OF_SYSTEMS = frozenset(
     (
@@ -110,7 +113,22 @@ def open_folder(path: str, split: str) -> FolderSource:
         order = np.random.default_rng(0).permutation(len(files[name]))[start:stop]
         paths += [f"{contents[name].folder}/{files[name][i]}" for i in order]
         labels += [label_of[files[name][i].partition("/")[0]] for i in order]
+    _say_what_is_turned(path, split, paths)
     return FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
+
+
+def _say_what_is_turned(path: str, split: str, paths: list[str]) -> None:
+    looked_at = paths[:: -(-len(paths) // LOOKED_AT) or 1]
+    turned = 0
+    for name in looked_at:
+        with contextlib.suppress(OSError):  # named when it is read
+            turned += decoding.orientation(pathlib.Path(name).read_bytes()) != 1
+    if turned:
+        logger.info(
+            "folder:%s %s: %d of %d images looked at are turned by Exif; they are read "
+            "as they are stored, unrotated, as the authors do.",
+            *(path, split, turned, len(looked_at)),
+        )
 
 
 def open_files(paths: Iterable[str]) -> FolderSource:

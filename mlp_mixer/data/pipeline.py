@@ -114,6 +114,7 @@ def eval_batches(
     image_size: int | tuple[int, int],
     batch_size: int,
     preprocess: str = "big_vision",
+    exif: bool = False,
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -128,6 +129,7 @@ def eval_batches(
         image_size: side of a square or (height, width), in pixels.
         batch_size: of the global batch, shared out as in `train_batches`.
         preprocess: a key of `image_ops.PROTOCOLS`.
+        exif: whether images are turned as their Exif orientation says.
         workers: processes that decode; 0 does so in threads.
 
     Returns:
@@ -144,7 +146,9 @@ def eval_batches(
     size = _pair(image_size)
     # What padding looks like; and an unknown protocol is refused before any work.
     blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, size)
-    prepare = _Prepare(source=source, size=size, protocol=preprocess, blank=blank)
+    prepare = _Prepare(
+        source=source, size=size, protocol=preprocess, exif=exif, blank=blank
+    )
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
@@ -226,6 +230,7 @@ class _Prepare(grain.transforms.Map):
     source: Source
     size: tuple[int, int]
     protocol: str
+    exif: bool
     blank: np.ndarray
 
     def map(self, element: int) -> dict[str, Any]:
@@ -241,7 +246,7 @@ class _Prepare(grain.transforms.Map):
         # timm's models saw Pillow's pixels, the others TensorFlow's.
         dct = "accurate" if self.protocol == "timm" else "fast"
         try:
-            image, label = read_image(self.source, index, dct)
+            image, label = read_image(self.source, index, dct, exif=self.exif)
         except (OSError, ValueError):  # named where the batch arrives
             return row
         image = image_ops.preprocess(image, self.protocol, self.size)
@@ -260,7 +265,7 @@ def _target(source: Source, label: Label | None) -> np.ndarray | np.generic:
 
 
 def read_image(
-    source: Source, index: int, dct: str = "fast"
+    source: Source, index: int, dct: str = "fast", *, exif: bool = False
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Label]:
     """The decoded image and the label of one example; a grey image gets 3 channels.
 
@@ -278,7 +283,7 @@ def read_image(
         )
     image = example["image"]
     if isinstance(image, bytes):
-        image = image_ops.decode(image, dct)
+        image = image_ops.decode(image, dct, exif=exif)
     if image.ndim == 2:
         image = image[..., None]
     if image.shape[-1] == 1:
