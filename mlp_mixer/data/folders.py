@@ -484,7 +484,14 @@ def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]
         for name, count in counts.items()
     }
     spec = re.sub(r"(^|\+)\s*(\w+)", r"\1\2_", split)
-    parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    except (AssertionError, KeyError, ValueError, NotImplementedError) as error:
+        sizes = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+        raise ValueError(
+            f"The split {split!r} cannot be read of so many images ({sizes}): {error}"
+            " A part is written like 'train[:99%]'."
+        ) from error
     return [
         (
             part.splitname[:-1],
