@@ -374,3 +374,10 @@ def test_a_size_is_two_numbers(words, monkeypatch):
     values["image_size"].value = words
     with pytest.raises(ValueError, match=r"--image_size is .*; expected HEIGHT,WIDTH"):
         program_module.size("image_size")
+
+
+def test_an_interruption_ends_a_program_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, program_module.errors_in_one_line():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130  # what shells expect
+    assert capsys.readouterr().err == "Interrupted.\n"

@@ -72,6 +72,9 @@ def test_folder_errors_say_what_is_there(tmp_path):
         opened(tmp_path, "train")
     with pytest.raises(ValueError, match="incompatible with 2 examples"):
         opened(tmp_path, "all[:3]")
+    for split in ("all[", "all[:x]", "all[:50%]+all[50%", "[:3]"):
+        with pytest.raises(ValueError, match="'train"):
+            opened(tmp_path, split)
     write_images(tmp_path / "empty", {"train": 0})
     with pytest.raises(ValueError, match="No images"):
         opened(tmp_path / "empty", "all")
