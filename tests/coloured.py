@@ -18,7 +18,7 @@ NAMES = tuple(COLOURS)
 def image(name, i=0):
     """A grey image of the class, encoded."""
     out = io.BytesIO()
-    grey = COLOURS.get(name, 0) + i % 5
+    grey = COLOURS[name] + i % 5
     Image.new("RGB", (8, 8), (grey, grey, grey)).save(out, "PNG")
     return out.getvalue()
 
