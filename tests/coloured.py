@@ -35,14 +35,17 @@ def write_folder(folder, classes, count=4):
 
 
 def write_prepared(data_dir, name, names, count=4, several=False):
-    """Writes a prepared data set whose labels have `names` in this order."""
+    """Writes a prepared data set whose labels have `names` in this order.
+
+    Its images do not depend on that order.
+    """
 
     def quiet(what, total, unit, done):
         return contextlib.nullcontext(lambda amount: None)
 
     data_dir = pathlib.Path(data_dir)
     job = writing.Job(name, "1.0.0", data_dir, data_dir, False, quiet)
-    order = [names[i % len(names)] for i in range(count * len(names))]
+    order = [sorted(names)[i % len(names)] for i in range(count * len(names))]
 
     def read(start, stop):
         for i in range(start, stop):
