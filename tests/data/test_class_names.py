@@ -137,6 +137,13 @@ def test_spellings_in_another_order_are_mapped():
     assert [class_names.imagenet()[ids[i]] for i in found] == words
 
 
+def test_a_thousand_nameless_classes_are_imagenets_for_data_of_imagenet_alone():
+    ids = tuple(class_names.imagenet())
+    assert class_names.assumed(["tench, Tinca tinca", ids[5]], 1000) == ids
+    for names, count in ((["tench", ids[5]], 1000), (ids, 999), (None, 1000)):
+        assert class_names.assumed(names, count) is None
+
+
 @pytest.mark.parametrize("count", [11, 1000])
 @pytest.mark.parametrize("known", ["nothing", "words", "numbers"])
 def test_numbers_that_a_folder_sorts_as_words_mean_their_labels(count, known):
@@ -166,6 +173,7 @@ def test_numbers_that_a_folder_sorts_as_words_mean_their_labels(count, known):
         (("ant", "bee", "cow"), ("ant", "bee"), r"Only the photos: 'cow'\.$"),
         (("1", "2"), ("ant", "bee"), r"Only the photos: '1', '2'\..*'ant', 'bee'"),
         (("0", "1", "2"), ("ant", "bee"), "Only the photos: '0', '1', '2'"),
+        (("1", "10", "2"), ("0", "1", "2"), "Only the photos: '10'.*model: '0'"),
         (
             [f"a{i}" for i in range(12)],
             [f"b{i}" for i in range(13)],

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mlp_mixer.data import folders, image_ops, sources
+from mlp_mixer.data import class_names, folders, image_ops, sources
 from mlp_mixer.data.preparation import digits
 
 
@@ -468,6 +468,16 @@ def test_without_names_the_number_of_classes_must_be_the_models(tmp_path):
             ValueError, match=f"the data has 7 classes, but the model {count}"
         ):
             mapped(noise, names, count)
+
+
+def test_imagenets_words_as_folders_are_mapped_for_a_thousand_nameless_classes():
+    """Published weights name none; sorted, words are in another order than ids."""
+    ids = list(class_names.imagenet())
+    words = tuple(sorted(class_names.imagenet().values()))[:200]
+    source = folders.FolderSource([*"wxyz"], np.arange(4, dtype=np.int32), words)
+    found = mapped(source, None, 1000)
+    for i in range(4):
+        assert class_names.imagenet()[ids[found.label(i)]] == words[i]
 
 
 def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
