@@ -2,13 +2,14 @@
 test_train.
 """
 
-import json
+import shutil
 
+import coloured
 import pytest
-from test_files import DAMAGED, one_line
 from test_recipe import load
 
-from mlp_mixer import pretrained, recipe, runs
+from mlp_mixer import runs
+from mlp_mixer.data import sources
 
 
 def test_a_workdir_gives_its_recipe_back(root, tmp_path):
@@ -41,125 +42,163 @@ def test_another_recipe_may_take_a_folder_until_there_is_a_result(root, tmp_path
         runs.claim(config, tmp_path)
 
 
-# --- Damaged files --------------------------------------------------------------------
+# --- The classes and the data of a run ------------------------------------------------
 
 
-def changed(path, change):
-    """Writes a file of JSON again, changed."""
-    tree = json.loads(path.read_text())
-    change(tree)
-    path.write_text(json.dumps(tree))
+def begun(folder):
+    (folder / "checkpoints" / "00000010").mkdir(parents=True)
+
+
+def resumed(config, folder, name, split="all", **options):
+    """What a start would do with the data before anything is trained."""
+    source = sources.open_source(name, split, data_dir=options.pop("data_dir", None))
+    data = sources.fingerprint(source)
+    source = runs.training_data(source, config, folder, data, **options)
+    runs.claim(config, folder, source.class_names, data, **options)
+    return source
 
 
 @pytest.fixture
 def run(root, tmp_path):
-    """A run that has begun, without a checkpoint."""
-    config = load(root, "mixer_b16")
-    runs.claim(config, tmp_path, [f"class {i}" for i in range(1000)])
-    (tmp_path / "metrics.jsonl").write_text('{"step": 50}\n')
-    (tmp_path / "checkpoints").mkdir()
-    return tmp_path
+    """(its recipe, its folder, its data), begun with images of three classes."""
+    name = coloured.write_folder(tmp_path / "images", ("ant", "bee", "cat"))
+    config = load(root, "digits")
+    resumed(config, tmp_path / "run", name)
+    begun(tmp_path / "run")
+    resumed(config, tmp_path / "run", name)
+    return config, tmp_path / "run", tmp_path / "images"
 
 
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_recipe_of_a_run_is_one_line(kind, run, root):
-    (run / "config.json").write_bytes(DAMAGED[kind])
-    for read in (runs.load, runs.open_run, pretrained.read):
-        with pytest.raises(ValueError, match=r"config\.json") as error:
-            read(run)
-        assert one_line(error, "config.json")
-    with pytest.raises(ValueError, match=r"config\.json") as error:
-        runs.claim(load(root, "mixer_b16"), run)
-    assert one_line(error, "config.json")
+def said(folder):
+    """What the run says of its data, as it is on disk."""
+    return {n: (folder / n).read_text() for n in ("class_names.json", "data.json")}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.clear(), "it does not say batch_size, checkpoint, dataset"),
-        (lambda c: c.pop("model"), "it does not say model"),
-        (lambda c: c["model"].pop("gelu"), "it does not say model.gelu"),
-        (lambda c: c.update(model=[]), "model is .*; expected a section"),
-        (lambda c: c.update(model=None), "model is None; expected a section"),
-        (lambda c: c.update(batch_size="64"), "batch_size is 64; expected as in"),
-        (lambda c: c.update(batch_size=None), "batch_size is None; expected as in"),
-        (lambda c: c["model"].update(gelu=["tanh"]), "model.gelu is .*; expected as"),
-        (lambda c: c["model"].update(image_size=16), "model.image_size is 16; exp"),
-        (lambda c: c["optim"].update({"a.b": 1}), "optim.a.b is 1; expected as in"),
-        (lambda c: c.update(evals={"val": 3}), "evals.val is no evaluator of type"),
-        (lambda c: c["evals"]["val"].pop("type"), "evals.val is no evaluator of type"),
-        (lambda c: c["evals"]["val"].update(type=[]), "config.json is no recipe"),
-        (lambda c: c["evals"]["val"].update(dataset=1), "evals.val.dataset is 1; exp"),
-        (lambda c: c.update({"\x1b[31m": {"\n": 1}, "seed": ""}), "seed is"),
-    ],
-)
-def test_a_recipe_of_other_fields_is_one_line(change, message, run):
-    changed(run / "config.json", change)
-    for read in (runs.load, runs.open_run, pretrained.read):
-        with pytest.raises(ValueError, match=message) as error:
-            read(run)
-        assert one_line(error, "config.json")
+def rename_a_class(images):
+    (images / "bee").rename(images / "cow")
 
 
-def test_a_field_of_a_later_version_has_its_default(run, root, caplog):
-    """An older version's run opens and goes on, and the log says what is taken."""
-
-    def older(tree):
-        del tree["input"]["max_broken_images"], tree["evals"]["val"]["ece_bins"]
-        tree["field_of_another_version"] = 3
-
-    changed(run / "config.json", older)
-    config = runs.load(run)
-    assert config.input.max_broken_images == recipe.base().input.max_broken_images
-    assert config.evals.val.ece_bins == 0
-    assert config.field_of_another_version == 3
-    assert "does not say evals.val.ece_bins, input.max_broken_images" in caplog.text
-    changed(run / "config.json", lambda tree: tree.pop("field_of_another_version"))
-    runs.check(load(root, "mixer_b16"), run)
+def swap_two_classes(images):
+    (images / "bee").rename(images / "tmp")
+    (images / "cat").rename(images / "bee")
+    (images / "tmp").rename(images / "cat")
 
 
-@pytest.mark.parametrize("kind", DAMAGED.keys() - {"null"})
-def test_damaged_names_of_classes_are_one_line(kind, run):
-    (run / "class_names.json").write_bytes(DAMAGED[kind])
-    for read in (
-        lambda: runs.load_class_names(run, 1000),
-        lambda: pretrained.read(run),
+def write_a_name_in_capitals(images):
+    (images / "bee").rename(images / "Bee")
+
+
+def replace_a_class(images):
+    shutil.rmtree(images / "cat")
+    coloured.write_folder(images, {"dog": "cat"})
+
+
+OTHER_CLASSES = {
+    rename_a_class: r"Only .*: 'cow'\.\n  Only the run in .*: 'bee'",
+    write_a_name_in_capitals: r"Only .*: 'Bee'\.\n  Only the run in .*'bee'",
+    replace_a_class: r"Only .*: 'dog'\.\n  Only the run in .*: 'cat'",
+}
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("change", OTHER_CLASSES)
+def test_a_run_does_not_go_on_with_other_classes(change, accepted, run):
+    config, folder, images = run
+    before = said(folder)
+    change(images)
+    with pytest.raises(ValueError, match=OTHER_CLASSES[change]):
+        resumed(config, folder, f"folder:{images}", accept_changed_data=accepted)
+    with pytest.raises(ValueError, match="Only"):
+        runs.claim(config, folder, ("ant", "cow", "cat"))
+    assert said(folder) == before
+
+
+def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
+    config, folder, images = run
+    shutil.rmtree(folder / "checkpoints")
+    rename_a_class(images)
+    resumed(config, folder, f"folder:{images}")
+    assert runs.load_class_names(folder) == ["ant", "cat", "cow"]
+    assert '"cow"' in said(folder)["data.json"]
+
+
+def test_the_same_classes_in_another_order_keep_the_runs_labels(root, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config, folder = load(root, "digits"), tmp_path / "run"
+    for place, names in (
+        ("one", ("ant", "bee", "cat")),
+        ("two", ("cat", "ant", "bee")),
     ):
-        with pytest.raises(ValueError, match=r"class_names\.json") as error:
-            read()
-        assert one_line(error, "class_names.json")
+        coloured.write_prepared(tmp_path / place, "toys", names)
+    first = resumed(config, folder, "toys", "test", data_dir=tmp_path / "one")
+    begun(folder)
+    before = said(folder)
+    assert "another order" not in caplog.text
+    second = resumed(config, folder, "toys", "test", data_dir=tmp_path / "two")
+    assert caplog.text.count("another order") == 1
+    assert first.class_names == second.class_names == ("ant", "bee", "cat")
+    for i in range(12):
+        called = second.class_names[second.label(i)]
+        assert second[i]["image"] == coloured.image(called, i)
+    assert said(folder)["class_names.json"] == before["class_names.json"]
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a", 3], "holds a number among the names"),
-        (["a", None], "holds null among the names"),
-        (["a", ["b"]], "holds a list among the names"),
-        (["a"], "has 1 names, but the model 1,000 classes"),
-        ({"a": 1}, "holds an object; expected a list or null"),
-    ],
-)
-def test_names_that_are_none_are_one_line(names, message, run):
-    (run / "class_names.json").write_text(json.dumps(names))
-    with pytest.raises(ValueError, match=message) as error:
-        pretrained.read(run)
-    assert one_line(error, "class_names.json")
+def remove_an_image(images):
+    (images / "ant" / "0.png").unlink()
 
 
-def test_names_that_are_not_there_are_one_line(run):
-    (run / "class_names.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file .*class_names\.json"):
-        pretrained.read(run)
+def add_an_image(images):
+    (images / "cat" / "new.png").write_bytes(coloured.image("cat"))
 
 
-def test_a_recipe_of_many_other_fields_is_told_in_20_lines(run, root):
-    def many(tree):
-        tree["optim"].update({f"x{i}\x1b": i for i in range(5000)})
+def cut_an_image(images):
+    path = images / "bee" / "3.png"
+    path.write_bytes(path.read_bytes()[:-7])
 
-    changed(run / "config.json", many)
-    with pytest.raises(ValueError, match="another recipe") as error:
-        runs.claim(load(root, "mixer_b16"), run)
-    lines = str(error.value).splitlines()
-    assert len(lines) == 20
-    assert all(map(str.isprintable, lines))
+
+CHANGES = {
+    swap_two_classes: r"\n  bee: .*\n  cat: ",
+    remove_an_image: r"num_examples: 12 there, 11 here\n  ant: 4 images, .* 3 images,",
+    add_an_image: r"num_examples: 12 there, 13 here\n  cat: 4 images, .* 5 images,",
+    cut_an_image: r"changed:\n  bee: 4 images, \d+ bytes, .* there, 4 images, ",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_training_data_is_refused_and_named_or_accepted(change, run, caplog):
+    config, folder, images = run
+    name, before = f"folder:{images}", said(folder)
+    change(images)
+    with pytest.raises(ValueError, match=CHANGES[change]) as caught:
+        resumed(config, folder, name)
+    assert "--accept_changed_data" in str(caught.value)
+    assert said(folder) == before
+    resumed(config, folder, name, accept_changed_data=True)
+    assert caplog.text.count("goes on with changed data") == 1
+    caplog.clear()
+    resumed(config, folder, name)  # from now on it is the run's
+    assert not caplog.text
+
+
+def test_moved_training_data_is_the_same(run):
+    config, folder, images = run
+    moved = images.rename(images.with_name("elsewhere"))
+    resumed(config, folder, f"folder:{moved}")
+
+
+def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, caplog):
+    config, folder, images = run
+    (folder / "data.json").unlink()
+    caplog.set_level("INFO")
+    for _ in range(2):
+        resumed(config, folder, f"folder:{images}")
+    assert caplog.text.count("does not say what its training data was") == 1
+    assert (folder / "data.json").exists()
+
+
+def test_the_best_of_no_metric_is_refused_before_anything_is_read(root, tmp_path):
+    config = load(root, "digits")
+    runs.claim(config, tmp_path)
+    for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
+        with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
+            runs.open_run(tmp_path, best=name)

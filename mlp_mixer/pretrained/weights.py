@@ -164,12 +164,18 @@ def check(weights: Weights) -> tuple[int, int]:
 
     Raises:
       ValueError: the image size is not known or makes other tokens than the parameters
-        are for; or there is no such GELU.
+        are for; there is no such GELU; or more or fewer names than classes.
     """
     if weights.gelu not in GELUS:
         raise ValueError(
             f"{weights.called}: gelu {weights.gelu!r} is unknown; "
             f"try {', '.join(GELUS)}."
+        )
+    classes, names = tree.geometry(weights.params)["num_classes"], weights.class_names
+    if classes and names and len(names) != classes:
+        raise ValueError(
+            f"{weights.called}: {len(names)} classes are named, but the head has "
+            f"{classes}."
         )
     count = tree.tokens(weights.params)
     if weights.image_size is None:

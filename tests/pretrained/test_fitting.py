@@ -312,3 +312,65 @@ def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
     names = runs.open_run(tmp_path / "run").class_names
     assert tuple(names) == runs.open_model(tmp_path / "run").class_names
     assert names[0] == "tench, Tinca tinca"
+
+
+# --- A kept head's classes ------------------------------------------------------------
+
+
+def began_with(params, names, had, tmp_path, head="match"):
+    """What a run on data with `names` begins with, from weights with those they had."""
+    file = tmp_path / "w.safetensors"
+    pretrained.write_safetensors(pretrained.Weights(params, "", class_names=had), file)
+    return pretrained.initial(
+        file,
+        pretrained.create_model(params),
+        shapes_of(params),
+        image_size=(16, 16),
+        head=head,
+        resize_by="grow",
+        class_names=names,
+    )
+
+
+LETTERS = tuple("abcdefghij")
+
+
+def test_a_kept_head_answers_as_before_in_the_order_of_the_new_classes(
+    make_params, tmp_path
+):
+    params = make_params()
+    names = tuple("jihgfabcde")
+    new = began_with(params, names, LETTERS, tmp_path)
+    model = pretrained.create_model(params)
+    image = jax.random.uniform(jax.random.key(0), (5, 16, 16, 3), minval=-1)
+    before, after = (model.apply({"params": p}, image)[0] for p in (params, new))
+    order = [LETTERS.index(name) for name in names]
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(before)[:, order])
+    assert_equal({**new, "head": {}}, {**params, "head": {}})
+
+
+@pytest.mark.parametrize(
+    ("names", "had"),
+    [
+        (LETTERS, LETTERS),
+        (None, LETTERS),
+        (LETTERS, None),
+        (tuple("0123456789"), LETTERS),
+        (("e\u0301", *LETTERS[1:]), ("\u00e9", *LETTERS[1:])),
+    ],
+)
+def test_a_head_for_the_same_classes_or_nameless_ones_stays(
+    names, had, make_params, tmp_path
+):
+    params = make_params()
+    assert_equal(began_with(params, names, had, tmp_path), params)
+
+
+@pytest.mark.parametrize("names", [("k", *LETTERS[1:]), ("A", *LETTERS[1:])])
+def test_a_head_for_other_classes_is_not_kept(names, make_params, tmp_path):
+    params = make_params()
+    message = f"(?s)'{names[0]}'.*: 'a'.*--config.init_head=zero"
+    with pytest.raises(ValueError, match=message):
+        began_with(params, names, LETTERS, tmp_path)
+    new = began_with(params, names, LETTERS, tmp_path, head="zero")
+    assert not new["head"]["kernel"].any()

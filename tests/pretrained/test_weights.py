@@ -1125,3 +1125,11 @@ def test_metadata_is_json_of_what_is_known(weights, tmp_path):
         "class_names": list("abcdefghij"),
         "preprocess": "timm",
     }
+
+
+def test_names_for_another_number_of_classes_are_refused(weights, tmp_path):
+    file = tmp_path / "w.safetensors"
+    wrong = dataclasses.replace(weights, class_names=("a", "b"))
+    pretrained.write_safetensors(wrong, file)
+    with pytest.raises(ValueError, match="name 2 classes, but their head has 10"):
+        pretrained.read(file)
