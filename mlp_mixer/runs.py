@@ -86,24 +86,24 @@ def open_run(
         )
         image = jnp.zeros((1, *config.model.image_size, 3))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
-        step, params = checkpoint.restore_params(
-            f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
-        )
-        params = pretrained.cast(params, "float32")
-        if different := differences_of_arrays(describe(params), describe(shapes)):
-            raise ValueError(
-                f"Step {step} of {workdir} is not of its recipe's model; these arrays "
-                f"differ:\n{different}"
-            )
         count = config.dataset.num_classes
         names = list(naming.choose(load_class_names(workdir), count)) if count else []
-    if jax.process_count() > 1:  # each has read for itself
-        processes.compare(
-            recipe=to_json(config),
-            class_names=names,
-            step=step,
-            params=fingerprint(params),
+    several = jax.process_count() > 1  # each reads for itself
+    if several:
+        has = bool(history.checkpoints(workdir))
+        said = {"recipe": to_json(config), "class_names": names, "checkpoints": has}
+        processes.compare(**said, step=step, best=best)
+    step, params = checkpoint.restore_params(
+        f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
+    )
+    params = pretrained.cast(params, "float32")
+    if different := differences_of_arrays(describe(params), describe(shapes)):
+        raise ValueError(
+            f"Step {step} of {workdir} is not of its recipe's model; these arrays "
+            f"differ:\n{different}"
         )
+    if several:
+        processes.compare(step=step, weights=sum(fingerprint(params).values()))
     params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
