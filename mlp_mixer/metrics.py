@@ -24,28 +24,39 @@ from absl import logging as absl_logging
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mlp_mixer import processes
+from mlp_mixer import files, processes, text
+from mlp_mixer.text import brief, printable
 
+# Of metrics.jsonl: two million records.
+MAX_BYTES = 2**29
 _CONSOLE = rich.console.Console(stderr=True)
 logger = logging.getLogger(__name__)
+
+
+class _Printable(logging.Formatter):
+    """Shows whatever a name in a message holds, and obeys none of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return text.printable(super().format(record), keep="\n\t")
 
 
 def log_to_terminal() -> None:
     """Sends the programs' own lines to stderr, above the progress bar if there is one.
 
     Absl's handler would prefix each with its source; what libraries say through absl
-    is shown from warnings on.
+    is shown from warnings on. From here on stdout and stderr print any text.
     """
+    text.accept_any_text(sys.stdout, sys.stderr)
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
     absl_logging.set_verbosity(absl_logging.WARNING)
     if _CONSOLE.is_terminal:
         handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Printable("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     if jax.process_index() > 0:
         handler.setLevel(logging.WARNING)
     root.addHandler(handler)
@@ -126,10 +137,10 @@ class Writer(contextlib.AbstractContextManager):
         for record in kept:
             if record["step"] == first_step and "train/lr" not in record:
                 self._evaluated |= {name.rpartition("/")[0] for name in record}
-        text = "".join(f"{json.dumps(record)}\n" for record in kept)
+        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
         rewritten = self._path.with_name("metrics.jsonl.tmp")
         with self._failure_named(self._path):
-            rewritten.write_text(text)
+            rewritten.write_text(lines)
             rewritten.replace(self._path)
             self._file = self._path.open("a")
         with self._failure_named(self._board_path):
@@ -294,29 +305,61 @@ class _Board:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run, in order; an unfinished last line is left out."""
+    """The records of a run, in order; an unfinished last line is left out.
+
+    Raises:
+      OSError: they cannot be read.
+      ValueError: a line is no record.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_file(path) if path.exists() else []
+
+
+def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of such a file, in order; an unfinished last line is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      OSError: it cannot be read.
+      ValueError: a line is no record: an object of numbers, one of them the step.
+    """
+    *lines, _ = files.read_bytes(path, MAX_BYTES).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        said = f"Line {number} of {printable(os.fspath(path))}"
+        record = files.parse_json(line, said, finite=False)
+        step = record.get("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{said} is no record: its step is {brief(step)}.")
+        for name, value in record.items():
+            if type(value) not in (int, float):
+                raise ValueError(
+                    f"{said} is no record: {brief(name)} is "
+                    f"{files.kind_of(value)}; expected a number."
+                )
+        records.append(record)
+    return records
 
 
 class Profiler:
     """Writes a trace of some steps, for TensorBoard or Perfetto."""
 
-    def __init__(self, workdir: epath.PathLike, steps: str | None):
-        """`steps` is "START:STOP" (both traced), or None.
+    def __init__(self, workdir: epath.PathLike, steps: str | None, *, total_steps: int):
+        """`steps` is "START:STOP" (both traced) of a run of `total_steps`, or None.
 
         Raises:
-          ValueError: not two step numbers in order.
+          ValueError: not two step numbers of the run in order.
         """
         self._folder, self._steps = f"{workdir}/profile", (0, 0)
-        if steps:
-            start, _, stop = steps.partition(":")
-            if not (start.isdigit() and stop.isdigit() and 0 < int(start) <= int(stop)):
-                raise ValueError(
-                    f"--profile is {steps!r}; expected START:STOP, e.g. 10:12."
-                )
-            self._steps = int(start), int(stop)
+        if steps is None:
+            return
+        numbers = [int(n) if n.isdecimal() else 0 for n in steps.split(":")]
+        if len(numbers) != 2 or not 0 < numbers[0] <= min(numbers[1], total_steps):
+            raise ValueError(
+                f"--profile is {steps!r}; expected START:STOP, e.g. 10:12, of the "
+                f"steps 1 ... {total_steps}."
+            )
+        self._steps = numbers[0], numbers[1]
 
     def before(self, step: int) -> None:
         """Starts the trace if `step` is its first."""
@@ -338,16 +381,25 @@ def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     """Returns `track(items, count)`, which shows a bar on a terminal."""
 
     def track(items: Iterable[Any], count: int) -> Iterable[Any]:
-        return rich.progress.track(
-            items,
-            name,
-            total=count,
-            console=_CONSOLE,
-            transient=True,
-            disable=not _CONSOLE.is_terminal,
-        )
+        with _bar(
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+        ) as bar:
+            yield from bar.track(items, count, description=text.printable(name))
 
     return track
+
+
+def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+    """A bar for a while, on a terminal only; brackets in its description are text."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        *columns,
+        console=_CONSOLE,
+        transient=True,
+        disable=not _CONSOLE.is_terminal,
+    )
 
 
 @contextlib.contextmanager
@@ -386,26 +438,27 @@ def counter(
                 *(what, amount(now), amount(total), amount(rate), left),
             )
 
-    with rich.progress.Progress(
-        "{task.description}",
+    with _bar(
         rich.progress.BarColumn(None),
-        "{task.fields[said]}",
+        rich.progress.TextColumn("{task.fields[said]}", markup=False),
         rich.progress.TimeRemainingColumn(),
-        console=_CONSOLE,
-        transient=True,
-        disable=not _CONSOLE.is_terminal,
     ) as bar:
-        task = bar.add_task(what, total=total, completed=done, said="")
+        task = bar.add_task(text.printable(what), total=total, completed=done, said="")
         yield advance
     taken = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
     logger.info("%s: %s in %s", what, amount(now), taken)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table to stdout."""
-    drawn = rich.table.Table(title=title)
-    for i, column in enumerate(columns):
+    """Prints a table to stdout; its texts are shown as they are, without markup.
+
+    Raises:
+      OSError: stdout cannot be written.
+    """
+    drawn = rich.table.Table(title=text.printable(title))
+    for i, column in enumerate(map(text.printable, columns)):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
-    rich.console.Console().print(drawn)
+        drawn.add_row(*map(text.printable, row))
+    with text.flushed(sys.stdout):
+        rich.console.Console(markup=False, emoji=False).print(drawn)

@@ -50,13 +50,13 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
+    program.define_path(
         "data_dir",
         None,
         "Where TFDS data lives; its own default (TFDS_DATA_DIR, or "
         "~/tensorflow_datasets) if not set.",
     )
-    flags.DEFINE_string(
+    program.define_path(
         "manual_dir",
         None,
         "Where files lie that a person has to download; DATA_DIR/downloads/manual if "

@@ -3,20 +3,29 @@
 import contextlib
 import os
 import select
+import socket
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import tuple_parser
 
-from mlp_mixer import metrics, recipe
+from mlp_mixer import errors, metrics, recipe
+
+# How long one of several processes waits for the others, as in JAX.
+WAIT_SECONDS = 300.0
 
 
 def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None:
     """Runs `main(arguments)` with the flags that are defined, and exits.
 
-    An error that this project raises says what to do, so it is printed alone; one
-    from a library keeps its traceback. Both exit with 1.
+    An error that this project raises on purpose says what to do, so it is printed
+    alone; any other keeps its traceback. Both exit with 1.
 
     Args:
       main: receives what is left of the command line without flags.
@@ -31,18 +40,25 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
         )
 
     def start(argv):
-        if distributed and flags.FLAGS.distributed:
+        if distributed and flags.FLAGS.distributed is not None:
             _join(flags.FLAGS.distributed)
         metrics.log_to_terminal()
         main(argv[1:])
 
     with errors_in_one_line():
-        app.run(start, recipe.resolve(sys.argv), flags_parser=_parse)
+        app.run(start, flags_parser=_parse)
+
+
+# --- Errors ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def errors_in_one_line(*modules: str) -> Iterator[None]:
-    """Exits with the message alone of an error that this project or `modules` raise."""
+    """Exits with the message alone of an error that says what is wrong by itself.
+
+    That is an error that this project or `modules` raise on purpose, and one of the
+    operating system about a file.
+    """
     try:
         yield
     except BrokenPipeError:
@@ -52,9 +68,9 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        if not _is_ours(error, modules):
+        if (message := errors.message(error, modules)) is None:
             raise
-        sys.exit(str(error))
+        sys.exit(message)
 
 
 def _stdout_has_no_reader() -> bool:
@@ -63,35 +79,133 @@ def _stdout_has_no_reader() -> bool:
     return bool(poll.poll(0))
 
 
+# --- Flags ----------------------------------------------------------------------------
+
+
+def define_path(name: str, default: str | None, help: str, **options: Any) -> None:
+    """Defines a flag whose value is a path; `~` is the home folder."""
+    flags.DEFINE(_Path(), name, default, help, **options)
+
+
+class _Path(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, argument: Any) -> str:
+        """Returns the path with `~` expanded."""
+        return path(argument)
+
+
+def path(text: str) -> str:
+    """The path of an argument, `~` expanded.
+
+    Raises:
+      ValueError: it begins with `~` and there is no such user.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(
+            f"{text} begins with the home folder of somebody who is not known here; a "
+            f"file of that name is written ./{text}."
+        )
+    return expanded
+
+
+def define_recipe() -> None:
+    """Defines the flag `--config`, and with it `--config.FIELD=VALUE`."""
+    config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
+    flags.FLAGS["config"].parser = _Recipe()
+    flags.mark_flag_as_required("config")
+
+
+class _Recipe(flags.ArgumentParser):
+    syntactic_help = "a recipe and its words: configs/x.py:words"
+
+    def parse(self, argument: str) -> ConfigDict:
+        """Returns the recipe, closed to further fields."""
+        return recipe.load(argument).lock()
+
+
+def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
+    """Returns the recipe with `--config.FIELD=VALUE`, of which `words` are, set."""
+    argv, values = ["program", *words], flags.FlagValues()
+    with wrong_flags_in_one_line():
+        config_flags.DEFINE_config_dict(
+            *("config", config), flag_values=values, lock_config=True, sys_argv=argv
+        )
+        values(argv)
+    config = values["config"].value
+    _unwrap_none(config)
+    return config
+
+
+class _OrNone(flags.ArgumentParser):
+    """Reads a field's value, or None, for `recipe.check` to allow or refuse."""
+
+    def __init__(self, parser: flags.ArgumentParser, said: str):
+        self._parser, self._said = parser, said
+
+    def parse(self, argument: Any) -> Any:
+        """Returns the value of a command line's word, or of a default."""
+        if argument in (None, "None"):
+            return None
+        try:
+            return self._parser.parse(argument)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected {self._said}.") from None
+
+    def flag_type(self) -> str:
+        """Returns the type, for --help."""
+        return self._parser.flag_type()
+
+
+class _Tuple(tuple_parser.TupleParser):
+    """Reads a tuple; a lone None comes in one, see `_unwrap_none`."""
+
+    def parse(self, argument: Any) -> tuple:
+        """Returns the tuple that a command line's word or words stand for."""
+        try:
+            return super().parse(argument)
+        except (MemoryError, RecursionError, TypeError, ValueError):
+            raise ValueError("expected numbers, e.g. (224, 224).") from None
+
+
+for _type, _parser in {
+    int: _OrNone(flags.IntegerParser(), "a whole number"),
+    float: _OrNone(flags.FloatParser(), "a number"),
+    bool: _OrNone(flags.BooleanParser(), "true or false"),
+    str: _OrNone(flags.ArgumentParser(), "text"),
+    tuple: _Tuple(),
+}.items():
+    config_flags.register_flag_parser_for_type(_type, _parser)
+
+
+def _unwrap_none(config: ConfigDict) -> None:
+    """Turns the (None,) that ml_collections makes of a tuple's `=None` into None."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _unwrap_none(value)
+        elif value == (None,):
+            config[name] = None
+
+
 def size(flag: str) -> tuple[int, int] | None:
     """(height, width) in pixels of a list flag; None if it is not set."""
     words = flags.FLAGS[flag].value
     if words is None:
         return None
-    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
+    if len(words) != 2 or not all(word.strip().isdecimal() for word in words):
         raise ValueError(
             f"--{flag} is {','.join(words)!r}; expected HEIGHT,WIDTH, e.g. 224,224."
         )
     return int(words[0]), int(words[1])
 
 
-def _join(where: str) -> None:
-    if where == "auto":
-        jax.distributed.initialize()
-        return
-    address, *numbers = where.split(",")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
-        raise ValueError(
-            f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
-            "e.g. 10.0.0.1:1234,0,2."
-        )
-    index, count = map(int, numbers)
-    jax.distributed.initialize(address, num_processes=count, process_id=index)
-
-
 def _parse(argv: list[str]) -> list[str]:
     with wrong_flags_in_one_line():
-        return flags.FLAGS(argv)
+        arguments = flags.FLAGS(argv)
+    if "config" in flags.FLAGS:
+        _unwrap_none(flags.FLAGS["config"].value)
+    return arguments
 
 
 @contextlib.contextmanager
@@ -99,26 +213,124 @@ def wrong_flags_in_one_line() -> Iterator[None]:
     """Exits with what is wrong with the flags that are read, a recipe's included."""
     try:
         yield
-    except (flags.Error, AttributeError, KeyError, ValueError) as error:
-        # ml_collections wraps what a recipe raises into a page of text.
-        root: BaseException = error
-        while root.__cause__ or root.__context__:
-            root = root.__cause__ or root.__context__  # type: ignore[assignment]
-        said = str(root if _is_ours(root) else error)
-        if isinstance(error, AttributeError | KeyError):
-            said = "The recipe has no such field: " + said.strip("'\"").replace(
-                "\\'", "'"
-            ).replace("\\n", ". ")
-        sys.exit(f"{said}\nSee --help for the flags.")
+    except flags.Error as error:
+        # Absl turns into one what a parser raises, and a recipe's bugs with it.
+        cause = error.__context__
+        if cause and errors.message(cause) is None and _is_in(cause, "mlp_mixer"):
+            raise cause from None
+        sys.exit(f"{error}\nSee --help for the flags.")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if not _is_in(error, "ml_collections") or _is_in(error, "mlp_mixer.recipe"):
+            raise
+        said = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ". ")
+        sys.exit(f"The recipe has no such field: {said}\nSee --help for the flags.")
 
 
-def _is_ours(error: BaseException, modules: tuple[str, ...] = ()) -> bool:
-    """Whether the line that raised it is this project's, or of `modules`."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    where = trace.tb_frame.f_globals if trace else {}
-    if "get_config" in where:  # a recipe, whatever it was loaded as
-        return True
-    name = where.get("__name__", "")
-    return name.partition(".")[0] in ("mlp_mixer", "__main__", *modules)
+def _is_in(error: BaseException, package: str) -> bool:
+    """Whether the error came up through the code of a package."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    return any(f"{name}.".startswith(f"{package}.") for name in names)
+
+
+# --- One of several processes ---------------------------------------------------------
+
+
+def _join(where: str) -> None:
+    """Makes this process one of several, as `--distributed` says.
+
+    Raises:
+      ValueError: it does not say so, or no cluster, host or port is there.
+    """
+    if where == "auto":
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                "--distributed=auto finds no cluster (TPU pod, SLURM, Kubernetes, MPI) "
+                f"that this process is part of: {error} Without one, leave the flag "
+                "out, or give HOST:PORT,INDEX,COUNT."
+            ) from error
+        return
+    host, port, index, count = _place(where)
+    _check_address(where, host, port, listen=index == 0)
+    others = (
+        f"process 0 at {host}:{port}" if index else f"the other {count - 1} processes"
+    )
+    others += f"; all {count} need the same --distributed but for the INDEX"
+    with _bounded_wait(others):
+        try:
+            jax.distributed.initialize(
+                f"{host}:{port}",
+                num_processes=count,
+                process_id=index,
+                # The end of our own wait is readable; JAX's is a core dump.
+                initialization_timeout=int(WAIT_SECONDS) + 60,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"--distributed={where} fails: {error}") from error
+
+
+def _place(where: str) -> tuple[str, int, int, int]:
+    """Host, port, index and count of HOST:PORT,INDEX,COUNT."""
+    address, *numbers = where.split(",")
+    host, _, port = address.rpartition(":")
+    numbers = [port, *numbers]
+    if not host or len(numbers) != 3 or not all(map(str.isdecimal, numbers)):
+        raise ValueError(
+            f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
+            "e.g. 10.0.0.1:1234,0,2."
+        )
+    found, index, count = map(int, numbers)
+    if not 0 < found < 2**16:
+        raise ValueError(
+            f"--distributed is {where!r}: port {found} is not one of 1 ... 65535."
+        )
+    if index >= count:
+        raise ValueError(
+            f"--distributed is {where!r}: of {count} processes the INDEX is one of "
+            f"0 ... {max(count - 1, 0)}."
+        )
+    return host, found, index, count
+
+
+def _check_address(where: str, host: str, port: int, *, listen: bool) -> None:
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"--distributed is {where!r}: the host {host!r} is not known here: {error}"
+        ) from error
+    if not listen:
+        return
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"--distributed is {where!r}: process 0 cannot listen on port {port} "
+            f"({error.strerror}); choose another."
+        ) from error
+
+
+@contextlib.contextmanager
+def _bounded_wait(others: str) -> Iterator[None]:
+    """Says after a while whom this process waits for, and ends it after a long one."""
+
+    def say() -> None:
+        print(f"Waiting for {others}.", file=sys.stderr, flush=True)
+
+    def end() -> None:
+        said = f"Waited {WAIT_SECONDS:g} seconds in vain for {others}."
+        print(said, file=sys.stderr, flush=True)
+        # JAX waits in C++, where no exception reaches it.
+        os._exit(1)
+
+    timers = [threading.Timer(10, say), threading.Timer(WAIT_SECONDS, end)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()

@@ -7,12 +7,24 @@ works wherever it lies. Each section holds the arguments of exactly one function
 """
 
 import difflib
+import hashlib
+import logging
 import os
 import pathlib
+import re
+import runpy
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
+from etils import epath
 from ml_collections import ConfigDict, config_dict
+
+from mlp_mixer import fields, files
+from mlp_mixer.text import brief, printable
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = pathlib.Path(__file__).parent
 
@@ -87,8 +99,9 @@ def base() -> ConfigDict:
     config.model.rescale_stochastic_depth = False
     config.model.head_bias = 0.0  # initial value
     config.model.dtype = "float32"  # of activations and products, or "bfloat16"
-    config.model.scan = True
-    config.model.remat = "pre_gelu"  # or "none", "full"
+    # How training computes it, which moves no result; None: sharding.formulation.
+    config.model.scan = config_dict.placeholder(bool)
+    config.model.remat = config_dict.placeholder(str)  # "none", "pre_gelu", "full"
 
     # optim.create
     config.optim = ConfigDict()
@@ -353,14 +366,16 @@ def pretraining(
         config.epochs = 60.0
     if "gpu8" in given:
         config.accumulate = gpu8
+        # Less memory than a GPU's fastest formulation.
+        config.model.scan, config.model.remat = True, "pre_gelu"
         config.input.workers = 32  # half the cores of a usual host of 8 GPUs
     return config
 
 
 def evaluate_on(config: ConfigDict, name: str) -> None:
     """Adds the evaluators of a data set of `PRETRAINING`, and 5-shot on ImageNet."""
-    for key, fields in PRETRAINING[name]["evals"].items():
-        config.evals[key] = evaluation(**fields)
+    for key, differences in PRETRAINING[name]["evals"].items():
+        config.evals[key] = evaluation(**differences)
     # The first 65,000 hold at least 30 images of each class.
     config.evals.fewshot = fewshot(
         "train[:65000]", "validation", "imagenet2012", shots=(5,), every_steps=0
@@ -558,38 +573,232 @@ def total_steps(config: ConfigDict) -> int:
     return max(round(examples / config.batch_size), 1)
 
 
+def check(config: ConfigDict) -> None:
+    """Passes if every field is there, alone, and has a value that it may have.
+
+    Raises:
+      ValueError: names each field, what it is and what it may be.
+    """
+    wrong = fields.problems(config.to_dict())
+    if wrong := wrong or _contradictions(config):
+        raise ValueError("\n".join(wrong))
+
+
+def _contradictions(config: ConfigDict) -> list[str]:
+    """Lines for people: the fields that fit each by itself, and not together."""
+    found = []
+    optim, augment = config.optim, config.input
+    if (optim.end_learning_rate is None) == (optim.end_factor is None):
+        found.append(
+            f"config.optim.end_learning_rate is {optim.end_learning_rate} and "
+            f"config.optim.end_factor is {optim.end_factor}; set exactly one of them "
+            "and the other to None."
+        )
+    if config.batch_size % config.accumulate:
+        found.append(
+            f"config.batch_size is {config.batch_size}, and config.accumulate, "
+            f"{config.accumulate} micro-batches, does not divide it; try a batch_size "
+            f"of {config.accumulate * max(config.batch_size // config.accumulate, 1)}."
+        )
+    if augment.randaugment_layers and not augment.randaugment_magnitude:
+        found.append(
+            f"config.input.randaugment_layers is {augment.randaugment_layers}, but "
+            "config.input.randaugment_magnitude is 0; set it to 1 ... 20, or the "
+            "layers to 0."
+        )
+    if augment.shift >= min(config.model.image_size):
+        found.append(
+            f"config.input.shift is {augment.shift}; expected less than the sides of "
+            f"config.model.image_size, {config.model.image_size}."
+        )
+    if config.total_steps or config.dataset.num_examples:
+        steps = total_steps(config)
+        if steps > fields.INT32:
+            found.append(
+                f"config.epochs is {config.epochs:g}, which makes {steps:,} steps; "
+                f"expected at most {fields.INT32:,}."
+            )
+        if optim.warmup_steps >= steps:
+            found.append(
+                f"config.optim.warmup_steps is {optim.warmup_steps}, but the run has "
+                f"{steps} steps; expected fewer, e.g. {steps // 10}."
+            )
+    return found
+
+
+# --- The recipe of a run --------------------------------------------------------------
+
+# What every version has written; any other field has its default where it is missing.
+_NEEDED = {
+    *("seed", "batch_size", "loss", "model", "optim", "input", "evals", "checkpoint"),
+    *("dataset", "dataset.name", "dataset.split", "dataset.num_classes"),
+    *("model.name", "model.image_size", "model.gelu"),
+}
+
+
+def read(path: epath.PathLike) -> ConfigDict:
+    """Returns the recipe that a run has written, as JSON.
+
+    A field that a version before has not written has its default, which the log says.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or holds no recipe.
+    """
+    said, tree = printable(os.fspath(path)), files.read_json(path)
+    config = base()
+    try:
+        missing = _take(config, _tuples(tree))
+    except (TypeError, ValueError) as error:
+        what = brief(error)
+        raise ValueError(f"{said} is no recipe of a run: {what}") from error
+    if missing:
+        logger.warning(
+            "%s does not say %s, as if an older version had written it; taken as in "
+            "recipe.base().",
+            *(said, brief(", ".join(missing))),
+        )
+    return config
+
+
+def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list[str]:
+    """Copies values into the fields of their type; returns the fields without one."""
+    for key, value in tree.items():
+        field, there = f"{where}{key}", section.get(key)
+        if not isinstance(there, ConfigDict):
+            _set(section, key, value, field)
+        elif not isinstance(value, dict):
+            raise ValueError(f"{field} is {brief(value)}; expected a section.")
+    missing = [f"{where}{key}" for key in section if key not in tree]
+    if lost := sorted(_NEEDED & {*missing}):
+        raise ValueError(f"it does not say {', '.join(lost)}.")
+    for key, inner in section.items():
+        if isinstance(inner, ConfigDict) and key in tree:
+            take = _take_evaluators if f"{where}{key}" == "evals" else _take
+            missing += take(inner, tree[key], f"{where}{key}.")
+    return missing
+
+
+def _set(section: ConfigDict, key: str, value: Any, field: str) -> None:
+    there = dict(section.items(preserve_field_references=True))
+    optional = isinstance(there.get(key), config_dict.FieldReference)
+    if value is None and key in there and not optional:
+        raise ValueError(f"{field} is null; expected as in recipe.base().")
+    try:
+        section[key] = value
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{field} is {brief(value, 60)}; expected as in recipe.base()."
+        ) from error
+
+
+def _take_evaluators(
+    section: ConfigDict, tree: Mapping[str, Any], where: str
+) -> list[str]:
+    known = {"accuracy": lambda: evaluation(""), "fewshot": lambda: fewshot("", "")}
+    missing = []
+    for name, given in tree.items():
+        kind = given.get("type") if isinstance(given, dict) else None
+        if kind not in known:
+            raise ValueError(
+                f"{where}{name} is no evaluator of type {' or '.join(known)}."
+            )
+        section[name] = known[kind]()
+        missing += _take(section[name], given, f"{where}{name}.")
+    return missing
+
+
+def _tuples(tree: Any) -> Any:
+    """JSON's lists back to tuples."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
+
+
 # --- Where a recipe is, and where its run goes ----------------------------------------
 
 
-def resolve(argv: Sequence[str]) -> list[str]:
-    """Finds shipped recipes from any folder, in a clone and in an installed wheel.
+def find(value: str) -> tuple[str, str | None]:
+    """Returns the path of a recipe and its words, of what stands behind `--config=`.
 
-    `--config=configs/x.py:words` stays as it is if the file exists; otherwise it
-    becomes the recipe of that name beside or inside the package.
+    Shipped recipes are found from any folder, in a clone and in an installed wheel. The
+    words follow a colon; None: there is no colon. A path may have colons too.
+
+    Raises:
+      FileNotFoundError: there is no such recipe; lists the shipped ones.
     """
-    out = list(argv)
-    for i, word in enumerate(out):
-        flag, equals, value = word.partition("=")
-        if flag not in ("--config", "-config"):
-            continue
-        at = i if equals else i + 1
-        value = value if equals else "".join(out[at : at + 1])
-        path, colon, argument = value.partition(":")
-        found = _find(path) if path else None
-        if found:
-            out[at] = (f"{flag}=" if equals else "") + f"{found}{colon}{argument}"
-    return out
-
-
-def _find(path: str) -> str | None:
-    for root in (pathlib.Path(), PACKAGE.parent, PACKAGE):
-        if (root / path).is_file():
-            return path if root == pathlib.Path() else str(root / path)
+    path, words = _split(value)
+    if found := _there(path):
+        return found, words
     shipped = {p.relative_to(r).as_posix() for r in _roots() for p in _recipes(r)}
     raise FileNotFoundError(
-        f"There is no recipe {path}; shipped are: "
+        f"There is no recipe {path!r}; shipped are: "
         f"{', '.join(_nearest(path, sorted(shipped)))}."
     )
+
+
+def _split(value: str) -> tuple[str, str | None]:
+    """The path of a recipe and its words; at the first colon if no such file exists."""
+    for at in [i for i, letter in enumerate(value) if letter == ":"]:
+        if _there(value[:at]):
+            return value[:at], value[at + 1 :]
+    path, colon, words = value.partition(":")
+    return (value, None) if _there(value) or not colon else (path, words)
+
+
+def _there(path: str) -> str | None:
+    """Where the file of a recipe is, if it is anywhere."""
+    path = os.path.expanduser(path)
+    for root in (pathlib.Path(), PACKAGE.parent, PACKAGE):
+        if path and (root / path).is_file():
+            return path if root == pathlib.Path() else str(root / path)
+    return None
+
+
+def load(value: str) -> ConfigDict:
+    """Returns the recipe `configs/x.py:words`.
+
+    Raises:
+      FileNotFoundError: there is no such recipe.
+      ValueError: the file is no recipe, or what it says is no value of a field.
+    """
+    path, argument = find(value)
+    make = run_file(path).get("get_config")
+    if make is None:
+        raise ValueError(f"{path} is no recipe: it defines no get_config(argument).")
+    try:
+        config = make() if argument is None else make(argument)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        # ml_collections knows the field, and not where it was set.
+        if not frames[-1].filename.startswith(_ML_COLLECTIONS):
+            raise
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        said = str(error).strip("'\"")
+        raise ValueError(f"{path}, line {lines[-1]}: {said}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{path} is no recipe: its get_config returns {type(config).__name__}, not "
+            "a ConfigDict of recipe.base()."
+        )
+    return config
+
+
+_ML_COLLECTIONS = os.path.dirname(ml_collections.__file__)
+
+
+def run_file(path: str) -> dict[str, Any]:
+    """Returns what the file of a recipe defines.
+
+    Raises:
+      ValueError: it is not Python.
+    """
+    try:
+        return runpy.run_path(path)
+    except SyntaxError as error:
+        raise ValueError(
+            f"{error.filename}, line {error.lineno}: {error.msg}."
+        ) from error
 
 
 def _roots() -> list[pathlib.Path]:
@@ -600,6 +809,10 @@ def _recipes(root: pathlib.Path) -> Iterable[pathlib.Path]:
     return (p for p in (root / "configs").rglob("*.py") if p.stem != "__init__")
 
 
+# Bytes: a file system allows 255, and a sweep adds some.
+LONGEST_NAME = 200
+
+
 def default_workdir(argv: Sequence[str]) -> str:
     """Where a run lives if nothing else is said: `runs/<run_name>`."""
     value = ""
@@ -607,6 +820,10 @@ def default_workdir(argv: Sequence[str]) -> str:
         flag, equals, rest = word.partition("=")
         if flag in ("--config", "-config"):
             value = rest if equals else "".join(argv[i + 1 : i + 2])
+    # Runs from before a word's slash was replaced lie further below.
+    nested = os.path.join("runs", _name(value))
+    if os.path.isfile(os.path.join(nested, "config.json")):
+        return nested
     return os.path.join("runs", run_name(value))
 
 
@@ -614,14 +831,23 @@ def run_name(value: str) -> str:
     """What a run of `--config=value` is called: `finetune-cifar10-l16`.
 
     From the recipe's place in its configs/ (a recipe elsewhere: its file's name) and
-    the words of its argument.
+    the words of its argument. It is the name of one folder, whatever the words are.
     """
-    path, _, argument = value.partition(":")
-    *folders, name = pathlib.PurePath(path).with_suffix("").parts or [""]
+    name = re.sub(r"[/\x00-\x1f\x7f]", "_", _name(value))
+    encoded = os.fsencode(name)
+    if len(encoded) > LONGEST_NAME:
+        digest = hashlib.sha256(encoded).hexdigest()[:8]
+        name = f"{encoded[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
+    return name
+
+
+def _name(value: str) -> str:
+    path, words = _split(value)
+    *folders, name = pathlib.PurePath(os.path.splitext(path)[0]).parts or ("",)
     if "configs" in folders:
         last = len(folders) - folders[::-1].index("configs")
         name = "-".join([*folders[last:], name])
-    return "-".join([name, *split(argument)])
+    return "-".join([name, *split(words or "")])
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:

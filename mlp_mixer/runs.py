@@ -30,6 +30,7 @@ from mlp_mixer.data import class_names as naming
 from mlp_mixer.data import sources
 from mlp_mixer.fingerprints import describe, fingerprint
 from mlp_mixer.fingerprints import differences as differences_of_arrays
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def open_run(
       ValueError: the processes see different runs or checkpoints; or `best` is no
         score of an evaluator that runs in training.
     """
+    workdir = epath.Path(workdir).expanduser()
     with processes.together():
         config = load(workdir)
         more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
@@ -87,7 +89,8 @@ def open_run(
         image = jnp.zeros((1, *config.model.image_size, 3))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
         count = config.dataset.num_classes
-        names = list(naming.choose(load_class_names(workdir), count)) if count else []
+        named = load_class_names(workdir, count) if count else None
+        names = list(naming.choose(named, count)) if count else []
     several = jax.process_count() > 1  # each reads for itself
     if several:
         has = bool(history.checkpoints(workdir))
@@ -152,8 +155,7 @@ def open_model(
     model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
     protocol = preprocess or weights.preprocess or "big_vision"
     height, width = size
-    name = os.fspath(source)
-    said = f"{name} ({weights.said})"
+    said = weights.called
     logger.info("%s: %dx%d px, preprocessed by %s", said, height, width, protocol)
     return Opened(
         said,
@@ -366,11 +368,11 @@ def _check_recipe(
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*MAY_CHANGE, "dataset.num_examples")
     if differing := differences(
-        json.loads(path.read_text()), to_json(config), may_change
+        to_json(recipe.read(path)), to_json(config), may_change
     ):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
 
@@ -489,18 +491,25 @@ def load(workdir: epath.PathLike) -> ConfigDict:
     Raises:
       FileNotFoundError: no run there.
     """
-    path = epath.Path(workdir) / "config.json"
+    path = epath.Path(workdir).expanduser() / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{workdir} holds no run (no config.json). Name a folder that "
             "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
         )
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    return recipe.read(path)
 
 
-def load_class_names(workdir: epath.PathLike) -> list[str] | None:
-    """The names of the classes of the run in `workdir`, if its data set has names."""
-    return json.loads((epath.Path(workdir) / "class_names.json").read_text())
+def load_class_names(
+    workdir: epath.PathLike, count: int | None = None
+) -> list[str] | None:
+    """The names of the classes of the run in `workdir`, if its data set has names.
+
+    Raises:
+      FileNotFoundError: class_names.json is not there.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    return naming.of_run(epath.Path(workdir) / "class_names.json", count)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -508,10 +517,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
     return {k: v for key, value in pairs for k, v in _flat(value, key).items()}
-
-
-def _tuples(tree: Any) -> Any:
-    """JSON's lists back to tuples."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree

@@ -14,7 +14,7 @@ import sys
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mlp_mixer import (
     checkpoint,
@@ -58,10 +58,13 @@ def train(
       to stop (SIGTERM, SIGINT, or the cluster's preemption notice).
     """
     # Descriptions: nothing is on a device yet.
+    workdir = epath.Path(workdir).expanduser()
     with processes.together():
+        recipe.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(mesh, config.batch_size, config.accumulate)
         size = config.model.image_size
+        model = models.create(**config.model, formulation=sharding.formulation(mesh))
         source = sources.open_source(
             **config.dataset, data_dir=data_dir, image_size=size
         )
@@ -73,12 +76,9 @@ def train(
         data = sources.fingerprint(source)
         accept = {"accept_changed_data": accept_changed_data}
         source = runs.training_data(source, config, workdir, data, **accept)
-        model = models.create(
-            **config.model,
-            num_classes=config.dataset.num_classes,
-            flat=sharding.is_one_cpu(mesh),
-        )
+        model = model.clone(num_classes=config.dataset.num_classes)
         total_steps = recipe.total_steps(config)
+        profiler = metrics.Profiler(workdir, profile, total_steps=total_steps)
         tx, schedule = optim.create(**config.optim, total_steps=total_steps)
         target = steps.state_shapes(
             model, tx, mesh, image_size=size, strategy=config.sharding
@@ -91,7 +91,6 @@ def train(
             image_size=size,
             data_dir=data_dir,
         )
-        profiler = metrics.Profiler(workdir, profile)
     runs.check_agreement(config, data, evals)
 
     with (
@@ -216,12 +215,11 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run; runs/<recipe> if not set.")
-    flags.DEFINE_string("data_dir", None, "Folder of data sets; TFDS's own if not set.")
+    program.define_recipe()
+    program.define_path("workdir", None, "Folder of the run; runs/<recipe> if not set.")
+    program.define_path("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to write a trace of.")
     flags.DEFINE_bool(
         "accept_changed_data", False, "Go on with other data of the same classes."
     )
-    flags.mark_flag_as_required("config")
     program.run(main, distributed=True)

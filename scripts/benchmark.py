@@ -21,7 +21,6 @@ import json
 import os
 import pathlib
 import platform
-import runpy
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 # Also in a bare clone, where the package is not installed; and always this clone's.
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[1]))
 
+import arguments
 import flax
 import jax
 import jax.extend
@@ -40,7 +40,7 @@ import literal_mixer
 import numpy as np
 import optax
 
-from mlp_mixer import models, optim, sharding, steps
+from mlp_mixer import errors, models, optim, sharding, steps
 from mlp_mixer.models.mixer import REMAT_POLICIES, MlpMixer
 
 # Table 4's pretraining; decayed and clipped as in the recipes.
@@ -60,12 +60,11 @@ class Job:
 
 def job_of(args: argparse.Namespace) -> Job:
     """The job that the command line describes, a model's name or a recipe."""
-    path, _, words = args.what.partition(":")
-    if path.endswith(".py"):
+    if ".py" in args.what:
         from mlp_mixer import recipe  # needs ml_collections
 
-        found = recipe.resolve([f"--config={args.what}"])[0].partition("=")[2]
-        config = runpy.run_path(found.partition(":")[0])["get_config"](words)
+        config = recipe.load(args.what)
+        recipe.check(config)
         total = {"total_steps": recipe.total_steps(config)}
         optimiser = dict(config.optim) | total
         # A recipe may leave the classes to its data, which nobody opens here.
@@ -74,13 +73,15 @@ def job_of(args: argparse.Namespace) -> Job:
         job = Job(fields, optimiser, config.loss, config.mixup)
     else:
         fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
-        job = Job(fields | {"scan": True, "remat": "pre_gelu"}, dict(OPTIM))
+        job = Job(fields, dict(OPTIM))
     given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
     if args.image_size:
         given["image_size"] = (args.image_size, args.image_size)
     job.model |= {key: value for key, value in given.items() if value is not None}
     for word in args.override:
-        key, _, value = word.partition("=")
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--override={word}: expected KEY=VALUE.")
         try:
             job.model[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
@@ -140,7 +141,9 @@ class Bench:
 
     def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
         self.mesh = sharding.make_mesh(devices)
-        ours: Any = models.create(**job.model, flat=sharding.is_one_cpu(self.mesh))
+        ours: Any = models.create(
+            **job.model, formulation=sharding.formulation(self.mesh)
+        )
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])
@@ -380,7 +383,7 @@ def table(report: dict[str, Any]) -> str:
 def cpu_model() -> str:
     """The processor's own name for itself."""
     info = pathlib.Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -393,20 +396,27 @@ def parser() -> argparse.ArgumentParser:
     )
     flag, switch = p.add_argument, argparse.BooleanOptionalAction
     flag("what", help="a model, e.g. mixer_b16, or a recipe, configs/x.py[:words]")
-    flag("--batch", type=int, help="images; default: 8 on CPU, 256 elsewhere")
-    flag("--rounds", type=int, help="default: 5; with --compile-only 1")
-    flag("--seconds", type=float, default=1.0, help="at least, per timing")
+    flag(
+        "--batch",
+        type=arguments.whole(1),
+        help="images; default: 8 on CPU, 256 elsewhere",
+    )
+    flag("--rounds", type=arguments.whole(1), help="default: 5; with --compile-only 1")
+    seconds = arguments.real(0)
+    flag("--seconds", type=seconds, default=1.0, help="at least, per timing")
     flag("--dtype", choices=("float32", "bfloat16"), help="of products")
-    flag("--image_size", type=int, help="side in pixels")
-    flag("--scan", action=switch, help="train with one scanned block (default)")
-    flag("--remat", choices=REMAT_POLICIES, help="in training; default: pre_gelu")
+    flag("--image_size", type=arguments.whole(1, 2**15), help="side in pixels")
+    flag("--scan", action=switch, help="one scanned block; default: not on GPUs")
+    flag("--remat", choices=REMAT_POLICIES, help="default: pre_gelu; on GPU none")
     flag("--override", action="append", default=[], metavar="KEY=VALUE", help="a field")
     flag("--peer", action=switch, default=True, help="the literal model too")
     flag("--only", choices=KINDS, help="half of it")
     flag("--compile-only", action="store_true", help="compile, but run nothing")
-    flag("--devices", type=int, default=1, help="on the mesh")
-    flag("--threads", type=int, help="of the CPU backend; default: 1; 0: all cores")
-    flag("--out", metavar="FILE.json", help="where all raw figures go")
+    flag("--devices", type=arguments.whole(1), default=1, help="on the mesh")
+    threads = arguments.whole(0, 2**16)
+    flag("--threads", type=threads, help="of the CPU backend; default: 1; 0: all cores")
+    file = arguments.new_file
+    flag("--out", type=file, metavar="FILE.json", help="where all raw figures go")
     return p
 
 
@@ -424,8 +434,12 @@ def main(argv: list[str] | None = None) -> None:
         on_cpu = jax.default_backend() == "cpu"
         batch = args.batch or (8 if on_cpu else 256)
         bench = Bench(job, batch, args.devices, args.peer)
-    except (ValueError, OSError, ImportError) as error:
+    except ImportError as error:
         parser().error(str(error))
+    except Exception as error:
+        if (message := errors.message(error, ["benchmark"])) is None:
+            raise
+        parser().error(message)
     ours: Any = bench.models["ours"]
     report: dict[str, Any] = {
         "what": args.what,
@@ -470,9 +484,11 @@ def main(argv: list[str] | None = None) -> None:
                     costs[key] = result.get(key, []) + costs[key]
                 result |= costs
     summarise(report)
-    print(table(report))
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        pathlib.Path(args.out).write_text(
+            json.dumps(report, indent=1) + "\n", encoding="utf-8"
+        )
+    print(table(report))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@ factor of about ten every fifty steps while the learning rate rises.
 """
 
 import argparse
-import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping
+
+import arguments
+
+from mlp_mixer import metrics
 
 STEPS = (1, 10, 100, 1000)
 KEYS = ("train/loss", "train/grad_norm")
@@ -30,15 +34,14 @@ def read(path: str | pathlib.Path) -> Ledger:
 
     Raises:
       FileNotFoundError: neither a file nor the folder of a run.
-      ValueError: it has no record of step 1.
+      ValueError: it is damaged, or has no record of step 1.
     """
     path = pathlib.Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
-    records = map(json.loads, file.read_text().splitlines())
     ledger = {
-        r["step"]: {key: r[key] for key in KEYS}
-        for r in records
-        if r["step"] in STEPS and KEYS[0] in r
+        r["step"]: {key: float(r[key]) for key in KEYS}
+        for r in metrics.read_file(file)
+        if r["step"] in STEPS and set(KEYS) <= r.keys()
     }
     if 1 not in ledger:
         raise ValueError(
@@ -53,10 +56,16 @@ Row = tuple[int, str, float, float, float]
 def differences(a: Mapping, b: Mapping) -> list[Row]:
     """(step, key, a's value, b's value, relative difference) of the common steps."""
     return [
-        (step, key, a[step][key], b[step][key], abs(a[step][key] / b[step][key] - 1))
+        (step, key, a[step][key], b[step][key], _apart(a[step][key], b[step][key]))
         for step in sorted(a.keys() & b.keys())
         for key in KEYS
     ]
+
+
+def _apart(a: float, b: float) -> float:
+    if a == b:
+        return 0.0
+    return abs(a / b - 1) if b else math.inf
 
 
 def apart(rows: Iterable[Row]) -> list[Row]:
@@ -69,8 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="folder of a run, or a file of records")
-    parser.add_argument("other", help="the same")
+    path = arguments.path
+    parser.add_argument("run", type=path, help="folder of a run, or a file of records")
+    parser.add_argument("other", type=path, help="the same")
     args = parser.parse_args(argv)
     try:
         rows = differences(read(args.run), read(args.other))

@@ -25,16 +25,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import arguments
 import grain
 import numpy as np
 import simplejpeg
 
+from mlp_mixer import errors
 from mlp_mixer.data import image_ops, pipeline, randaugment
 
 STAGES = ("decode", "crop and resize", "flip", "RandAugment")
 # The last is big_vision's run of B/16, a whole TPU v3-128.
 RATES = (1_000.0, 3_000.0, 10_000.0, 48_400.0)
-HINT = "no tf.data here: pip install 'mlp-mixer[prepare]' brings TensorFlow"
+HINT = "no tf.data here: pip install '.[prepare]' brings TensorFlow"
 
 
 @dataclasses.dataclass
@@ -326,20 +328,39 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     flag = p.add_argument
-    flag("--images", metavar="FOLDER", help="your own JPEGs; default: made ones")
-    flag("--count", type=int, default=16, help="JPEGs at most")
-    flag("--shape", default="375x500", help="of made JPEGs, height x width")
-    flag("--bytes", type=int, default=50_000, help="of a made JPEG, about")
-    flag("--image_size", type=int, default=224, help="side in pixels")
-    flag("--batch", type=int, default=32, help="images")
-    flag("--magnitude", type=float, default=15.0, help="of RandAugment(2, ...)")
-    flag("--workers", type=int, nargs="*", default=[1, 2], help="processes")
-    flag("--rounds", type=int, default=5)
-    flag("--seconds", type=float, default=1.0, help="at least, per timing")
-    flag("--rate", type=float, nargs="*", default=RATES, help="images/s to feed")
+    whole, real = arguments.whole, arguments.real
+    folder = arguments.path
+    flag(
+        "--images",
+        type=folder,
+        metavar="FOLDER",
+        help="your own JPEGs; default: made ones",
+    )
+    flag("--count", type=whole(1), default=16, help="JPEGs at most")
+    flag(
+        "--shape", type=_shape, default="375x500", help="of made JPEGs, height x width"
+    )
+    flag("--bytes", type=whole(1), default=50_000, help="of a made JPEG, about")
+    side = whole(1, 2**15)
+    flag("--image_size", type=side, default=224, help="side in pixels")
+    flag("--batch", type=whole(1), default=32, help="images")
+    flag("--magnitude", type=real(0, 20), default=15.0, help="of RandAugment(2, ...)")
+    workers = whole(1, 1024)
+    flag("--workers", type=workers, nargs="*", default=[1, 2], help="processes")
+    flag("--rounds", type=whole(1), default=5)
+    flag("--seconds", type=real(0), default=1.0, help="at least, per timing")
+    rate = real(0.001)
+    flag("--rate", type=rate, nargs="*", default=RATES, help="images/s to feed")
     flag("--peer", action=argparse.BooleanOptionalAction, default=True, help="tf.data")
-    flag("--out", metavar="FILE.json", help="where all raw figures go")
+    file = arguments.new_file
+    flag("--out", type=file, metavar="FILE.json", help="where all raw figures go")
     return p
+
+
+def _shape(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    side = arguments.whole(8, 2**15)
+    return side(height), side(width)
 
 
 def main(argv: list[str], cpu_model: str) -> None:
@@ -349,10 +370,12 @@ def main(argv: list[str], cpu_model: str) -> None:
         if args.images:
             jpegs = files(args.images, args.count)
         else:
-            height, width = map(int, args.shape.split("x"))
+            height, width = args.shape
             jpegs = photos(args.count, height, width, args.bytes)
     except (ValueError, OSError) as error:
-        parser().error(str(error))
+        if (message := errors.message(error, ["input_benchmark"])) is None:
+            raise
+        parser().error(message)
     found = importlib.util.find_spec("tensorflow") is not None
     sizes = [image_ops.decode(data).shape[:2] for data in jpegs]
     report: dict[str, Any] = {
@@ -372,6 +395,8 @@ def main(argv: list[str], cpu_model: str) -> None:
     if "tensorflow" in sys.modules:
         report["versions"]["tensorflow"] = sys.modules["tensorflow"].__version__
     summarise(report, args.rate)
-    print(table(report))
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        pathlib.Path(args.out).write_text(
+            json.dumps(report, indent=1) + "\n", encoding="utf-8"
+        )
+    print(table(report))

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--words", default="", help="of the recipe: l16,448")
     p.add_argument("--tasks", default="", help="some of them: svhn,dtd; all if not set")
     args, overrides = sweep.parse(p, argv)
-    shipped = sweep.open_recipe(RECIPE)
+    shipped = recipe.run_file(recipe.find(RECIPE)[0])
     classes_and_groups = shipped["TASKS"]
     names = tasks_of(args.tasks.split(","), list(classes_and_groups))
     words = [word.strip() for word in args.words.split(",") if word.strip()]

@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import pathlib
-import runpy
 import shlex
 import shutil
 import statistics
@@ -30,21 +29,25 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+import arguments
+from ml_collections import ConfigDict
 
 from mlp_mixer import (
     atomic,
     evaluate,
     evaluators,
+    files,
     metrics,
+    models,
     program,
     recipe,
     runs,
+    text,
     train,
     visualize,
 )
 from mlp_mixer.data import preparation, sources
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -98,44 +101,31 @@ def open_task(
       FileNotFoundError: there is no such recipe.
       ValueError: it has no learning rates, or holds out images itself.
     """
-    path, _, words = value.partition(":")
-    if "select" in recipe.split(words):
+    path, words = recipe.find(value)
+    if "select" in recipe.split(words or ""):
         raise ValueError(
             f"{value} has the word select, which a sweep adds itself; leave it out."
         )
     if not rates:
-        rates = open_recipe(path).get("LEARNING_RATES")
+        rates = recipe.run_file(path).get("LEARNING_RATES")
         if not rates:
             raise ValueError(
                 f"{path} has no LEARNING_RATES; give some: --learning_rates=0.01,0.03."
             )
     return Task(
         name=recipe.run_name(value),
-        select=_config(path, f"{words},select", overrides),
-        final=_config(path, words, overrides),
+        select=_config(f"{path}:{words or ''},select", overrides),
+        final=_config(f"{path}:{words or ''}", overrides),
         learning_rates=tuple(sorted(set(rates))),
     )
 
 
-def open_recipe(path: str) -> dict[str, Any]:
-    """What the recipe's file defines.
-
-    Raises:
-      FileNotFoundError: there is no such recipe.
-    """
-    return runpy.run_path(recipe.resolve([f"--config={path}"])[0].partition("=")[2])
-
-
-def _config(path: str, words: str, overrides: Sequence[str]) -> ConfigDict:
+def _config(value: str, overrides: Sequence[str]) -> ConfigDict:
     """The recipe as training's own command line reads it."""
-    config = open_recipe(path)["get_config"](words)
-    argv, values = ["sweep", *overrides], flags.FlagValues()
-    with program.wrong_flags_in_one_line():
-        config_flags.DEFINE_config_dict(
-            *("config", config), flag_values=values, lock_config=True, sys_argv=argv
-        )
-        values(argv)
-    return values["config"].value
+    config = program.override(recipe.load(value), overrides)
+    recipe.check(config)
+    models.create(**config.model)  # which says what of its sizes does not fit
+    return config
 
 
 def watched(config: ConfigDict) -> str:
@@ -196,15 +186,20 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     path = workdir / RESULT
     if not path.exists():
         return None
-    said = json.loads(path.read_text())
+    said = files.read_json(path)
+    top1 = said.get("top1", math.inf)
+    if not isinstance(said.get("config"), dict) or not (
+        top1 is None or (type(top1) in (int, float) and 0 <= top1 <= 1)
+    ):
+        raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
     if differing := runs.differences(said["config"], runs.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
-    return math.nan if said["top1"] is None else said["top1"]
+    return math.nan if top1 is None else top1
 
 
 def complete(
@@ -445,13 +440,17 @@ def write(
         fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
         said["results"].append(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(said, indent=2) + "\n")
+    (folder / "sweep.json").write_text(
+        json.dumps(said, indent=2) + "\n", encoding="utf-8"
+    )
     right = ["---", *["---:"] * 4, "---", "---"]
-    text = _markdown([COLUMNS, right, *rows(results, means)])
+    tables = _markdown(COLUMNS, right, rows(results, means))
     if five := table_of_five(results):
         columns = ["", *FIVE.values(), "Avg 5"]
-        text += "\n" + _markdown([columns, ["---", *["---:"] * 6], *five])
-    (folder / "sweep.md").write_text(f"# {folder}\n\n{text}")
+        tables += "\n" + _markdown(columns, ["---", *["---:"] * 6], five)
+    (folder / "sweep.md").write_text(
+        f"# {text.markdown(str(folder))}\n\n{tables}", encoding="utf-8"
+    )
     curves = {
         result.name: {r: _finite(a) for r, a in result.grid.items()}
         for result in results
@@ -463,8 +462,11 @@ def write(
         (folder / "sweep.png").write_bytes(picture)
 
 
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _markdown(
+    columns: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]]
+) -> str:
+    head, *body = ([*map(text.markdown, line)] for line in (columns, *lines))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, right, *body))
 
 
 def _finite(accuracy: float) -> float | None:
@@ -508,8 +510,8 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
             raise
         results.append(result)
         write(folder, results, means(results))
-    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
     logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
+    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
 
 
 def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
@@ -517,11 +519,14 @@ def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--workdir", default=workdir, help="of all runs (%(default)s)")
+    path, count = arguments.path, arguments.whole(1)
     p.add_argument(
-        "--seeds", type=_positive, default=3, help="final runs (%(default)s)"
+        "--workdir", type=path, default=workdir, help="of all runs (%(default)s)"
     )
-    p.add_argument("--data_dir", help="folder of data sets; TFDS's own if not set")
+    p.add_argument("--seeds", type=count, default=3, help="final runs (%(default)s)")
+    p.add_argument(
+        "--data_dir", type=path, help="folder of data sets; TFDS's own if not set"
+    )
     p.add_argument("--init_from", help="weights to start from, instead of the recipe's")
     p.add_argument(
         "--learning_rates", type=_rates, help="0.003,0.01; one: nothing is chosen"
@@ -534,17 +539,8 @@ def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
 def _rates(text: str) -> tuple[float, ...]:
-    rates = tuple(map(float, text.split(",")))
-    if wrong := [rate for rate in rates if not 0 < rate < math.inf]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]} is no learning rate")
-    return rates
+    return tuple(map(arguments.real(1e-30), text.split(",")))
 
 
 def parse(

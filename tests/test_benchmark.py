@@ -31,7 +31,7 @@ import sys
 sys.path.insert(0, "scripts")
 import einops, flax.linen, jax, jaxtyping, optax
 allowed = {name.partition(".")[0] for name in sys.modules} | sys.stdlib_module_names
-allowed |= {"mlp_mixer", "benchmark", "literal_mixer"}
+allowed |= {"mlp_mixer", "arguments", "benchmark", "literal_mixer"}
 for name in list(sys.modules):
     if name.partition(".")[0] in ("rich", "absl"):
         del sys.modules[name]
@@ -266,7 +266,7 @@ def test_options_and_overrides_reach_the_model():
         (["mixer_b61"], "model 'mixer_b61' is unknown; try mixer_b16"),
         (["mixer_b16", "--override=num_block=2"], "no field 'num_block'"),
         (["mixer_b16", "--image_size=225"], "not divisible by patch_size 16"),
-        (["configs/mixer_b61.py"], "There is no recipe configs/mixer_b61.py"),
+        (["configs/mixer_b61.py"], "There is no recipe 'configs/mixer_b61.py'"),
     ],
 )
 def test_mistakes_are_answered_in_words(arguments, says, capsys, monkeypatch):

@@ -380,7 +380,7 @@ def test_a_missing_package_is_named_with_its_command(
 ):
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    command = r" pip install 'mlp-mixer\[export\]'"
+    command = r" pip install '\.\[export\]'"
     with pytest.raises(ModuleNotFoundError, match=message + command):
         export.main(["no weights are read", name])
     with pytest.raises(ModuleNotFoundError, match=message + command):

@@ -20,7 +20,7 @@ BEFORE_ANYTHING = {
     ),
     "an unknown recipe": (
         ["--config=configs/mixr_b16.py"],
-        "There is no recipe configs/mixr_b16.py; shipped are: configs/mixer_b16.py",
+        "There is no recipe 'configs/mixr_b16.py'; shipped are: configs/mixer_b16.py",
     ),
     "a misspelt key": (
         ["--config=configs/digits.py", "--config.optim.learing_rate=1"],

@@ -141,5 +141,19 @@ def test_one_cpu_is_one_device_and_a_cpu():
     assert sharding.is_one_cpu(sharding.make_mesh(1))
     assert not sharding.is_one_cpu(sharding.make_mesh(2))
     # The only one of its kind, but no CPU.
-    device = mock.Mock(platform="gpu", id=0, process_index=0)
-    assert not sharding.is_one_cpu(Mesh(np.array([device]), ("data",)))
+    assert not sharding.is_one_cpu(mesh_of("gpu"))
+
+
+def mesh_of(platform):
+    device = mock.Mock(platform=platform, id=0, process_index=0)
+    return Mesh(np.array([device]), ("data",))
+
+
+def test_a_gpu_trains_unrolled_and_a_recipe_can_say_otherwise():
+    found = sharding.formulation(mesh_of("gpu"))
+    assert found == {"scan": False, "remat": "none", "flat": False}
+    assert sharding.formulation(mesh_of("tpu")) == {
+        "scan": True, "remat": "pre_gelu", "flat": False,
+    }  # fmt: skip
+    model = models.create("mixer_s32", formulation=found, scan=True, remat=None)
+    assert (model.scan, model.remat, model.num_blocks) == (True, "none", 8)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import sweep
 
-from mlp_mixer import checkpoint, evaluate, metrics, program, runs, train
+from mlp_mixer import checkpoint, errors, evaluate, metrics, runs, train
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -326,7 +326,7 @@ def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--config=nowhere.py"], FileNotFoundError, "There is no recipe nowhere.py"),
+        (["--config=nowhere.py"], FileNotFoundError, "There is no recipe 'nowhere.py'"),
         (["--config=configs/digits.py"], ValueError, "has no LEARNING_RATES; give"),
         (
             ["--config=configs/finetune/pets.py", "--config.optim.learing_rate=1"],
@@ -376,7 +376,7 @@ def test_an_early_end_says_how_to_go_on(value, tmp_path, data_dir, monkeypatch, 
         raise sweep.StoppedError("It was stopped.")
 
     monkeypatch.setattr(sweep, "complete", stopped)
-    monkeypatch.setattr(program, "_is_ours", lambda *_: True)
+    monkeypatch.setattr(errors, "message", lambda error, _: str(error))
     with pytest.raises(SystemExit, match="It was stopped"):
         sweep.start(sweep.main)
     assert "go on with\npython scripts/sweep.py --config=" in caplog.text

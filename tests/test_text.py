@@ -1,30 +1,11 @@
 """What people read: any name on one line, in any encoding, and no markup in it."""
 
 import io
-import os
 
 import pytest
+from odd_names import NAMES
 
 from mlp_mixer import text
-
-# Every kind of name that a file system or a JSON file can hold.
-NAMES = {
-    "mathtext": "Ba$$in $x_1^{2}$ \\frac{a",
-    "markup": "[bold]red[/] [/] [link=x]",
-    "a table's": "a|b `c` *d* _e_ <f>",
-    "percent": "100% %s {0} {x!r}",
-    "lines": "a\nb\r\nc\td\x0b\x0c\x85\u2028e",
-    "terminal": "\x1b[31mred\x1b[0m\x07\x9b2J",
-    "bytes": os.fsdecode(b"caf\xe9 \xff"),
-    "half a pair": "\ud83d and \ude00",
-    "emoji": "🐱 👩‍🔬 :cat:",
-    "CJK": "日本語のクラス",
-    "right to left": "עברית العربية",
-    "turned": "a\u202egnp.b\u2066c",
-    "combining": "e\u0301\u0323\u0334 ",
-    "nothing": "",
-    "long": "a rather long name " * 26,
-}
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
@@ -63,3 +44,34 @@ def test_markdown_shows_a_cell_as_it_is():
     assert text.markdown("$x$ *y* `z` <b> [l]") == (r"\$x\$ \*y\* \`z\` \<b\> \[l\]")
     assert text.markdown("vision_transformer 5shot_l2") == "vision_transformer 5shot_l2"
     assert text.markdown("_emphasis_") == r"\_emphasis\_"
+
+
+def test_a_width_counts_columns_of_a_terminal():
+    assert [*map(text.width, ("abc", "日本", "e\u0301", "🐱"))] == [3, 4, 1, 2]
+
+
+@pytest.mark.parametrize("end", [0, 3, 9])
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_a_shortened_name_fits_and_keeps_both_ends(name, end):
+    whole, short = text.printable(name), text.shortened(name, 10, end)
+    assert text.width(text.padded(short, 10)) == 10
+    begins, cut, ends = short.partition("…")
+    assert (short == whole) == (not cut) == (text.width(whole) <= 10)
+    assert whole.startswith(begins)
+    assert whole.endswith(ends)
+
+
+def test_what_is_encodable_keeps_bytes_and_escapes_halves():
+    name = "caf\udce9 \ud83d é"
+    said = text.encodable(name).encode("utf-8", "surrogateescape")
+    assert said == b"caf\xe9 \\ud83d " + "é".encode()
+
+
+def test_a_stdout_that_fails_is_one_error_that_says_why():
+    stream = open("/dev/full", "w")  # noqa: SIM115
+    said = r"stdout cannot be written: No space left"
+    with pytest.raises(OSError, match=said), text.flushed(stream):
+        stream.write("a result")
+    stream.close()  # it writes what is left, and does not fail again
+    with text.flushed(None):
+        pass

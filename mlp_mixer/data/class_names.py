@@ -12,6 +12,9 @@ import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from etils import epath
+
+from mlp_mixer import files
 from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
@@ -234,7 +237,8 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path} with the names of classes.")
     try:
-        text = file.read_text(encoding="utf-8-sig").rstrip()
+        data = files.read_bytes(path, files.MAX_BYTES)
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").rstrip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
     names = tuple(line.strip() for line in text.splitlines())
@@ -245,4 +249,31 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
         )
     if "" in names:
         raise ValueError(f"Line {names.index('') + 1} of {path} is empty.")
+    return names
+
+
+def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
+    """Names from a run's class_names.json; None if its data set has none.
+
+    Args:
+      path: of the file.
+      count: of the model's classes, if it is known.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    names = files.read_json(path, list, type(None))
+    if names is None:
+        return None
+    said = printable(os.fspath(path))
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(
+            f"{said} holds {files.kind_of(wrong[0])} among the names of classes; "
+            "expected strings alone."
+        )
+    if count is not None and len(names) != count:
+        raise ValueError(
+            f"{said} has {len(names):,} names, but the model {count:,} classes."
+        )
     return names

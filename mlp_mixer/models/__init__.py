@@ -7,6 +7,7 @@ logits, out = model.apply({"params": params}, image)
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,6 +42,7 @@ def create(
     *,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] = 224,
+    formulation: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Returns the Flax module called `name`, of the sizes that Table 1 gives it.
@@ -50,8 +52,10 @@ def create(
       num_classes: size of the head; None returns features instead of logits.
       image_size: side or (height, width) in pixels. Only checked against the patch:
         the model takes its number of tokens from the image at `init`.
+      formulation: fields that say how the model is computed, e.g. those of
+        `sharding.formulation`; overrides that are not None win.
       **overrides: fields of the module, e.g. `dtype="bfloat16"` or `num_blocks=2`;
-        None means the table's (or the field's default) value.
+        None means the formulation's, the table's or the field's default value.
 
     Raises:
       ValueError: unknown name or field, or patches do not tile the image.
@@ -68,7 +72,8 @@ def create(
             near = difflib.get_close_matches(field, known, len(known), 0)
             raise ValueError(f"{name} has no field {field!r}; try {', '.join(near)}.")
     given = {k: v for k, v in overrides.items() if v is not None}
-    model = cls(**sizes | given, num_classes=num_classes)
+    fields = sizes | dict(formulation or {}) | given
+    model = cls(**fields, num_classes=num_classes)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     check_divisible(size, model.patch_size)
     return model

@@ -16,6 +16,7 @@ from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
 from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.pretrained.weights import Weights, read
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,9 @@ def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
     return MlpMixer(**tree.geometry(weights) | overrides)
 
 
-def merge(params: Params, target: Any, *, head: str = "match") -> Params:
+def merge(
+    params: Params, target: Any, *, head: str = "match", called: str = "The weights"
+) -> Params:
     """Returns `params` for a model with the arrays of `target`, strictly.
 
     Only the head may differ: one for another number of classes becomes a zero one, as
@@ -46,9 +49,10 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
       params: to load.
       target: arrays or shapes of the model's parameters.
       head: "match" keeps a head for the same number of classes; "zero" never does.
+      called: what an error calls the parameters.
 
     Raises:
-      ValueError: arrays are missing, unexpected or of another shape; names them all.
+      ValueError: arrays are unexpected, of another shape or missing; names them.
     """
     if head not in HEADS:
         raise ValueError(f"head {head!r} is unknown; try {', '.join(HEADS)}.")
@@ -73,10 +77,10 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
-    if wrong := missing + unexpected + shapes:
+    if wrong := unexpected + shapes + missing:
         raise ValueError(
-            f"The weights ({_said(params)}) do not fit the model ({_said(target)}):"
-            "\n  " + "\n  ".join(wrong)
+            f"{called} ({_said(params)}) do not fit the model "
+            f"({_said(target)}):\n{listed(wrong)}"
         )
     return unflatten_dict({name: given[name] for name in wanted}, sep="/")
 
@@ -112,7 +116,7 @@ def initial(
     processes.compare(init_from={"is here": os.path.exists(source)})
     with processes.together():
         weights = read(source)
-        logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
+        logger.info("From %s: %s.", weights.called, _said(weights.params))
         if weights.gelu != model.gelu:
             logger.warning(
                 "%s are for the %s GELU, this model computes the %s one; "
@@ -120,7 +124,7 @@ def initial(
                 *(source, weights.gelu, model.gelu, weights.gelu),
             )
         params = _at(weights, model, image_size, how=resize_by)
-        params = merge(params, target, head=head)
+        params = merge(params, target, head=head, called=f"The weights {source}")
         count = tree.geometry(weights.params)["num_classes"]
         if head == "match" and count == tree.geometry(params)["num_classes"]:
             params = _head_by_name(params, class_names, weights.class_names, source)
@@ -173,15 +177,18 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
             )
             return weights.params
         raise ValueError(
-            f"The weights ({weights.said}) have {tree.tokens(weights.params)} "
+            f"The weights {weights.called} have {tree.tokens(weights.params)} "
             "tokens, which make no square, and do not say their image size; give them "
             "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
             "--image_size=HEIGHT,WIDTH`."
         )
     old_grid = (weights.image_size[0] // ph, weights.image_size[1] // pw)
-    params = resize.resized(
-        weights.params, old_grid=old_grid, new_grid=new_grid, how=how
-    )
+    try:
+        params = resize.resized(
+            weights.params, old_grid=old_grid, new_grid=new_grid, how=how
+        )
+    except ValueError as error:
+        raise ValueError(f"{weights.called}: {error}") from error
     fields = tree.geometry(params)
     wide = fields["tokens_mlp_dim"]
     same = ("num_blocks", "hidden_dim", "channels_mlp_dim")
@@ -191,10 +198,10 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
         and all(fields[field] == getattr(model, field) for field in same)
     ):
         raise ValueError(
-            f"To {how} the weights from {old_grid[0]}x{old_grid[1]} to "
-            f"{new_grid[0]}x{new_grid[1]} patches gives token mixing {wide} hidden "
-            f"units, the model has {model.tokens_mlp_dim}; set "
-            f"--config.model.tokens_mlp_dim={wide}."
+            f"To {how} the weights {weights.called} "
+            f"from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches "
+            f"gives token mixing {wide} hidden units, the model has "
+            f"{model.tokens_mlp_dim}; set --config.model.tokens_mlp_dim={wide}."
         )
     return params
 

@@ -265,7 +265,7 @@ def test_a_missing_data_set_says_how_to_get_it(tmp_path, no_network):
     with pytest.raises(FileNotFoundError) as caught:
         sources.open_source("cifar10:3.0.2", "train", data_dir=tmp_path)
     assert "ILSVRC" not in str(caught.value)
-    assert "pip install 'mlp-mixer[prepare]'" in str(caught.value)
+    assert "pip install '.[prepare]'" in str(caught.value)
     assert "mlp_mixer.prepare cifar10 " in str(caught.value)
     assert "Did you mean" not in str(caught.value)
 

@@ -141,7 +141,7 @@ def instructions(name: str, data_dir: str | os.PathLike) -> str:
     if source and source.manual:
         steps.append(f"put {source.manual} into {default_manual_dir(data_dir)}/")
     if not source or source.tensorflow:
-        steps.append("pip install 'mlp-mixer[prepare]'")
+        steps.append("pip install '.[prepare]'   # in the clone")
     steps.append(f"python -m mlp_mixer.prepare {name} --data_dir={data_dir}")
     return "\n".join(f"  {step}" for step in steps)
 

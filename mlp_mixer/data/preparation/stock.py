@@ -80,7 +80,7 @@ def _check_tensorflow(name: str) -> None:
     except ImportError as error:
         raise ModuleNotFoundError(
             f"{name} is prepared by TFDS's own builder, which needs TensorFlow"
-            f" ({error}): pip install 'mlp-mixer[prepare]'"
+            f" ({error}): pip install '.[prepare]' in the clone"
         ) from error
 
 

@@ -23,7 +23,7 @@ def test_without_tensorflow_one_line_says_what_to_install(
     with pytest.raises(ModuleNotFoundError) as caught:
         preparation.prepare(name, data_dir=tmp_path)
     message = str(caught.value)
-    assert "pip install 'mlp-mixer[prepare]'" in message
+    assert "pip install '.[prepare]'" in message
     assert "\n" not in message
 
 

@@ -1,0 +1,276 @@
+"""What each field of a recipe may be: a row for every field, in the recipe's order.
+
+The names of closed sets stand here once more, so that reading a recipe loads nothing
+heavy; a test holds them equal to the tables that the names are keys of.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# Steps, positions and class numbers are int32 on the device.
+INT32 = 2**31 - 1
+# Beyond them a number is infinite, or nothing, in float32.
+FLOAT32, TINY = 3.0e38, 1.2e-38
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The values that a field may have.
+
+    Attributes:
+      said: the values, for people.
+      types: the types of one value; a bool is not an int here.
+      low: the smallest number.
+      high: the largest number.
+      choices: the strings, where they are a closed set.
+      length: how many values a tuple has; 0 for one or more; None for no tuple.
+      none: whether the field may be None.
+      also: a further value.
+    """
+
+    said: str
+    types: tuple[type, ...]
+    low: int | float = -math.inf
+    high: int | float = math.inf
+    choices: tuple[str, ...] = ()
+    length: int | None = None
+    none: bool = False
+    also: int | str | None = None
+
+    def fits(self, value: Any) -> bool:
+        """Whether the field may have this value."""
+        if value is None:
+            return self.none
+        if self.length is None:
+            return self._fits_one(value)
+        return (
+            isinstance(value, tuple)
+            and len(value) == (self.length or max(len(value), 1))
+            and all(map(self._fits_one, value))
+        )
+
+    def _fits_one(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return bool in self.types
+        if not isinstance(value, self.types):
+            return False
+        if value == self.also:
+            return True
+        if isinstance(value, str):
+            return value in self.choices if self.choices else bool(value.strip())
+        number: Any = value
+        return self.low <= number <= self.high  # nan is not
+
+    def expected(self, value: Any) -> str:
+        """What the field may be, for people; of a closed set the nearest first."""
+        said = self.said
+        if self.choices:
+            order = difflib.get_close_matches(
+                str(value), self.choices, len(self.choices), 0
+            )
+            said = ", ".join(order)
+        return f"{said}; or None" if self.none else said
+
+
+def _whole(low: int, high: int = INT32, **more: Any) -> Row:
+    return Row(f"a whole number from {low:,} to {high:,}", (int,), low, high, **more)
+
+
+def _real(low: int | float, high: int | float = FLOAT32, **more: Any) -> Row:
+    said = f"a number from {low:g}" + (f" to {high:g}" if high < FLOAT32 else "")
+    if low == -FLOAT32:
+        said = "a number"
+    return Row(said, (int, float), low, high, **more)
+
+
+def _positive(**more: Any) -> Row:
+    said = "a number above 0"
+    return Row(said, (int, float), TINY, FLOAT32, **more)
+
+
+def _rate() -> Row:
+    """A probability that is not certainty, in which nothing would be left."""
+    said = "a number from 0 to below 1"
+    return Row(said, (int, float), 0.0, math.nextafter(1.0, 0.0))
+
+
+def _one_of(*choices: str, none: bool = False) -> Row:
+    return Row("", (str,), choices=choices, none=none)
+
+
+def _text(said: str, **more: Any) -> Row:
+    return Row(said, (str,), **more)
+
+
+_SWITCH = Row("true or false", (bool,))
+_DTYPE = _one_of("float32", "bfloat16")
+_COUNT = _whole(1, none=True)
+_SIZE = 2**20  # of an axis of a parameter
+_SIDES = Row("height and width in pixels, e.g. (16, 16)", (int,), 1, 2**15, length=2)
+
+_DATASET = {
+    "name": _text("the name of a data set, e.g. imagenet2012 or folder:/my/images"),
+    "split": _text("a split, e.g. train or train[:99%]"),
+    "label": _text("the name of a feature, e.g. label"),
+    "num_examples": _COUNT,
+    "num_classes": _COUNT,
+}
+# An evaluator's: None follows training's.
+_OTHER_DATASET = _DATASET | {
+    key: dataclasses.replace(_DATASET[key], none=True) for key in ("name", "label")
+}
+
+
+def _section(name: str, rows: Mapping[str, Row]) -> dict[str, Row]:
+    return {f"{name}.{field}": row for field, row in rows.items()}
+
+
+RECIPE: dict[str, Row] = {
+    "seed": _whole(0, 2**32 - 1),
+    "batch_size": _whole(1),
+    "epochs": _positive(),
+    "total_steps": _COUNT,
+    "loss": _one_of("sigmoid_xent", "softmax_xent"),
+    "mixup": _real(0, 1000),
+    "init_from": _text(
+        "weights: a run's folder, a file or a published name", none=True, also=""
+    ),
+    "init_head": _one_of("match", "zero"),
+    "init_resize": _one_of("grow", "interpolate"),
+    "accumulate": _whole(1),
+    "sharding": _one_of("replicated", "fsdp"),
+    "log_every_steps": _whole(1),
+    "mesh.data": dataclasses.replace(
+        _whole(1), said="a number of devices from 1, or -1 for all", also=-1
+    ),
+    **_section("dataset", _DATASET),
+    "input.crop": _one_of("inception", "resize_crop", "resize"),
+    "input.flip": _SWITCH,
+    "input.shift": _whole(0, 2**15),
+    "input.randaugment_layers": _whole(0, 16),  # there are 16 operations
+    "input.randaugment_magnitude": _real(0, 20),
+    "input.workers": _whole(0, 1024),
+    "input.max_broken_images": _whole(0),
+    "model.name": _one_of(
+        *("mixer_s32", "mixer_s16", "mixer_b32", "mixer_b16"),
+        *("mixer_l32", "mixer_l16", "mixer_h14"),
+    ),
+    "model.image_size": _SIDES,
+    "model.patch_size": dataclasses.replace(_SIDES, none=True),
+    "model.num_blocks": _whole(1, 10_000, none=True),
+    "model.hidden_dim": _whole(1, _SIZE, none=True),
+    "model.tokens_mlp_dim": _whole(1, _SIZE, none=True),
+    "model.channels_mlp_dim": _whole(1, _SIZE, none=True),
+    "model.gelu": _one_of("tanh", "exact"),
+    "model.dropout": _rate(),
+    "model.stochastic_depth": _rate(),
+    "model.rescale_stochastic_depth": _SWITCH,
+    "model.head_bias": _real(-FLOAT32),
+    "model.dtype": _DTYPE,
+    "model.scan": dataclasses.replace(_SWITCH, none=True),
+    "model.remat": _one_of("none", "pre_gelu", "full", none=True),
+    "optim.name": _one_of("adam", "momentum"),
+    "optim.learning_rate": _real(0),
+    "optim.warmup_steps": _whole(0),
+    "optim.decay": _one_of("linear", "cosine", "staircase"),
+    "optim.end_learning_rate": _real(0, none=True),
+    "optim.end_factor": _real(0, 1, none=True),
+    "optim.weight_decay": _real(0),
+    "optim.decayed": _one_of("kernels", "all"),
+    "optim.clip_norm": _positive(none=True),
+    "optim.b1": _rate(),
+    "optim.b2": _rate(),
+    "optim.eps": _positive(),
+    "optim.momentum": _rate(),
+    "optim.momentum_dtype": _DTYPE,
+    "checkpoint.every_steps": _whole(1),
+    "checkpoint.keep_latest": _whole(1),
+    "checkpoint.keep_every_steps": _COUNT,
+    "checkpoint.keep_best": _text("the name of a metric, e.g. val/top1", none=True),
+}
+
+_SHARED = {
+    "every_steps": _whole(0),
+    "batch_size": _COUNT,
+    "preprocess": _one_of(
+        *("big_vision", "vision_transformer", "paper-resize-crop"),
+        *("paper-resmall-crop", "timm"),
+    ),
+}
+# type of an evaluator → its fields.
+EVALUATORS: dict[str, dict[str, Row]] = {
+    "accuracy": {
+        **_SHARED,
+        "ece_bins": _whole(0, 2**20),
+        **_section("dataset", _OTHER_DATASET),
+    },
+    "fewshot": {
+        **_SHARED,
+        "shots": Row("whole numbers from 1, e.g. (1, 5)", (int,), 1, INT32, length=0),
+        "seeds": _whole(0, 10_000),
+        "l2_exponents": Row(
+            "whole numbers from -100 to 100, e.g. (10,)", (int,), -100, 100, length=0
+        ),
+        **_section("train", _OTHER_DATASET),
+        **_section("test", _OTHER_DATASET),
+    },
+}
+
+
+def problems(tree: Mapping[str, Any]) -> list[str]:
+    """Lines for people: the fields of a recipe that have a value they may not have.
+
+    Args:
+      tree: the recipe as nested dicts.
+    """
+    evals = tree.get("evals")
+    if not isinstance(evals, Mapping):
+        return [_line("evals", evals, "a section of evaluators")]
+    rest = {key: value for key, value in tree.items() if key != "evals"}
+    found = [*_problems(rest, RECIPE)]
+    for name, section in evals.items():
+        where = f"evals.{name}"
+        if not isinstance(section, Mapping):
+            said = "a section of recipe.evaluation or recipe.fewshot"
+            found.append(_line(where, section, said))
+            continue
+        row, kind = _one_of(*EVALUATORS), section.get("type", "")
+        if not row.fits(kind):
+            found.append(_line(f"{where}.type", kind, row.expected(kind)))
+            continue
+        fields = {key: value for key, value in section.items() if key != "type"}
+        found += _problems(fields, EVALUATORS[kind], f"{where}.")
+    return found
+
+
+def _problems(
+    tree: Mapping[str, Any], rows: Mapping[str, Row], prefix: str = ""
+) -> Iterator[str]:
+    flat = dict(_flat(tree))
+    for field, row in rows.items():
+        if field not in flat:
+            yield f"config.{prefix}{field} is missing; start from recipe.base()."
+        elif not row.fits(flat[field]):
+            yield _line(prefix + field, flat[field], row.expected(flat[field]))
+    for field in flat:
+        if field not in rows:
+            near = difflib.get_close_matches(field, rows, 3, 0)
+            yield (
+                f"config.{prefix}{field} is no field of a recipe; try "
+                f"{', '.join(near)}."
+            )
+
+
+def _line(field: str, value: Any, expected: str) -> str:
+    return f"config.{field} is {value!r}; expected {expected}."
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
