@@ -2,10 +2,20 @@
 test_train.
 """
 
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
 import pytest
 from test_recipe import load
 
-from mlp_mixer import runs
+from mlp_mixer import ownership, runs
 
 
 def test_a_workdir_gives_its_recipe_back(root, tmp_path):
@@ -36,3 +46,249 @@ def test_another_recipe_may_take_a_folder_until_there_is_a_result(root, tmp_path
     (tmp_path / "checkpoints" / "00000010").mkdir()
     with pytest.raises(ValueError, match="holds a run of another recipe"):
         runs.claim(config, tmp_path)
+
+
+# --- One owner ------------------------------------------------------------------------
+
+
+def contents(folder):
+    """Every file below the folder, with what is in it."""
+    files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files}
+
+
+def without_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_locks"),
+    [("run", True), ("lr=[0.1] ü*", True), ("a\\b?", True), ("lr=[0.1] ü*", False)],
+)
+def test_a_second_owner_is_told_of_the_first_and_changes_nothing(
+    tmp_path, monkeypatch, name, has_locks
+):
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", without_locks)
+        monkeypatch.setattr(os, "getpid", lambda: 1)  # a process that is alive
+    with ownership.owned(tmp_path / name):
+        if not has_locks:
+            monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
+        before = contents(tmp_path)
+        with (
+            pytest.raises(ownership.OwnedError) as caught,
+            ownership.owned(tmp_path / name),
+        ):
+            pass
+        assert contents(tmp_path) == before
+    said = str(caught.value)
+    assert str(tmp_path / name) in said
+    assert f"on {socket.gethostname()}, since 20" in said
+    assert "pytest" in said
+    assert "--workdir" in said
+    assert "--distributed" not in said
+    assert ("remove" in said) == (not has_locks)
+    with ownership.owned(tmp_path / name):  # free again
+        pass
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_of_one_job_are_told_how_to_be_one_run(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    with ownership.owned(tmp_path):
+        with (
+            pytest.raises(ownership.OwnedError, match="--distributed=auto"),
+            ownership.owned(tmp_path),
+        ):
+            pass
+        monkeypatch.setenv(variable, "1")
+        with (
+            pytest.raises(ownership.OwnedError) as caught,
+            ownership.owned(tmp_path),
+        ):
+            pass
+        assert "--distributed" not in str(caught.value)
+
+
+OWNER = """
+import os, sys, time
+from mlp_mixer import ownership
+with ownership.owned(sys.argv[1]):
+    child = 0 if sys.argv[2] == "alone" else os.fork()
+    if sys.argv[2] == "alone" or child:
+        print("owns", child, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("company", ["alone", "forked"])
+def test_a_killed_owner_owns_nothing_and_neither_do_its_children(tmp_path, company):
+    owner = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", OWNER, tmp_path, company],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    _, child = owner.stdout.readline().split()
+    with (
+        pytest.raises(ownership.OwnedError, match=f"process {owner.pid} on"),
+        ownership.owned(tmp_path),
+    ):
+        pass
+    owner.kill()
+    owner.wait()
+    with ownership.owned(tmp_path):
+        pass
+    if int(child):
+        os.kill(int(child), signal.SIGKILL)  # it was there until now
+    owner.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("there", "is_taken"),
+    [
+        ({"host": "elsewhere", "process": 7}, True),
+        ({"host": socket.gethostname(), "process": 1}, True),
+        ({"host": socket.gethostname(), "process": 2**22 + 1}, False),
+        ({"host": socket.gethostname(), "process": "odd"}, True),
+        (["odd"], False),
+    ],
+)
+def test_without_locks_a_file_owns_until_its_process_is_known_to_be_gone(
+    tmp_path, monkeypatch, there, is_taken
+):
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    path = tmp_path / ownership.FILE
+    path.write_text(json.dumps(there))
+    if is_taken:
+        with (
+            pytest.raises(ownership.OwnedError, match=r"remove .*owner\.json"),
+            ownership.owned(tmp_path),
+        ):
+            pass
+        assert json.loads(path.read_text()) == there
+    else:
+        with ownership.owned(tmp_path):
+            assert json.loads(path.read_text())["process"] == os.getpid()
+        assert not path.exists()
+
+
+def test_weights_are_not_written_into_a_run_that_begins(weights, tmp_path):
+    with ownership.owned(tmp_path), pytest.raises(ownership.OwnedError):
+        runs.write(weights, tmp_path)
+    assert contents(tmp_path) == {}
+    runs.write(weights, tmp_path)
+    assert runs.open_run(tmp_path).step == 0
+
+
+# --- A past that is not begun over ----------------------------------------------------
+
+
+@pytest.fixture
+def past(tiny, tmp_path):
+    """past(records, checkpoints, saved): a run that has come so far, without arrays."""
+
+    def make(last_record=None, checkpoints=(), saved=..., folder="run"):
+        run = tmp_path / folder
+        runs.claim(tiny, run)  # saves every 4 steps
+        (run / "checkpoints").mkdir()
+        for name in checkpoints:
+            (run / "checkpoints" / name).mkdir()
+        if last_record is not None:
+            lines = [json.dumps({"step": s}) for s in range(1, last_record + 1)]
+            (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        if saved is None:
+            (run / "saved.json").unlink()  # a run of before there was such a file
+        elif saved is not ...:
+            (run / "saved.json").write_text(json.dumps({"saved": saved}))
+        return run
+
+    return make
+
+
+UNFINISHED = "00000004.orbax-checkpoint-tmp"
+
+
+SAVED = [
+    {"last_record": 12, "saved": 12},
+    {"last_record": 12, "saved": None},
+    {"saved": 4},
+    {"saved": 4, "folder": "lr=[0.1]*"},
+]
+NOTHING_IN_IT = [
+    {"saved": 8, "checkpoints": [UNFINISHED]},
+    {"saved": 8, "checkpoints": ["lost+found"]},
+]
+
+
+@pytest.mark.parametrize(
+    ("begun", "folder_is"),
+    [
+        *((begun, "missing") for begun in SAVED),
+        *((begun, "a link to nowhere") for begun in SAVED),
+        *((begun, "there") for begun in SAVED + NOTHING_IN_IT),
+    ],
+    ids=str,
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
+    tiny, past, begun, folder_is
+):
+    run = past(**begun)
+    if folder_is != "there":
+        (run / "checkpoints").rmdir()
+    if folder_is == "a link to nowhere":
+        (run / "checkpoints").symlink_to(run / "not mounted")
+    before = contents(run)
+    with pytest.raises(FileNotFoundError, match=r"checkpoints of the run .* are gone"):
+        runs.claim(tiny, run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        {"last_record": 3},
+        {"last_record": 9},  # so long the first save took
+        {"last_record": 9, "checkpoints": [UNFINISHED]},
+        {"last_record": 9, "checkpoints": [UNFINISHED], "saved": None},
+        {"last_record": 4, "saved": None},
+        {"checkpoints": ["00000004"], "last_record": 5},
+        {"checkpoints": ["damaged-00000004-1"], "saved": 4},  # `restore` will tell
+    ],
+    ids=str,
+)
+def test_a_run_that_was_never_saved_begins_again_and_others_go_on(tiny, past, begun):
+    run = past(**begun)
+    before = contents(run)
+    runs.claim(tiny, run)
+    after = contents(run)
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"saved.json"}
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        {"last_record": 3},
+        {"checkpoints": ["00000004"]},
+        {"checkpoints": [UNFINISHED]},
+        {"saved": 4},
+        {"checkpoints": ["00000004"], "last_record": 5, "folder": "lr=[0.1]*"},
+    ],
+    ids=str,
+)
+def test_a_run_without_its_recipe_takes_no_other(tiny, past, begun):
+    run = past(**begun)
+    (run / "config.json").unlink()
+    before = contents(run)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        runs.claim(tiny, run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"saved": "4"}', '{"saved": [4]}'])
+def test_a_damaged_note_of_the_saved_step_is_named(tiny, past, text):
+    run = past(last_record=3)
+    (run / "saved.json").write_text(text)
+    with pytest.raises(ValueError, match=r"saved\.json .*remove it"):
+        runs.claim(tiny, run)
