@@ -129,6 +129,7 @@ def test_a_killed_owner_owns_nothing_and_neither_do_its_children(tmp_path, compa
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert owner.stdout is not None
     _, child = owner.stdout.readline().split()
     with (
         pytest.raises(ownership.OwnedError, match=f"process {owner.pid} on"),
