@@ -117,8 +117,8 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
 def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
     tiny, tmp_path, monkeypatch
 ):
-    tiny.evals.other = tiny.evals.val.copy_and_resolve_references()
-    tiny.checkpoint.keep_best = "other/loss"
+    tiny.evals.val2 = tiny.evals.val.copy_and_resolve_references()
+    tiny.checkpoint.keep_best = "val2/loss"
     workdir = str(tmp_path / "run")
 
     def recorded(step):
@@ -139,10 +139,10 @@ def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
     with monkeypatch.context() as patch:
         stopping_after(patch, 7)
         assert int(train.train(tiny, workdir).step) == 7
-    assert recorded(6) == ["train", "val", "other"]
+    assert recorded(6) == ["train", "val", "val2"]
     assert [r["step"] for r in metrics.read(workdir)] == [*range(1, 7), 6, 6, 7]
     best, _ = checkpoint.restore_params(
-        f"{workdir}/checkpoints", best="other/loss", more_is_better=False
+        f"{workdir}/checkpoints", best="val2/loss", more_is_better=False
     )
     assert best == 6
     # One that is new on the command line is due too.
