@@ -4,12 +4,14 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
 import rich.console
 from odd_names import NAMES
+from tensorboardX.proto import event_pb2
 from test_files import DAMAGED, one_line
 
 from mlp_mixer import metrics, text
@@ -194,3 +196,85 @@ def test_a_value_that_is_not_finite_stays_a_record(tmp_path):
     assert metrics.read(tmp_path) == [{"step": 1, "val/loss": float("inf")}]
     path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for the line's end
     assert metrics.read(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+# --- A disk that is full --------------------------------------------------------------
+
+# A limit of the process stands for the disk's: no file may become longer.
+FULL = """
+import resource, sys
+from mlp_mixer import metrics
+
+case, workdir = sys.argv[1:]
+record = {"train/loss": 1.0, "a long name " * 9: 2.0}
+
+def fill(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def train(w):
+    w.write(1, record)
+    if case == "records":
+        fill(1000)
+        for step in range(2, 100):
+            w.write(step, record)
+    fill(100)  # what is buffered for TensorBoard finds no place at the end
+    if case == "first":
+        raise FloatingPointError("At step 3 loss is nan.")
+
+with metrics.Writer(
+    workdir, first_step=0, total_steps=9, batch_size=8, every_steps=2,
+    learning_rate=lambda update: 0.1, last_good=lambda: 4,
+) as w:
+    train(w)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "last"),
+    [
+        ("records", r"OSError: .*metrics\.jsonl failed: File too large.* of step 4"),
+        ("board", r"OSError: .*tensorboard failed: File too large.* of step 4"),
+        ("first", r"FloatingPointError: At step 3 loss is nan\."),
+    ],
+)
+def test_a_full_disk_is_named_and_covers_no_earlier_error(tmp_path, case, last):
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, case, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert re.match(last, ran.stderr.strip().splitlines()[-1]), ran.stderr
+    assert "Exception ignored" not in ran.stderr
+    records = metrics.read(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    assert records
+
+
+def test_tensorboard_reads_what_is_written_and_hides_what_is_done_again(tmp_path):
+    with writer(tmp_path) as w:
+        w.write(1, {"train/loss": 1.5})
+    with writer(tmp_path, first_step=1) as w:
+        w.write(2, {"train/loss": 0.5, "val/count": 10})
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert events(first)[0].file_version == "brain.Event:2"
+    assert values(first) == [(1, "train/loss", 1.5)]
+    starts = [e.step for e in events(second) if e.HasField("session_log")]
+    assert starts == [2]
+    assert values(second) == [(2, "train/loss", 0.5), (2, "val/count", 10.0)]
+
+
+def events(path):
+    """The events of a TFRecord file: length and checksum, event, checksum."""
+    data, found = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+def values(path):
+    return [
+        (e.step, v.tag, v.simple_value) for e in events(path) for v in e.summary.value
+    ]

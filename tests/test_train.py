@@ -110,16 +110,77 @@ def test_an_evaluator_without_data_ends_a_run_before_it_begins(tiny, tmp_path):
     assert not run.exists()
 
 
-@pytest.mark.parametrize("stop", [3, 8])
+# Step 6 and the last one, 12, are stopped before they are evaluated.
+@pytest.mark.parametrize("stop", [3, 6, 8, 12])
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
-    tiny, straight, tmp_path, monkeypatch, stop
+    tiny, straight, tmp_path, monkeypatch, caplog, stop
 ):
-    workdir = str(tmp_path / "stopped")
-    with monkeypatch.context() as patch:
+    workdir = str(tmp_path / "lr=[0.1] stopped")
+    caplog.clear()
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
         stopping_after(patch, stop)
         assert int(train.train(tiny, workdir).step) == stop
+    assert "is trained" not in caplog.text
+    assert f"Stopped after step {stop};" in caplog.text
     train.train(tiny, workdir)
     assert_equal_runs(tiny, straight, workdir)
+
+
+def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
+    tiny, tmp_path, monkeypatch
+):
+    tiny.evals.val2 = tiny.evals.val.copy_and_resolve_references()
+    tiny.checkpoint.keep_best = "val2/loss"
+    workdir = str(tmp_path / "run")
+
+    def recorded(step):
+        return [
+            next(name for name in r if name != "step").partition("/")[0]
+            for r in metrics.read(workdir)
+            if r["step"] == step
+        ]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint.Checkpointer,
+            "stop_requested",
+            lambda self, now: now == 6 and "val" in recorded(6),
+        )
+        assert int(train.train(tiny, workdir).step) == 6
+    assert recorded(6) == ["train", "val"]
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 7)
+        assert int(train.train(tiny, workdir).step) == 7
+    assert recorded(6) == ["train", "val", "val2"]
+    assert [r["step"] for r in metrics.read(workdir)] == [*range(1, 7), 6, 6, 7]
+    best, _ = checkpoint.restore_params(
+        f"{workdir}/checkpoints", best="val2/loss", more_is_better=False
+    )
+    assert best == 6
+    # One that is new on the command line is due too.
+    tiny.evals.new = tiny.evals.val.copy_and_resolve_references()
+    tiny.evals.new.every_steps = 7
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 8)
+        train.train(tiny, workdir)
+    assert recorded(7) == ["train", "new"]
+
+
+@pytest.mark.slow
+def test_of_two_trainings_started_at_once_one_trains_and_the_other_ends(
+    tmp_path, program, data_dir
+):
+    run = tmp_path / "lr=[0.1]"
+    arguments = [*STOPPABLE[:2], f"--data_dir={data_dir}", f"--workdir={run}"]
+    pair = [program("train", *arguments, "--config.total_steps=60") for _ in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in pair]
+    codes = [process.returncode for process in pair]
+    assert sorted(codes) == [0, 1], "\n".join(said)
+    refusal = said[codes.index(1)]
+    assert f"{run} is in use by process {pair[codes.index(0)].pid} on" in refusal
+    assert len(refusal.strip().splitlines()) <= 3
+    trained = [r["step"] for r in metrics.read(run) if "train/loss" in r]
+    assert trained == list(range(1, 61))
 
 
 def test_a_finished_run_is_left_as_it_is(tiny, straight):

@@ -113,6 +113,7 @@ def initial(
     """
     if not source:
         return None
+    processes.compare(init_from={"is here": os.path.exists(source)})
     with processes.together():
         weights = read(source)
         logger.info("From %s: %s.", weights.called, _said(weights.params))
