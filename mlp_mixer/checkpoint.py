@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
@@ -68,7 +69,8 @@ class Checkpointer:
         every_steps: `save` acts on the multiples of it.
         keep_latest: how many of the newest checkpoints are kept.
         keep_every_steps: checkpoints at multiples of it are kept for ever.
-        keep_best: the name of a metric; the checkpoint with its highest value is kept.
+        keep_best: the name of a metric; the checkpoint with its best value is kept.
+        more_is_better: whether that is the highest value, or the lowest.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Checkpointer:
         keep_latest: int = 2,
         keep_every_steps: int | None = None,
         keep_best: str | None = None,
+        more_is_better: bool = True,
     ):
         counts = (every_steps, keep_latest, keep_every_steps)
         if any(count is not None and count < 1 for count in counts):
@@ -90,6 +93,7 @@ class Checkpointer:
         self._every_steps = every_steps
         self._keep_best = keep_best
         self._position: int | None = None  # the step last saved or restored
+        self._complete: int | None = None  # the newest known to be whole
 
         policies = ocp.checkpoint_managers
         keep: list[Any] = [policies.LatestN(keep_latest)]
@@ -97,7 +101,7 @@ class Checkpointer:
             keep.append(policies.EveryNSteps(keep_every_steps))
         self._scores: dict[int, float] = {}
         if keep_best is not None:
-            keep.append(_KeepBest(self._scores))
+            keep.append(_KeepBest(self._scores, more_is_better))
         # Orbax removes what a killed save has left, in the background, without a word.
         unfinished = _names(self.directory, "*.orbax-checkpoint-tmp*")
         if unfinished and jax.process_index() == 0:
@@ -145,6 +149,16 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The newest step that has a checkpoint, or None."""
         return max(self.all_steps(), default=None)
+
+    def complete_step(self) -> int | None:
+        """The step last saved or restored whole, as far as is known without waiting."""
+        step = self._position
+        if step is not None and step != self._complete:
+            done = not self._manager.is_saving_in_progress()
+            # A save that failed has left none; `wait` will tell.
+            if done and _folder(self.directory, step).exists():
+                self._complete = step
+        return self._complete
 
     def due(self, step: int) -> bool:
         """Whether `save` acts on this step without `force`."""
@@ -198,13 +212,49 @@ class Checkpointer:
         meta = {"arrays": describe(state), "fingerprints": prints, "metrics": values}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            meta=ocp.args.JsonSave({**meta, "checksum": _checksum(meta)}),
+            meta=ocp.args.JsonSave(_sealed(meta)),
         )
         self._position = step
         with self._failure_named():
             # `force`: it is decided, and Orbax's own decision would be a silent one.
             self._manager.save(step, args=items, force=True)
         return True
+
+    def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Adds metrics to a checkpoint that is saved, e.g. of a late evaluation.
+
+        They are on disk when this returns, and `keep_best` and `restore_params(best=)`
+        see them beside those given to `save`; of one name the later value counts.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint of that step.
+            CheckpointError: they, or the last save, could not be written.
+        """
+        self.wait()
+        if step not in self.all_steps():
+            raise FileNotFoundError(
+                f"There is no checkpoint {step} in {self.directory} to add metrics to, "
+                f"only {self.all_steps()}."
+            )
+        values = {name: float(value) for name, value in metrics.items()}
+        folder = _folder(self.directory, step)
+        if jax.process_index() == 0:
+            try:
+                before = _read_added(folder)
+            except _DamagedError as damage:
+                logger.error("Checkpoint %d: %s; they are replaced", step, damage)
+                before = {}
+            record = _sealed({"step": step, "metrics": {**before, **values}})
+            try:
+                _write_durably(folder / _ADDED, json.dumps(record))
+            except OSError as error:
+                raise CheckpointError(
+                    f"Adding metrics to checkpoint {step} in {self.directory} failed: "
+                    f"{_brief(error)}. The checkpoint itself is intact. Check the free "
+                    f"space and the permissions there, then start again."
+                ) from error
+        if self._keep_best in values:
+            self._scores[step] = values[self._keep_best]
 
     def wait(self) -> None:
         """Blocks until the last save is complete.
@@ -298,6 +348,7 @@ def restore_params(
     *,
     step: int | None = None,
     best: str | None = None,
+    more_is_better: bool = True,
 ) -> tuple[int, PyTree]:
     """The `params` of one checkpoint, and its step; nothing in the directory changes.
 
@@ -308,7 +359,8 @@ def restore_params(
         target: the tree of `params` as `jax.ShapeDtypeStruct` with shardings; without
             it whatever model is there, as NumPy arrays in nested dicts.
         step: which checkpoint; without it the newest intact one.
-        best: instead of a step, the metric whose highest value chooses it.
+        best: instead of a step, the metric whose best value chooses it.
+        more_is_better: whether that is the highest value, or the lowest.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or only damaged ones.
@@ -330,7 +382,7 @@ def restore_params(
             others = steps or _names(folder, "*") or "nothing: has the run saved one?"
             raise FileNotFoundError(f"There is no {wanted} in {folder}, only {others}")
         if best is not None:
-            step = _best(_scores(folder, steps, best))
+            step = _best(_scores(folder, steps, best), more_is_better)
             if step is None:
                 raise ValueError(
                     f"None of the checkpoints {steps} in {folder} has the metric "
@@ -397,15 +449,54 @@ def _read(
 
 
 def _read_meta(folder: epath.Path) -> dict[str, Any]:
-    meta = dict(ocp.JsonCheckpointHandler().restore(folder / "meta"))
     # A changed shape would otherwise pass for another model.
-    if meta.pop("checksum") != _checksum(meta):
+    return _unsealed((folder / "meta" / "metadata").read_text())
+
+
+_ADDED = "added_metrics.json"
+
+
+def _read_added(folder: epath.Path) -> dict[str, float]:
+    """What `add_metrics` has added to the checkpoint in `folder`."""
+    path = folder / _ADDED
+    if not path.exists():
+        return {}
+    try:
+        return _unsealed(path.read_text())["metrics"]
+    except ValueError as error:  # no text, no JSON, or wrong bits
+        raise _DamagedError(f"the metrics in {_ADDED} are damaged ({error})") from error
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its own checksum."""
+    return {**record, "checksum": _checksum(record)}
+
+
+def _unsealed(text: str) -> dict[str, Any]:
+    record = json.loads(text)
+    if not isinstance(record, dict) or record.pop("checksum", None) != _checksum(
+        record
+    ):
         raise ValueError("wrong bits in its description")
-    return meta
+    return record
 
 
-def _checksum(meta: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _write_durably(path: epath.Path, text: str) -> None:
+    """Whole or not at all, also if the machine loses power."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            if hasattr(file, "fileno"):  # not on a bucket
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # Trouble of this machine, not of the files: they may be good.
@@ -422,6 +513,8 @@ _TROUBLE_STATUS = re.compile(
 def _damage_recognised(folder: epath.Path) -> Iterator[None]:
     try:
         yield
+    except _DamagedError:
+        raise
     # Orbax shows damage as ValueError, KeyError, JSON errors or a bare Exception.
     except Exception as error:
         link: BaseException | None = error
@@ -454,14 +547,15 @@ class _KeepBest:
     Orbax keeps its own metrics in a file that, damaged, stops the manager from opening.
     """
 
-    def __init__(self, scores: Mapping[int, float]):
-        self._scores = scores
+    def __init__(self, scores: Mapping[int, float], more_is_better: bool):
+        self._scores, self._more_is_better = scores, more_is_better
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> list[bool]:
         steps = [info.step for info in checkpoints]
-        best = _best({s: self._scores[s] for s in steps if s in self._scores})
+        scores = {s: self._scores[s] for s in steps if s in self._scores}
+        best = _best(scores, self._more_is_better)
         # Without a score its metrics could not be read: it may have been the best.
         return [step == best or step not in self._scores for step in steps]
 
@@ -473,16 +567,17 @@ def _scores(directory: epath.Path, steps: Sequence[int], name: str) -> dict[int,
         folder = _folder(directory, step)
         try:
             with _damage_recognised(folder):
-                metrics = _read_meta(folder)["metrics"]
+                metrics = _read_meta(folder)["metrics"] | _read_added(folder)
             scores[step] = metrics.get(name, math.nan)
         except _DamagedError as damage:
             logger.error("Checkpoint %d has no readable metrics (%s)", step, damage)
     return scores
 
 
-def _best(scores: Mapping[int, float]) -> int | None:
-    """The step of the highest score, the later one of equals."""
-    known = [(score, step) for step, score in scores.items() if math.isfinite(score)]
+def _best(scores: Mapping[int, float], more_is_better: bool) -> int | None:
+    """The step of the best score, the later one of equals."""
+    sign = 1 if more_is_better else -1
+    known = [(sign * x, step) for step, x in scores.items() if math.isfinite(x)]
     return max(known)[1] if known else None
 
 

@@ -6,6 +6,7 @@
     python -m mlp_mixer.convert runs/mixer_b16 b16.safetensors --names=timm
     python -m mlp_mixer.convert timm.safetensors runs/from_timm        # a run (Orbax)
     python -m mlp_mixer.convert b16.npz b16_448.npz --grow=2
+    python -m mlp_mixer.convert miil.pth b16.safetensors --mean=0 --std=1
 
 What was written is read back, compared bit for bit, and its logits with the source's.
 """
@@ -14,6 +15,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,8 @@ def convert(
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
     step: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> dict[str, str]:
     """Converts weights, and returns the report as {what: value}.
 
@@ -56,6 +60,9 @@ def convert(
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
       step: of a run's checkpoint.
+      mean: of the images that the source is for, in levels from 0 to 1: one number, or
+        red, green, blue; where neither it nor a config.json beside it says so.
+      std: see mean.
 
     Raises:
       FileExistsError: the target is there already.
@@ -63,7 +70,7 @@ def convert(
       ValueError: the source is damaged, or an argument does not fit it; or what was
         written is not what is read back.
     """
-    weights = pretrained.read(source, dtype=None, step=step)
+    weights = pretrained.read(source, dtype=None, step=step, mean=mean, std=std)
     if gelu is not None:
         weights = dataclasses.replace(weights, gelu=gelu)
     if image_size is not None:
@@ -78,7 +85,7 @@ def convert(
     if dtype is not None:
         params = pretrained.cast(weights.params, dtype)
         weights = dataclasses.replace(weights, params=params)
-    report = {"source": f"{source} ({weights.said})", **describe(weights)}
+    report = {"source": weights.called, **describe(weights)}
     if target is None:
         return report
     target = os.path.expanduser(target)
@@ -100,7 +107,8 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
     """What weights are, for people."""
     fields = pretrained.geometry(weights.params)
     arrays = dict(leaves(weights.params))
-    size = weights.image_size
+    size, images = weights.image_size, weights.normalisation
+    folded = images != pretrained.CENTRED
     broken = pretrained.not_finite(weights.params)
     return {
         "model": _called(fields),
@@ -110,6 +118,7 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
         "parameters": f"{sum(x.size for x in arrays.values()):,}",
         "dtype": ", ".join(sorted({str(x.dtype) for x in arrays.values()})),
         "GELU": weights.gelu,
+        "normalisation": f"{images}, folded into the stem" if folded else str(images),
         "not finite": ", ".join(f"{n} in {k}" for k, n in broken.items()) or "none",
     }
 
@@ -132,13 +141,16 @@ def _resized(
     size = pretrained.check(weights)
     patch = pretrained.geometry(weights.params)["patch_size"]
     grid = (size[0] // patch[0], size[1] // patch[1])
-    if to is None:
-        params = resize.grow(weights.params, factor, grid=grid)
-        to = (size[0] * factor, size[1] * factor)
-    else:
-        check_divisible(to, patch)
-        new_grid = (to[0] // patch[0], to[1] // patch[1])
-        params = resize.interpolate(weights.params, new_grid, grid=grid)
+    try:
+        if to is None:
+            params = resize.grow(weights.params, factor, grid=grid)
+            to = (size[0] * factor, size[1] * factor)
+        else:
+            check_divisible(to, patch)
+            new_grid = (to[0] // patch[0], to[1] // patch[1])
+            params = resize.interpolate(weights.params, new_grid, grid=grid)
+    except ValueError as error:
+        raise ValueError(f"{weights.called}: {error}") from error
     return dataclasses.replace(weights, params=params, image_size=to)
 
 
@@ -168,6 +180,11 @@ def _write(weights: pretrained.Weights, target: str, names: str) -> None:
                 "timm computes the exact GELU, these weights are for %s: give its "
                 "model act_layer=functools.partial(torch.nn.GELU, approximate='tanh').",
                 weights.gelu,
+            )
+        if names == "timm" and weights.normalisation != pretrained.CENTRED:
+            logger.warning(
+                "%s is for %s in timm, not for the source's %s.",
+                *(target, pretrained.CENTRED, weights.normalisation),
             )
         pretrained.write_safetensors(weights, target, names=names)
     elif suffix in FILES:
@@ -200,6 +217,20 @@ def _round_trip(
     return {"max |Δlogit|": said, "max |Δpre_logits|": f"{moved[1]:.1e}"}
 
 
+def _levels(name: str) -> list[float] | None:
+    """The numbers of a list flag; how many there may be is for `read` to say."""
+    words = flags.FLAGS[name].value
+    if words is None:
+        return None
+    try:
+        return [float(word) for word in words]
+    except ValueError as error:
+        raise ValueError(
+            f"--{name} is {','.join(words)!r}; expected a number, e.g. 0.5, or RED,"
+            "GREEN,BLUE, e.g. 0.485,0.456,0.406."
+        ) from error
+
+
 def main(arguments: list[str]) -> None:
     """The command line."""
     if len(arguments) not in (1, 2):
@@ -217,6 +248,8 @@ def main(arguments: list[str]) -> None:
         grow=flag.grow,
         interpolate=program.size("interpolate"),
         step=flag.step,
+        mean=_levels("mean"),
+        std=_levels("std"),
     )
     metrics.table("", ["", arguments[-1]], [[k, v] for k, v in report.items()])
 
@@ -235,6 +268,13 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "image_size", None, "HEIGHT,WIDTH px, if the source does not say."
     )
+    flags.DEFINE_list(
+        "mean",
+        None,
+        "Of the images that the source is for, in levels from 0 to 1, if it does not "
+        "say: one number or RED,GREEN,BLUE. Folded into the stem.",
+    )
+    flags.DEFINE_list("std", None, "See --mean.")
     flags.DEFINE_integer(
         "grow", None, "So many times the patches on each side.", lower_bound=1
     )

@@ -5,7 +5,9 @@
     python -m mlp_mixer.evaluate --workdir=runs/mixer_b16 --only=all --preprocess=timm
 
 Prints one table, which says what each evaluator looked at and under which protocol;
-writes evaluate.json, evaluate.md and report.png to the run's folder.
+writes evaluate.json, evaluate.md and report.png to the run's folder. evaluate.json
+holds every name exactly; the other ones are for people, and there characters that
+cannot be shown are escaped.
 """
 
 import json
@@ -17,7 +19,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from mlp_mixer import evaluators, metrics, program, recipe, runs, visualize
+from mlp_mixer import evaluators, metrics, program, recipe, runs, text, visualize
 from mlp_mixer.evaluators import accuracy, fewshot
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def evaluate(
     """
     workdir = epath.Path(workdir).expanduser()
     run = runs.open_run(workdir, step, best)
-    sections = recipe.evaluations(run.config, only)
+    sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
     if not sections:
         known = ", ".join(run.config.evals) or "it has none"
         raise ValueError(
@@ -82,24 +84,22 @@ def evaluate(
             missing[name] = str(error)
             logger.warning("%s is left out: its data is not here.", name)
     results: dict[str, dict[str, float]] = {}
-    picture: dict[str, Any] = {}
+    shown: tuple[str, accuracy.Accuracy, accuracy.Examples] | None = None
     for name, evaluator in evals.items():
         track = metrics.progress(name)
-        if picture or not isinstance(evaluator, accuracy.Accuracy):
+        if shown or not isinstance(evaluator, accuracy.Accuracy):
             results[name] = evaluator.run(run.params, track=track)
         elif examples := evaluator.examples(run.params, track=track):
             results[name] = evaluator.summary(examples)
-            picture = _picture(name, evaluator, examples)
+            shown = name, evaluator, examples
     for name, chosen in fewshot.choose_l2(results).items():
         results[name] |= chosen
     if evals and jax.process_index() == 0:
-        _write(epath.Path(workdir), run, evals, results)
-        if picture:
-            figure = visualize.report(
-                metrics.read(workdir), class_names=run.class_names, **picture
-            )
-            (epath.Path(workdir) / "report.png").write_bytes(visualize.png(figure))
-            logger.info("Wrote %s.", epath.Path(workdir) / "report.png")
+        table = _write(epath.Path(workdir), run, evals, results)
+        if shown:
+            _draw(epath.Path(workdir), run, *shown)
+        # Last, since stdout may fail.
+        metrics.table(*table)
     if missing:
         raise FileNotFoundError(
             "\n".join(f"{name} was not evaluated: {m}" for name, m in missing.items())
@@ -107,25 +107,39 @@ def evaluate(
     return results
 
 
-def _picture(
-    name: str, evaluator: accuracy.Accuracy, examples: accuracy.Examples
-) -> dict[str, Any]:
-    """What `visualize.report` shows of a split."""
-    shown = visualize.mistakes_first(examples, SHEET)
-    indices = [int(examples.index[i]) for i in shown]
-    return {
-        "name": name,
-        "examples": examples,
-        "shown": shown,
-        "images": [evaluator.image(i) for i in indices],
-        "truths": [evaluator.labels(i) for i in indices],
-    }
+def _draw(
+    folder: epath.Path,
+    run: runs.Run,
+    name: str,
+    evaluator: accuracy.Accuracy,
+    examples: accuracy.Examples,
+) -> None:
+    """report.png; where it cannot be drawn, the log says why."""
+    path = folder / "report.png"
+    try:
+        shown = visualize.mistakes_first(examples, SHEET)
+        indices = [int(examples.index[i]) for i in shown]
+        figure = visualize.report(
+            metrics.read(folder),
+            name=name,
+            examples=examples,
+            shown=shown,
+            images=[evaluator.image(i) for i in indices],
+            truths=[evaluator.labels(i) for i in indices],
+            class_names=run.class_names,
+        )
+        path.write_bytes(visualize.png(figure))
+    except (OSError, RuntimeError, ValueError) as error:
+        # The results are written; a picture of them is no reason to fail.
+        logger.warning("%s is not drawn: %s", path, error)
+    else:
+        logger.info("Wrote %s.", path)
 
 
 def _write(
     folder: epath.Path, run: runs.Run, evals: dict[str, Any], results: dict[str, dict]
-) -> None:
-    """evaluate.json, and the table on the terminal and as evaluate.md."""
+) -> tuple[str, list[str], list[list[str]]]:
+    """Writes evaluate.json and evaluate.md, and returns the table for the terminal."""
     seen = {k: {"data": e.data, "preprocess": e.preprocess} for k, e in evals.items()}
     image_size, model = list(run.config.model.image_size), run.config.model.name
     said = {
@@ -136,7 +150,9 @@ def _write(
         "evaluators": seen,
         "results": results,
     }
-    (folder / "evaluate.json").write_text(json.dumps(said, indent=2) + "\n")
+    (folder / "evaluate.json").write_text(
+        json.dumps(said, indent=2) + "\n", encoding="utf-8"
+    )
     # Evaluators side by side: few of them, and many metrics. A sweep's hundred values
     # are for evaluate.json; the one that was chosen is here.
     found = dict.fromkeys(k for r in results.values() for k in r if "_l2_" not in k)
@@ -149,11 +165,14 @@ def _write(
         *([m, *(_said(m, r.get(m)) for r in results.values())] for m in found),
     ]
     title = f"{folder} at step {run.step}: {model}, {' × '.join(map(str, image_size))}"
-    metrics.table(title, columns, rows)
-    lines = [columns, ["---", *["---:"] * len(results)], *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (folder / "evaluate.md").write_text(f"# {title}\n\n{text}\n")
+    head, *body = ([*map(text.markdown, row)] for row in (columns, *rows))
+    lines = [head, ["---", *["---:"] * len(results)], *body]
+    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (folder / "evaluate.md").write_text(
+        f"# {text.markdown(title)}\n\n{cells}\n", encoding="utf-8"
+    )
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
+    return title, columns, rows
 
 
 def _said(metric: str, value: float | int | None) -> str:

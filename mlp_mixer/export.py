@@ -38,6 +38,7 @@ from absl import flags
 import mlp_mixer
 from mlp_mixer import metrics, pretrained, program
 from mlp_mixer.fingerprints import leaves
+from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,10 @@ def export_stablehlo(
             exported = jax.export.export(jax.jit(mixer), platforms=PLATFORMS)(image)
             file.write_bytes(exported.serialize(vjp_order=int(gradients)))
         about = json.dumps(_metadata(weights), indent=2, ensure_ascii=False)
-        file.with_name(f"{file.name}.json").write_text(about + "\n", encoding="utf-8")
+        # What no encoding can write becomes JSON's own escape.
+        file.with_name(f"{file.name}.json").write_text(
+            about + "\n", encoding="utf-8", errors="backslashreplace"
+        )
 
     def load(file):
         exported = jax.export.deserialize(file.read_bytes())
@@ -146,9 +150,16 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     Raises:
       ModuleNotFoundError: an optional package is not installed.
       ValueError: the file is not right, and not kept; or the weights have values that
-        are not finite, or no image size.
+        are not finite, or no image size; or the path is not UTF-8.
     """
     _require("onnx", "onnxruntime")
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{printable(os.fspath(path))} is not UTF-8 here, and the onnx package "
+            "opens no other names; choose another one, or a locale with UTF-8."
+        ) from error
     import onnx
     import onnxruntime
 
@@ -271,7 +282,7 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     helper.set_model_props(
         model,
         {
-            name: about if isinstance(about, str) else json.dumps(about)
+            name: printable(about) if isinstance(about, str) else json.dumps(about)
             for name, about in _metadata(weights).items()
         },
     )
@@ -296,7 +307,7 @@ def _checked(weights: pretrained.Weights) -> pretrained.Weights:
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
     if bad := pretrained.not_finite(params):
         raise ValueError(
-            f"The weights ({weights.said}) are not exported: not all of their values "
+            f"The weights {weights.called} are not exported: not all of their values "
             "are finite:\n  "
             + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
         )
@@ -411,16 +422,24 @@ def main(arguments: list[str]) -> None:
         weights = dataclasses.replace(weights, gelu=flags.FLAGS.gelu)
     if size := program.size("image_size"):
         weights = dataclasses.replace(weights, image_size=size)
-    for path in paths:
-        if path.lower().endswith(".onnx"):
-            found = export_onnx(weights, path)
-        else:
-            found = export_stablehlo(weights, path, gradients=flags.FLAGS.gradients)
-        metrics.table(
-            f"{path}, verified on random images",
-            ["output", "batch", "largest value", "largest difference", "allowed"],
-            [[d.output, str(d.batch), *(f"{x:.2g}" for x in d[2:])] for d in found],
-        )
+    found = {}
+    try:
+        for path in paths:
+            if path.lower().endswith(".onnx"):
+                found[path] = export_onnx(weights, path)
+            else:
+                gradients = flags.FLAGS.gradients
+                found[path] = export_stablehlo(weights, path, gradients=gradients)
+    finally:  # a stdout that fails costs no file
+        for path, differences in found.items():
+            metrics.table(
+                f"{path}, verified on random images",
+                ["output", "batch", "largest value", "largest difference", "allowed"],
+                [
+                    [d.output, str(d.batch), *(f"{x:.2g}" for x in d[2:])]
+                    for d in differences
+                ],
+            )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import contextlib
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,27 +22,41 @@ import rich.progress
 import tensorboardX
 from absl import logging as absl_logging
 from etils import epath
+from tensorboardX.proto import event_pb2, summary_pb2
 
+from mlp_mixer import files, processes, text
+from mlp_mixer.text import brief, printable
+
+# Of metrics.jsonl: two million records.
+MAX_BYTES = 2**29
 _CONSOLE = rich.console.Console(stderr=True)
 logger = logging.getLogger(__name__)
+
+
+class _Printable(logging.Formatter):
+    """Shows whatever a name in a message holds, and obeys none of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return text.printable(super().format(record), keep="\n\t")
 
 
 def log_to_terminal() -> None:
     """Sends the programs' own lines to stderr, above the progress bar if there is one.
 
     Absl's handler would prefix each with its source; what libraries say through absl
-    is shown from warnings on.
+    is shown from warnings on. From here on stdout and stderr print any text.
     """
+    text.accept_any_text(sys.stdout, sys.stderr)
     root = logging.getLogger()
     for handler in root.handlers[:]:
         root.removeHandler(handler)
     absl_logging.set_verbosity(absl_logging.WARNING)
     if _CONSOLE.is_terminal:
         handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Printable("%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
     if jax.process_index() > 0:
         handler.setLevel(logging.WARNING)
     root.addHandler(handler)
@@ -79,23 +95,22 @@ class Writer(contextlib.AbstractContextManager):
           last_good: the newest checkpoint, named when the loss is not finite.
         """
         self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._board_path = epath.Path(workdir) / "tensorboard"
         self._total, self._batch, self._every = total_steps, batch_size, every_steps
         self._learning_rate, self._last_good = learning_rate, last_good
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._mark = (first_step, time.perf_counter())
-        self._file = self._board = self._bar = None
+        self._file: Any = None
+        self._board: _Board | None = None
+        self._bar: rich.progress.Progress | None = None
+        # What is recorded of the first step; the same on every process.
+        self._evaluated: set[str] = set()
+        with processes.together():
+            if jax.process_index() == 0:
+                self._open(first_step)
+        self._evaluated = set(processes.first(sorted(self._evaluated)))
         if jax.process_index() > 0:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read(workdir) if r["step"] <= first_step]
-        text = "".join(f"{json.dumps(record)}\n" for record in kept)
-        rewritten = self._path.with_name("metrics.jsonl.tmp")
-        rewritten.write_text(text)
-        rewritten.replace(self._path)
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(self._path.parent / "tensorboard"), purge_step=first_step + 1
-        )
         if _CONSOLE.is_terminal:
             self._bar = rich.progress.Progress(
                 "step {task.completed:.0f}/{task.total:.0f}",
@@ -109,6 +124,54 @@ class Writer(contextlib.AbstractContextManager):
             )
             self._bar.start()
 
+    def _open(self, first_step: int) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        records = read(self._path.parent)
+        kept = [r for r in records if r["step"] <= first_step]
+        if len(kept) < len(records):
+            logger.info(
+                "%d records after step %d are dropped: these steps are done again.",
+                len(records) - len(kept),
+                first_step,
+            )
+        for record in kept:
+            if record["step"] == first_step and "train/lr" not in record:
+                self._evaluated |= {name.rpartition("/")[0] for name in record}
+        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
+        rewritten = self._path.with_name("metrics.jsonl.tmp")
+        with self._failure_named(self._path):
+            rewritten.write_text(lines)
+            rewritten.replace(self._path)
+            self._file = self._path.open("a")
+        with self._failure_named(self._board_path):
+            self._board = _Board(self._board_path, first_step)
+
+    @contextlib.contextmanager
+    def _failure_named(self, path: epath.Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(
+                error.errno, f"Writing {path} failed: {reason}. {self._what_is_good()}"
+            ) from error
+
+    def _what_is_good(self) -> str:
+        step = self._last_good()
+        if step is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is that of step {step}."
+
+    def is_due(self, step: int, name: str, every_steps: int) -> bool:
+        """Whether an evaluator is to run after `step`.
+
+        It is after the last step and after every multiple of `every_steps`; after the
+        first one of this run only where a stop has kept it from running.
+        """
+        if step == 0 or name in self._evaluated:
+            return False
+        return step == self._total or step % every_steps == 0
+
     def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
         """Takes a step's metrics, still on the device, and records the one's before.
 
@@ -118,6 +181,7 @@ class Writer(contextlib.AbstractContextManager):
           FloatingPointError: a loss or gradient norm is not finite.
         """
         self.flush()
+        self._evaluated.clear()
         self._pending = step, scalars
 
     def flush(self) -> None:
@@ -132,16 +196,10 @@ class Writer(contextlib.AbstractContextManager):
         self._pending = None
         values = {k: float(v) for k, v in jax.device_get(dict(scalars)).items()}
         if not all(map(math.isfinite, values.values())):
-            good = self._last_good()
             raise FloatingPointError(
                 f"At step {step} "
                 + " and ".join(f"{k} is {v}" for k, v in values.items())
-                + f" in {self._path.parent}. "
-                + (
-                    "There is no checkpoint yet. "
-                    if good is None
-                    else f"The last good checkpoint is that of step {good}. "
-                )
+                + f" in {self._path.parent}. {self._what_is_good()} "
                 + "Try a lower learning rate, a longer warm-up, or another seed."
             )
         if self._bar:
@@ -167,10 +225,11 @@ class Writer(contextlib.AbstractContextManager):
         """Records `scalars` for `step`."""
         if self._file is None or self._board is None:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with self._failure_named(self._path):
+            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+            self._file.flush()
+        with self._failure_named(self._board_path):
+            self._board.write(step, scalars)
 
     def evaluation(self, step: int, name: str, results: Mapping[str, float]) -> None:
         """Records an evaluator's results and says them."""
@@ -180,20 +239,106 @@ class Writer(contextlib.AbstractContextManager):
         # The time it took is not the training's.
         self._mark = step, time.perf_counter()
 
-    def __exit__(self, *error: Any) -> None:
-        """Closes the files and the bar."""
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes the files and the bar.
+
+        Raises:
+          OSError: what is recorded could not be written; only where nothing else has
+            failed before, which it would hide.
+        """
         if self._bar:
             self._bar.stop()
-        if self._file and self._board:
-            self._file.close()
-            self._board.close()
+        failed = []
+        for file, path in ((self._file, self._path), (self._board, self._board_path)):
+            try:
+                with self._failure_named(path):
+                    if file is not None:
+                        file.close()
+            except OSError as failure:
+                failed.append(failure)
+        if failed and error is None:
+            raise failed[0]
+
+
+class _Board:
+    """A file of TensorBoard's.
+
+    Written here, not in a thread of tensorboardX's: when that ends on a full disk,
+    whoever writes next waits for ever.
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        """Opens a new file; what came after `first_step` is hidden in the others."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = os.fspath(folder)
+        # tensorboardX takes what stands before a colon for the name of a service.
+        where = path if "://" in path else os.path.abspath(path)
+        host = socket.gethostname()
+        self._file = tensorboardX.RecordWriter(
+            f"{where}/events.out.tfevents.{time.time():.6f}.{host}"
+        )
+        self._flushed = time.monotonic()
+        version = "brain.Event:2"
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(0, file_version=version)
+        self._add(first_step + 1, file_version=version)
+        self._add(first_step + 1, session_log=start)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Records scalars; they are on the disk within some minutes."""
+        values = [
+            summary_pb2.Summary.Value(tag=name, simple_value=float(value))
+            for name, value in scalars.items()
+        ]
+        self._add(step, summary=summary_pb2.Summary(value=values))
+        if time.monotonic() > self._flushed + 120:  # seconds; a bucket gets it whole
+            self._flushed = time.monotonic()
+            self._file.flush()
+
+    def _add(self, step: int, **fields: Any) -> None:
+        event = event_pb2.Event(wall_time=time.time(), step=step, **fields)
+        self._file.write(event.SerializeToString())
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._file.close()
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run, in order; an unfinished last line is left out."""
+    """The records of a run, in order; an unfinished last line is left out.
+
+    Raises:
+      OSError: they cannot be read.
+      ValueError: a line is no record.
+    """
     path = epath.Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_file(path) if path.exists() else []
+
+
+def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of such a file, in order; an unfinished last line is left out.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      OSError: it cannot be read.
+      ValueError: a line is no record: an object of numbers, one of them the step.
+    """
+    *lines, _ = files.read_bytes(path, MAX_BYTES).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        said = f"Line {number} of {printable(os.fspath(path))}"
+        record = files.parse_json(line, said, finite=False)
+        step = record.get("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{said} is no record: its step is {brief(step)}.")
+        for name, value in record.items():
+            if type(value) not in (int, float):
+                raise ValueError(
+                    f"{said} is no record: {brief(name)} is "
+                    f"{files.kind_of(value)}; expected a number."
+                )
+        records.append(record)
+    return records
 
 
 class Profiler:
@@ -236,16 +381,25 @@ def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
     """Returns `track(items, count)`, which shows a bar on a terminal."""
 
     def track(items: Iterable[Any], count: int) -> Iterable[Any]:
-        return rich.progress.track(
-            items,
-            name,
-            total=count,
-            console=_CONSOLE,
-            transient=True,
-            disable=not _CONSOLE.is_terminal,
-        )
+        with _bar(
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+        ) as bar:
+            yield from bar.track(items, count, description=text.printable(name))
 
     return track
+
+
+def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+    """A bar for a while, on a terminal only; brackets in its description are text."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        *columns,
+        console=_CONSOLE,
+        transient=True,
+        disable=not _CONSOLE.is_terminal,
+    )
 
 
 @contextlib.contextmanager
@@ -284,26 +438,27 @@ def counter(
                 *(what, amount(now), amount(total), amount(rate), left),
             )
 
-    with rich.progress.Progress(
-        "{task.description}",
+    with _bar(
         rich.progress.BarColumn(None),
-        "{task.fields[said]}",
+        rich.progress.TextColumn("{task.fields[said]}", markup=False),
         rich.progress.TimeRemainingColumn(),
-        console=_CONSOLE,
-        transient=True,
-        disable=not _CONSOLE.is_terminal,
     ) as bar:
-        task = bar.add_task(what, total=total, completed=done, said="")
+        task = bar.add_task(text.printable(what), total=total, completed=done, said="")
         yield advance
     taken = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
     logger.info("%s: %s in %s", what, amount(now), taken)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table to stdout."""
-    drawn = rich.table.Table(title=title)
-    for i, column in enumerate(columns):
+    """Prints a table to stdout; its texts are shown as they are, without markup.
+
+    Raises:
+      OSError: stdout cannot be written.
+    """
+    drawn = rich.table.Table(title=text.printable(title))
+    for i, column in enumerate(map(text.printable, columns)):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*row)
-    rich.console.Console().print(drawn)
+        drawn.add_row(*map(text.printable, row))
+    with text.flushed(sys.stdout):
+        rich.console.Console(markup=False, emoji=False).print(drawn)

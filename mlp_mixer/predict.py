@@ -6,13 +6,20 @@
     find . -name '*.jpg' | python -m mlp_mixer.predict --weights=b16.npz -
     python -m mlp_mixer.predict --weights=b16.npz --features=features.npz photos
 
-Images are files, folders with all below them, globs, or - for a list on stdin. The
-probabilities are the softmax of the logits, also where the loss was the sigmoid
-cross-entropy. Ends with 1 if an image could not be read; the others are done.
+Images are files, folders with all below them, globs, or - for a list on stdin (a file
+of that name is ./-; after -- nothing is a flag). The probabilities are the softmax of
+the logits, also where the loss was the sigmoid cross-entropy. Ends with 1 if an image
+could not be read; the others are done.
+
+csv and jsonl are UTF-8 on stdout too, and hold every name exactly: what is no text is
+those bytes in csv (Python reads them with errors="surrogateescape"), and \\udc80 ...
+\\udcff in jsonl. The table and the sheet are for people: there it is escaped.
 """
 
 import contextlib
 import csv
+import dataclasses
+import functools
 import io
 import json
 import logging
@@ -27,8 +34,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32
 
-from mlp_mixer import atomic, metrics, program, runs, sharding, visualize
-from mlp_mixer.data import folders, image_ops, pipeline
+from mlp_mixer import atomic, metrics, program, runs, sharding, text, visualize
+from mlp_mixer.data import decoding, folders, image_ops, pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ def predict(
     step: int | None = None,
     preprocess: str | None = None,
     labels: str | os.PathLike[str] | None = None,
+    exif: bool = False,
     batch_size: int = 64,
 ) -> Iterator[Prediction]:
     """Returns an iterator of a prediction for every readable image, in their order.
@@ -75,6 +83,8 @@ def predict(
       step: of a run's checkpoint; the newest by default.
       preprocess: a protocol, instead of the one that the run was evaluated with.
       labels: a text file with the names of the classes, one a line.
+      exif: whether images are turned as their Exif orientation says; the authors do
+        not, and the log says how many would be.
       batch_size: images at once.
 
     Raises:
@@ -90,14 +100,33 @@ def predict(
         )
     _check_top(top)
     model = runs.open_model(source, step=step, preprocess=preprocess, labels=labels)
-    return classify(model, files, top=top, batch_size=batch_size)
+    return classify(model, files, top=top, exif=exif, batch_size=batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files(folders.FolderSource):
+    """Image files that remember which of them Exif turns, as they are read."""
+
+    turned: set[int] = dataclasses.field(default_factory=set)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = super().__getitem__(index)
+        if decoding.orientation(example["image"]) != 1:
+            self.turned.add(index)
+        return example
 
 
 def classify(
-    model: runs.Opened, files: Sequence[str], *, top: int, batch_size: int = 64
+    model: runs.Opened,
+    files: Sequence[str],
+    *,
+    top: int,
+    exif: bool = False,
+    batch_size: int = 64,
 ) -> Iterator[Prediction]:
     """Yields what an open model makes of every readable file, as `predict` does."""
-    images = folders.open_files(files)
+    images = _Files(**vars(folders.open_files(files)))
+    turned = 0
     per_device = -(-min(batch_size, len(images)) // model.mesh.size)
     # Decodes ahead in threads, and names what is broken.
     batches = pipeline.eval_batches(
@@ -105,12 +134,14 @@ def classify(
         image_size=model.image_size,
         batch_size=per_device * model.mesh.size,
         preprocess=model.preprocess,
+        exif=exif,
     )
     for batch in batches:
         logits, features = jax.device_get(
             model.predict(model.params, sharding.put(batch["image"], model.mesh))
         )
         for i in np.flatnonzero(batch["mask"]):
+            turned += batch["index"][i] in images.turned
             best, probabilities = _top(logits[i], top if model.class_names else 0)
             yield Prediction(
                 files[batch["index"][i]],
@@ -119,6 +150,14 @@ def classify(
                 best,
                 features[i],
             )
+    if turned:
+        said = (
+            "were turned as Exif says"
+            if exif
+            else "are turned by Exif; they were read as they are stored, unrotated, as "
+            "the authors do (--exif turns them)"
+        )
+        logger.warning("%d of %d images %s.", turned, len(files), said)
 
 
 def _top(
@@ -147,6 +186,7 @@ def run(
     top: int = 3,
     preprocess: str | None = None,
     labels: str | None = None,
+    exif: bool = False,
     format: str = "table",
     out: str | None = None,
     features: str | None = None,
@@ -158,11 +198,13 @@ def run(
 
     Args:
       images: files, folders, globs, and "-" for paths on stdin, one a line.
-      weights: as `source` in `predict`, which explains step, top, preprocess, labels.
+      weights: as `source` in `predict`, which explains step, top, preprocess, labels,
+        exif.
       step: see weights.
       top: see weights.
       preprocess: see weights.
       labels: see weights.
+      exif: see weights.
       format: a key of `FORMATS`.
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order
@@ -174,6 +216,8 @@ def run(
 
     Raises:
       FileNotFoundError: as in `predict`.
+      OSError: stdout cannot be written.
+      RuntimeError: the sheet cannot be drawn; all else is written.
       ValueError: as in `predict`; or no image at all could be read.
     """
     for name, suffix in ((features, ".npz"), (sheet, ".png")):
@@ -187,6 +231,8 @@ def run(
             f"{weights} has no head, so there are no classes to name; "
             "--features=FILE.npz alone writes its features."
         )
+    if model.class_names and not out and sys.stdout is None:
+        raise ValueError("stdout is closed; name a file with --out.")
     top = min(top, len(model.class_names))
     # Evenly spread: the first ones of a data set are often of one class.
     spread = np.linspace(0, len(files) - 1, min(SHEET, len(files))).round().astype(int)
@@ -197,7 +243,10 @@ def run(
     with contextlib.ExitStack() as stack:
         # A bar that begins redirects sys.stdout, so it is taken before.
         file: IO[str] = sys.stdout
+        sent: Callable[[], contextlib.AbstractContextManager[None]]
+        sent = functools.partial(text.flushed, file)
         if out:
+            sent = contextlib.nullcontext
             options: Any = {
                 "encoding": "utf-8",
                 "errors": "surrogateescape",
@@ -210,10 +259,12 @@ def run(
         watched = model.class_names and file.isatty()
         advance = _ignore if watched else stack.enter_context(track)
         if model.class_names:
-            file.write(header)
-        for image in classify(model, files, top=top):
+            with sent():
+                file.write(header)
+        for image in classify(model, files, top=top, exif=exif):
             if model.class_names:
-                file.write(line(image))
+                with sent():
+                    file.write(line(image))
             if features:
                 vectors.append(image.features)
             if image.path in on_sheet:
@@ -223,7 +274,6 @@ def run(
         if not paths:
             raise ValueError(f"None of {len(files)} images could be read.")
         advance(len(files) - len(paths))
-        file.flush()
     if out:
         logger.info("Wrote %d predictions to %s.", len(paths), out)
     if features:
@@ -232,7 +282,12 @@ def run(
         said = (*np.shape(vectors), features)
         logger.info("Wrote the features of %d images, %d each, to %s.", *said)
     if sheet:
-        _write_sheet(shown[:SHEET], len(paths), model, sheet)
+        try:
+            _write_sheet(shown[:SHEET], len(paths), model, sheet, exif)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                f"{sheet} is not drawn: {error}. All else is written."
+            ) from error
     return len(files), len(files) - len(paths)
 
 
@@ -243,6 +298,8 @@ def _find(arguments: Sequence[str]) -> list[str]:
         if argument != "-":
             files += folders.find_images(argument)
             continue
+        if sys.stdin is None:
+            raise ValueError("- reads paths from stdin, but stdin is closed.")
         for line in map(os.fsdecode, sys.stdin.buffer.read().splitlines()):
             files += folders.find_images(line) if os.path.isdir(line) else [line]
     files = [file for file in files if file]
@@ -264,14 +321,17 @@ Form = tuple[str, Callable[[Prediction], str]]
 
 def _table(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """Aligned columns for people, a line as soon as it is known."""
-    path_width = min(60, max(map(len, files)))
-    width = min(24, max(map(len, model.class_names), default=0))
+
+    def widest(names: Sequence[str]) -> int:
+        return max((text.width(text.printable(name)) for name in names), default=0)
+
+    path_width, width = min(60, widest(files)), min(24, widest(model.class_names))
 
     def line(image: Prediction) -> str:
-        cells = [f"{image.path:{path_width}}"]
+        cells = [text.padded(text.printable(image.path), path_width)]
         for name, p in zip(image.classes, image.probabilities, strict=True):
-            name = name if len(name) <= width else f"{name[: width - 1]}…"
-            cells.append(f"{name:{width}} {100 * p:5.1f} %")
+            name = text.padded(text.shortened(name, width), width)
+            cells.append(f"{name} {100 * p:5.1f} %")
         return "  ".join(cells) + "\n"
 
     return "", line
@@ -281,9 +341,11 @@ def _csv(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """A header, then a row for each image."""
 
     def row(*cells: str) -> str:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(cells)
-        return text.getvalue()
+        written = io.StringIO()
+        # It quotes what ends a line: for a reader "\r" does too.
+        writer = csv.writer(written, lineterminator="\r\n")
+        writer.writerow(map(text.encodable, cells))
+        return written.getvalue().removesuffix("\r\n") + "\n"
 
     def line(image: Prediction) -> str:
         pairs = zip(image.classes, image.probabilities, strict=True)
@@ -321,18 +383,20 @@ FORMATS: dict[str, Callable[[Sequence[str], runs.Opened, int], Form]] = {
 
 
 def _write_sheet(
-    shown: Sequence[Prediction], count: int, model: runs.Opened, path: str
+    shown: Sequence[Prediction], count: int, model: runs.Opened, path: str, exif: bool
 ) -> None:
+    if not shown:
+        raise ValueError("none of the images chosen for it could be read")
     images = []
     for image in shown:
-        pixels = image_ops.decode(pathlib.Path(image.path).read_bytes())
+        pixels = image_ops.decode(pathlib.Path(image.path).read_bytes(), exif=exif)
         if min(pixels.shape[:2]) > THUMBNAIL:  # sixty photos would take gigabytes
             pixels = image_ops.resize_small(pixels, THUMBNAIL)
         images.append(pixels)
     part = f"{count}" if len(shown) == count else f"{len(shown)} of {count}"
     figure = visualize.sheet(
         images,
-        captions=[os.fsencode(i.path).decode(errors="replace") for i in shown],
+        captions=[image.path for image in shown],
         classes=[image.classes for image in shown],
         probabilities=[image.probabilities for image in shown],
         title=f"{model.said}, preprocessed by {model.preprocess}; images: {part}",
@@ -344,9 +408,10 @@ def _write_sheet(
 
 def main(arguments: list[str]) -> None:
     """The command line; exits with 1 if an image could not be read."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be any bytes
-        sys.stdout.reconfigure(errors="surrogateescape")
     values = flags.FLAGS.flag_values_dict()
+    if values["format"] != "table" and isinstance(sys.stdout, io.TextIOWrapper):
+        # As in a file: names may be any bytes, whatever the terminal shows.
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     images = [program.path(argument) for argument in arguments]
     count, broken = run(images, **{name: values[name] for name in OPTIONS})
     if broken:
@@ -354,7 +419,7 @@ def main(arguments: list[str]) -> None:
 
 
 OPTIONS = (
-    *("weights", "step", "top", "preprocess", "labels"),
+    *("weights", "step", "top", "preprocess", "labels", "exif"),
     *("format", "out", "features", "sheet"),
 )
 
@@ -375,6 +440,9 @@ if __name__ == "__main__":
         None,
         list(image_ops.PROTOCOLS),
         "If not set, that of the run's evaluation, else big_vision.",
+    )
+    flags.DEFINE_boolean(
+        "exif", False, "Turns images as Exif says; the authors leave them as stored."
     )
     program.define_path("labels", None, "A text file with a class's name a line.")
     flags.DEFINE_enum("format", "table", list(FORMATS), "Of the predictions.")

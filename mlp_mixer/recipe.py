@@ -8,6 +8,7 @@ works wherever it lies. Each section holds the arguments of exactly one function
 
 import difflib
 import hashlib
+import logging
 import os
 import pathlib
 import re
@@ -17,9 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 from ml_collections import ConfigDict, config_dict
 
-from mlp_mixer import fields
+from mlp_mixer import fields, files
+from mlp_mixer.text import brief, printable
+
+logger = logging.getLogger(__name__)
 
 PACKAGE = pathlib.Path(__file__).parent
 
@@ -191,14 +196,17 @@ def _dataset(split: str) -> ConfigDict:
 
 
 def evaluations(
-    config: ConfigDict, only: Sequence[str] | None = None
+    config: ConfigDict,
+    only: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The sections of `config.evals` with training's loss, and its batch size and
-    data set where they name none of their own.
+    """The sections of `config.evals` with training's loss and classes, and its batch
+    size and data set where they name none of their own.
 
     Args:
       config: with the evaluators.
       only: their names, or "all"; None: those that run in training.
+      class_names: of training; None: its classes have no names.
 
     Raises:
       ValueError: an evaluator that the recipe does not have.
@@ -222,8 +230,12 @@ def evaluations(
         if section["type"] == "accuracy":
             section["loss"] = config.loss
             # The model's classes; few-shot evaluation has those of its own data.
-            if section["dataset"]["num_classes"] is None:
-                section["dataset"]["num_classes"] = config.dataset.num_classes
+            section["num_classes"] = config.dataset.num_classes
+            section["class_names"] = class_names
+            dataset = section["dataset"]
+            same = all(dataset[k] == config.dataset[k] for k in ("name", "label"))
+            if dataset["num_classes"] is None and same:
+                dataset["num_classes"] = config.dataset.num_classes
     return sections
 
 
@@ -619,19 +631,93 @@ def _contradictions(config: ConfigDict) -> list[str]:
     return found
 
 
-def check_batch(config: ConfigDict, devices: int) -> None:
-    """Passes if the devices divide each micro-batch.
+# --- The recipe of a run --------------------------------------------------------------
+
+# What every version has written; any other field has its default where it is missing.
+_NEEDED = {
+    *("seed", "batch_size", "loss", "model", "optim", "input", "evals", "checkpoint"),
+    *("dataset", "dataset.name", "dataset.split", "dataset.num_classes"),
+    *("model.name", "model.image_size", "model.gelu"),
+}
+
+
+def read(path: epath.PathLike) -> ConfigDict:
+    """Returns the recipe that a run has written, as JSON.
+
+    A field that a version before has not written has its default, which the log says.
 
     Raises:
-      ValueError: they do not; names the nearest batch that they divide.
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or holds no recipe.
     """
-    unit = config.accumulate * devices
-    if config.batch_size % unit:
-        times = f" times {config.accumulate} micro-batches" * (config.accumulate > 1)
-        raise ValueError(
-            f"config.batch_size is {config.batch_size}, which does not divide among "
-            f"{devices} devices{times}; try {max(config.batch_size // unit, 1) * unit}."
+    said, tree = printable(os.fspath(path)), files.read_json(path)
+    config = base()
+    try:
+        missing = _take(config, _tuples(tree))
+    except (TypeError, ValueError) as error:
+        what = brief(error)
+        raise ValueError(f"{said} is no recipe of a run: {what}") from error
+    if missing:
+        logger.warning(
+            "%s does not say %s, as if an older version had written it; taken as in "
+            "recipe.base().",
+            *(said, brief(", ".join(missing))),
         )
+    return config
+
+
+def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list[str]:
+    """Copies values into the fields of their type; returns the fields without one."""
+    for key, value in tree.items():
+        field, there = f"{where}{key}", section.get(key)
+        if not isinstance(there, ConfigDict):
+            _set(section, key, value, field)
+        elif not isinstance(value, dict):
+            raise ValueError(f"{field} is {brief(value)}; expected a section.")
+    missing = [f"{where}{key}" for key in section if key not in tree]
+    if lost := sorted(_NEEDED & {*missing}):
+        raise ValueError(f"it does not say {', '.join(lost)}.")
+    for key, inner in section.items():
+        if isinstance(inner, ConfigDict) and key in tree:
+            take = _take_evaluators if f"{where}{key}" == "evals" else _take
+            missing += take(inner, tree[key], f"{where}{key}.")
+    return missing
+
+
+def _set(section: ConfigDict, key: str, value: Any, field: str) -> None:
+    there = dict(section.items(preserve_field_references=True))
+    optional = isinstance(there.get(key), config_dict.FieldReference)
+    if value is None and key in there and not optional:
+        raise ValueError(f"{field} is null; expected as in recipe.base().")
+    try:
+        section[key] = value
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{field} is {brief(value, 60)}; expected as in recipe.base()."
+        ) from error
+
+
+def _take_evaluators(
+    section: ConfigDict, tree: Mapping[str, Any], where: str
+) -> list[str]:
+    known = {"accuracy": lambda: evaluation(""), "fewshot": lambda: fewshot("", "")}
+    missing = []
+    for name, given in tree.items():
+        kind = given.get("type") if isinstance(given, dict) else None
+        if kind not in known:
+            raise ValueError(
+                f"{where}{name} is no evaluator of type {' or '.join(known)}."
+            )
+        section[name] = known[kind]()
+        missing += _take(section[name], given, f"{where}{name}.")
+    return missing
+
+
+def _tuples(tree: Any) -> Any:
+    """JSON's lists back to tuples."""
+    if isinstance(tree, dict):
+        return {key: _tuples(value) for key, value in tree.items()}
+    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
 
 
 # --- Where a recipe is, and where its run goes ----------------------------------------

@@ -1,10 +1,11 @@
 """A run's folder explains itself: its recipe, its classes, its checkpoints."""
 
+import contextlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,23 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mlp_mixer import checkpoint, models, pretrained, recipe, sharding, steps
+from mlp_mixer import (
+    checkpoint,
+    evaluators,
+    history,
+    models,
+    ownership,
+    pretrained,
+    processes,
+    recipe,
+    sharding,
+    steps,
+)
 from mlp_mixer.data import class_names as naming
+from mlp_mixer.data import sources
 from mlp_mixer.fingerprints import describe
 from mlp_mixer.fingerprints import differences as differences_of_arrays
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +73,11 @@ def open_run(
 
     Raises:
       FileNotFoundError: no run or no checkpoint there.
+      ValueError: `best` is no score of an evaluator that runs in training.
     """
     workdir = epath.Path(workdir).expanduser()
     config = load(workdir)
+    more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
     mesh = sharding.make_mesh()
     model = models.create(
         **config.model,
@@ -71,7 +87,7 @@ def open_run(
     image = jnp.zeros((1, *config.model.image_size, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     step, params = checkpoint.restore_params(
-        f"{workdir}/checkpoints", step=step, best=best
+        f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
     )
     params = pretrained.cast(params, "float32")
     if different := differences_of_arrays(describe(params), describe(shapes)):
@@ -81,7 +97,9 @@ def open_run(
         )
     params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
     count = config.dataset.num_classes
-    names = list(naming.choose(load_class_names(workdir), count)) if count else []
+    names = (
+        list(naming.choose(load_class_names(workdir, count), count)) if count else []
+    )
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
 
@@ -129,8 +147,7 @@ def open_model(
     model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
     protocol = preprocess or weights.preprocess or "big_vision"
     height, width = size
-    name = os.fspath(source)
-    said = f"{name} ({weights.said})"
+    said = weights.called
     logger.info("%s: %dx%d px, preprocessed by %s", said, height, width, protocol)
     return Opened(
         said,
@@ -145,48 +162,254 @@ def open_model(
     )
 
 
+def check_agreement(
+    config: ConfigDict, data: dict[str, Any], evals: Mapping[str, Any]
+) -> None:
+    """Passes if all processes of this run have the same recipe, data and JAX.
+
+    Args:
+      config: with every field resolved.
+      data: `sources.fingerprint` of the training data.
+      evals: of `evaluators.create`.
+
+    Raises:
+      ValueError: they differ; names each difference, its values and the processes.
+    """
+    if jax.process_count() == 1:
+        return
+    with processes.together():
+        read = {
+            name: [sources.fingerprint(source) for source in evaluator.sources]
+            for name, evaluator in evals.items()
+        }
+    processes.compare(
+        recipe=to_json(config),
+        data=data,
+        evals=read,
+        jax=jax.__version__,
+        devices=jax.local_device_count(),
+    )
+
+
+@contextlib.contextmanager
+def claimed(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    class_names: Sequence[str] | None = None,
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
+) -> Iterator[Callable[[int | None], None]]:
+    """Owns the folder of a run until the end of the block, and claims it, see `claim`.
+
+    Yields:
+      `note_saved(step)`, to be called with the newest step that is saved.
+
+    Raises:
+      OwnedError: another process trains there.
+      FileNotFoundError: a part of the run there is missing.
+      ValueError: another recipe's run, or the processes see different folders.
+    """
+    with ownership.owned(workdir):
+        saved = None
+        with processes.together():
+            if jax.process_index() == 0:
+                saved = claim(
+                    config,
+                    workdir,
+                    class_names,
+                    data,
+                    accept_changed_data=accept_changed_data,
+                )
+        yield saved.note if saved else lambda _: None
+
+
 def claim(
     config: ConfigDict,
     workdir: epath.PathLike,
     class_names: Sequence[str] | None = None,
-) -> None:
-    """Writes the resolved recipe to `workdir`, or checks that it is the one there.
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
+) -> history.Saved:
+    """Writes what a run is to `workdir`, or checks that it is the one there.
+
+    That is the resolved recipe; the names of its classes, which stay as they are once
+    the run has begun; and what its training data is.
 
     Args:
       config: with every field resolved.
       workdir: folder of the run.
-      class_names: kept beside the recipe for prediction.
+      class_names: of the training data, by label.
+      data: `sources.fingerprint` of the training data; None: it is not recorded.
+      accept_changed_data: see `check`.
+
+    Returns:
+      What notes the saved steps there.
 
     Raises:
-      ValueError: another recipe's run, which has begun; lists the fields that differ.
+      FileNotFoundError: as `check`.
+      ValueError: as `check`; or the run has other classes.
     """
-    check(config, workdir)
-    path = epath.Path(workdir) / "config.json"
-    new = to_json(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config", new), ("class_names", class_names)):
+    check(config, workdir, data, accept_changed_data=accept_changed_data)
+    folder = epath.Path(workdir)
+    begun = history.has_begun(workdir)
+    naming.places(class_names, trained_classes(workdir), **_sides(config, workdir))
+    folder.mkdir(parents=True, exist_ok=True)
+    new: dict[str, Any] = {"config": to_json(config)}
+    if not begun or not (folder / "class_names.json").exists():
+        new["class_names"] = class_names
+    if data is not None:
+        new["data"] = data
+        if begun:
+            _say_what_is_recorded(workdir, _recorded_data(folder), data)
+    for name, content in new.items():
         # Whole or not at all, also if the process is killed here.
         # Processes of several hosts may have equal numbers.
-        written = path.with_name(f"{name}.json.{uuid.uuid4().hex}")
+        written = folder / f"{name}.json.{uuid.uuid4().hex}"
         written.write_text(json.dumps(content, indent=2) + "\n")
-        written.replace(path.with_name(f"{name}.json"))
+        written.replace(folder / f"{name}.json")
+    return history.Saved(workdir)
 
 
-def check(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Passes if `workdir` holds no result, or a run of `config`, every field resolved.
+def check(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    data: dict[str, Any] | None = None,
+    *,
+    accept_changed_data: bool = False,
+) -> None:
+    """Passes if `workdir` holds no result, or a run of this recipe and data.
+
+    Args:
+      config: with every field resolved.
+      workdir: folder of the run.
+      data: `sources.fingerprint` of the training data; None: it is not compared.
+      accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
-      ValueError: another recipe's run; lists the fields that differ.
+      FileNotFoundError: a part of the run is missing.
+      ValueError: another recipe's run, lists the fields that differ; or its training
+        data has changed, says how.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists() or not _has_begun(path.parent):
+    _check_recipe(config, workdir, data, accept_changed_data)
+    folder = epath.Path(workdir)
+    recorded = _recorded_data(folder) if history.has_begun(workdir) else None
+    if recorded is None or data is None or accept_changed_data:
         return
-    if differing := differences(json.loads(path.read_text()), to_json(config)):
+    if changed := sources.changes(recorded, data):
+        raise ValueError(
+            f"The training data of {workdir} has changed:\n  "
+            + "\n  ".join(changed)
+            + "\nBring the old data back, choose another --workdir, or go on with the "
+            "new data: --accept_changed_data."
+        )
+
+
+def training_data(
+    source: sources.Source,
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    data: dict[str, Any],
+    *,
+    accept_changed_data: bool = False,
+) -> sources.Source:
+    """The training data with the classes of the run in `workdir`, if it has begun.
+
+    Args:
+      source: its labels are mapped to the run's by name.
+      config: with every field resolved.
+      workdir: folder of the run.
+      data: `sources.fingerprint(source)`.
+      accept_changed_data: see `check`.
+
+    Raises:
+      ValueError: as `check`; or the run has other classes.
+    """
+    _check_recipe(config, workdir, data, accept_changed_data)
+    names = trained_classes(workdir)
+    if names is not None:
+        sides = _sides(config, workdir)
+        source = sources.with_classes(source, names, len(names), **sides)
+    check(config, workdir, data, accept_changed_data=accept_changed_data)
+    return source
+
+
+def _check_recipe(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    data: dict[str, Any] | None,
+    accept_changed_data: bool,
+) -> None:
+    folder = epath.Path(workdir)
+    path = folder / "config.json"
+    if not history.has_begun(workdir):
+        return
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{workdir} holds a run, but its config.json is missing, which says of "
+            "which recipe. Bring it back, or choose another --workdir."
+        )
+    history.check(workdir, load(workdir).checkpoint.every_steps)
+    may_change: Sequence[str] = MAY_CHANGE
+    if accept_changed_data or (data is not None and _recorded_data(folder)):
+        # The fingerprints say it better: of each class, or each shard.
+        may_change = (*MAY_CHANGE, "dataset.num_examples")
+    if differing := differences(
+        to_json(recipe.read(path)), to_json(config), may_change
+    ):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
+
+
+def _say_what_is_recorded(
+    workdir: epath.PathLike, recorded: dict[str, Any] | None, data: dict[str, Any]
+) -> None:
+    if recorded is None:
+        logger.info(
+            "%s does not say what its training data was, so that cannot be compared; "
+            "from now on it does.",
+            workdir,
+        )
+    elif changed := sources.changes(recorded, data):
+        said = "\n  ".join(changed)
+        logger.warning("%s goes on with changed data:\n  %s", workdir, said)
+
+
+def trained_classes(workdir: epath.PathLike) -> list[str] | None:
+    """The names of the classes of a run that has begun, if they have names."""
+    folder = epath.Path(workdir)
+    if not (folder / "class_names.json").exists() or not history.has_begun(workdir):
+        return None
+    return load_class_names(workdir)
+
+
+def _sides(config: ConfigDict, workdir: epath.PathLike) -> dict[str, str]:
+    """What to call the training data and the run where their classes differ."""
+    return {
+        "of": f"{config.dataset.name} {config.dataset.split}",
+        "to": f"the run in {workdir}",
+        "hint": "Give the classes their old names, or choose another --workdir.",
+    }
+
+
+def _recorded_data(folder: epath.Path) -> dict[str, Any] | None:
+    """The fingerprint of a run's training data; None of a run of an older version."""
+    path = folder / "data.json"
+    if not path.exists():
+        return None
+    try:
+        recorded = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if not isinstance(recorded, dict):
+        raise ValueError(
+            f"{path} holds {recorded!r:.100}; expected what training wrote."
+        )
+    return recorded
 
 
 def differences(
@@ -207,14 +430,6 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json_best_effort())
 
 
-def _has_begun(folder: epath.Path) -> bool:
-    """Whether there is a result to lose; a wrong field may have kept it from any."""
-    records = folder / "metrics.jsonl"
-    return any((folder / "checkpoints").glob("*")) or (
-        records.exists() and bool(records.read_text().strip())
-    )
-
-
 def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     """Writes weights as a run at step 0, for every program that takes a run.
 
@@ -223,10 +438,9 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
 
     Raises:
       FileExistsError: there is a run, or something else.
+      OwnedError: another process writes there.
     """
-    folder = epath.Path(workdir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{workdir} is not empty; name a new folder.")
+    _check_empty(epath.Path(workdir))
     size = pretrained.check(weights)
     fields = pretrained.geometry(weights.params)
     config = recipe.base()
@@ -241,10 +455,22 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     if weights.preprocess is not None:
         for section in config.evals.values():
             section.preprocess = weights.preprocess
-    claim(config, workdir, weights.class_names)
     params = jax.tree.map(jnp.asarray, weights.params)
-    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
-        saver.save(0, {"params": params}, force=True)
+    with ownership.owned(workdir):
+        _check_empty(epath.Path(workdir))  # once more: nobody else can write now
+        saved = claim(config, workdir, weights.class_names)
+        with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
+            saver.save(0, {"params": params}, force=True)
+            saver.wait()
+            saved.note(saver.complete_step())
+
+
+def _check_empty(folder: epath.Path) -> None:
+    if folder.exists() and (
+        not folder.is_dir()
+        or {path.name for path in folder.iterdir()} - {ownership.FILE}
+    ):
+        raise FileExistsError(f"{folder} is not empty; name a new folder.")
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:
@@ -259,12 +485,19 @@ def load(workdir: epath.PathLike) -> ConfigDict:
             f"{workdir} holds no run (no config.json). Name a folder that "
             "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
         )
-    return ConfigDict(_tuples(json.loads(path.read_text())))
+    return recipe.read(path)
 
 
-def load_class_names(workdir: epath.PathLike) -> list[str] | None:
-    """The names of the classes of the run in `workdir`, if its data set has names."""
-    return json.loads((epath.Path(workdir) / "class_names.json").read_text())
+def load_class_names(
+    workdir: epath.PathLike, count: int | None = None
+) -> list[str] | None:
+    """The names of the classes of the run in `workdir`, if its data set has names.
+
+    Raises:
+      FileNotFoundError: class_names.json is not there.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    return naming.of_run(epath.Path(workdir) / "class_names.json", count)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -272,10 +505,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
     return {k: v for key, value in pairs for k, v in _flat(value, key).items()}
-
-
-def _tuples(tree: Any) -> Any:
-    """JSON's lists back to tuples."""
-    if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree

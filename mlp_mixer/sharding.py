@@ -80,18 +80,35 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
     return jax.tree.map(lambda leaf: STRATEGIES[strategy](mesh, leaf), tree)
 
 
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Passes if a batch can be cut evenly.
+
+    Args:
+      mesh: of `make_mesh`.
+      batch_size: images of all processes together.
+      accumulate: micro-batches that it is cut into first.
+
+    Raises:
+      ValueError: micro-batches and devices do not divide it.
+    """
+    parts = mesh.size * accumulate
+    if batch_size % parts:
+        micro = f"{accumulate} micro-batches on " if accumulate > 1 else ""
+        many = jax.process_count()
+        where = f" of {many} processes" if many > 1 else ""
+        raise ValueError(
+            f"A batch of {batch_size} does not divide among {micro}{mesh.size} "
+            f"devices{where}; try {max(batch_size // parts, 1) * parts}."
+        )
+
+
 def put(tree: Any, mesh: Mesh) -> Any:
     """Makes one global array per leaf from this process's rows, cut over the devices.
 
     Raises:
       ValueError: the devices do not divide the batch.
     """
-    rows = len(jax.tree.leaves(tree)[0]) * jax.process_count()
-    if rows % mesh.size:
-        raise ValueError(
-            f"A batch of {rows} does not divide among {mesh.size} devices; try "
-            f"{max(rows // mesh.size, 1) * mesh.size}."
-        )
+    check_batch(mesh, len(jax.tree.leaves(tree)[0]) * jax.process_count())
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
     )

@@ -171,12 +171,7 @@ def make_train_step(
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def train_step(state, batch):
-        rows = len(batch["label"])
-        if rows % (accumulate * mesh.size):
-            raise ValueError(
-                f"A batch of {rows} does not divide among {accumulate} micro-batches "
-                f"on {mesh.size} devices; try {accumulate * mesh.size}."
-            )
+        sharding.check_batch(mesh, len(batch["label"]), accumulate)
         rng = jax.random.fold_in(_stream(seed, "train"), state.step)
         mixup_rng, model_rng = jax.random.split(rng)
         image = value_range(batch["image"])

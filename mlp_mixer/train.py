@@ -3,10 +3,11 @@
     python -m mlp_mixer.train --config=configs/mixer_b16.py
 
 The same command again resumes the run, on any number of devices. A run lives in one
-folder (`runs/<recipe>` by default): config.json, class_names.json, metrics.jsonl,
-tensorboard/, checkpoints/.
+folder (`runs/<recipe>` by default): config.json, class_names.json, data.json,
+metrics.jsonl, tensorboard/, checkpoints/.
 """
 
+import functools
 import logging
 import sys
 
@@ -22,6 +23,7 @@ from mlp_mixer import (
     models,
     optim,
     pretrained,
+    processes,
     program,
     recipe,
     runs,
@@ -39,6 +41,7 @@ def train(
     *,
     data_dir: str | None = None,
     profile: str | None = None,
+    accept_changed_data: bool = False,
 ) -> steps.TrainState:
     """Runs `config` to its last step, evaluating and checkpointing on the way.
 
@@ -47,6 +50,8 @@ def train(
       workdir: folder of the run; what it holds is resumed.
       data_dir: where data sets are; TFDS's own folder by default.
       profile: "START:STOP", steps of which a trace is written.
+      accept_changed_data: whether a run goes on with other data than it began with, of
+        the same classes.
 
     Returns:
       The state after the last update, or after the one at which the process was asked
@@ -54,33 +59,46 @@ def train(
     """
     # Descriptions: nothing is on a device yet.
     workdir = epath.Path(workdir).expanduser()
-    recipe.check(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    recipe.check_batch(config, devices=mesh.size)
-    size = config.model.image_size
-    model = models.create(**config.model, formulation=sharding.formulation(mesh))
-    source = sources.open_source(**config.dataset, data_dir=data_dir, image_size=size)
-    config = recipe.completed(config, len(source), source.num_classes)
-    model = model.clone(num_classes=config.dataset.num_classes)
-    total_steps = recipe.total_steps(config)
-    profiler = metrics.Profiler(workdir, profile, total_steps=total_steps)
-    tx, schedule = optim.create(**config.optim, total_steps=total_steps)
-    target = steps.state_shapes(
-        model, tx, mesh, image_size=size, strategy=config.sharding
-    )
-    predict = steps.make_predict(model, mesh)
-    evals = evaluators.create(
-        recipe.evaluations(config),
-        predict=predict,
-        mesh=mesh,
-        image_size=size,
-        data_dir=data_dir,
-    )
-    runs.claim(config, workdir, source.class_names)
+    with processes.together():
+        recipe.check(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch(mesh, config.batch_size, config.accumulate)
+        size = config.model.image_size
+        model = models.create(**config.model, formulation=sharding.formulation(mesh))
+        source = sources.open_source(
+            **config.dataset, data_dir=data_dir, image_size=size
+        )
+        config = recipe.completed(config, len(source), source.num_classes)
+        best = config.checkpoint.keep_best
+        more_is_better = best is None or evaluators.more_is_better(
+            config.evals.to_dict(), best
+        )
+        data = sources.fingerprint(source)
+        accept = {"accept_changed_data": accept_changed_data}
+        source = runs.training_data(source, config, workdir, data, **accept)
+        model = model.clone(num_classes=config.dataset.num_classes)
+        total_steps = recipe.total_steps(config)
+        profiler = metrics.Profiler(workdir, profile, total_steps=total_steps)
+        tx, schedule = optim.create(**config.optim, total_steps=total_steps)
+        target = steps.state_shapes(
+            model, tx, mesh, image_size=size, strategy=config.sharding
+        )
+        predict = steps.make_predict(model, mesh)
+        evals = evaluators.create(
+            recipe.evaluations(config, class_names=source.class_names),
+            predict=predict,
+            mesh=mesh,
+            image_size=size,
+            data_dir=data_dir,
+        )
+    runs.check_agreement(config, data, evals)
 
-    with checkpoint.Checkpointer(
-        f"{workdir}/checkpoints", **config.checkpoint
-    ) as checkpointer:
+    with (
+        runs.claimed(config, workdir, source.class_names, data, **accept) as note_saved,
+        checkpoint.Checkpointer(
+            f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
+        ) as checkpointer,
+    ):
         # State: the newest good checkpoint, else a fresh start, from weights or none.
         state = checkpointer.restore(target)
         if state is None:
@@ -91,6 +109,7 @@ def train(
                 image_size=size,
                 head=config.init_head,
                 resize_by=config.init_resize,
+                class_names=source.class_names,
             )
             state = steps.init_state(
                 model, tx, target, seed=config.seed, image_size=size, params=params
@@ -136,37 +155,48 @@ def train(
             learning_rate=schedule,
             last_good=checkpointer.latest_step,
         ) as writer:
-            for step in range(first_step + 1, total_steps + 1):
+            # The first step is done; of it only what a stop kept from being evaluated.
+            for step in range(first_step, total_steps + 1):
                 last = step == total_steps
-                profiler.before(step)
-                batch = sharding.put(next(batches), mesh)
-                state, scalars = train_step(state, batch)
-                writer.train(step, scalars)
-                profiler.after(step, last, scalars)
+                if step > first_step:
+                    profiler.before(step)
+                    batch = sharding.put(next(batches), mesh)
+                    state, scalars = train_step(state, batch)
+                    writer.train(step, scalars)
+                    profiler.after(step, last, scalars)
 
-                def stop(step=step):
-                    return checkpointer.stop_requested(step)
-
+                stop = functools.partial(checkpointer.stop_requested, step)
+                stopping = False
                 results: dict[str, float] = {}
                 for name, evaluator in evals.items():
-                    if (last or step % evaluator.every_steps == 0) and not stop():
-                        writer.flush()
-                        scores = evaluator.run(state.params, stop)
-                        if scores is not None:
-                            writer.evaluation(step, name, scores)
-                            results |= {f"{name}/{k}": v for k, v in scores.items()}
-
-                stopping = stop() and not last
-                if last or stopping or checkpointer.due(step):
-                    # A state that is not finite must not become a checkpoint.
+                    if stopping or not writer.is_due(step, name, evaluator.every_steps):
+                        continue
                     writer.flush()
-                    checkpointer.save(step, state, results, force=last or stopping)
+                    scores = None if stop() else evaluator.run(state.params, stop)
+                    if scores is None:
+                        stopping = True
+                        continue
+                    named = {f"{name}/{k}": v for k, v in scores.items()}
+                    results |= named
+                    if step == first_step:
+                        checkpointer.add_metrics(step, named)
+                    writer.evaluation(step, name, scores)
+
+                if step > first_step:
+                    stopping = stopping or (stop() and not last)
+                    if last or stopping or checkpointer.due(step):
+                        # A state that is not finite must not become a checkpoint.
+                        writer.flush()
+                        checkpointer.save(step, state, results, force=last or stopping)
+                note_saved(checkpointer.complete_step())
                 if stopping:
-                    logger.info(
-                        "Stopped after step %d; the same command goes on from there.",
-                        step,
-                    )
                     break
+            checkpointer.wait()
+            note_saved(checkpointer.complete_step())
+            if stopping:
+                logger.info(
+                    "Stopped after step %d; the same command goes on from there.", step
+                )
             else:
                 logger.info("%s is trained to step %d.", workdir, total_steps)
     return state
@@ -180,6 +210,7 @@ def main(arguments: list[str]) -> None:
         flags.FLAGS.workdir or recipe.default_workdir(sys.argv),
         data_dir=flags.FLAGS.data_dir,
         profile=flags.FLAGS.profile,
+        accept_changed_data=flags.FLAGS.accept_changed_data,
     )
 
 
@@ -188,4 +219,7 @@ if __name__ == "__main__":
     program.define_path("workdir", None, "Folder of the run; runs/<recipe> if not set.")
     program.define_path("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     flags.DEFINE_string("profile", None, "START:STOP: steps to write a trace of.")
+    flags.DEFINE_bool(
+        "accept_changed_data", False, "Go on with other data of the same classes."
+    )
     program.run(main, distributed=True)

@@ -1,14 +1,21 @@
 """Pictures for people who would rather look: a run, and predictions, at a glance."""
 
 import io
+import logging
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+# Where it may not keep its fonts it says so twice, and that only here.
+logging.getLogger("matplotlib").addFilter(lambda record: "mkdir" not in record.msg)
+
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.lines import Line2D  # noqa: E402
+
+from mlp_mixer.text import printable, shortened  # noqa: E402
 
 # More classes make a confusion matrix that nobody can read.
 MAX_CONFUSION_CLASSES = 40
@@ -55,8 +62,9 @@ def report(
         _confusion(axes[3], examples, class_names)
     wrong = int((~examples.top1).sum())
     bottom.suptitle(
-        f"{name}: {wrong} of {len(examples.top1)} are wrong "
-        f"(top-1 {100 * examples.top1.mean():.2f} %); mistakes first"
+        f"{_short(name, 60)}: {wrong} of {len(examples.top1)} are wrong "
+        f"(top-1 {100 * examples.top1.mean():.2f} %); mistakes first",
+        parse_math=False,
     )
     sheet = list(bottom.subplots(max(rows, 1), columns, squeeze=False).flat)
     for axis in sheet:
@@ -68,9 +76,8 @@ def report(
         if not examples.top1[i]:
             names = " or ".join(_short(class_names[k]) for k in truth)
             text += "\n" + textwrap.fill(f"is {names}", 24)
-        axis.set_title(
-            text, fontsize=8, color="black" if examples.top1[i] else "tab:red"
-        )
+        colour = "black" if examples.top1[i] else "tab:red"
+        axis.set_title(text, fontsize=8, color=colour, parse_math=False)
     return figure
 
 
@@ -96,7 +103,7 @@ def sheet(
     # In inches. Placed by hand: a layout engine takes many seconds for 60 images.
     cell, line = min(4.5, 14 / columns), 0.19
     side, gap, bars = cell - 0.2, 0.35, line * len(classes[0])
-    title = textwrap.fill(title, int(13 * cell * columns))
+    title = textwrap.fill(printable(title), int(13 * cell * columns))
     top = 0.2 + 0.2 * (1 + title.count("\n"))
     wide, high = cell * columns, (side + gap + bars + 0.1) * rows + top
     figure = Figure(figsize=(wide, high))
@@ -117,23 +124,20 @@ def sheet(
         axis = place(left, upper, side, side)
         axis.set_anchor("S")
         axis.imshow(image)
-        axis.set_title(_end(captions[i], room), size=7, pad=3, parse_math=False)
+        # Of a path the end tells more.
+        caption = shortened(captions[i], room, end=room - 1)
+        axis.set_title(caption, size=7, pad=3, parse_math=False)
         axis = place(left, upper + side + 0.05, side, bars)
         axis.set_axis_off()
         axis.set(xlim=(0, 1), ylim=(len(classes[i]) - 0.5, -0.5))
         values = probabilities[i]
         axis.barh(range(len(values)), values, height=0.86, color="#a6cbe8")
         for at, (name, p) in enumerate(zip(classes[i], values, strict=True)):
-            said = name if len(name) <= room - 8 else name[: room - 9] + "…"
+            said = shortened(name, room - 8)
             style: dict[str, Any] = {"size": 7, "va": "center_baseline"}
             axis.text(0.01, at, said, ha="left", parse_math=False, **style)
             axis.text(0.99, at, f"{100 * p:.1f} %", ha="right", **style)
     return figure
-
-
-def _end(text: str, room: int) -> str:
-    """The text without its beginning if it is longer: of a path the end tells more."""
-    return text if len(text) <= room else f"…{text[1 - room :]}"
 
 
 def learning_rates(
@@ -147,9 +151,11 @@ def learning_rates(
     """
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
+    lines = {}
     for name, curve in curves.items():
         known = {r: 100 * a for r, a in sorted(curve.items()) if a is not None}
-        (line,) = axis.plot([*known], [*known.values()], ".-", label=name)
+        (line,) = axis.plot([*known], [*known.values()], ".-")
+        lines[name] = line
         at, colour = chosen[name], line.get_color()
         axis.plot(at, known[at], "o", mfc="none", markersize=11, color=colour)
     axis.set(xscale="log", xlabel="learning rate", ylabel="top-1, %")
@@ -157,7 +163,7 @@ def learning_rates(
     ticks = sorted({rate for curve in curves.values() for rate in curve})
     axis.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
     axis.set_xticks([], minor=True)
-    figure.legend(loc="outside right upper", fontsize="small")
+    _legend(figure, lines, loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -165,8 +171,10 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Names in scripts that the font lacks are drawn as boxes: bad enough.
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        # Names in scripts that the font lacks are drawn as boxes: bad enough. Older
+        # versions draw some scripts in the wrong direction.
+        for warned in (r"Glyph \d+ .* missing from", "Matplotlib currently does not"):
+            warnings.filterwarnings("ignore", warned)
         figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
@@ -181,12 +189,14 @@ def _keys(records, ending):
 
 
 def _loss(axis: Axes, records) -> None:
-    axis.plot(*_curve(records, "train/loss"), label="train", linewidth=0.8)
+    (line,) = axis.plot(*_curve(records, "train/loss"), linewidth=0.8)
+    lines = {"train": line}
     for key in _keys(records, "/loss"):
         if key != "train/loss":
-            axis.plot(*_curve(records, key), "o-", label=key.removesuffix("/loss"))
+            name = key.removesuffix("/loss")
+            (lines[name],) = axis.plot(*_curve(records, key), "o-")
     axis.set(title="loss", xlabel="step", ylabel="nats", yscale="log")
-    axis.legend()
+    _legend(axis, lines)
 
 
 def _learning_rate(axis: Axes, records) -> None:
@@ -196,13 +206,21 @@ def _learning_rate(axis: Axes, records) -> None:
 
 
 def _accuracy(axis: Axes, records) -> None:
+    lines = {}
     for ending in ("/top1", "/top5"):
         for key in _keys(records, ending):
             steps, values = _curve(records, key)
-            axis.plot(steps, [100 * v for v in values], "o-", label=key)
+            (lines[key],) = axis.plot(steps, [100 * v for v in values], "o-")
     axis.set(title="accuracy", xlabel="step", ylabel="%")
-    if axis.lines:
-        axis.legend()
+    if lines:
+        _legend(axis, lines)
+
+
+def _legend(owner: Axes | Figure, lines: Mapping[str, Line2D], **style: Any) -> None:
+    """Names lines as they are called, with a dollar or an underscore in front too."""
+    names = [_short(name, 40) for name in lines]
+    for said in owner.legend([*lines.values()], names, **style).get_texts():
+        said.set_parse_math(False)
 
 
 def _confusion(axis: Axes, examples, class_names) -> None:
@@ -212,8 +230,10 @@ def _confusion(axis: Axes, examples, class_names) -> None:
     axis.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues")
     axis.set(title="confusion", xlabel="predicted", ylabel="true")
     names = [_short(name) for name in class_names]
-    axis.set_xticks(range(k), names, rotation=90 if max(map(len, names)) > 2 else 0)
-    axis.set_yticks(range(k), names)
+    turn = 90 if max(map(len, names)) > 2 else 0
+    style: dict[str, Any] = {"parse_math": False, "size": min(10, 200 / k)}
+    axis.set_xticks(range(k), names, rotation=turn, **style)
+    axis.set_yticks(range(k), names, **style)
     if k <= 12:
         for (i, j), count in np.ndenumerate(counts):
             if count:
@@ -221,5 +241,6 @@ def _confusion(axis: Axes, examples, class_names) -> None:
                 axis.text(j, i, count, ha="center", va="center", color=colour, size=7)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "…"
+def _short(name: str, room: int = 14) -> str:
+    """Of a name that is longer the beginning and the end: classes stay apart."""
+    return shortened(name, room, end=room // 3)

@@ -383,7 +383,7 @@ def table(report: dict[str, Any]) -> str:
 def cpu_model() -> str:
     """The processor's own name for itself."""
     info = pathlib.Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -484,9 +484,11 @@ def main(argv: list[str] | None = None) -> None:
                     costs[key] = result.get(key, []) + costs[key]
                 result |= costs
     summarise(report)
-    print(table(report))
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        pathlib.Path(args.out).write_text(
+            json.dumps(report, indent=1) + "\n", encoding="utf-8"
+        )
+    print(table(report))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ factor of about ten every fifty steps while the learning rate rises.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping
 
 import arguments
+
+from mlp_mixer import metrics
 
 STEPS = (1, 10, 100, 1000)
 KEYS = ("train/loss", "train/grad_norm")
@@ -33,19 +34,15 @@ def read(path: str | pathlib.Path) -> Ledger:
 
     Raises:
       FileNotFoundError: neither a file nor the folder of a run.
-      ValueError: it has no record of step 1.
+      ValueError: it is damaged, or has no record of step 1.
     """
     path = pathlib.Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
-    ledger: Ledger = {}
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if record["step"] in STEPS and KEYS[0] in record:
-                ledger[record["step"]] = {key: float(record[key]) for key in KEYS}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}, line {number} is no record of a run.") from error
+    ledger = {
+        r["step"]: {key: float(r[key]) for key in KEYS}
+        for r in metrics.read_file(file)
+        if r["step"] in STEPS and set(KEYS) <= r.keys()
+    }
     if 1 not in ledger:
         raise ValueError(
             f"{file} has no record of step 1; train with --config.log_every_steps=1."

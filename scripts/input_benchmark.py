@@ -395,6 +395,8 @@ def main(argv: list[str], cpu_model: str) -> None:
     if "tensorflow" in sys.modules:
         report["versions"]["tensorflow"] = sys.modules["tensorflow"].__version__
     summarise(report, args.rate)
-    print(table(report))
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+        pathlib.Path(args.out).write_text(
+            json.dumps(report, indent=1) + "\n", encoding="utf-8"
+        )
+    print(table(report))

@@ -35,15 +35,19 @@ from ml_collections import ConfigDict
 from mlp_mixer import (
     atomic,
     evaluate,
+    evaluators,
+    files,
     metrics,
     models,
     program,
     recipe,
     runs,
+    text,
     train,
     visualize,
 )
 from mlp_mixer.data import preparation, sources
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +132,7 @@ def watched(config: ConfigDict) -> str:
     """The evaluator that decides: the one that runs in training.
 
     Raises:
-      ValueError: there is not exactly one.
+      ValueError: there is not exactly one, or it has no top-1.
     """
     names = list(recipe.evaluations(config))
     if len(names) != 1:
@@ -136,6 +140,7 @@ def watched(config: ConfigDict) -> str:
             f"The recipe evaluates {', '.join(names) or 'nothing'} in training, and "
             "one accuracy has to decide; set every_steps of the others to 0."
         )
+    evaluators.more_is_better(config.evals.to_dict(), f"{names[0]}/top1")
     return names[0]
 
 
@@ -181,15 +186,20 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     path = workdir / RESULT
     if not path.exists():
         return None
-    said = json.loads(path.read_text())
+    said = files.read_json(path)
+    top1 = said.get("top1", math.inf)
+    if not isinstance(said.get("config"), dict) or not (
+        top1 is None or (type(top1) in (int, float) and 0 <= top1 <= 1)
+    ):
+        raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
     if differing := runs.differences(said["config"], runs.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + "\n".join(differing)
+            + listed([line.strip() for line in differing], 17)
             + "\nChoose another --workdir, or give the fields their old values."
         )
-    return math.nan if said["top1"] is None else said["top1"]
+    return math.nan if top1 is None else top1
 
 
 def complete(
@@ -430,13 +440,17 @@ def write(
         fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
         said["results"].append(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(said, indent=2) + "\n")
+    (folder / "sweep.json").write_text(
+        json.dumps(said, indent=2) + "\n", encoding="utf-8"
+    )
     right = ["---", *["---:"] * 4, "---", "---"]
-    text = _markdown([COLUMNS, right, *rows(results, means)])
+    tables = _markdown(COLUMNS, right, rows(results, means))
     if five := table_of_five(results):
         columns = ["", *FIVE.values(), "Avg 5"]
-        text += "\n" + _markdown([columns, ["---", *["---:"] * 6], *five])
-    (folder / "sweep.md").write_text(f"# {folder}\n\n{text}")
+        tables += "\n" + _markdown(columns, ["---", *["---:"] * 6], five)
+    (folder / "sweep.md").write_text(
+        f"# {text.markdown(str(folder))}\n\n{tables}", encoding="utf-8"
+    )
     curves = {
         result.name: {r: _finite(a) for r, a in result.grid.items()}
         for result in results
@@ -448,8 +462,11 @@ def write(
         (folder / "sweep.png").write_bytes(picture)
 
 
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def _markdown(
+    columns: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]]
+) -> str:
+    head, *body = ([*map(text.markdown, line)] for line in (columns, *lines))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, right, *body))
 
 
 def _finite(accuracy: float) -> float | None:
@@ -493,8 +510,8 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
             raise
         results.append(result)
         write(folder, results, means(results))
-    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
     logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
+    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
 
 
 def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:

@@ -16,16 +16,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("errors", "fields"),
+    ("text", "errors", "fields", "processes"),
+    ("files",),
     (
         "recipe",
         "atomic",
+        "files",
+        "text",
         "models",
         "losses",
         "sharding",
         "fingerprints",
         "signals",
         "metrics",
+        "ownership",
         "data.decoding",
         "data.image_ops",
         "data.randaugment",
@@ -36,6 +40,7 @@ LAYERS = (
     (
         "optim",
         "checkpoint",
+        "history",
         "data.pipeline",
         "data.sources",
         "data.preparation",

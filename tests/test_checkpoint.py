@@ -171,6 +171,62 @@ def test_a_checkpoint_that_may_be_the_best_is_not_removed(tmp_path):
     assert names(tmp_path) == ["00000010", "00000030"]
 
 
+def test_metrics_that_are_added_later_choose_the_best_also_after_a_restart(tmp_path):
+    options: dict[str, Any] = {"every_steps": 10, "keep_latest": 1, "keep_best": "top1"}
+    with Checkpointer(tmp_path, **options) as c:
+        c.save(10, state_at(10), {"loss": 3.0, "top1": 0.1})
+        c.add_metrics(10, {"top1": np.float32(0.5)})
+        c.add_metrics(10, {"top5": 0.75})
+        c.save(20, state_at(20), {"top1": 0.2})
+        c.save(30, state_at(30))
+    assert names(tmp_path) == ["00000010", "00000030"]
+    assert not [f for f in names(folder(tmp_path, 10)) if f.startswith(".")]
+    with Checkpointer(tmp_path, **options) as c:
+        c.restore(target())
+        c.add_metrics(30, {"top1": 0.4})
+        c.save(40, state_at(40), {"top1": 0.3})
+        assert restore_params(tmp_path, target().params, best="top1")[0] == 10
+        assert restore_params(tmp_path, target().params, best="top5")[0] == 10
+    assert names(tmp_path) == ["00000010", "00000040"]
+
+
+def test_metrics_are_added_to_what_is_saved_only(tmp_path):
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        c.save(10, state_at(10))
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint 20 .*only \[10\]"):
+            c.add_metrics(20, {"top1": 0.5})
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "other", "bytes"])
+def test_damaged_metrics_are_told_and_are_no_scores(harm, tmp_path, caplog):
+    options: dict[str, Any] = {"every_steps": 10, "keep_latest": 1, "keep_best": "top1"}
+    with Checkpointer(tmp_path, **options) as c:
+        c.save(10, state_at(10), {"top1": 0.9})
+        c.save(20, state_at(20), {"top1": 0.1})
+        c.add_metrics(10, {"top1": 0.8})
+    [file] = folder(tmp_path, 10).glob("*metrics*")
+    text = file.read_text()
+    changed = {
+        "flip": text.replace("0.8", "0.9").encode(),
+        "cut": text.encode()[:20],
+        "empty": b"",
+        "other": b"[0.8]",
+        "bytes": b"\xff" + text.encode(),
+    }
+    file.write_bytes(changed[harm])
+    assert restore_params(tmp_path, target().params, best="top1")[0] == 20
+    assert "Checkpoint 10" in caplog.text
+    assert file.name in caplog.text
+    with Checkpointer(tmp_path, **options) as c:
+        # It may have been the best, and its arrays are intact.
+        c.restore(target())
+        c.save(30, state_at(30), {"top1": 0.5})
+        c.add_metrics(10, {"top1": 0.7})
+        assert names(tmp_path) == ["00000010", "00000030"]
+    assert restore_params(tmp_path, target().params, best="top1")[0] == 10
+    assert damaged(tmp_path) == []
+
+
 def test_the_last_step_is_saved_whatever_its_number_and_only_once(tmp_path):
     with Checkpointer(tmp_path, every_steps=10) as c:
         assert c.save(10, state_at(10))

@@ -1,10 +1,13 @@
 """The report draws what it was given. (Whether it is a good picture, a person says.)"""
 
 import io
+import itertools
 
 import numpy as np
 import PIL.Image
 import pytest
+from matplotlib.text import Text
+from odd_names import NAMES
 
 from mlp_mixer import visualize
 from mlp_mixer.evaluators import accuracy
@@ -157,3 +160,66 @@ def test_the_learning_rates_show_every_accuracy_and_ring_the_chosen():
         *("0.01", "0.03", "0.06")
     ]
     assert visualize.png(figure)[:4] == b"\x89PNG"
+
+
+def titles_and_labels(figure):
+    """Every text of a figure, as it is drawn."""
+    visualize.png(figure)
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def odd_report(class_names, name="val", key="val"):
+    seen = examples(len(class_names), 40)
+    shown = visualize.mistakes_first(seen, 12)
+    records = [{"step": 1, f"{key}/loss": 2.0, f"{key}/top1": 0.5}]
+    return visualize.report(
+        records,
+        name=name,
+        examples=seen,
+        shown=shown,
+        images=[np.zeros((4, 6, 3), np.uint8)] * 12,
+        truths=[[int(seen.label[i])] for i in shown],
+        class_names=class_names,
+    )
+
+
+def test_a_report_shows_any_name_as_it_is():
+    said = titles_and_labels(odd_report([*NAMES.values()], "va$l_{", "_o$dd$"))
+    assert "Ba$$in $x…ac{a" in said  # no mathematics, and both ends
+    assert "[bold]red…k=x]" in said
+    assert r"caf\udce9…dcff" in said
+    assert any(text.startswith("va$l_{: ") for text in said)
+    # An underscore hides a line from matplotlib's own legends.
+    assert {"_o$dd$", "_o$dd$/top1"} <= {*said}
+    assert not any(set("\n\r\t\x1b") & {*text.replace("\nis ", "")} for text in said)
+
+
+def test_a_sheet_and_the_learning_rates_show_any_name():
+    names = [*NAMES.values()]
+    figure = visualize.sheet(
+        [np.zeros((4, 6, 3), np.uint8)] * len(names),
+        captions=names,
+        classes=[(name, "b") for name in names],
+        probabilities=[(0.75, 0.25)] * len(names),
+        title="".join(names),
+    )
+    said = titles_and_labels(figure)
+    for name in (r"caf\udce9 \udcff", "Ba$$in $x_1^{2}$ \\frac{a"):
+        assert said.count(name) == 2  # above an image, and beside its bar
+    rates = {name: {0.1: 0.5} for name in names}
+    figure = visualize.learning_rates(rates, dict.fromkeys(names, 0.1))
+    assert {r"caf\udce9 \udcff", "_e_"} <= {*titles_and_labels(figure)}
+
+
+def test_forty_long_names_stay_apart_and_on_the_page():
+    names = [
+        f"{'the same beginning of a hundred characters ' * 2}{i:04}" for i in range(40)
+    ]
+    figure = odd_report(names)
+    visualize.png(figure)
+    (confusion,) = (a for a in figure.axes if a.get_title() == "confusion")
+    labels = confusion.get_yticklabels()
+    assert len({label.get_text() for label in labels}) == 40
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(below.y0 >= above.y1 for above, below in itertools.pairwise(boxes[::-1]))
+    assert all(box.x0 >= 0 for box in boxes)

@@ -1,11 +1,21 @@
-"""What classes are called: ImageNet-1k's names, and names from a file."""
+"""What classes are called, and whose are whose: names are compared, not only counted.
+
+`places` does that; there are ImageNet-1k's names too, and names from a file.
+"""
 
 import collections
+import contextlib
 import functools
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from etils import epath
+
+from mlp_mixer import files
+from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +45,123 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def canonical(name: str) -> str:
+    """The name in one spelling, however a file system or a locale spells it.
+
+    macOS may give "é" as "e" and an accent, and without a UTF-8 locale Python gives its
+    bytes as surrogates.
+    """
+    if name.isascii():
+        return name
+    with contextlib.suppress(UnicodeError):  # surrogates that stand for no bytes
+        data = name.encode("utf-8", "surrogateescape")
+        name = data.decode("utf-8", "surrogateescape")
+    return unicodedata.normalize("NFC", name)
+
+
+def places(
+    names: Sequence[str] | None,
+    known: Sequence[str] | None,
+    *,
+    of: str,
+    to: str,
+    hint: str = "",
+) -> tuple[int, ...] | None:
+    """Where the classes called `names` stand among those called `known`.
+
+    The spelling of accents does not matter, and ImageNet-1k's synset ids are its words.
+    Numbers ("0", "1", "10", "2", … in a folder) are labels rather than names: each is
+    the class with that label, whatever it is called.
+
+    Args:
+      names: by label, perhaps not of all classes; None: they have none.
+      known: by label, of all classes.
+      of: what has the `names`, for people.
+      to: what has the `known` ones, for people.
+      hint: end of the message, what to do about different names.
+
+    Returns:
+      For each of `names` its place; None if each stands where it stands in `known`, or
+      if one side has no names.
+
+    Raises:
+      ValueError: `known` lacks some of them; lists what only one side has. Or a name
+        that stands elsewhere in `known` is there twice.
+    """
+    theirs, ours = keys(names or ()), keys(known or ())
+    numbers, known_numbers = _numbers(names), _numbers(known)
+    as_many = not names or not known or len(names) == len(known)
+    if names and known and {*theirs} <= {*ours}:
+        if theirs == ours:
+            return None
+        if twice := _repeated(theirs) or _repeated(ours):
+            raise ValueError(
+                f"The classes of {of} and of {to} are in another order, and cannot be "
+                f"told apart by name: {_listed(twice)} is there more than once."
+            )
+        place = {name: i for i, name in enumerate(ours)}
+        found = [place[name] for name in theirs]
+    elif as_many and (numbers or known_numbers):
+        labels = range(len(names or known or ()))
+        places_of = {label: i for i, label in enumerate(known_numbers or labels)}
+        found = [places_of[label] for label in numbers or labels]
+    elif names and known:
+        raise ValueError(
+            f"The classes of {of} and of {to} differ."
+            + _only(of, names, ours)
+            + _only(to, known, theirs)
+            + (f"\n{hint}" if hint else "")
+        )
+    else:
+        return None
+    if found == list(range(len(found))):
+        return None
+    moved = next(i for i, at in enumerate(found) if i != at)
+    logger.info(
+        "%s has the classes of %s in another order: they are mapped by name, e.g. %s, "
+        "%d there, to %d.",
+        *(of, to, _listed([names[moved] if names else str(moved)])),
+        *(moved, found[moved]),
+    )
+    return tuple(found)
+
+
+def keys(names: Iterable[str]) -> list[str]:
+    """What names are compared by: equal for two names of one class."""
+    ids = _synset_ids()
+    spelt = (canonical(name) for name in names)
+    return [ids.get(name, name) for name in spelt]
+
+
+@functools.cache
+def _synset_ids() -> dict[str, str]:
+    return {canonical(words): synset for synset, words in imagenet().items()}
+
+
+def _numbers(names: Sequence[str] | None) -> list[int] | None:
+    """The names as labels if they are those from 0 on, in any order."""
+    if not names or not all(name.isascii() and name.isdigit() for name in names):
+        return None
+    numbers = [int(name) for name in names]
+    return numbers if sorted(numbers) == list(range(len(numbers))) else None
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, n in collections.Counter(names).items() if n > 1]
+
+
+def _only(side: str, names: Sequence[str], others: Iterable[str]) -> str:
+    known = {*others}
+    pairs = zip(names, keys(names), strict=True)
+    only = [name for name, key in pairs if key not in known]
+    return f"\n  Only {side}: {_listed(only)}." if only else ""
+
+
+def _listed(names: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(f"'{printable(name)}'" for name in names[:limit]) + more
+
+
 def choose(
     known: Sequence[str] | None,
     count: int,
@@ -46,14 +173,22 @@ def choose(
     Args:
       known: what the weights say they are, if they do.
       count: of classes.
-      labels: a file to `read` instead.
+      labels: a file to `read` instead: other words for the same classes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it has other than `count` names.
+      ValueError: there are other than `count` names; or the file gives a class what is
+        another class's name by `known`.
     """
+    if known and len(known) != count:
+        raise ValueError(
+            f"The weights name {len(known)} classes, but their head has {count}."
+        )
     if labels is not None:
-        return readable(read(labels, count))
+        words = read(labels, count)
+        if known:
+            _check_same_classes(words, known, labels)
+        return readable(words)
     if known:
         return readable(known)
     if count == len(imagenet()):
@@ -64,6 +199,31 @@ def choose(
         )
         return tuple(imagenet().values())
     return tuple(f"class {i}" for i in range(count))
+
+
+def _check_same_classes(
+    words: Sequence[str], known: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """Passes if no word is another class's name; what is called otherwise is said."""
+    given, ours = keys(words), keys(known)
+    place = {name: i for i, name in enumerate(ours)}
+    other = [i for i, name in enumerate(given) if name != ours[i]]
+    wrong = [i for i in other if given[i] in place]
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f"Line {i + 1} of {path} is {_listed([words[i]])}, but by the weights this "
+            f"is the name of class {place[given[i]]}, and class {i} is "
+            f"{_listed([known[i]])} ({len(wrong)} such lines). Order the lines as the "
+            "weights do, or leave --labels out: the weights name their classes."
+        )
+    if other:
+        i = other[0]
+        logger.info(
+            "%s has other words than the weights for %d of %d classes, e.g. %s for %s.",
+            *(path, len(other), len(words)),
+            *(_listed([words[i]]), _listed([known[i]])),
+        )
 
 
 def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
@@ -77,7 +237,8 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path} with the names of classes.")
     try:
-        text = file.read_text(encoding="utf-8-sig").rstrip()
+        data = files.read_bytes(path, files.MAX_BYTES)
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").rstrip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
     names = tuple(line.strip() for line in text.splitlines())
@@ -88,4 +249,31 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
         )
     if "" in names:
         raise ValueError(f"Line {names.index('') + 1} of {path} is empty.")
+    return names
+
+
+def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
+    """Names from a run's class_names.json; None if its data set has none.
+
+    Args:
+      path: of the file.
+      count: of the model's classes, if it is known.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is damaged, or has other than `count` names.
+    """
+    names = files.read_json(path, list, type(None))
+    if names is None:
+        return None
+    said = printable(os.fspath(path))
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(
+            f"{said} holds {files.kind_of(wrong[0])} among the names of classes; "
+            "expected strings alone."
+        )
+    if count is not None and len(names) != count:
+        raise ValueError(
+            f"{said} has {len(names):,} names, but the model {count:,} classes."
+        )
     return names

@@ -5,12 +5,43 @@ JPEGs by libjpeg-turbo (simplejpeg), everything else by Pillow.
 
 import contextlib
 import io
-import math
+import struct
+import zlib
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import simplejpeg
 from jaxtyping import UInt8
+
+from mlp_mixer.text import brief
+
+# The largest image that is decoded: twice what Pillow warns of. Above `PIXELS` bytes
+# are the limit too: 34 bytes of WebP declare 169 million pixels (27 s and 3.6 GB), and
+# a photograph has fewer pixels to a byte.
+MAX_PIXELS = 178_956_970
+PIXELS, PIXELS_PER_BYTE = 2**24, 500
+# What Pillow hands to another program, Ghostscript, to be run.
+_PROGRAMS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+
+# What its plugins raise about damaged data.
+_PILLOWS_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
+    PIL.Image.DecompressionBombError,
+)
+
+# How files end that `decode` reads, the most common first. Not all that Pillow knows:
+# some formats need another program, hold no picture of up to 16 bits, or are leaving.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".jpe", ".jfif", ".mpo", ".apng", ".avifs", ".dib", ".ico", ".icns", ".cur"),
+    *(".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".pnm", ".ppm", ".pgm", ".pbm", ".tga", ".icb", ".vda", ".vst"),
+    *(".sgi", ".rgb", ".rgba", ".bw", ".ras", ".pcx", ".dcx", ".psd", ".qoi", ".dds"),
+    *(".blp", ".fit", ".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr", ".msp"),
+    *(".pcd", ".pxr", ".xbm", ".xpm"),
+)
 
 # Complaints about a JPEG that end it: libjpeg merely warns, and makes up the pixels.
 # The last one is ours.
@@ -24,24 +55,68 @@ _DAMAGE = (
 )
 
 
-def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
+# Of an image as it is stored: whether it is transposed, then turned around down and
+# across, for each of Exif's orientations (1 is none).
+_TURNS = {
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}
+# A PNG with an orientation has one of them: Pillow decodes it before it says more.
+_PNG_EXIF = (b"eXIf", b"type exif", b"tiff:Orientation")
+
+
+def decode(
+    data: bytes, dct: str = "fast", *, exif: bool = False
+) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes an encoded image to RGB; the content decides the format, not a name.
 
     As in `tf.io.decode_image(channels=3)` alpha is dropped, 16-bit samples lose their
-    low byte, and Exif's orientation is ignored. Of an animation the first frame is
-    taken.
+    low byte, and Exif's orientation is ignored, in every format. Of an animation the
+    first frame is taken.
 
     Args:
         data: the bytes of a JPEG, or of anything that Pillow reads.
         dct: "fast" gives the pixels of TensorFlow's default, on which the published
             models were trained; "accurate" those of Pillow and OpenCV. Only for JPEG.
+        exif: whether the image is turned as its Exif orientation says.
 
     Raises:
-        ValueError: `dct` is unknown, or the data are damaged, not an image, or too
-            large to be a photograph (Pillow's limit, 179 million pixels).
+        ValueError: `dct` is unknown, or the data are damaged, not an image, or declare
+            more pixels than `MAX_PIXELS`, or than their bytes can be a photograph of.
     """
     if dct not in ("fast", "accurate"):
         raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
+    image = _decode(data, dct)
+    turn = _TURNS.get(orientation(data)) if exif else None
+    if turn is None:
+        return image
+    transposed, down, across = turn
+    image = image.swapaxes(0, 1) if transposed else image
+    return np.ascontiguousarray(image[::down, ::across])
+
+
+def orientation(data: bytes) -> int:
+    """Exif's orientation of an encoded image, 1 ... 8; 1, upright, if it has none.
+
+    Looks at the header alone, except of a PNG.
+    """
+    if data[:4] == b"\x89PNG" and not any(mark in data for mark in _PNG_EXIF):
+        return 1
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            _check_pixels(data, image.height, image.width)
+            found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+    except _PILLOWS_ERRORS:  # an image is read without what else its file says
+        return 1
+    return found if found in _TURNS else 1
+
+
+def _decode(data: bytes, dct: str) -> UInt8[np.ndarray, "h w 3"]:
     if data[:3] != b"\xff\xd8\xff":
         return _decode_with_pillow(data)
     try:
@@ -60,8 +135,7 @@ def decode(data: bytes, dct: str = "fast") -> UInt8[np.ndarray, "h w 3"]:
 
 def _decode_jpeg(data: bytes, fast: bool, strict: bool) -> UInt8[np.ndarray, "h w 3"]:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
-    if height * width > 2 * (PIL.Image.MAX_IMAGE_PIXELS or math.inf):
-        raise ValueError(f"too many pixels, {height}x{width}")
+    _check_pixels(data, height, width)
     if colours not in ("CMYK", "YCCK"):
         return simplejpeg.decode_jpeg(data, "RGB", fastdct=fast, strict=strict)
     inks = simplejpeg.decode_jpeg(data, "CMYK", fastdct=fast, strict=strict)
@@ -72,12 +146,19 @@ def _decode_jpeg(data: bytes, fast: bool, strict: bool) -> UInt8[np.ndarray, "h 
 
 
 def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    if data.startswith(_PROGRAMS):
+        raise _undecodable(data, "PostScript is a program, not an image")
     try:
         image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
+        _check_pixels(data, image.height, image.width)
+        if image.format == "TIFF":  # of all formats Pillow would turn this one
+            image.getexif().pop(PIL.ExifTags.Base.Orientation, None)
+            image.load()
+            image = image.copy()  # of the size that it is stored in
         image.load()
     except PIL.UnidentifiedImageError as error:
         raise _undecodable(data, "no image format that Pillow knows") from error
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except _PILLOWS_ERRORS as error:
         raise _undecodable(data, str(error)) from error
     if image.mode.startswith(("I", "F")):
         # Pillow clips 16-bit grey to 255 where everyone else keeps the high byte.
@@ -96,8 +177,14 @@ def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     return np.array(image.convert("RGB"))
 
 
+def _check_pixels(data: bytes, height: int, width: int) -> None:
+    most = min(MAX_PIXELS, max(PIXELS, PIXELS_PER_BYTE * len(data)))
+    if height * width > most:
+        raise ValueError(f"too many pixels, {height}x{width}, more than {most:,}")
+
+
 def _undecodable(data: bytes, reason: str) -> ValueError:
     return ValueError(
-        f"cannot decode {len(data)} bytes that begin with {data[:8]!r}: {reason}; "
-        "is the file complete, and an image?"
+        f"cannot decode {len(data)} bytes that begin with {data[:8]!r}: "
+        f"{brief(reason)}; is the file complete, and an image?"
     )

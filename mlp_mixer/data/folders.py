@@ -1,17 +1,46 @@
-"""Image files: folders with one sub-folder per class, and files without labels."""
+"""Image files: folders with one sub-folder per class, and files without labels.
 
+What a search leaves out is counted by kind and said in one line.
+"""
+
+import collections
+import contextlib
 import dataclasses
+import difflib
 import glob
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".ppm")
+from mlp_mixer.data import decoding
+from mlp_mixer.data.decoding import SUFFIXES
+from mlp_mixer.text import printable
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 200  # files of a folder, for an Exif orientation
+# Files and folders of operating systems and servers, beside those with a dot in front.
+_OF_SYSTEMS = frozenset(
+    (
+        *("__macosx", "icon\r", "network trash folder"),
+        *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+        *("$recycle.bin", "system volume information", "lost+found"),
+        *("@eadir", "#recycle", "#snapshot", "__pycache__"),
+    )
+)
+HIDDEN = "hidden or of the system"
+_DEEPER = "image(s) in folders of a class"
+_SPLITS = ("train", "val", "valid", "validation", "test")
+_ENDINGS = f"images end in {', '.join(SUFFIXES[:11])}, or as others that Pillow reads"
+# Kind of file → how many.
+LeftOut = collections.Counter[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +79,10 @@ def open_folder(path: str, split: str) -> FolderSource:
     Slices ("all[:90%]") are of a fixed permutation, so that each has all classes.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it has no such split, or splits with different classes.
+        FileNotFoundError: no such folder, or a link to a class that leads nowhere.
+        OSError: a folder cannot be read.
+        ValueError: it has no such split, splits with different classes, a class without
+            images, or two classes that are one.
     """
     root = pathlib.Path(path).expanduser()
     if not path or not root.is_dir():
@@ -59,35 +90,44 @@ def open_folder(path: str, split: str) -> FolderSource:
             f"No folder {path!r}; write folder:/path/to/images, with one sub-folder of"
             " images per class."
         )
-    files, classes = {}, {}
-    for name in {part.partition("[")[0].strip() for part in split.split("+")}:
-        folder = root if name == "all" else root / name
-        files[name], classes[name] = _list_images(folder)
-        if not files[name]:
-            raise ValueError(
-                f"No images {folder}/<class>/* for split {split!r}; {path} holds the"
-                f" folders {subfolders(root)}. Write 'train' for train/<class>/*, and"
-                " 'all' or 'all[:90%]' for <class>/*. Images end in"
-                f" {', '.join(IMAGE_SUFFIXES)}."
-            )
-    if "all" not in classes and (root / "train").is_dir():
-        classes["train"] = subfolders(root / "train")
-    reference, *others = sorted(classes, key=lambda name: name != "train")
+    contents = {
+        name: _contents(root, name)
+        for name in sorted({p.partition("[")[0].strip() for p in split.split("+")})
+    }
+    classes = {name: tuple(content.images) for name, content in contents.items()}
+    if "all" not in classes and (train := _train_folder(root)):
+        classes.setdefault(train, subfolders(root / train))
+    reference, *others = sorted(classes, key=lambda name: name.lower() != "train")
+    for name, content in contents.items():
+        content.check_all_have_images(may_be_empty=name != reference)
     for other in others:
-        if different := sorted({*classes[reference]} ^ {*classes[other]}):
-            raise ValueError(
-                f"Classes of {root / other} and {root / reference} differ, so labels"
-                f" would too: {len(different)} are in one only, e.g. {different[:5]}."
-            )
+        _check_same(root / reference, classes[reference], root / other, classes[other])
+    for content in contents.values():
+        content.say_left_out()
     label_of = {name: label for label, name in enumerate(classes[reference])}
+    files = {name: content.files() for name, content in contents.items()}
     paths, labels = [], []
     for name, start, stop in _slices(split, {k: len(v) for k, v in files.items()}):
-        folder = root if name == "all" else root / name
         # A slice of a sorted list would lack classes.
         order = np.random.default_rng(0).permutation(len(files[name]))[start:stop]
-        paths += [f"{folder}/{files[name][i]}" for i in order]
+        paths += [f"{contents[name].folder}/{files[name][i]}" for i in order]
         labels += [label_of[files[name][i].partition("/")[0]] for i in order]
+    _say_what_is_turned(path, split, paths)
     return FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
+
+
+def _say_what_is_turned(path: str, split: str, paths: list[str]) -> None:
+    looked_at = paths[:: -(-len(paths) // LOOKED_AT) or 1]
+    turned = 0
+    for name in looked_at:
+        with contextlib.suppress(OSError):  # named when it is read
+            turned += decoding.orientation(pathlib.Path(name).read_bytes()) != 1
+    if turned:
+        logger.info(
+            "folder:%s %s: %d of %d images looked at are turned by Exif; they are read "
+            "as they are stored, unrotated, as the authors do.",
+            *(path, split, turned, len(looked_at)),
+        )
 
 
 def open_files(paths: Iterable[str]) -> FolderSource:
@@ -102,64 +142,333 @@ def find_images(path: str) -> list[str]:
     Args:
         path: a file of any name; a folder, for the images in it and below it; or a
             glob ("photos/**/*.jpg"), for the images and folders that match, each file
-            once. What is hidden (".git", "._0.png") is passed by, and in a folder
-            what lies in folders behind links.
+            once. What there is is a path: a folder "a[1]" in "a[1]/*.jpg" too. What is
+            hidden (".git", "._0.png") is passed by, and in a folder what lies in
+            folders behind links.
 
     Raises:
         FileNotFoundError: nothing is there or matches.
+        OSError: a folder cannot be read.
         ValueError: there is no image in it.
     """
+    if not os.path.exists(path):
+        path = os.path.expanduser(path)
     if os.path.isdir(path):
-        found = sorted(_below(path))
+        seen = dict(_below(path))
     elif os.path.exists(path):
         return [path]
-    elif matches := glob.glob(os.path.expanduser(path), recursive=True):
-        files = {m for m in matches if _is_image(m) and not os.path.isdir(m)}
-        inside = {f for m in matches if os.path.isdir(m) for f in _below(m)}
+    elif matches := _matches(path):
+        seen = dict(_matched(path, matches))
         # Each file once: links may lead to it on many ways.
-        ways = {os.path.realpath(f): f for f in sorted(files | inside, reverse=True)}
-        found = sorted(ways.values())
+        ways = {os.path.realpath(f): f for f in sorted(seen, reverse=True)}
+        seen = {file: seen[file] for file in ways.values()}
     else:
         kind, hint = "file or folder", ""
         if glob.has_magic(path):
             kind, hint = "match for", " (a name with a bracket is written [[])"
         raise FileNotFoundError(f"There is no {kind} {path}{hint}.")
+    left_out = LeftOut(kind for kind in seen.values() if kind)
+    found = sorted(file for file, kind in seen.items() if not kind)
     if not found:
-        raise ValueError(
-            f"There is no image in {path}; images end in {', '.join(IMAGE_SUFFIXES)}."
-        )
+        holds = f", only {listed(left_out)}" if left_out else ""
+        raise ValueError(f"There is no image in {path}{holds}; {_ENDINGS}.")
+    say_left_out(path, left_out)
     return found
 
 
-def _below(folder: str) -> Iterator[str]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if _is_image(name) and not name.startswith("."):
-                yield os.path.join(root, name)
+def _matches(path: str) -> list[str]:
+    """What matches a glob, whose beginning is a path as far as there is one."""
+    folder = os.path.dirname(path)
+    while not os.path.isdir(folder or os.curdir):
+        folder = os.path.dirname(folder)
+    return glob.glob(glob.escape(folder) + path[len(folder) :], recursive=True)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def _matched(pattern: str, matches: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Files that match a glob or lie below what does, and why each is left out."""
+    named = pathlib.PurePath(pattern).parts
+    for match in matches:
+        parts = {*pathlib.PurePath(match).parts} - {*named}
+        if any(part.lower() in _OF_SYSTEMS for part in parts):
+            yield match, HIDDEN
+        elif os.path.isdir(match):
+            yield from _below(match)
+        else:
+            yield match, _kind_of_ending(match)
+
+
+def _below(folder: str) -> Iterator[tuple[str, str | None]]:
+    """Files in a folder and below it, and why each is left out; None: it is an image.
+
+    What is behind a link to a folder, or in one that is hidden, is counted as one file.
+    """
+    waiting = [folder]
+    while waiting:
+        for entry in _entries(waiting.pop()):
+            if entry.is_dir(follow_symlinks=False) and not is_hidden(entry.name):
+                waiting.append(entry.path)
+            else:
+                yield entry.path, _why_left_out(entry)
+
+
+def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise OSError(
+            f"The folder {printable(os.fspath(folder))} cannot be read"
+            f" ({error.strerror}), so what is in it would be missing; change its"
+            " permissions, or move it elsewhere."
+        ) from error
+
+
+# --- What is an image -----------------------------------------------------------------
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or a system's own."""
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+
+
+def why_left_out(name: str) -> str | None:
+    """The kind that a file of this name is counted under; None if it is an image."""
+    return HIDDEN if is_hidden(name) else _kind_of_ending(name)
+
+
+def _kind_of_ending(name: str) -> str | None:
+    ending = os.path.splitext(name)[1].lower()
+    return None if ending in SUFFIXES else printable(ending) or "without an ending"
+
+
+def _why_left_out(entry: os.DirEntry) -> str | None:
+    kind = why_left_out(entry.name)
+    if entry.is_symlink():
+        # Of an image no look at what is behind: it is one for each, on slow disks, and
+        # where nothing is, it is named as a broken image.
+        return "linked folder(s)" if kind and os.path.isdir(entry.path) else kind
+    if kind != HIDDEN and not entry.is_file():  # a pipe would be read for ever
+        return "folder(s)" if entry.is_dir() else "neither file nor folder"
+    return kind
+
+
+def listed(left_out: LeftOut) -> str:
+    """The kinds with their counts, the most common first: "3 .txt, 1 .json"."""
+    kinds = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{count:,} {kind}" for kind, count in kinds[:8]]
+    if rest := sum(count for _, count in kinds[8:]):
+        parts.append(f"{rest:,} of other kinds")
+    return ", ".join(parts)
+
+
+def say_left_out(where: str | os.PathLike[str], left_out: LeftOut) -> None:
+    """Says in one line of the log what is left out; softly if it is merely hidden."""
+    if left_out:
+        level = logging.INFO if left_out.keys() == {HIDDEN} else logging.WARNING
+        where = printable(os.fspath(where))
+        logger.log(level, "Left out of %s: %s.", where, listed(left_out))
+
+
+# --- Folders of classes ---------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Contents:
+    """What lies in a folder of classes.
+
+    Attributes:
+        folder: where they are.
+        images: class → names of its image files, sorted.
+        left_out: class → what else lies in its folder; "" stands for beside them.
+        deeper: class → an image that lies in a folder of its folder.
+    """
+
+    folder: pathlib.Path
+    images: dict[str, list[str]]
+    left_out: dict[str, LeftOut]
+    deeper: dict[str, str]
+
+    def files(self) -> list[str]:
+        """All `class/image`, sorted."""
+        return sorted(
+            f"{k}/{file}" for k, files in self.images.items() for file in files
+        )
+
+    def say_left_out(self) -> None:
+        """Says in one line what is not among the images."""
+        total = sum(self.left_out.values(), LeftOut())
+        if deeper := total.pop(_DEEPER, 0):
+            example = printable(next(iter(self.deeper.values())))
+            total[f"{_DEEPER} ({example})"] = deeper
+        say_left_out(self.folder, total)
+
+    def check_all_have_images(self, *, may_be_empty: bool) -> None:
+        """Raises ValueError that says which classes have no images, and why.
+
+        Args:
+            may_be_empty: whether a folder may be quite empty: a part that is evaluated
+                need not have all classes.
+        """
+        without = [name for name, files in self.images.items() if not files]
+        if may_be_empty:
+            quite = [k for k in without if not self.left_out[k].keys() - {HIDDEN}]
+            without = sorted({*without} - {*quite})
+            if quite:
+                logger.warning(
+                    "%s has no image of %d of its %d classes: %s.",
+                    printable(str(self.folder)),
+                    *(len(quite), len(self.images), _some(quite)),
+                )
+        if not without:
+            return
+        reasons = "; ".join(map(self._reason, without[:3]))
+        advice = "move images into <class>/ itself, or remove what is no class"
+        if any(name.lower() in _SPLITS for name in self.deeper):
+            advice += "; if these are splits, name one: 'train' for train/<class>/*"
+        raise ValueError(
+            printable(
+                f"No images in {len(without):,} of {len(self.images):,} classes of"
+                f" {self.folder}: {reasons}{'; …' * (len(without) > 3)}. Expected"
+                f" <class>/<image>, where {_ENDINGS}: {advice}."
+            )
+        )
+
+    def _reason(self, name: str) -> str:
+        if name in self.deeper:
+            count = self.left_out[name][_DEEPER]
+            return f"{name!r} ({count:,} lie deeper, such as {self.deeper[name]})"
+        held = self.left_out[name]
+        return f"{name!r} ({f'only {listed(held)}' if held else 'empty'})"
+
+
+def _contents(root: pathlib.Path, split: str) -> _Contents:
+    """Looks through the folder of a split.
+
+    Raises:
+        FileNotFoundError: a link leads nowhere.
+        OSError: a folder cannot be read.
+        ValueError: there is no such folder, or none of classes in it, or two are one.
+    """
+    folder = root if split == "all" else root / split
+    found = _Contents(folder, {}, {"": LeftOut()}, {})
+    beside = found.left_out[""]
+    for entry in _entries(folder) if folder.is_dir() else ():
+        _check_link(entry)
+        if is_hidden(entry.name) or not entry.is_dir():
+            beside[
+                _why_left_out(entry) or "image(s) beside the folders of classes"
+            ] += 1
+        else:
+            _look_into(entry, found)
+    if not found.images:
+        raise _no_classes(root, split, beside)
+    found.images = dict(sorted(found.images.items()))
+    _check_distinct(folder, [*found.images])
+    return found
+
+
+def _look_into(of_class: os.DirEntry, found: _Contents) -> None:
+    """Adds the contents of a class's folder to what is found."""
+    images, left_out = [], LeftOut()
+    for entry in _entries(of_class.path):
+        kind = _why_left_out(entry)
+        if kind == "folder(s)":
+            for path, inner in _below(entry.path):
+                left_out[inner or _DEEPER] += 1
+                if not inner:
+                    inside = os.path.relpath(path, found.folder)
+                    found.deeper.setdefault(of_class.name, inside)
+        elif kind:
+            left_out[kind] += 1
+        else:
+            images.append(entry.name)
+    found.images[of_class.name] = images
+    found.left_out[of_class.name] = left_out
+
+
+def _no_classes(root: pathlib.Path, split: str, beside: LeftOut) -> ValueError:
+    holds = f" It holds {listed(beside)}." if beside else ""
+    names = subfolders(root)
+    near = difflib.get_close_matches(split.lower(), [n.lower() for n in names], 1, 0.5)
+    hint = next((f"{n!r}, " for n in names if [n.lower()] == near and n != split), "")
+    return ValueError(
+        printable(
+            f"No images {root / split if split != 'all' else root}/<class>/* for split"
+            f" {split!r}.{holds} {root} holds the folders {_some(names)}. Write {hint}"
+            "'train' for train/<class>/*, 'train[90%:]' for a part of it, and 'all' or"
+            " 'all[:90%]' for <class>/*."
+        )
+    )
+
+
+def _check_link(entry: os.DirEntry) -> None:
+    if entry.is_symlink() and not is_hidden(entry.name) and not os.path.exists(entry):
+        raise FileNotFoundError(
+            f"{printable(entry.path)} is a link to {os.readlink(entry.path)!r}, where"
+            " nothing can be reached; mend the link, or remove it if it is no class."
+        )
+
+
+def _check_distinct(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Refuses two folders of the same class, and warns of what looks like two."""
+    for same in _alike(names, lambda name: os.path.realpath(folder / name)):
+        raise ValueError(
+            f"The classes {_some(same)} of {folder} are one folder, by links; remove"
+            " all but one."
+        )
+    for same in _alike(names, lambda name: unicodedata.normalize("NFC", name)):
+        raise ValueError(
+            f"The classes {', '.join(map(ascii, same))} of {folder} are one name in two"
+            " Unicode spellings; move the images into one of these folders."
+        )
+    for same in _alike(names, str.casefold):
+        logger.warning(
+            "The classes %s of %s differ in upper and lower case only.",
+            *(_some(same), printable(str(folder))),
+        )
+
+
+def _alike(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _check_same(
+    folder: pathlib.Path,
+    names: Sequence[str],
+    other: pathlib.Path,
+    theirs: Sequence[str],
+) -> None:
+    if different := sorted({*names} ^ {*theirs}):
+        twice = _alike(different, lambda name: unicodedata.normalize("NFC", name))
+        hint = ""
+        if twice:
+            hint = (
+                f" {' and '.join(map(ascii, twice[0]))} are one name in two spellings."
+            )
+        raise ValueError(
+            f"Classes of {other} and {folder} differ, so labels would too:"
+            f" {len(different)} are in one only, e.g. {_some(different)}.{hint}"
+        )
+
+
+def _train_folder(root: pathlib.Path) -> str | None:
+    """The name of the folder of the split train, however it is written."""
+    names = [name for name in subfolders(root) if name.lower() == "train"]
+    return max(names, default=None)  # "train" is behind "Train"
 
 
 def subfolders(folder: pathlib.Path) -> tuple[str, ...]:
-    """Sorted names, without hidden ones."""
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    """Sorted names, without hidden ones and those of systems."""
+    names = [e.name for e in _entries(folder) if e.is_dir() and not is_hidden(e.name)]
     return tuple(sorted(names))
 
 
-def _list_images(folder: pathlib.Path) -> tuple[list[str], tuple[str, ...]]:
-    """Sorted `class/file` of a folder, and its classes."""
-    classes = subfolders(folder) if folder.is_dir() else ()
-    files = [
-        f"{name}/{file}"
-        for name in classes
-        for file in os.listdir(folder / name)
-        if _is_image(file) and not file.startswith(".")
-    ]
-    return sorted(files), classes
+def _some(names: Sequence[str], count: int = 5) -> str:
+    more = f" … ({len(names):,} in all)" if len(names) > count else ""
+    return ", ".join(map(repr, names[:count])) + more if names else "(none)"
 
 
 def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:

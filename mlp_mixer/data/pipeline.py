@@ -7,9 +7,15 @@ worker processes. The augmentation is big_vision's `configs/mlp_mixer_i1k.py`:
 Inception crop, flip, RandAugment, all on uint8; the device normalises.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +32,9 @@ Image = UInt8[np.ndarray, "h w 3"]
 Cropped = UInt8[np.ndarray, "height width 3"]
 
 _log = logging.getLogger(__name__)
+
+# How long a worker process works on after SIGTERM, in seconds.
+_GRACE = 30
 
 
 def train_batches(
@@ -103,6 +112,7 @@ def eval_batches(
     image_size: int | tuple[int, int],
     batch_size: int,
     preprocess: str = "big_vision",
+    exif: bool = False,
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -117,6 +127,7 @@ def eval_batches(
         image_size: side of a square or (height, width), in pixels.
         batch_size: of the global batch, shared out as in `train_batches`.
         preprocess: a key of `image_ops.PROTOCOLS`.
+        exif: whether images are turned as their Exif orientation says.
         workers: processes that decode; 0 does so in threads.
 
     Returns:
@@ -133,7 +144,9 @@ def eval_batches(
     size = _pair(image_size)
     # What padding looks like; and an unknown protocol is refused before any work.
     blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, size)
-    prepare = _Prepare(source=source, size=size, protocol=preprocess, blank=blank)
+    prepare = _Prepare(
+        source=source, size=size, protocol=preprocess, exif=exif, blank=blank
+    )
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
@@ -215,6 +228,7 @@ class _Prepare(grain.transforms.Map):
     source: Source
     size: tuple[int, int]
     protocol: str
+    exif: bool
     blank: np.ndarray
 
     def map(self, element: int) -> dict[str, Any]:
@@ -230,7 +244,7 @@ class _Prepare(grain.transforms.Map):
         # timm's models saw Pillow's pixels, the others TensorFlow's.
         dct = "accurate" if self.protocol == "timm" else "fast"
         try:
-            image, label = read_image(self.source, index, dct)
+            image, label = read_image(self.source, index, dct, exif=self.exif)
         except (OSError, ValueError):  # named where the batch arrives
             return row
         image = image_ops.preprocess(image, self.protocol, self.size)
@@ -249,7 +263,7 @@ def _target(source: Source, label: Label | None) -> np.ndarray | np.generic:
 
 
 def read_image(
-    source: Source, index: int, dct: str = "fast"
+    source: Source, index: int, dct: str = "fast", *, exif: bool = False
 ) -> tuple[UInt8[np.ndarray, "h w 3"], Label]:
     """The decoded image and the label of one example; a grey image gets 3 channels.
 
@@ -267,7 +281,7 @@ def read_image(
         )
     image = example["image"]
     if isinstance(image, bytes):
-        image = image_ops.decode(image, dct)
+        image = image_ops.decode(image, dct, exif=exif)
     if image.ndim == 2:
         image = image[..., None]
     if image.shape[-1] == 1:
@@ -317,7 +331,9 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
         grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     )
     if workers:
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers))
+        chunks = chunks.mp_prefetch(
+            grain.MultiprocessingOptions(workers), worker_init_fn=_follow_parent
+        )
     # Last, because the buffers above count chunks, and rows keep the share's order.
     batches = chunks.batch(
         share.rows // share.chunk, drop_remainder=True, batch_fn=_concatenate
@@ -328,6 +344,42 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
     return iter(ahead)
 
 
+def _follow_parent(index: int, count: int) -> None:
+    """Ends this worker process when its parent is gone, and not much before.
+
+    What stops a run is sent to all of its processes (by Ctrl-C, by a cluster), while
+    the parent needs some more batches to end well, so it decides: `_running` starts
+    workers with SIGINT and SIGTERM blocked. But Python, too, sends SIGTERM to what is
+    left of its workers at its end, and waits for them.
+    """
+    del index, count
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+@contextlib.contextmanager
+def _running(batches: Any) -> Iterator[Iterator[Batch]]:
+    """Starts the threads and worker processes of `_batches`, and ends them."""
+    # It unblocks the signals of whoever starts it, so it must be there before.
+    multiprocessing.resource_tracker.ensure_running()
+    # Threads and processes inherit the mask of the thread that starts them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        batches.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
 def _concatenate(chunks: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
 
@@ -335,7 +387,7 @@ def _concatenate(chunks: Sequence[Batch]) -> Batch:
 def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
     """Counts and names the broken images of a stream, and ends it above `limit`."""
     seen: list[int] = []
-    try:
+    with _running(batches):
         for batch in batches:
             broken = batch.pop("broken")
             for index in map(int, broken[broken >= 0]):
@@ -345,20 +397,16 @@ def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
             if len(seen) > limit:
                 raise _too_many(source, seen, limit)
             yield batch
-    finally:
-        batches.close()
 
 
 def _logged(batches: Any, source: Source) -> Iterator[Batch]:
     """Names the broken images of an evaluation."""
-    try:
+    with _running(batches):
         for batch in batches:
             for index in map(int, batch["index"][~batch["mask"]]):
                 if index >= 0:
                     _warn(source, index, "it is not counted")
             yield batch
-    finally:
-        batches.close()
 
 
 def _warn(source: Source, index: int, consequence: str) -> None:

@@ -4,23 +4,30 @@ Nothing here needs TensorFlow or the network. TFDS data is read in both of its f
 array_record and TFRecord.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import difflib
+import functools
+import hashlib
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from google.protobuf.message import DecodeError
 from jaxtyping import Int
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
 from mlp_mixer.data import folders, preparation
+from mlp_mixer.data.class_names import canonical, places
 from mlp_mixer.data.tfrecords import TFRecords
+from mlp_mixer.text import printable
 
 Label = int | Int[np.ndarray, " m"]
 
@@ -171,6 +178,8 @@ class _TfdsSource:
         )
         read = grain.sources.ArrayRecordDataSource if random_access else TFRecords
         self._records = read(files) if files else ()
+        self.version = str(info.version)
+        self.shards = [(file.filename, file.examples_in_shard) for file in files]
         self.multi_label = several
         self.num_classes = int(one.num_classes)
         self.class_names = tuple(one.names)
@@ -272,6 +281,208 @@ class _SyntheticSource:
 
     def name_of(self, index: int) -> str:
         return f"synthetic[{index}]"
+
+
+# --- Whose classes --------------------------------------------------------------------
+
+
+def with_classes(
+    source: Source,
+    class_names: Sequence[str] | None,
+    num_classes: int,
+    *,
+    of: str,
+    to: str,
+    hint: str = "",
+) -> Source:
+    """The source with its labels mapped by name to the classes of a model, say.
+
+    Args:
+      source: its classes may be a part of the model's.
+      class_names: of the model, by label; None if they have no names.
+      num_classes: of the model.
+      of: what the source is called, for people.
+      to: what the model is called.
+      hint: see `class_names.places`.
+
+    Raises:
+      ValueError: it has other classes; or another number, where one has no names.
+    """
+    found = places(source.class_names, class_names, of=of, to=to, hint=hint)
+    if source.num_classes == num_classes and found is None:
+        return source
+    if source.num_classes != num_classes and not (source.class_names and class_names):
+        raise ValueError(
+            f"{of} has {source.num_classes} classes, but {to} {num_classes}."
+        )
+    label_of = np.asarray(found or range(source.num_classes))
+    names = tuple(class_names) if class_names else None
+    return _Relabelled(source, label_of, num_classes, names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Relabelled:
+    """A source with other labels: `label_of` of its own."""
+
+    source: Source
+    label_of: np.ndarray
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    @property
+    def multi_label(self) -> bool:
+        return self.source.multi_label
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.source[index]
+        return example | {"label": self._mapped(example["label"])}
+
+    def label(self, index: int) -> Label:
+        return self._mapped(self.source.label(index))
+
+    def _mapped(self, label: Label) -> Label:
+        label = np.asarray(label)
+        # What is no class of the source, -1 in an unlabelled split, stays none.
+        known = (label >= 0) & (label < len(self.label_of))
+        mapped = np.where(known, self.label_of[np.where(known, label, 0)], -1)
+        return mapped if self.multi_label else int(mapped)
+
+    def name_of(self, index: int) -> str:
+        return self.source.name_of(index)
+
+
+# --- What the data is -----------------------------------------------------------------
+
+
+@functools.singledispatch
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What a source holds, in JSON, to be compared with what it held before.
+
+    It takes seconds: names and sizes of files are looked at, not what is in them. It
+    says nothing of the place, so data may be moved, and is equal on processes that see
+    the same data.
+    """
+    return _common(source, type(source).__name__)
+
+
+def _common(source: Source, kind: str) -> dict[str, Any]:
+    names = source.class_names
+    return {
+        "kind": kind,
+        "num_examples": len(source),
+        "num_classes": source.num_classes,
+        "class_names": None if names is None else [canonical(name) for name in names],
+    }
+
+
+@fingerprint.register
+def _(source: _SyntheticSource) -> dict[str, Any]:
+    return _common(source, "synthetic") | {"image_size": list(source.size)}
+
+
+@fingerprint.register
+def _(source: _TfdsSource) -> dict[str, Any]:
+    shards = {
+        os.path.basename(path): {
+            "examples": examples,
+            "bytes": epath.Path(path).stat().length,
+        }
+        for path, examples in source.shards
+    }
+    version = {"version": source.version, "shards": shards}
+    return _common(source, "prepared") | version
+
+
+@fingerprint.register
+def _(source: folders.FolderSource) -> dict[str, Any]:
+    names = [canonical(name) for name in source.class_names]
+    lines: dict[str, list[str]] = {name: [] for name in names}
+    sizes: collections.Counter[str] = collections.Counter()
+    order = hashlib.sha256()
+    for path, label, size in zip(
+        source.paths, source.labels, _sizes(source.paths), strict=True
+    ):
+        line = f"{canonical(os.path.basename(path))}\0{size}\n"
+        lines[names[label]].append(line)
+        sizes[names[label]] += size
+        order.update(_bytes(f"{names[label]}/{line}"))
+    files = {
+        name: {
+            "images": len(of_class),
+            "bytes": sizes[name],
+            "files": _digest(_bytes("".join(sorted(of_class)))),
+        }
+        for name, of_class in lines.items()
+    }
+    more = {"classes": files, "order": order.hexdigest()[:16]}
+    return _common(source, "folder") | more
+
+
+@fingerprint.register
+def _(source: _Relabelled) -> dict[str, Any]:
+    return fingerprint(source.source)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], limit: int = 12) -> list[str]:
+    """Lines for people: what differs in two fingerprints, but for the classes' order.
+
+    Classes are compared by name elsewhere: see `with_classes`.
+    """
+    lines = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        there, here = before.get(key), now.get(key)
+        if there == here or key in ("class_names", "order"):
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            lines += [
+                f"{printable(name)}: {_said(there.get(name))} there, "
+                f"{_said(here.get(name))} here"
+                for name in sorted(there.keys() | here.keys())
+                if there.get(name) != here.get(name)
+            ]
+        else:
+            lines.append(f"{key}: {_said(there)} there, {_said(here)} here")
+    if not lines and before.get("order") != now.get("order"):
+        lines.append("the same files, in another order")
+    more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
+    return lines[:limit] + more
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()
+        )
+    return "nothing" if value is None else str(value)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _sizes(paths: Sequence[str]) -> list[int]:
+    """In bytes; -1 of a file that cannot be looked at. Many at once, for slow disks."""
+    parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return [size for part in pool.map(_sizes_of, parts) for size in part]
+
+
+def _sizes_of(paths: Sequence[str]) -> list[int]:
+    return [_size(path) for path in paths]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # training names it as a broken image
+        return -1
 
 
 def _open_digits(_: str, split: str, **options: Any) -> Source:

@@ -1,8 +1,9 @@
 """Evaluators: what a score is.
 
 An evaluator has `every_steps`, `data` and `preprocess` (what it looks at, and how), and
-`run(params, stop, track) -> {metric: float}`. It receives the compiled `predict`
-instead of importing how a step is made.
+`run(params, stop, track) -> {metric: float}`. Its class has `scores(section)`, which
+says of each metric whether more is better. It receives the compiled `predict` instead
+of importing how a step is made.
 """
 
 import difflib
@@ -28,12 +29,46 @@ def create(sections: Mapping[str, Mapping[str, Any]], **shared: Any) -> dict[str
     """
     evaluators = {}
     for name, section in sections.items():
-        kind = section["type"]
-        if kind not in EVALUATORS:
-            near = difflib.get_close_matches(kind, EVALUATORS, len(EVALUATORS), 0)
-            raise ValueError(
-                f"evals.{name}.type {kind!r} is unknown; try {', '.join(near)}."
-            )
         fields = {key: value for key, value in section.items() if key != "type"}
-        evaluators[name] = EVALUATORS[kind](**fields, **shared)
+        evaluators[name] = _class_of(name, section)(**fields, **shared)
     return evaluators
+
+
+def more_is_better(evals: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    """Whether the best of a metric is the highest value, or the lowest.
+
+    Args:
+      evals: a recipe's `evals`: name → section.
+      name: of the metric, with its evaluator: "val/top1".
+
+    Raises:
+      ValueError: it is no score of an evaluator that runs in training; lists those.
+    """
+    known = {
+        f"{evaluator}/{metric}": more
+        for evaluator, section in evals.items()
+        if section["every_steps"]
+        for metric, more in _class_of(evaluator, section).scores(section).items()
+    }
+    if name in known:
+        return known[name]
+    evaluator = name.rpartition("/")[0]
+    if evaluator in evals and not evals[evaluator]["every_steps"]:
+        why = f"{evaluator} never runs in training (its every_steps is 0)"
+    else:
+        why = "it is none of the recipe's scores"
+    near = difflib.get_close_matches(name, known, len(known) or 1, 0)
+    raise ValueError(
+        f"No checkpoint can be the best by {name!r}: {why}; try one of "
+        f"{', '.join(near) or 'none: no evaluator runs in training'}."
+    )
+
+
+def _class_of(name: str, section: Mapping[str, Any]) -> Any:
+    kind = section["type"]
+    if kind not in EVALUATORS:
+        near = difflib.get_close_matches(kind, EVALUATORS, len(EVALUATORS), 0)
+        raise ValueError(
+            f"evals.{name}.type {kind!r} is unknown; try {', '.join(near)}."
+        )
+    return EVALUATORS[kind]

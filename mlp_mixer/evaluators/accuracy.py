@@ -5,7 +5,7 @@ without a label are left out and counted (section 7.1).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,9 +41,17 @@ class Accuracy:
       data: the split, for people.
       preprocess: the protocol.
       source: the split.
+      sources: it alone; what the evaluator reads.
       broken: images of the split that could not be read in the last pass.
       unlabelled: readable ones without a label in the last pass.
     """
+
+    @staticmethod
+    def scores(section: Mapping[str, Any]) -> dict[str, bool]:
+        """{metric: whether more is better} of a recipe's section; counts are none."""
+        return {"top1": True, "top5": True, "loss": False, "nll": False} | (
+            {"ece": False} if section.get("ece_bins") else {}
+        )
 
     def __init__(
         self,
@@ -57,6 +65,8 @@ class Accuracy:
         batch_size: int,
         every_steps: int,
         ece_bins: int = 0,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
         data_dir: str | None = None,
     ):
         """Opens the split.
@@ -71,13 +81,27 @@ class Accuracy:
           batch_size: images at once over all devices; made a multiple of them.
           every_steps: see above.
           ece_bins: of the expected calibration error; 0 leaves it out.
+          num_classes: of the model; by default the split's.
+          class_names: of the model, by label; the split's labels are mapped to them by
+            name. None: they have no names.
           data_dir: where data sets are; TFDS's own folder by default.
+
+        Raises:
+          ValueError: the split has classes that the model does not have.
         """
         self.every_steps, self.preprocess = every_steps, preprocess
         self.data = f"{dataset['name']} {dataset['split']}"
-        self.source = sources.open_source(
+        source = sources.open_source(
             **dataset, data_dir=data_dir, image_size=image_size
         )
+        self.source = sources.with_classes(
+            source,
+            class_names,
+            num_classes or source.num_classes,
+            of=self.data,
+            to="the model",
+        )
+        self.sources = (self.source,)
         self.broken = self.unlabelled = 0
         self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]

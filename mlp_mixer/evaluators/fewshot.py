@@ -163,6 +163,11 @@ def choose_l2(
     return chosen
 
 
+def _metric(shots: int, exponent: int, exponents: Sequence[int]) -> str:
+    """What the accuracy is called: as in `choose_l2` if there are several exponents."""
+    return f"{shots}shot" if len(exponents) == 1 else f"{shots}shot_l2_{exponent}"
+
+
 _SWEPT = re.compile(r"(\d+shot)_l2_(-?\d+)")
 
 
@@ -202,7 +207,14 @@ class FewShot:
       every_steps: of training, between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, of both splits.
+      sources: both splits.
     """
+
+    @staticmethod
+    def scores(section: Mapping[str, Any]) -> dict[str, bool]:
+        """{metric: whether more is better} of a recipe's section; counts are none."""
+        shots, exponents = sorted(section["shots"]), tuple(section["l2_exponents"])
+        return {_metric(n, e, exponents): True for n in shots for e in exponents}
 
     def __init__(
         self,
@@ -253,15 +265,18 @@ class FewShot:
         self.every_steps, self.preprocess = every_steps, preprocess
         other = "" if test["name"] == train["name"] else f"{test['name']} "
         self.data = f"{train['name']} {train['split']} → {other}{test['split']}"
-        self._train, self._test = (
+        self._train, test_source = (
             sources.open_source(**split, data_dir=data_dir, image_size=image_size)
             for split in (train, test)
         )
-        if self._train.num_classes != self._test.num_classes:
-            raise ValueError(
-                f"{self.data}: {self._train.num_classes} classes, but "
-                f"{self._test.num_classes} in the test split."
-            )
+        self._test = sources.with_classes(
+            test_source,
+            self._train.class_names,
+            self._train.num_classes,
+            of=f"{test['name']} {test['split']}",
+            to=f"{train['name']} {train['split']}",
+        )
+        self.sources = (self._train, self._test)
         if self._train.multi_label or self._test.multi_label:
             raise ValueError(f"{self.data}: few-shot needs one label per image.")
         self._shots, self._seeds = tuple(sorted(shots)), seeds
@@ -314,11 +329,8 @@ class FewShot:
                         test.rows["feature"], test.rows["label"], 2.0**exponent
                     )
                     accuracies.setdefault((shots, exponent), []).append(accuracy)
-        one = len(self._exponents) == 1
         results: dict[str, float] = {
-            f"{shots}shot" if one else f"{shots}shot_l2_{exponent}": float(
-                np.mean(all_)
-            )
+            _metric(shots, exponent, self._exponents): float(np.mean(all_))
             for (shots, exponent), all_ in accuracies.items()
         }
         results["count"] = len(test.rows["label"])

@@ -5,10 +5,12 @@
     logits, out = model.apply({"params": params}, image)   # (n, h, w, 3) in [-1, 1]
 
 A source is a run's folder, a published name, or a file: npz (both published layouts),
-safetensors (our names or timm's), or a torch state dict with timm's names.
+safetensors (our names or timm's), or a torch state dict with timm's names. Whatever
+normalisation a source is for, what is read is for images in [-1, 1].
 """
 
 from mlp_mixer.pretrained.fitting import create_model, initial, merge
+from mlp_mixer.pretrained.normalisation import CENTRED, Normalisation
 from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
 from mlp_mixer.pretrained.weights import (
     TORCH_SUFFIXES,
@@ -24,7 +26,9 @@ from mlp_mixer.pretrained.weights import (
 )
 
 __all__ = [
+    "CENTRED",
     "TORCH_SUFFIXES",
+    "Normalisation",
     "Params",
     "Weights",
     "cast",

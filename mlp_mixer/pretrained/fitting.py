@@ -2,18 +2,21 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.experimental import multihost_utils
 
+from mlp_mixer import processes
+from mlp_mixer.data.class_names import places
 from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
 from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.pretrained.weights import Weights, read
+from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,9 @@ def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
     return MlpMixer(**tree.geometry(weights) | overrides)
 
 
-def merge(params: Params, target: Any, *, head: str = "match") -> Params:
+def merge(
+    params: Params, target: Any, *, head: str = "match", called: str = "The weights"
+) -> Params:
     """Returns `params` for a model with the arrays of `target`, strictly.
 
     Only the head may differ: one for another number of classes becomes a zero one, as
@@ -44,9 +49,10 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
       params: to load.
       target: arrays or shapes of the model's parameters.
       head: "match" keeps a head for the same number of classes; "zero" never does.
+      called: what an error calls the parameters.
 
     Raises:
-      ValueError: arrays are missing, unexpected or of another shape; names them all.
+      ValueError: arrays are unexpected, of another shape or missing; names them.
     """
     if head not in HEADS:
         raise ValueError(f"head {head!r} is unknown; try {', '.join(HEADS)}.")
@@ -71,10 +77,10 @@ def merge(params: Params, target: Any, *, head: str = "match") -> Params:
         for name in wanted
         if name in given and given[name].shape != wanted[name].shape
     ]
-    if wrong := missing + unexpected + shapes:
+    if wrong := unexpected + shapes + missing:
         raise ValueError(
-            f"The weights ({_said(params)}) do not fit the model ({_said(target)}):"
-            "\n  " + "\n  ".join(wrong)
+            f"{called} ({_said(params)}) do not fit the model "
+            f"({_said(target)}):\n{listed(wrong)}"
         )
     return unflatten_dict({name: given[name] for name in wanted}, sep="/")
 
@@ -87,6 +93,7 @@ def initial(
     image_size: tuple[int, int],
     head: str,
     resize_by: str,
+    class_names: Sequence[str] | None = None,
 ) -> Params | None:
     """Returns the parameters that a run starts from, for `config.init_from`.
 
@@ -98,32 +105,58 @@ def initial(
       head: of `merge`.
       resize_by: what to do if the weights are for another grid of patches: "grow"
         (the paper's way, K times as many on each side) or "interpolate".
+      class_names: of the data, by label; a head that is kept is brought into their
+        order by name. None: they have no names.
 
     Raises:
       ValueError: they do not fit.
     """
     if not source:
         return None
-    weights = read(source)
-    logger.info("From %s (%s): %s.", source, weights.said, _said(weights.params))
-    if weights.gelu != model.gelu:
-        logger.warning(
-            "%s are for the %s GELU, this model computes the %s one; "
-            "--config.model.gelu=%s keeps theirs.",
-            *(source, weights.gelu, model.gelu, weights.gelu),
-        )
-    params = _at(weights, model, image_size, how=resize_by)
+    with processes.together():
+        weights = read(source)
+        logger.info("From %s: %s.", weights.called, _said(weights.params))
+        if weights.gelu != model.gelu:
+            logger.warning(
+                "%s are for the %s GELU, this model computes the %s one; "
+                "--config.model.gelu=%s keeps theirs.",
+                *(source, weights.gelu, model.gelu, weights.gelu),
+            )
+        params = _at(weights, model, image_size, how=resize_by)
+        params = merge(params, target, head=head, called=f"The weights {source}")
+        count = tree.geometry(weights.params)["num_classes"]
+        if head == "match" and count == tree.geometry(params)["num_classes"]:
+            params = _head_by_name(params, class_names, weights.class_names, source)
     _check_equal_everywhere(params, source)
-    return merge(params, target, head=head)
+    return params
+
+
+def _head_by_name(
+    params: Params,
+    names: Sequence[str] | None,
+    had: Sequence[str] | None,
+    source: object,
+) -> Params:
+    """With a head for classes called `names` instead of `had`."""
+    order = places(
+        names,
+        had,
+        of="the training data",
+        to=str(source),
+        hint="--config.init_head=zero starts with a new head for other classes.",
+    )
+    if order is None or "head" not in params:
+        return params
+    head = {name: x[..., np.array(order)] for name, x in params["head"].items()}
+    return params | {"head": head}
 
 
 def _check_equal_everywhere(params: Params, source: object) -> None:
     """Every process reads for itself, perhaps from its own disk."""
     if jax.process_count() == 1:
         return
-    mine = np.array([*fingerprint(params).values()], np.uint32)
-    everybodys = multihost_utils.process_allgather(mine)
-    if (everybodys != everybodys[0]).any():
+    mine, *others = processes.gather(fingerprint(params))
+    if any(theirs != mine for theirs in others):
         raise ValueError(
             f"The processes read different weights at {source}; name a file on a "
             "shared disk, or a run that is finished."
@@ -143,15 +176,18 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
             )
             return weights.params
         raise ValueError(
-            f"The weights ({weights.said}) have {tree.tokens(weights.params)} "
+            f"The weights {weights.called} have {tree.tokens(weights.params)} "
             "tokens, which make no square, and do not say their image size; give them "
             "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
             "--image_size=HEIGHT,WIDTH`."
         )
     old_grid = (weights.image_size[0] // ph, weights.image_size[1] // pw)
-    params = resize.resized(
-        weights.params, old_grid=old_grid, new_grid=new_grid, how=how
-    )
+    try:
+        params = resize.resized(
+            weights.params, old_grid=old_grid, new_grid=new_grid, how=how
+        )
+    except ValueError as error:
+        raise ValueError(f"{weights.called}: {error}") from error
     fields = tree.geometry(params)
     wide = fields["tokens_mlp_dim"]
     same = ("num_blocks", "hidden_dim", "channels_mlp_dim")
@@ -161,10 +197,10 @@ def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> 
         and all(fields[field] == getattr(model, field) for field in same)
     ):
         raise ValueError(
-            f"To {how} the weights from {old_grid[0]}x{old_grid[1]} to "
-            f"{new_grid[0]}x{new_grid[1]} patches gives token mixing {wide} hidden "
-            f"units, the model has {model.tokens_mlp_dim}; set "
-            f"--config.model.tokens_mlp_dim={wide}."
+            f"To {how} the weights {weights.called} "
+            f"from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches "
+            f"gives token mixing {wide} hidden units, the model has "
+            f"{model.tokens_mlp_dim}; set --config.model.tokens_mlp_dim={wide}."
         )
     return params
 

@@ -6,55 +6,133 @@ token_mixing_phase_0/kernel1`; big_vision's loader is the source of how the two
 correspond. Whole training checkpoints prefix either with `params/` or `opt/target/`.
 """
 
+import contextlib
 import io
+import math
 import os
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from mlp_mixer.text import brief
+
 Flat = dict[str, np.ndarray]
 
 PREFIXES = ("opt/target/", "params/")
+# Of a member's beginning that is read for its header; NumPy's own limit is 10,000.
+HEADER_BYTES = 2**16
+NUMBER_BYTES = 64  # Of one element: more is text, or made up.
+# Trained weights deflate to nine tenths, zeros to a thousandth. What inflates more is
+# no weights, unless it is small: the largest published file has 0.9 GB.
+MAX_RATIO, SMALL_BYTES = 20, 2**30
 
 
-def read(path: str | os.PathLike[str]) -> Flat:
+def read(
+    path: str | os.PathLike[str], check: Callable[[Flat], None] = lambda flat: None
+) -> Flat:
     """Returns {name in our tree: array}; bfloat16, which npz does not know, is found.
+
+    Args:
+      path: of the file.
+      check: raises if arrays of these names, shapes and dtypes are not wanted. They
+        are stand-ins, from the headers alone, and no other array is read before.
 
     Raises:
       ValueError: it is damaged, or two arrays claim one name.
     """
-    arrays: Flat = {}
     with open(path, "rb") as file:
-        try:
+        with _whole(path):
             archive = zipfile.ZipFile(file)
-            members = {name.removesuffix(".npy"): name for name in archive.namelist()}
-            prefix = _prefix(members)
-            for name, member in members.items():
-                if name.startswith("opt/") and not name.startswith(prefix or "/"):
-                    continue  # of the optimiser
-                # Compared with its CRC-32, which np.load does only at the very end.
-                data = io.BytesIO(archive.read(member))
-                arrays[name] = np.lib.format.read_array(data, allow_pickle=False)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            struct.error,
-            EOFError,
-            KeyError,
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:
-            raise ValueError(
-                f"{path} is not a whole npz file ({error}); copy or download it again."
-            ) from error
-    return renamed({name: _typed(array) for name, array in arrays.items()}, path)
+            members = _members(archive)
+            declared = {k: _stand_in(archive, x) for k, x in members.items()}
+            _check_bytes(os.fstat(file.fileno()).st_size, declared)
+        check(renamed(declared, path))
+        with _whole(path):
+            arrays = {k: _array(archive, x) for k, x in members.items()}
+    return renamed(arrays, path)
+
+
+@contextlib.contextmanager
+def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        tokenize.TokenError,  # NumPy's, of a header that is no Python
+        SyntaxError,
+        MemoryError,
+        EOFError,
+        KeyError,
+        TypeError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:
+        said = brief(error) or type(error).__name__
+        raise ValueError(
+            f"{path} is not a whole npz file ({said}); copy or download it again."
+        ) from error
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """{name: member} without what is the optimiser's."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name in members:
+            raise ValueError(f"two members are called {name}")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{name} is compressed as no npz file is")
+        members[name] = info
+    prefix = _prefix(members) or "/"
+    return {
+        name: info
+        for name, info in members.items()
+        if name.startswith(prefix) or not name.startswith("opt/")
+    }
+
+
+def _stand_in(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    """An array of one element's memory with the shape and dtype of a header."""
+    with archive.open(info) as member:
+        start = io.BytesIO(member.read(HEADER_BYTES))
+    version = np.lib.format.read_magic(start)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(start)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(start)
+    if dtype.hasobject or dtype.itemsize > NUMBER_BYTES:
+        raise ValueError(f"{info.filename} holds no numbers, but {dtype}")
+    expected = start.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or info.file_size != expected:
+        raise ValueError(
+            f"{info.filename} has {info.file_size:,} bytes; its header says "
+            f"{expected:,}"
+        )
+    return _typed(np.broadcast_to(np.zeros((), dtype), shape))
+
+
+def _check_bytes(packed: int, declared: Flat) -> None:
+    size = sum(x.nbytes for x in declared.values())
+    if size > max(SMALL_BYTES, MAX_RATIO * packed):
+        raise ValueError(f"{packed:,} bytes that declare {size:,} are no weights")
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as member:
+        # Not read(): that inflates what is there, and not what the member declares.
+        # After the last byte all are compared with the CRC-32.
+        data = io.BytesIO(member.read(info.file_size))
+    return _typed(np.lib.format.read_array(data, allow_pickle=False))
 
 
 def write(file, params: Mapping[str, np.ndarray]) -> None:
@@ -83,7 +161,9 @@ def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
     for name, array in inner.items():
         new = _modern(name, norms)
         if new in flat:
-            raise ValueError(f"{path} has two arrays for {new}, the second is {name}.")
+            raise ValueError(
+                f"{path} has two arrays for {brief(new)}, the second is {brief(name)}."
+            )
         flat[new] = _fitting(new, array)
     return flat
 
@@ -99,7 +179,7 @@ def _norms(names: Iterable[str]) -> dict[str, int]:
     """ "encoderblock_3/LayerNorm_2" → 1: old blocks count them 0, 1 or 0, 2."""
     found: dict[str, set[int]] = {}
     for name in names:
-        if match := re.search(r"(encoderblock_\d+)/LayerNorm_(\d+)/", name):
+        if match := re.search(r"(encoderblock_\d+)/LayerNorm_(\d{1,9})/", name):
             found.setdefault(match[1], set()).add(int(match[2]))
     return {
         f"{block}/LayerNorm_{number}": place
@@ -110,7 +190,7 @@ def _norms(names: Iterable[str]) -> dict[str, int]:
 
 def _modern(name: str, norms: Mapping[str, int]) -> str:
     name = re.sub(
-        r"(encoderblock_\d+/)(LayerNorm_\d+)",
+        r"(encoderblock_\d+/)(LayerNorm_\d{1,9})(?=/)",
         lambda m: f"{m[1]}LayerNorm_{norms[m[1] + m[2]]}",
         name,
     )

@@ -2,10 +2,11 @@
 
     path = published.fetch("imagenet1k/Mixer-B_16")
 
-No checksums of these files are published. The first download is held to TLS and to the
-size that follows from the model; its SHA-256 is recorded beside it, in the format of
-`sha256sum`, and every later load is compared with that. A file that is put into the
-cache by hand is treated alike.
+No checksums of these files are published. The first download is held to TLS, to the
+size that follows from the model, and to its arrays: of the model that the name says,
+every value finite. Its SHA-256 is recorded beside it, in the format of `sha256sum`, and
+every later load is compared with that. A file that is put into the cache by hand is
+treated alike.
 
 Environment: `MLP_MIXER_CACHE` is the folder of the files, `MLP_MIXER_WEIGHTS_URL` a
 mirror (https) of the authors' bucket, `SSL_CERT_FILE` the certificates to trust.
@@ -17,19 +18,29 @@ import difflib
 import fcntl
 import hashlib
 import http.client
+import io
 import json
 import logging
+import math
 import os
 import pathlib
+import re
 import shutil
+import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mlp_mixer import metrics, models
+import numpy as np
+
+from mlp_mixer import files, metrics, models
+from mlp_mixer.pretrained import npz
+from mlp_mixer.pretrained.tree import BLOCK, HEAD, layout
+from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +52,10 @@ Progress = Callable[
 URL = "https://storage.googleapis.com/mixer_models"
 # Names and headers of the largest file's 294 arrays; the listed sizes need 0.085 MiB.
 OVERHEAD_BYTES = 2**20 // 10
-TIMEOUT_SECONDS = 60.0  # Without one byte.
+TIMEOUT_SECONDS = 60.0  # Without one byte; for an answer to begin.
+# What is slower over this time is given up, and continued by a later call.
+SLOWEST_BYTES_PER_SECOND, WINDOW_SECONDS = 4096, 30.0
+MAX_ATTEMPTS = 100  # Of one call, however much each of them brings.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,20 +75,30 @@ class Published:
     note: str = ""
 
     @property
-    def num_bytes(self) -> int:
-        """Of its parameters."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name in our tree: shape} of its parameters."""
         model = models.create(
             self.model, num_classes=self.num_classes, **self.overrides
         )
-        patch = model.patch_size[0] * model.patch_size[1]
-        c, s = model.hidden_dim, 224 * 224 // patch
-        tokens, channels = model.tokens_mlp_dim, model.channels_mlp_dim
-        stem = patch * 3 * c + c
-        token_mixing = 2 * s * tokens + tokens + s
-        channel_mixing = 2 * c * channels + channels + c
-        norm = 2 * c
-        blocks = model.num_blocks * (2 * norm + token_mixing + channel_mixing)
-        return 4 * (stem + blocks + norm + (c + 1) * self.num_classes)
+        height, width = model.patch_size
+        sizes = {
+            "ph": height,
+            "pw": width,
+            "rgb": 3,
+            "s": 224 * 224 // (height * width),
+            "c": model.hidden_dim,
+            "ds": model.tokens_mlp_dim,
+            "dc": model.channels_mlp_dim,
+            "k": self.num_classes,
+        }
+        blocks = [f"MixerBlock_{i}/{x}" for i in range(model.num_blocks) for x in BLOCK]
+        named = layout([*blocks, *HEAD])
+        return {name: tuple(sizes[x] for x in axes) for name, axes in named.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its parameters."""
+        return 4 * sum(map(math.prod, self.shapes.values()))
 
     @property
     def sizes(self) -> range:
@@ -173,15 +197,21 @@ def fetch(
     path = folder.expanduser() / f"{name}.npz"
     if entry.note:
         logger.info("%s is %s.", name, entry.note)
-    if path.exists() and _record(path).exists():
-        _verify(path, path, entry.sizes)  # No lock: a cache may be read-only.
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(path):
-        if path.exists():  # Put there by hand, or by the process that had the lock.
-            _verify(path, path, entry.sizes)
-        else:
-            _download(name, path, entry.sizes, progress, waits_s)
+    try:
+        if path.exists() and _record(path).exists():
+            _verify(path, path, entry)  # No lock: a cache may be read-only.
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path):
+            if path.exists():  # Put there by hand, or by the process that had the lock.
+                _verify(path, path, entry)
+            else:
+                _download(name, path, entry, progress, waits_s)
+    except OSError as error:
+        if error.errno is None:  # Ours: it says what to do.
+            raise
+        where = error.filename or path
+        raise OSError(f"{name} cannot be kept: {where}: {error.strerror}.") from error
     return path
 
 
@@ -204,29 +234,81 @@ def _lock(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _verify(file: pathlib.Path, path: pathlib.Path, sizes: range) -> None:
-    """Compares `file` with what is recorded for `path`, or records it.
+def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
+    """Compares `file` with what is recorded for `path`, or checks and records it.
 
     Raises:
-      ValueError: another size or another SHA-256.
+      ValueError: another size or another SHA-256; or, where there is no record yet, not
+        the parameters that the name stands for.
     """
-    _check_size(str(file), file.stat().st_size, sizes, f"remove {file} and try again")
+    again = f"remove {file} and try again"
+    _check_size(str(file), file.stat().st_size, entry.sizes, again)
     with open(file, "rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     record = _record(path)
     if not record.exists():
+        _check_content(file, entry)
         unfinished = record.with_name(f".{record.name}")
         unfinished.write_text(f"{found}  {path.name}\n")
         unfinished.replace(record)
         logger.info("%s: recorded its SHA-256 %s", path, found)
         return
-    expected = (record.read_text().split() or ["nothing"])[0]
+    expected = _recorded(record, path)
     if found != expected:
         raise ValueError(
             f"{file} has the SHA-256 {found}, expected {expected}, which {record} "
             f"recorded when it first came. Try again without {file}; if the "
             "published file itself has changed, also without that record."
         )
+
+
+def _recorded(record: pathlib.Path, path: pathlib.Path) -> str:
+    """The SHA-256 that a record, in the format of `sha256sum`, holds for `path`."""
+    text = files.read_bytes(record, 4096).decode(errors="replace")
+    line = re.fullmatch(r"([0-9a-fA-F]{64})(?: [ *](.+))?\n?", text)
+    if line is None or line[2] not in (None, path.name):
+        raise ValueError(
+            f"{record} holds {brief(text, 100)!r}; expected a SHA-256 and {path.name}. "
+            "Remove it, and also the file if you do not know where that is from."
+        )
+    return line[1].lower()
+
+
+def _check_content(file: pathlib.Path, entry: Published) -> None:
+    """Passes if an npz file holds what it should, every value finite.
+
+    Raises:
+      ValueError: it does not.
+    """
+
+    def refuse(wrong: Sequence[str]) -> None:
+        if wrong:
+            raise ValueError(
+                f"{file} is not what its name says, a {entry.model} of "
+                f"{entry.num_classes:,} classes; remove it and try again.\n"
+                + listed(wrong)
+            )
+
+    def check_declared(arrays: Mapping[str, np.ndarray]) -> None:
+        found = {name: (x.shape, str(x.dtype)) for name, x in arrays.items()}
+        wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
+        refuse(
+            [
+                f"{name}: {found.get(name, 'missing')}, "
+                f"expected {wanted.get(name, 'nothing')}"
+                for name in {**wanted, **found}
+                if found.get(name) != wanted.get(name)
+            ]
+        )
+
+    arrays = npz.read(file, check_declared)
+    refuse(
+        [
+            f"{name}: values are infinite or no numbers"
+            for name, x in arrays.items()
+            if not np.isfinite(x).all()
+        ]
+    )
 
 
 def _check_size(what: str, size: int, sizes: range, advice: str) -> None:
@@ -243,9 +325,10 @@ def _check_size(what: str, size: int, sizes: range, advice: str) -> None:
 class _Failed(Exception):
     """An attempt ended before the file did."""
 
-    def __init__(self, reason: str, *, again: bool):
-        super().__init__(reason)
+    def __init__(self, reason: str, *, again: bool, slow: bool = False):
+        super().__init__(brief(reason))
         self.again = again
+        self.slow = slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,16 +349,21 @@ class _Part:
     def whole(self) -> tuple[str, int]:
         """(ETag, size) of the whole file; ("", 0) if it cannot be continued."""
         try:
-            note = json.loads(self._note.read_text())
-        except (FileNotFoundError, ValueError):  # Cut while it was written.
+            note = files.read_json(self._note)
+        except FileNotFoundError:
             return "", 0
-        return note["etag"], note["size"]
+        except (OSError, ValueError) as error:  # Cut while it was written, say.
+            logger.warning("%s The download begins anew.", error)
+            return "", 0
+        etag, size = note.get("etag"), note.get("size")
+        if not isinstance(etag, str) or type(size) is not int or not _is_strong(etag):
+            return "", 0
+        return etag, size
 
     def begin(self, etag: str | None, size: int) -> None:
         """Begins anew: the old bytes go before the note says of what new ones are."""
         open(self.path, "wb").close()
-        # Equal weak ETags promise the same meaning, not the same bytes.
-        strong = etag if etag and not etag.startswith("W/") else ""
+        strong = etag if etag and _is_strong(etag) else ""
         self._note.write_text(json.dumps({"etag": strong, "size": size}))
 
     def remove(self) -> None:
@@ -287,38 +375,46 @@ class _Part:
         self._note.unlink()
 
 
+def _is_strong(etag: str) -> bool:
+    """Whether it promises the same bytes: a weak one promises the same meaning."""
+    return re.fullmatch(r'"[!#-~]*"', etag) is not None
+
+
 def _download(
     name: str,
     path: pathlib.Path,
-    sizes: range,
+    entry: Published,
     progress: Progress,
     waits_s: Sequence[float],
 ) -> None:
     """Downloads to `path`, which has its name once it is complete and recorded."""
     url, part = address(name), _Part(path.with_name(f"{path.name}.part"))
-    most, waits = part.num_bytes, list(waits_s)
+    most, waits, attempts = part.num_bytes, list(waits_s), 0
     while True:
         try:
-            _attempt(name, url, part, sizes, progress)
+            attempts += 1
+            _attempt(name, url, part, entry.sizes, progress)
             break
         except _Failed as failure:
-            if part.num_bytes > most:
+            if part.num_bytes > most and not failure.slow:
                 most, waits = part.num_bytes, list(waits_s)
-            if not (failure.again and waits):
+            if not (failure.again and waits and attempts < MAX_ATTEMPTS):
                 kept = part.num_bytes if part.whole[0] else 0
                 raise FileNotFoundError(
-                    f"{name} cannot be downloaded from {url}: {failure}. Try again"
-                    + f" ({kept:,} bytes are kept)" * bool(kept)
+                    f"{name} cannot be downloaded from {url}: {failure}, at attempt "
+                    f"{attempts}. Try again"
+                    + f" ({kept:,} bytes are kept)"
+                    * bool(kept)
                     + f", or get that file elsewhere and put it there: {path}, or name"
                     " a mirror in MLP_MIXER_WEIGHTS_URL."
                 ) from failure
             logger.warning("%s: %s; again in %g s", name, failure, waits[0])
             time.sleep(waits.pop(0))
     try:
-        _verify(part.path, path, sizes)
-    except ValueError:
+        _verify(part.path, path, entry)
+    except ValueError as error:
         part.remove()
-        raise
+        raise ValueError(f"What {url} sent is dropped: {error}") from error
     part.rename(path)
 
 
@@ -357,6 +453,7 @@ def _attempt(
             open(part.path, "ab") as file,
             progress(f"{name}: download", size, "bytes", have) as advance,
         ):
+            had, since = have, time.monotonic()
             while have < size:
                 block = _read(response, min(1 << 20, size - have))
                 if not block:
@@ -364,8 +461,62 @@ def _attempt(
                 file.write(block)
                 have += len(block)
                 advance(len(block))
+                if (seconds := time.monotonic() - since) >= WINDOW_SECONDS:
+                    _check_rate((have - had) / seconds)
+                    had, since = have, time.monotonic()
             file.flush()
             os.fsync(file.fileno())
+
+
+def _check_rate(rate: float) -> None:
+    if rate < SLOWEST_BYTES_PER_SECOND:
+        raise _Failed(
+            f"the server sent {rate:,.1f} bytes/s over {WINDOW_SECONDS:g} s, less than "
+            f"{SLOWEST_BYTES_PER_SECOND:,}",
+            again=True,
+            slow=True,
+        )
+
+
+class _Connection(http.client.HTTPSConnection):
+    """Waits for an answer so long in all: a socket's own time begins with each byte."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        connection, late = self.sock, threading.Event()
+
+        def end() -> None:
+            late.set()
+            with contextlib.suppress(OSError):  # It has ended.
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+        timer = threading.Timer(TIMEOUT_SECONDS, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if late.is_set():
+                raise TimeoutError(f"no whole answer in {TIMEOUT_SECONDS:g} s")
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self) -> None:
+        self._trusted = ssl.create_default_context()
+        super().__init__(context=self._trusted)
+
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request, context=self._trusted)
+
+
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    """Follows without reading what an answer says besides, which may have no end."""
+
+    def http_error_302(self, req, fp, code, msg, headers):
+        fp.close()
+        return super().http_error_302(req, io.BytesIO(), code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _open(request: urllib.request.Request, part: _Part) -> Any:
@@ -373,8 +524,8 @@ def _open(request: urllib.request.Request, part: _Part) -> Any:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()),
-        urllib.request.HTTPRedirectHandler(),
+        _Https(),
+        _Redirections(),
         urllib.request.HTTPErrorProcessor(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.UnknownHandler(),
@@ -387,7 +538,9 @@ def _open(request: urllib.request.Request, part: _Part) -> Any:
         if error.code == 416:
             part.remove()
         again = error.code in (408, 416, 429) or error.code >= 500
-        raise _Failed(f"{error.code} {error.reason}", again=again) from error
+        # Of a loop the library tells in several lines.
+        said = " ".join(f"{error.code} {error.reason}".split())
+        raise _Failed(said, again=again) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             said = f"{error.reason} (SSL_CERT_FILE names the certificates to trust)"

@@ -3,43 +3,78 @@
 The format itself notices a file that was cut, but no flipped bit.
 """
 
+import contextlib
 import json
 import os
+import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from safetensors import SafetensorError, numpy, safe_open
 
+from mlp_mixer import files
+from mlp_mixer.text import brief
+
 CHECKSUMS = "crc32"
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read(
+    path: str | os.PathLike[str],
+    check: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns ({name: array}, metadata); bfloat16 stays what it is.
+
+    Args:
+      path: of the file.
+      check: raises if arrays of these names and shapes are not wanted. They are
+        stand-ins, from the header alone, and no other array is read before.
 
     Raises:
       ValueError: it is damaged. In files that others have written, without checksums,
         a flipped bit passes unnoticed.
     """
-    try:
+    with _whole(path):
+        _check_header(path)
         with safe_open(path, "np") as file:
             metadata = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy or download it "
-            "again."
-        ) from error
-    try:
-        sums = dict(json.loads(metadata.pop(CHECKSUMS, "{}")))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: wrong bits in its checksums.") from error
+            names = list(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
+            declared = {k: np.broadcast_to(np.float32(0), x) for k, x in shapes.items()}
+    check(declared)
+    with _whole(path), safe_open(path, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in names}
+    said = f"{path} is damaged: its checksums"
+    sums = files.parse_json(metadata.pop(CHECKSUMS, "{}"), said)
     found = checksums(arrays, metadata)
     if wrong := [name for name in sums if sums[name] != found.get(name)]:
         raise ValueError(
-            f"{path} is damaged: wrong bits in {', '.join(wrong)}; copy it again."
+            f"{path} is damaged: wrong bits in {brief(', '.join(wrong))}; copy it "
+            "again."
         )
     return arrays, metadata
+
+
+@contextlib.contextmanager
+def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({brief(error)}); copy or "
+            "download it again."
+        ) from error
+
+
+def _check_header(path: str | os.PathLike[str]) -> None:
+    """Sees what the library does not: a name that stands there twice."""
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8).ljust(8))
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"its header says that it has {size:,} bytes")
+        if size > files.MAX_BYTES:
+            raise ValueError(f"a header of {size:,} bytes is none of weights")
+        files.parse_json(file.read(size), "its header")
 
 
 def checksums(

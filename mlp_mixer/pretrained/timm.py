@@ -7,12 +7,16 @@ it ships, were trained with the tanh approximation.
 import os
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
 
@@ -36,55 +40,79 @@ WRAPPERS = r"^(?:module\.|model\.|_orig_mod\.)+"
 NESTS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
 
+def our_name(name: str) -> str | None:
+    """The name in our tree of an array of timm's, in whichever wrapper; None: no such.
+
+    Of a Mixer of any depth: also a block that there is not has a name.
+    """
+    module, _, kind = re.sub(WRAPPERS, "", name).rpartition(".")
+    number = re.search(r"\.([0-9]+)\.", module)
+    home = dict(MODULES).get(re.sub(r"\.[0-9]+\.", ".{}.", module))
+    if home is None or kind not in ("weight", "bias"):
+        return None
+    norm = module.rpartition(".")[2].startswith("norm")
+    leaf = "bias" if kind == "bias" else "scale" if norm else "kernel"
+    return f"{home.format(number and number[1])}/{leaf}"
+
+
+def their_name(name: str) -> str:
+    """The name in timm of an array of our tree; any other stays as it is."""
+    home, _, leaf = name.rpartition("/")
+    number = re.match(r"MixerBlock_([0-9]+)/", home)
+    homes = {home: module for module, home in MODULES}
+    module = homes.get(re.sub(r"^MixerBlock_[0-9]+/", "MixerBlock_{}/", home))
+    if module is None:
+        return name
+    kind = "bias" if leaf == "bias" else "weight"
+    return f"{module.format(number and number[1])}.{kind}"
+
+
 def is_timm(names: Iterable[str]) -> bool:
-    """Whether these are the names of a timm Mixer, of whichever wrapper."""
-    return any(re.sub(WRAPPERS, "", name) == "stem.proj.weight" for name in names)
+    """Whether any of these is the name of an array of a timm Mixer."""
+    return any(our_name(name) is not None for name in names)
 
 
 def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
     """{name in our tree: array} of {name in timm: array}.
 
     Names that timm's Mixer does not have (ResMLP's, gMLP's) stay as they are, for the
-    caller to refuse.
+    caller to refuse, and so do arrays of a rank that none has.
 
     Raises:
       ValueError: two arrays claim one name.
     """
     flat: Flat = {}
+    first: dict[str, str] = {}
     for name, array in arrays.items():
-        bare = re.sub(WRAPPERS, "", name)
-        module, _, kind = bare.rpartition(".")
-        number = re.search(r"\.(\d+)\.", module)
-        pattern = re.sub(r"\.\d+\.", ".{}.", module)
-        home = dict(MODULES).get(pattern)
-        if home is None or array.ndim not in AXES or kind not in ("weight", "bias"):
-            flat[name] = array
-            continue
-        leaf = kind if kind == "bias" else "scale" if array.ndim == 1 else "kernel"
-        place = home.format(number[1]) if number else home
-        if f"{place}/{leaf}" in flat:
-            raise ValueError(f"There are two arrays for {bare}, the second is {name}.")
-        flat[f"{place}/{leaf}"] = array.transpose(AXES[array.ndim])
+        new = our_name(name) or name
+        if new in first:
+            raise ValueError(
+                f"there are two arrays for {brief(new)}: {brief(first[new])} and "
+                f"{brief(name)}"
+            )
+        first[new] = name
+        axes = AXES.get(array.ndim) if new != name else None
+        flat[new] = array if axes is None else array.transpose(axes)
     return flat
 
 
 def theirs(params: Mapping[str, np.ndarray]) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
-    homes = {home: module for module, home in MODULES}
-    flat = {}
-    for name, array in params.items():
-        home, _, leaf = name.rpartition("/")
-        number = re.search(r"_(\d+)/", home)
-        module = homes[re.sub(r"^MixerBlock_\d+/", "MixerBlock_{}/", home)]
-        kind = "bias" if leaf == "bias" else "weight"
-        axes = np.argsort(AXES[array.ndim])
-        place = module.format(number[1] if number else "")
-        flat[f"{place}.{kind}"] = array.transpose(axes)
-    return flat
+    return {
+        their_name(name): array.transpose(np.argsort(AXES[array.ndim]))
+        for name, array in params.items()
+    }
 
 
-def read_torch(path: str | os.PathLike[str]) -> Flat:
+def read_torch(
+    path: str | os.PathLike[str], check: Callable[[Flat], None] = lambda flat: None
+) -> Flat:
     """{name: array} of a torch state dict, bare or beside plain values.
+
+    Args:
+      path: of the file.
+      check: raises if arrays of these names and shapes are not wanted. They are
+        stand-ins: a tensor may declare more than the file holds.
 
     Raises:
       ModuleNotFoundError: torch is not installed.
@@ -99,32 +127,70 @@ def read_torch(path: str | os.PathLike[str]) -> Flat:
         ) from error
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"wrong bits in {damaged}")
+            _check_zip(path)
         # Never unpickles code.
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
         zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
         EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
         RuntimeError,
+        TypeError,
         ValueError,
-        KeyError,
     ) as error:
         raise ValueError(
             f"{path} is not a whole torch file of weights alone: "
-            f"{str(error).splitlines()[0]}"
+            f"{brief((str(error).splitlines() or [type(error).__name__])[0])}"
         ) from error
     for nest in NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
             break
-    if not isinstance(content, dict) or not all(
-        isinstance(x, torch.Tensor) for x in content.values()
-    ):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
-    return {str(name): _numpy(tensor) for name, tensor in content.items()}
+    for name, x in content.items():
+        if not isinstance(name, str) or not isinstance(x, torch.Tensor):
+            raise ValueError(
+                f"{path} holds no state dict: {brief(name)} is no tensor, but a "
+                f"{type(x).__name__}."
+            )
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
+            raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
+    size = sum(x.nbytes for x in content.values())
+    if size > os.path.getsize(path):  # one number, expanded to any shape
+        raise ValueError(
+            f"{path} declares {size:,} bytes of tensors, which it has not."
+        )
+    check(
+        {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
+    )
+    return {name: _numpy(tensor) for name, tensor in content.items()}
+
+
+def _check_zip(path: str | os.PathLike[str]) -> None:
+    """torch.save neither compresses nor repeats, and torch.load compares no CRC-32."""
+    with zipfile.ZipFile(path) as archive:
+        seen: set[str] = set()
+        for info in archive.infolist():
+            if info.filename in seen:
+                raise ValueError(f"two members are called {info.filename}")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            if info.external_attr & 0x10:  # torch would read nothing, and say nothing
+                raise ValueError(f"{info.filename} is a folder")
+            seen.add(info.filename)
+        if sum(i.file_size for i in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its members declare more bytes than it has")
+        if damaged := archive.testzip():
+            raise ValueError(f"wrong bits in {damaged}")
 
 
 def _numpy(tensor: Any) -> np.ndarray:

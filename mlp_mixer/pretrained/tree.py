@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlp_mixer import models
@@ -49,13 +49,25 @@ def layout(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         for i in range(_num_blocks(names))
         for name, axes in BLOCK.items()
     }
-    head = HEAD if any(name.startswith("head/") for name in names) else {}
+    head = HEAD if any(name in HEAD for name in names) else {}
     return ENDS | blocks | head
 
 
 def _num_blocks(names: Iterable[str]) -> int:
-    numbers = (re.match(r"MixerBlock_(\d+)/", name) for name in names)
-    return 1 + max((int(match[1]) for match in numbers if match), default=0)
+    """The depth that leaves the fewest arrays missing and unexpected, at least 1.
+
+    One array of a block 99 does not make 99 others missing: it is the stray one.
+    """
+    matches = (re.match("MixerBlock_(0|[1-9][0-9]{0,8})/(.+)", name) for name in names)
+    arrays = Counter(int(match[1]) for match in matches if match and match[2] in BLOCK)
+    depth, there, least = 1, 0, len(BLOCK) - 2 * arrays[0]
+    for number in sorted(arrays):
+        there += arrays[number]
+        # Missing below this depth and unexpected above it, less what is constant.
+        wrong = (number + 1) * len(BLOCK) - 2 * there
+        if wrong <= least:
+            depth, least = number + 1, wrong
+    return depth
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -70,21 +82,33 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
     return found | {"rgb": 3}
 
 
-def problems(shapes: Mapping[str, Shape]) -> list[str]:
-    """What is missing, unexpected or of a shape that contradicts the others."""
+def problems(
+    shapes: Mapping[str, Shape], called: Callable[[str], str] = str
+) -> list[str]:
+    """What is unexpected, of a shape that contradicts the others, or missing.
+
+    In this order: one stray array stands before all that is missing on its account.
+
+    Args:
+      shapes: {name in our tree: shape}.
+      called: the name of an array for people, by that in our tree.
+    """
     expected, found = layout(shapes), sizes(shapes)
-    lines = [f"missing: {name}" for name in expected if name not in shapes]
-    lines += [
-        f"unexpected: {name} {shapes[name]}" for name in shapes if name not in expected
-    ]
+    unexpected = [name for name in shapes if name not in expected]
+    lines = [f"unexpected: {called(name)} {shapes[name]}" for name in unexpected]
     for name, axes in expected.items():
         if name not in shapes:
             continue
-        fitting = tuple(found.get(letter, 0) for letter in axes)
-        if shapes[name] != fitting:
-            said = ", ".join(f"{a}={n}" for a, n in zip(axes, fitting, strict=True))
-            lines.append(f"shape: {name} is {shapes[name]}, the others say ({said})")
-    return lines
+        fitting = tuple(found.get(letter, "?") for letter in axes)
+        said = f"shape: {called(name)} is {shapes[name]}"
+        if 0 in shapes[name]:
+            lines.append(f"{said}, which is empty")
+        elif shapes[name] != fitting:
+            sides = ", ".join(f"{a}={n}" for a, n in zip(axes, fitting, strict=True))
+            lines.append(f"{said}, the others say ({sides})")
+    return lines + [
+        f"missing: {called(name)}" for name in expected if name not in shapes
+    ]
 
 
 def geometry(params: Params) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Sources: what they hold, in every format, and what they say when it is not there."""
 
+import itertools
 import json
 import os
 import pickle
+import shutil
 import struct
 import time
 
@@ -299,3 +301,117 @@ def test_synthetic_images_are_functions_of_the_index():
     default = sources.open_source("synthetic", "test")
     assert (len(default), default.num_classes) == (1024, 1000)
     assert default[0]["image"].shape == (224, 224, 3)
+
+
+# --- What the data is -----------------------------------------------------------------
+
+
+def write_class(folder, name, sizes):
+    (folder / name).mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        (folder / name / f"{i}.png").write_bytes(bytes(size))
+
+
+def rename(folder):
+    (folder / "ant").rename(folder / "cow")
+
+
+def add_image(folder):
+    (folder / "bee" / "new.png").write_bytes(bytes(9))
+
+
+def rewrite_image(folder):
+    (folder / "bee" / "0.png").write_bytes(bytes(8))
+
+
+def rename_image(folder):
+    (folder / "bee" / "0.png").rename(folder / "bee" / "zero.png")
+
+
+def move_image(folder):
+    (folder / "bee" / "1.png").rename(folder / "ant" / "7.png")
+
+
+@pytest.mark.parametrize(
+    "change", [rename, add_image, rewrite_image, rename_image, move_image]
+)
+def test_the_fingerprint_of_a_folder_tells_every_change_of_its_files(change, tmp_path):
+    for copy in ("one", "other"):
+        for name, sizes in {"ant": (3, 5), "bee": (5, 4, 3)}.items():
+            write_class(tmp_path / copy, name, sizes)
+    one, other = (
+        sources.fingerprint(sources.open_source(f"folder:{tmp_path / copy}", "all"))
+        for copy in ("one", "other")
+    )
+    assert one == other  # it is not of a place
+    assert json.loads(json.dumps(one)) == one
+    assert one["classes"]["bee"]["images"] == 3
+    assert one["classes"]["bee"]["bytes"] == 12
+    change(tmp_path / "other")
+    changed = sources.open_source(f"folder:{tmp_path / 'other'}", "all")
+    assert sources.fingerprint(changed) != one
+
+
+def test_the_fingerprint_of_a_part_is_not_that_of_the_whole(tmp_path, array_record_dir):
+    write_class(tmp_path, "ant", range(9))
+    for name, *splits in (
+        (f"folder:{tmp_path}", "all", "all[:5]", "all[4:]"),
+        ("named_digits", "train", "train[:90%]", "test"),
+    ):
+        found = [
+            sources.fingerprint(
+                sources.open_source(name, split, data_dir=array_record_dir)
+            )
+            for split in splits
+        ]
+        assert all(one != other for one, other in itertools.combinations(found, 2))
+
+
+def test_the_fingerprint_of_a_prepared_set_tells_version_shards_and_classes(
+    array_record_dir, tmp_path
+):
+    shutil.copytree(array_record_dir, tmp_path, dirs_exist_ok=True)
+    one, other = (
+        sources.fingerprint(
+            sources.open_source("named_digits", "train", data_dir=folder)
+        )
+        for folder in (array_record_dir, tmp_path)
+    )
+    assert one == other
+    assert one["version"] == "1.0.0"
+    assert one["class_names"] == [*"0123456789"]
+    assert sum(shard["examples"] for shard in one["shards"].values()) == 50
+    folder = tmp_path / "named_digits" / "1.0.0"
+    shard = next(folder.glob("*train.array_record-00001*"))
+    shard.write_bytes(shard.read_bytes() + bytes(64))
+    source = sources._TfdsSource(
+        "named_digits", tfds.builder_from_directory(folder), "test"
+    )
+    whole = sources._TfdsSource(
+        "named_digits", tfds.builder_from_directory(folder), "train+test"
+    )
+    assert sources.fingerprint(whole)["shards"][shard.name] == {
+        "examples": one["shards"][shard.name]["examples"],
+        "bytes": one["shards"][shard.name]["bytes"] + 64,
+    }
+    assert shard.name not in sources.fingerprint(source)["shards"]
+
+
+def test_a_fingerprint_takes_a_name_in_any_spelling(tmp_path):
+    """As macOS writes it, as others do, and as Python reads it without UTF-8."""
+    spellings = ["Cafe\u0301", "Caf\u00e9", "Caf\udcc3\udca9"]
+    found = []
+    for i, spelling in enumerate(spellings):
+        write_class(tmp_path / str(i), spelling, (3, 5))
+        source = sources.open_source(f"folder:{tmp_path / str(i)}", "all")
+        found.append(sources.fingerprint(source))
+    assert found[0]["class_names"] == ["Caf\u00e9"]
+    assert found[1:] == found[:1] * 2
+
+
+def test_a_file_that_cannot_be_looked_at_has_a_fingerprint_too(tmp_path):
+    """Training names it as a broken image, and stands some of them."""
+    write_class(tmp_path, "ant", (3,))
+    (tmp_path / "ant" / "gone.png").symlink_to(tmp_path / "nowhere")
+    found = sources.fingerprint(sources.open_source(f"folder:{tmp_path}", "all"))
+    assert found["classes"]["ant"]["images"] == 2

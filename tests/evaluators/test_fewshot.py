@@ -290,7 +290,10 @@ def test_a_stop_ends_it_anywhere_without_a_result(monkeypatch):
         ({"l2_exponents": ()}, "l2_exponents is empty"),
         ({"shots": (0, 5)}, r"shots are \(0, 5\)"),
         ({"seeds": -1}, "seeds is -1"),
-        ({"test": Listed(TEST_Y, 90, num_classes=5)}, "4 classes, but 5 in the test"),
+        (
+            {"test": Listed(TEST_Y, 90, num_classes=5)},
+            "pets test has 5 classes, but pets train 4",
+        ),
         ({"train": Listed(TRAIN_Y, 0, multi_label=True)}, "one label per image"),
     ],
 )

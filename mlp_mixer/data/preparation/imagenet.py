@@ -6,7 +6,6 @@ files' own bytes, where TFDS encodes 22 CMYK files and one PNG of `train` anew.
 """
 
 import hashlib
-import json
 import logging
 import pathlib
 import re
@@ -15,8 +14,10 @@ from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
+from mlp_mixer import files
 from mlp_mixer.data.preparation import tars, writing
 from mlp_mixer.data.preparation.writing import Job, Split
+from mlp_mixer.text import brief
 
 logger = logging.getLogger(__name__)
 
@@ -177,16 +178,21 @@ def _real_labels(job: Job) -> list[list[int]]:
         path = job.data_dir / "downloads" / "real.json"
     if not path.exists():
         _download(REAL_URL, path)
-    data = path.read_bytes()
+    data = files.read_bytes(path, files.MAX_BYTES)
     if job.verify and hashlib.sha256(data).hexdigest() != _REAL_SHA256:
         raise ValueError(
             f"{path} is not the published real.json (sha256): remove it and start"
             " again, or pass --noverify if it is meant to be another."
         )
-    try:
-        real = json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it.") from error
+    real = files.parse_json(data, f"{path} is damaged, remove it: it", list)
+    for number, labels in enumerate(real, 1):
+        if not isinstance(labels, list) or not all(
+            type(label) is int and 0 <= label < 1000 for label in labels
+        ):
+            raise ValueError(
+                f"{path} is damaged, remove it: image {number} has the labels "
+                f"{brief(labels, 60)}; expected a list of numbers from 0 to 999."
+            )
     return real
 
 

@@ -1,0 +1,105 @@
+"""What a run's folder says of its past, so that no start begins over it.
+
+`saved.json` beside the checkpoints keeps the newest step that was saved whole: without
+it, a run whose checkpoints are gone (a disk that is not mounted) looks like one that
+was killed before its first save.
+"""
+
+import json
+import re
+import uuid
+
+from etils import epath
+
+from mlp_mixer import metrics
+
+FILE = "saved.json"
+_REMOVE = "If the checkpoints are there, remove it; it is written anew."
+# Whole, unfinished and damaged ones; a disk of its own also has a lost+found.
+_CHECKPOINT = re.compile(r"\d|damaged-")
+
+
+def has_begun(workdir: epath.PathLike) -> bool:
+    """Whether there is a result to lose; a wrong field may have prevented any."""
+    records = epath.Path(workdir) / "metrics.jsonl"
+    return (
+        bool(_checkpoints(workdir))
+        or _saved(workdir) is not None
+        or (records.exists() and bool(records.read_text().strip()))
+    )
+
+
+def check(workdir: epath.PathLike, every_steps: int) -> None:
+    """Passes unless a start would begin again though the run was saved.
+
+    Args:
+      workdir: folder of the run.
+      every_steps: steps between two saves, as the run was started last.
+
+    Raises:
+      FileNotFoundError: its checkpoints are gone.
+    """
+    found = _checkpoints(workdir)
+    unfinished = [name for name in found if ".orbax-checkpoint-tmp" in name]
+    if len(unfinished) < len(found):
+        return  # also if they are damaged: the place is the right one
+    step = _saved(workdir)
+    if step is None:
+        if unfinished or (epath.Path(workdir) / FILE).exists():
+            return
+        # Runs of old have no note, but the records tell when the first save was due.
+        if max((r["step"] for r in metrics.read(workdir)), default=0) <= every_steps:
+            return
+        step = every_steps
+    raise FileNotFoundError(
+        f"The checkpoints of the run in {workdir} are gone: step {step} was saved, and "
+        "checkpoints/ is missing or empty. Is its disk mounted? Bring them back, or "
+        "choose another --workdir. To begin again at step 0, remove metrics.jsonl and "
+        f"{FILE} there."
+    )
+
+
+def _checkpoints(workdir: epath.PathLike) -> list[str]:
+    """The names in checkpoints/, unfinished and damaged ones too."""
+    try:
+        found = [path.name for path in (epath.Path(workdir) / "checkpoints").iterdir()]
+    except FileNotFoundError:  # also a link to a place that is not there
+        return []
+    return sorted(filter(_CHECKPOINT.match, found))
+
+
+def _saved(workdir: epath.PathLike) -> int | None:
+    """The step that is noted; None if none was saved, or nothing is noted."""
+    path = epath.Path(workdir) / FILE
+    if not path.exists():
+        return None
+    try:
+        step = json.loads(path.read_text())["saved"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}. {_REMOVE}") from error
+    if not isinstance(step, int | None):
+        raise ValueError(f"{path} says that step {step!r:.50} was saved. {_REMOVE}")
+    return step
+
+
+class Saved:
+    """Notes in a run's folder which step was saved last."""
+
+    def __init__(self, workdir: epath.PathLike):
+        """Begins with what is there."""
+        self._path = epath.Path(workdir) / FILE
+        steps = [int(name) for name in _checkpoints(workdir) if name.isdigit()]
+        self._step = max(steps, default=_saved(workdir))
+        self._write()
+
+    def note(self, step: int | None) -> None:
+        """Writes the step if it is another one; None: nothing was saved yet."""
+        if step is not None and step != self._step:
+            self._step = step
+            self._write()
+
+    def _write(self) -> None:
+        # Whole or not at all, also if the process is killed here.
+        partial = self._path.with_name(f".{FILE}.{uuid.uuid4().hex}")
+        partial.write_text(json.dumps({"saved": self._step}) + "\n")
+        partial.replace(self._path)

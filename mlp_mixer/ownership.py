@@ -1,0 +1,202 @@
+"""One process at a time trains in a run's folder.
+
+The owner locks a file there, which the system lets go when the process ends, however
+it ends. Where there are no locks, as on a bucket, the file itself says that the folder
+is taken, and remains if its process is killed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from mlp_mixer import processes, text
+
+logger = logging.getLogger(__name__)
+
+FILE = "owner.json"
+# What the systems say that have no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# How long another host may need to see what was written, seconds.
+_PATIENCE = 5.0
+# Tasks of one job, as Slurm and the usual MPI starters count them.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_WIDTH = 300  # characters, of a command in a message
+
+_locked: set[int] = set()  # descriptors
+
+
+class OwnedError(RuntimeError):
+    """Another process trains in the folder."""
+
+
+@contextlib.contextmanager
+def owned(workdir: epath.PathLike) -> Iterator[None]:
+    """Owns the folder, which is made if there is none, until the end of the block.
+
+    In a run of several processes the first one owns it for all, and every process has
+    to see that in its own `workdir`.
+
+    Raises:
+      OwnedError: another process owns it; says which.
+      ValueError: not all processes of this run see the same folder.
+    """
+    path = epath.Path(workdir) / FILE
+    owner = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(sys.orig_argv),
+        "token": uuid.uuid4().hex,
+    }
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if jax.process_index() == 0:
+                held.enter_context(_held(path, owner))
+        owner = processes.first(owner)
+        with processes.together():
+            if jax.process_index() > 0:
+                _check_seen(path, owner)
+        yield
+
+
+def _check_seen(path: epath.Path, owner: dict[str, Any]) -> None:
+    until = time.monotonic() + _PATIENCE
+    while _read(path).get("token") != owner["token"]:
+        if time.monotonic() > until:
+            raise ValueError(
+                f"--workdir: {path.parent} on {socket.gethostname()} is not the folder "
+                f"of process 0 on {owner['host']}, whose {FILE} is not there; give all "
+                "processes one folder on a disk that they share."
+            )
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _held(path: epath.Path, owner: dict[str, Any]) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_local = "://" not in os.fspath(path)
+    descriptor = _lock(path) if is_local else None
+    if descriptor is None:
+        _check_free(path)
+    else:
+        _locked.add(descriptor)
+    try:
+        path.write_text(json.dumps(owner, indent=2) + "\n")
+        if descriptor is None:
+            _check_still_mine(path, owner)
+        yield
+    finally:
+        if _read(path).get("token") in (owner["token"], None):
+            path.unlink(missing_ok=True)
+        if descriptor is not None:
+            _locked.discard(descriptor)
+            os.close(descriptor)
+
+
+def _lock(path: epath.Path) -> int | None:
+    """A descriptor of the locked file; None where the system has no locks."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its owner may have ended and removed it meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OwnedError(_refusal(path)) from None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _NO_LOCKS:
+                return None
+            raise
+        os.close(descriptor)
+
+
+def _let_go() -> None:
+    """A forked child does not own the folder."""
+    while _locked:
+        os.close(_locked.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _check_free(path: epath.Path) -> None:
+    """Without locks the file alone says that the folder is taken."""
+    owner = _read(path)
+    if owner and not _has_ended(owner):
+        raise OwnedError(
+            f"{_refusal(path)} If it has ended, remove {path}: there are no locks here "
+            "that would tell."
+        )
+
+
+def _check_still_mine(path: epath.Path, owner: dict[str, Any]) -> None:
+    """Without locks, of two that start at once the last to write is the owner."""
+    time.sleep(1.0)
+    if _read(path).get("token") != owner["token"]:
+        raise OwnedError(_refusal(path))
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether its process is known to be gone; on another host nobody knows."""
+    number = owner.get("process")
+    if owner.get("host") != socket.gethostname() or not isinstance(number, int):
+        return False
+    if number == os.getpid():  # of a container that was started again
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    """What the file says; {} if there is none, or none that is complete."""
+    try:
+        said = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _refusal(path: epath.Path) -> str:
+    until = time.monotonic() + 1.0
+    while not (owner := _read(path)) and time.monotonic() < until:
+        time.sleep(0.05)  # it is being written
+    said = {key: text.printable(str(value)) for key, value in owner.items()}
+    who = (
+        f"process {said.get('process', '?')} on {said.get('host', '?')}, since "
+        f"{said.get('since', '?')}: {said.get('command', '?')[:_WIDTH]}"
+    )
+    tasks = [os.environ.get(name, "") for name in _TASKS]
+    hint = ""
+    if not jax.distributed.is_initialized() and any(
+        count.isdigit() and int(count) > 1 for count in tasks
+    ):
+        hint = (
+            " This process is one of several tasks of a job: with --distributed=auto "
+            "they are one run."
+        )
+    return (
+        f"{path.parent} is in use by {who}\nNothing there is changed. Wait for its "
+        f"end, or choose another --workdir.{hint}"
+    )

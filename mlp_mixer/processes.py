@@ -1,0 +1,109 @@
+"""Several processes of one run: what they must have in common, and errors of one.
+
+Processes that differ, or of which one has ended, wait for one another for ever. So they
+tell one another what they have, and what failed, before they work together.
+"""
+
+import contextlib
+import hashlib
+import json
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LINES = 10  # of a message, for differences
+WIDTH = 50  # characters, of one value in it
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns the values of all processes, in their order; each calls it.
+
+    Args:
+      value: of this process, of what JSON has.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(mine.size)).ravel()
+    padded = np.pad(mine, (0, int(sizes.max()) - mine.size))
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    pairs = zip(rows, sizes, strict=True)
+    return [json.loads(row[:size].tobytes()) for row, size in pairs]
+
+
+def first(value: Any) -> Any:
+    """Returns the value of process 0, of what JSON has; each process calls it."""
+    return gather(value if jax.process_index() == 0 else None)[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends every process if one fails in the block, in which none waits for another.
+
+    Raises:
+      RuntimeError: others have failed; names them and their errors.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        gather(f"{type(error).__name__} on {socket.gethostname()}: {error}")
+        raise
+    failed = [(i, said) for i, said in enumerate(gather(None)) if said is not None]
+    if failed:
+        more = f"\nand {len(failed) - LINES} more" if len(failed) > LINES else ""
+        lines = [f"Process {i} failed: {said}" for i, said in failed[:LINES]]
+        raise RuntimeError("\n".join(lines) + more)
+
+
+def compare(**values: Any) -> None:
+    """Passes if every process has the same values; each calls it.
+
+    Args:
+      **values: name → what JSON has.
+
+    Raises:
+      ValueError: they differ; names each one, its values and the processes.
+    """
+    mine = _flat(values)
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    if len(set(gather(digest))) == 1:
+        return
+    everybodys = gather(mine)
+    names = sorted(set().union(*everybodys))
+    lines = []
+    for name in names:
+        holders: dict[str, list[int]] = {}
+        for i, theirs in enumerate(everybodys):
+            said = json.dumps(theirs[name]) if name in theirs else "absent"
+            holders.setdefault(said, []).append(i)
+        if len(holders) > 1:
+            each = (f"{_short(v)} on {_processes(who)}" for v, who in holders.items())
+            lines.append(f"  {name}: {'; '.join(each)}")
+    more = [f"  and {len(lines) - LINES} more"] if len(lines) > LINES else []
+    raise ValueError(
+        "The processes of one run must agree, and these do not; start all of them with "
+        "the same command, code and data:\n" + "\n".join(lines[:LINES] + more)
+    )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns {"a.b": value} of nested dicts and sequences; empty ones are values."""
+    if not tree or not isinstance(tree, dict | list | tuple):
+        return {prefix: tree}
+    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    named = ((f"{prefix}.{key}" if prefix else str(key), v) for key, v in pairs)
+    return {k: v for key, value in named for k, v in _flat(value, key).items()}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+
+
+def _processes(indices: Sequence[int]) -> str:
+    named = ", ".join(map(str, indices[:LINES]))
+    more = f" and {len(indices) - LINES} more" if len(indices) > LINES else ""
+    return f"process{'es' * (len(indices) > 1)} {named}{more}"
