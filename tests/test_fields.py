@@ -178,11 +178,11 @@ def test_a_wrong_value_is_named_before_any_data_is_opened(
         ),
         (
             {"batch_size": 12},
-            r"batch_size is 12, .* divide among 8 devices; try 8\.",
+            r"A batch of 12 does not divide among 8 devices; try 8\.",
         ),
         (
             {"accumulate": 4},
-            r"batch_size is 16, .* 8 devices times 4 micro-batches; try 32\.",
+            r"A batch of 16 .* among 4 micro-batches on 8 devices; try 32\.",
         ),
         (
             {"optim.warmup_steps": 12},
