@@ -358,7 +358,7 @@ class Profiler:
           ValueError: not two step numbers of the run in order.
         """
         self._folder, self._steps = f"{workdir}/profile", (0, 0)
-        if steps is None:
+        if not steps:
             return
         numbers = [int(n) if n.isdecimal() else 0 for n in steps.split(":")]
         if len(numbers) != 2 or not 0 < numbers[0] <= min(numbers[1], total_steps):

@@ -293,7 +293,9 @@ def _place(where: str) -> tuple[str, int, int, int]:
     address, *numbers = where.split(",")
     host, _, port = address.rpartition(":")
     numbers = [port, *numbers]
-    if not host or len(numbers) != 3 or not all(map(str.isdecimal, numbers)):
+    plain = ":" not in host or (host.startswith("[") and host.endswith("]"))
+    good = host and plain and len(numbers) == 3 and all(map(str.isdecimal, numbers))
+    if not good:
         raise ValueError(
             f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
             "e.g. 10.0.0.1:1234,0,2."
@@ -303,10 +305,12 @@ def _place(where: str) -> tuple[str, int, int, int]:
         raise ValueError(
             f"--distributed is {where!r}: port {found} is not one of 1 ... 65535."
         )
+    if count < 1:
+        raise ValueError(f"--distributed is {where!r}: the COUNT is 1 or more.")
     if index >= count:
         raise ValueError(
             f"--distributed is {where!r}: of {count} processes the INDEX is one of "
-            f"0 ... {max(count - 1, 0)}."
+            f"0 ... {count - 1}."
         )
     return host, found, index, count
 

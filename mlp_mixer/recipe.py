@@ -573,14 +573,19 @@ def total_steps(config: ConfigDict) -> int:
     return max(round(examples / config.batch_size), 1)
 
 
+MOST_NAMED = 15
+
+
 def check(config: ConfigDict) -> None:
     """Passes if every field is there, alone, and has a value that it may have.
 
     Raises:
       ValueError: names each field, what it is and what it may be.
     """
-    wrong = fields.problems(config.to_dict())
-    if wrong := wrong or _contradictions(config):
+    wrong = fields.problems(config.to_dict()) or _contradictions(config)
+    if more := len(wrong) - MOST_NAMED:
+        wrong[MOST_NAMED:] = [f"... and {more} more."] * (more > 0)
+    if wrong:
         raise ValueError("\n".join(wrong))
 
 
@@ -745,7 +750,7 @@ def _there(path: str) -> str | None:
     """Where the file of a recipe is, if it is anywhere."""
     path = os.path.expanduser(path)
     for root in (pathlib.Path(), PACKAGE.parent, PACKAGE):
-        if path and (root / path).is_file():
+        if path and os.path.isfile(root / path):
             return path if root == pathlib.Path() else str(root / path)
     return None
 

@@ -89,7 +89,9 @@ def test_progress_is_a_plain_line_without_a_terminal(tmp_path, caplog):
     assert "left" in caplog.text
 
 
-@pytest.mark.parametrize("steps", ["3", "5:3", "0:2", "a:b", ":"])
+@pytest.mark.parametrize(
+    "steps", ["3", "5:3", "0:2", "a:b", ":", "²:3", "1:2:3", "61:62"]
+)
 def test_a_profile_needs_two_steps_in_order(tmp_path, steps):
     with pytest.raises(ValueError, match="expected START:STOP"):
         metrics.Profiler(str(tmp_path), steps, total_steps=60)

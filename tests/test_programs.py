@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,18 @@ from absl import flags
 from odd_names import NAMES
 from PIL import Image
 
-from mlp_mixer import checkpoint, evaluate, metrics, models, recipe, runs, text
+from mlp_mixer import (
+    checkpoint,
+    convert,
+    evaluate,
+    metrics,
+    models,
+    pretrained,
+    recipe,
+    runs,
+    text,
+    train,
+)
 from mlp_mixer import program as program_module
 
 BEFORE_ANYTHING = {
@@ -45,6 +57,14 @@ BEFORE_ANYTHING = {
         "expected auto or HOST:PORT,INDEX,COUNT",
     ),
     "no recipe": ([], "Flag --config must have a value"),
+    "a divisor of nothing": (
+        ["--config=configs/digits.py", "--config.accumulate=0"],
+        "config.accumulate is 0; expected a whole number from 1",
+    ),
+    "no cluster": (
+        ["--config=configs/digits.py", "--distributed=auto"],
+        "--distributed=auto finds no cluster",
+    ),
     "a wrong class count": (
         ["--config=configs/digits.py", "--config.dataset.num_classes=7"],
         "has num_classes=10, but the recipe states 7",
@@ -381,3 +401,140 @@ def test_an_interruption_ends_a_program_in_one_line(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130  # what shells expect
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+@pytest.mark.parametrize("words", [["²", "1"], ["", "1"]])
+def test_what_only_looks_like_a_number_is_none(words, monkeypatch):
+    values = flags.FlagValues()
+    flags.DEFINE_list("image_size", words, "HEIGHT,WIDTH", flag_values=values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(ValueError, match="expected HEIGHT,WIDTH"):
+        program_module.size("image_size")
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = flags.FlagValues()
+    program_module.define_path("out", "~/default", "A path.", flag_values=values)
+    assert values(["program"]) == ["program"]
+    assert values["out"].value == "/home/me/default"
+    values(["program", "--out=~/x/~"])
+    assert values["out"].value == "/home/me/x/~"
+    assert program_module.path("~") == "/home/me"
+    assert program_module.path("./~") == "./~"
+    assert program_module.path("gs://bucket/~x") == "gs://bucket/~x"
+    with pytest.raises(
+        ValueError, match=r"~nobody else/x begins .* written \./~nobody"
+    ):
+        program_module.path("~nobody else/x")
+
+
+PATHS = {
+    "train": ["workdir", "data_dir"],
+    "evaluate": ["workdir", "data_dir"],
+    "predict": ["weights", "labels", "out", "features", "sheet"],
+    "prepare": ["data_dir", "manual_dir"],
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_of_a_program_is_one(name, root):
+    """Among the flags of text, none that is a path is left."""
+    source = (root / "mlp_mixer" / f"{name}.py").read_text()
+    found = re.findall(r'define_path\(\s*"(\w+)"', source)
+    assert found == PATHS[name]
+    texts = set(re.findall(r'DEFINE_string\(\s*"(\w+)"', source))
+    assert texts <= {"profile", "best", "preprocess"}
+
+
+@pytest.mark.parametrize("arguments", [["{0}", "~/y.npz"], ["~/x.npz", "{1}/y.npz"]])
+def test_convert_reads_and_writes_in_the_home_folder(
+    arguments, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pretrained.write_npz(weights, tmp_path / "x.npz")
+    source, target = (word.format(tmp_path / "x.npz", tmp_path) for word in arguments)
+    convert.convert(source, target)
+    assert (tmp_path / "y.npz").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_run_lives_in_the_home_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny.total_steps, tiny.optim.warmup_steps = 1, 0
+    tiny.evals.val.every_steps = 1
+    train.train(tiny, "~/run")
+    assert evaluate.evaluate("~/run")["val"]["count"] == 37
+    assert os.listdir(tmp_path) == ["run"]
+
+
+# --- One of several processes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("", "expected auto or HOST:PORT,INDEX,COUNT"),
+        ("localhost,0,2", "expected auto or HOST:PORT"),
+        ("localhost:abc,0,2", "expected auto or HOST:PORT"),
+        ("localhost:²,0,2", "expected auto or HOST:PORT"),
+        ("localhost:1,0", "expected auto or HOST:PORT"),
+        ("localhost:1,0,2,3", "expected auto or HOST:PORT"),
+        ("localhost:1,-1,2", "expected auto or HOST:PORT"),
+        ("localhost:1,a,2", "expected auto or HOST:PORT"),
+        (":1,0,2", "expected auto or HOST:PORT"),
+        ("[::1:1,0,2", "expected auto or HOST:PORT"),
+        ("localhost:0,0,2", r"port 0 is not one of 1 \.\.\. 65535"),
+        ("localhost:65536,1,2", r"port 65536 is not one of"),
+        ("localhost:1,2,2", r"of 2 processes the INDEX is one of 0 \.\.\. 1"),
+        ("localhost:1,0,0", "the COUNT is 1 or more"),
+        ("nowhere.invalid:1,0,2", "the host 'nowhere.invalid' is not known here"),
+        ("no where:1,1,2", "the host 'no where' is not known here"),
+    ],
+)
+def test_a_wrong_place_among_processes_is_named(where, message, monkeypatch):
+    monkeypatch.delattr(program_module.jax.distributed, "initialize")
+    with pytest.raises(ValueError, match=message):
+        program_module._join(where)
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    monkeypatch.delattr(program_module.jax.distributed, "initialize")
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on port {port} .Address"):
+            program_module._join(f"localhost:{port},0,2")
+
+
+def test_nobody_waits_for_ever():
+    """Neither for process 0, nor process 0 for the others."""
+    with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
+        ports = [s.getsockname()[1] for s in (free, other)]
+    script = """
+import sys
+from mlp_mixer import program
+program.WAIT_SECONDS = 1
+program._join(sys.argv[1])
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, f"localhost:{port},{index},3"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for index, port in enumerate(ports)
+    ]
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for text, others in zip(
+        said,
+        ("the other 2 processes", f"process 0 at localhost:{ports[1]}"),
+        strict=True,
+    ):
+        assert f"Waited 1 seconds in vain for {others}; all 3 need" in text
+        assert "Traceback" not in text
+        assert len(text.splitlines()) == 1, text

@@ -350,6 +350,16 @@ def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
         (["--config={toy}", "--config={toy}"], ValueError, "toy would share a folder"),
         (["--config={toy}:select"], ValueError, "word select, which a sweep adds"),
         (
+            ["--config={toy}", "--config.accumulate=0"],
+            ValueError,
+            "config.accumulate is 0; expected",
+        ),
+        (
+            ["--config={toy}", "--config.model.image_size=(9,8)"],
+            ValueError,
+            "image_size 9 is not divisible by patch_size 2",
+        ),
+        (
             ["--config={toy}", "--config.evals.seen.every_steps=0"],
             ValueError,
             "evaluates nothing in training",
@@ -370,6 +380,12 @@ def test_mistakes_are_explained(arguments, error, message, value, tmp_path, data
         ["--config.seed", "1"],
         ["--config.optim.learning_rate=1"],
         ["--seeds=0"],
+        ["--seeds=x"],
+        ["--learning_rates=0.1,nan"],
+        ["--learning_rates=0"],
+        ["--learning_rates="],
+        ["--workdir="],
+        ["--data_dir=~no one/data"],
         [],
     ],
 )
