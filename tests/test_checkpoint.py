@@ -407,6 +407,8 @@ def test_a_path_is_a_path(name, tmp_path, monkeypatch, caplog):
         c.add_metrics(5, {"m": -4.5})
     here = tmp_path / relative
     assert names(here) == ["00000001", "00000004", "00000005"]
+    # What a pattern of that name would match is somebody else's.
+    (tmp_path / "aXbY/checkpoints/00000099.orbax-checkpoint-tmp").mkdir(parents=True)
     left = here / "00000006.orbax-checkpoint-tmp"
     shutil.copytree(folder(here, 5), left)
     truncate(folder(here, 5) / "state" / "manifest.ocdbt")
@@ -418,6 +420,7 @@ def test_a_path_is_a_path(name, tmp_path, monkeypatch, caplog):
         assert_equal(c.restore(shapes), tree)
         assert c.all_steps() == [1, 4]
     assert left.name in caplog.text
+    assert "00000099" not in caplog.text
     assert len(damaged(here)) == 1
 
 
@@ -1264,9 +1267,13 @@ def run_workers(mode, directory, count=2, devices=2, send=None):
 
 @pytest.mark.slow
 def test_two_processes_save_and_restore_and_one_restores_what_they_saved(tmp_path):
-    run_workers("save", tmp_path)
+    outputs = run_workers("save", tmp_path)
+    assert all("is not finite" in output for output in outputs), "\n".join(outputs)
     run_workers("restore", tmp_path)
     assert restored_step(tmp_path, devices=8) == 20
+    assert restore_params(tmp_path, best="top1")[0] == 10
+    truncate(folder(tmp_path, 20) / "state" / "array_metadatas" / "process_1")
+    assert restored_step(tmp_path) == 10
 
 
 @pytest.mark.slow
