@@ -120,7 +120,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with self._failure_named():  # one save may fail in two places
+                self._manager.close()
 
     def all_steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending, with one being written."""
@@ -255,10 +256,10 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # whatever the writing threads met
-            step, self._position = self._position, None
+            self._position = None
             self._manager.reload()
             raise CheckpointError(
-                f"Saving step {step} in {self.directory} failed: "
+                f"Saving step {self._saving} in {self.directory} failed: "
                 f"{orbax_io.brief(error)}. The checkpoints before it are intact: "
                 f"{self.all_steps()}. Check the free space and the permissions there, "
                 f"then start again."
@@ -369,17 +370,17 @@ def restore_params(
     folder = orbax_io.locate(directory)
     if not folder.exists():
         raise FileNotFoundError(f"There is no directory {folder}.")
-    dropped: list[int] = []
+    dropped: list[str] = []
     while len(dropped) < 10:
         try:
             return _restore_params(folder, target, step, best, more_is_better)
         except _DroppedError as error:
             if jax.process_count() > 1:  # another process may have read it
                 raise CheckpointError(
-                    f"A training run in {folder} has dropped checkpoint {error.step} "
-                    f"while it was read. Start all processes again."
+                    f"A training run in {folder} has dropped checkpoint {error} while "
+                    f"it was read. Start all processes again."
                 ) from error
-            dropped.append(error.step)
+            dropped.append(f"{error}")
     raise CheckpointError(
         f"A training run in {folder} drops its checkpoints faster than they are read: "
         f"{dropped} were there and are not any more. Raise its checkpoint.keep_latest."
@@ -387,11 +388,7 @@ def restore_params(
 
 
 class _DroppedError(Exception):
-    """A training run has dropped the checkpoint that was to be read."""
-
-    def __init__(self, step: int):
-        super().__init__(step)
-        self.step = step
+    """The step of a checkpoint that a training run drops while it is to be read."""
 
 
 def _restore_params(
@@ -401,7 +398,11 @@ def _restore_params(
     best: str | None,
     more_is_better: bool,
 ) -> tuple[int, PyTree]:
-    with orbax_io.open_for_reading(folder) as manager:
+    try:
+        manager = orbax_io.open_for_reading(folder)
+    except FileNotFoundError as error:  # it looks at each folder that it has listed
+        raise _DroppedError(os.path.basename(error.filename or "?")) from error
+    with manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps or step not in (None, *steps):
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
@@ -444,15 +445,16 @@ def _restore_params(
 def _read_metrics(
     directory: epath.Path, steps: Sequence[int]
 ) -> dict[int, dict[str, float]]:
-    """{step: metrics} of those that can be read."""
+    """{step: metrics} of those that can be read; _DroppedError of one that is gone."""
     found = {}
     for step in steps:
         folder = orbax_io.step_folder(directory, step)
         try:
             found[step] = orbax_io.read_metrics(folder)
         except DamagedError as damage:
-            if not orbax_io.is_dropped(folder):
-                logger.error("Checkpoint %d has no readable metrics (%s)", step, damage)
+            if orbax_io.is_dropped(folder):
+                raise _DroppedError(step) from damage
+            logger.error("Checkpoint %d has no readable metrics (%s)", step, damage)
     return found
 
 

@@ -407,6 +407,8 @@ def test_a_path_is_a_path(name, tmp_path, monkeypatch, caplog):
         c.add_metrics(5, {"m": -4.5})
     here = tmp_path / relative
     assert names(here) == ["00000001", "00000004", "00000005"]
+    # What a pattern of that name would match is somebody else's.
+    (tmp_path / "aXbY/checkpoints/00000099.orbax-checkpoint-tmp").mkdir(parents=True)
     left = here / "00000006.orbax-checkpoint-tmp"
     shutil.copytree(folder(here, 5), left)
     truncate(folder(here, 5) / "state" / "manifest.ocdbt")
@@ -418,6 +420,7 @@ def test_a_path_is_a_path(name, tmp_path, monkeypatch, caplog):
         assert_equal(c.restore(shapes), tree)
         assert c.all_steps() == [1, 4]
     assert left.name in caplog.text
+    assert "00000099" not in caplog.text
     assert len(damaged(here)) == 1
 
 
@@ -464,6 +467,11 @@ def test_a_name_that_cannot_be_opened_is_refused_at_once(name, says):
         restore_params(name)
 
 
+def with_tests_on_the_path():
+    here = str(pathlib.Path(__file__).parent)
+    return os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+
+
 LOCALE = """
 import os, sys
 import jax
@@ -482,7 +490,7 @@ print("restored", step, "and", restore_params(directory)[0])
 """
 
 
-@pytest.mark.parametrize("what", ["intact", "damaged", "named in the program"])
+@pytest.mark.parametrize("what", ["damaged", "named in the program"])
 def test_a_locale_without_utf8_makes_no_checkpoint_damaged(what, tmp_path):
     directory = tmp_path / "lr=[0.1] \\ ä日"
     write(directory, 10, 20)
@@ -491,9 +499,7 @@ def test_a_locale_without_utf8_makes_no_checkpoint_damaged(what, tmp_path):
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
-        "PYTHONPATH": os.pathsep.join(
-            [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": with_tests_on_the_path(),
     }
     result = subprocess.run(
         [sys.executable, "-c", LOCALE, what, str(directory)],
@@ -505,10 +511,10 @@ def test_a_locale_without_utf8_makes_no_checkpoint_damaged(what, tmp_path):
         assert names(directory) == ["00000010", "00000020"]
         return
     assert result.returncode == 0, result.stderr
-    expected = {"intact": "restored 20 and 30", "damaged": "restored 10 and 20"}
-    assert result.stdout.strip() == expected[what]
-    assert len(damaged(directory)) == (what == "damaged")
-    assert restored_step(directory) == int(expected[what].split()[-1])
+    assert result.stdout.strip() == "restored 10 and 20"
+    [name] = damaged(directory)
+    assert name.startswith("damaged-00000020")
+    assert restored_step(directory) == 20
 
 
 def test_a_bucket_is_not_made_a_local_path():
@@ -860,6 +866,111 @@ def test_reading_changes_nothing_however_damaged(tmp_path, caplog):
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
+def training_drops(monkeypatch, directory, times, slowly=False):
+    """Before each read, a training run saves the next step and drops that one."""
+    read = orbax_io.read
+    dropped: list[int] = []
+
+    def remove(path):
+        shutil.rmtree(path / "state" / "d")
+        time.sleep(0.3 * slowly)
+        shutil.rmtree(path)
+
+    def read_late(manager, step, *args, **kwargs):
+        if len(dropped) < times:
+            dropped.append(step)
+            newest = max(int(n) for n in names(directory) if n.isdigit())
+            write(directory, newest + 10)
+            path = folder(directory, step)
+            thread = threading.Thread(target=remove, args=(path,))
+            thread.start()
+            thread.join(0.1 if slowly else None)
+        return read(manager, step, *args, **kwargs)
+
+    monkeypatch.setattr(orbax_io, "read", read_late)
+    return dropped
+
+
+@pytest.mark.parametrize("slowly", [False, True])
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_a_training_run_drops_meanwhile_is_not_damaged(
+    times, slowly, tmp_path, monkeypatch, caplog
+):
+    write(tmp_path, 10)
+    dropped = training_drops(monkeypatch, tmp_path, times, slowly)
+    step, params = restore_params(tmp_path, target().params)
+    assert len(dropped) == times
+    assert step == 10 * (times + 1)
+    assert_equal(params, init(step).params)
+    assert "damaged" not in caplog.text
+
+
+def test_a_step_or_a_best_one_that_is_dropped_meanwhile_is_told_or_chosen_again(
+    tmp_path, monkeypatch, caplog
+):
+    with Checkpointer(tmp_path, every_steps=10, keep_latest=5) as c:
+        for step, score in ((10, 0.9), (20, 0.8), (30, 0.1)):
+            c.save(step, state_at(step), {"top1": score})
+    training_drops(monkeypatch, tmp_path, 1)
+    assert restore_params(tmp_path, best="top1")[0] == 20
+    training_drops(monkeypatch, tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 20 .*\[50, 40, 30\]"):
+        restore_params(tmp_path, step=20)
+    assert "damaged" not in caplog.text
+    assert "readable" not in caplog.text
+
+
+def test_a_reader_gives_up_where_each_checkpoint_is_dropped(tmp_path, monkeypatch):
+    write(tmp_path, 10)
+    training_drops(monkeypatch, tmp_path, 1000)
+    with pytest.raises(CheckpointError, match="faster than they are read"):
+        restore_params(tmp_path)
+
+
+def test_an_older_checkpoint_that_stays_damaged_is_called_so(tmp_path, caplog):
+    write(tmp_path, 10, 20, 30)
+    for step in (10, 30):
+        shutil.rmtree(folder(tmp_path, step) / "state")
+    assert restore_params(tmp_path)[0] == 20
+    with pytest.raises(CheckpointError, match=r"10 .* damaged .*Choose another"):
+        restore_params(tmp_path, step=10)
+
+
+TRAINING = """
+import sys, time
+import test_checkpoint as cases
+from mlp_mixer.checkpoint import Checkpointer
+with Checkpointer(sys.argv[1], every_steps=1, keep_latest=1) as c:
+    step = 0
+    while not c.stop_requested(step):
+        step += 1
+        c.save(step, cases.state_at(step))
+        time.sleep(0.02)
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_reads_beside_a_training_run_are_all_right(tmp_path, caplog):
+    run = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": with_tests_on_the_path()},
+    )
+    try:
+        while not list(tmp_path.glob("run/0*[0-9]")):
+            assert run.poll() is None
+            time.sleep(0.1)
+        steps = set()
+        for _ in range(100):
+            step, params = restore_params(tmp_path / "run", target().params)
+            assert_equal(params, init(step).params)
+            steps.add(step)
+    finally:
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 0
+    assert len(steps) > 10
+    assert caplog.text == ""
+
+
 def test_params_that_orbax_does_not_find_are_damage(tmp_path):
     write(tmp_path, 10)
     path = folder(tmp_path, 10) / "meta" / "metadata"
@@ -954,6 +1065,45 @@ def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path):
         assert restored_step(disk / "run") == 20
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+FULL_DISK = """
+import pathlib, resource, signal, sys
+import test_checkpoint as cases
+from mlp_mixer import metrics, program
+from mlp_mixer.checkpoint import Checkpointer
+metrics.log_to_terminal()
+directory, limit = sys.argv[1], int(sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with program.errors_in_one_line(), Checkpointer(directory, every_steps=1) as c:
+    c.save(10, cases.state_at(10))
+    c.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if limit < 100:
+        c.add_metrics(10, {"top1": 0.5})
+    c.save(20, cases.state_at(20))
+    c.save(30, cases.state_at(30))
+"""
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [10, 200, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2000, 1_000_000))],
+)
+def test_a_full_disk_is_one_line_that_says_what_is_intact(limit, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)],
+        env={**os.environ, "PYTHONPATH": with_tests_on_the_path()},
+        stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    what = "Adding metrics to checkpoint 10" if limit < 100 else "Saving step 20"
+    assert line.startswith(f"{what} in {tmp_path} failed: ")
+    assert "File too large" in line
+    assert "intact" in line
+    assert len(line) < 800
+    assert restored_step(tmp_path) == 10
 
 
 def test_unfinished_saves_are_named_and_removed(tmp_path, caplog):
@@ -1117,9 +1267,13 @@ def run_workers(mode, directory, count=2, devices=2, send=None):
 
 @pytest.mark.slow
 def test_two_processes_save_and_restore_and_one_restores_what_they_saved(tmp_path):
-    run_workers("save", tmp_path)
+    outputs = run_workers("save", tmp_path)
+    assert all("is not finite" in output for output in outputs), "\n".join(outputs)
     run_workers("restore", tmp_path)
     assert restored_step(tmp_path, devices=8) == 20
+    assert restore_params(tmp_path, best="top1")[0] == 10
+    truncate(folder(tmp_path, 20) / "state" / "array_metadatas" / "process_1")
+    assert restored_step(tmp_path) == 10
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_ownership import contents
 
 from mlp_mixer import runs
 

@@ -530,11 +530,11 @@ program._join(sys.argv[1])
     ]
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
-    for text, others in zip(
+    for printed, others in zip(
         said,
         ("the other 2 processes", f"process 0 at localhost:{ports[1]}"),
         strict=True,
     ):
-        assert f"Waited 1 seconds in vain for {others}; all 3 need" in text
-        assert "Traceback" not in text
-        assert len(text.splitlines()) == 1, text
+        assert f"Waited 1 seconds in vain for {others}; all 3 need" in printed
+        assert "Traceback" not in printed
+        assert len(printed.splitlines()) == 1, printed
