@@ -83,7 +83,7 @@ def test_a_field_of_a_later_version_has_its_default(run, root, caplog):
     runs.check(load(root, "mixer_b16"), run)
 
 
-@pytest.mark.parametrize("kind", DAMAGED.keys() - {"null"})
+@pytest.mark.parametrize("kind", [k for k in DAMAGED if k != "null"])
 def test_damaged_names_of_classes_are_one_line(kind, run):
     (run / "class_names.json").write_bytes(DAMAGED[kind])
     for read in (
