@@ -474,7 +474,10 @@ def _errors_named(folder: epath.Path) -> Iterator[None]:
             changed = [brief(error)]
         if changed:
             raise DamagedError("; ".join(changed[:3])) from error
-        error.add_note(f"While {folder} was read; nothing was changed there.")
+        error.add_note(
+            f"While {folder} was read; nothing was changed there. If another "
+            f"checkpoint can be read, move this one away."
+        )
         raise
 
 

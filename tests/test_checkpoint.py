@@ -1,3 +1,4 @@
+import gc
 import json
 import logging
 import math
@@ -1024,6 +1025,7 @@ def test_a_save_that_fails_is_an_error_at_the_latest_at(
     assert f"step 30 in {tmp_path} failed" in str(error.value)
     assert "intact: [10, 20]" in str(error.value)
     c.close()
+    assert [r for r in caplog.records if r.name in ("absl", "asyncio")] == []
     unfinished = [name for name in names(tmp_path) if "tmp" in name]
     assert len(unfinished) == 1
     assert restored_step(tmp_path) == 20
@@ -1079,7 +1081,7 @@ with program.errors_in_one_line(), Checkpointer(directory, every_steps=1) as c:
     c.save(10, cases.state_at(10))
     c.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if limit < 100:
+    if limit == 10:
         c.add_metrics(10, {"top1": 0.5})
     c.save(20, cases.state_at(20))
     c.save(30, cases.state_at(30))
@@ -1088,7 +1090,7 @@ with program.errors_in_one_line(), Checkpointer(directory, every_steps=1) as c:
 
 @pytest.mark.parametrize(
     "limit",
-    [10, 200, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2000, 1_000_000))],
+    [0, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (200, 2000, 1_000_000))],
 )
 def test_a_full_disk_is_one_line_that_says_what_is_intact(limit, tmp_path):
     result = subprocess.run(
@@ -1098,7 +1100,7 @@ def test_a_full_disk_is_one_line_that_says_what_is_intact(limit, tmp_path):
     )  # fmt: skip
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
-    what = "Adding metrics to checkpoint 10" if limit < 100 else "Saving step 20"
+    what = "Adding metrics to checkpoint 10" if limit == 10 else "Saving step 20"
     assert line.startswith(f"{what} in {tmp_path} failed: ")
     assert "File too large" in line
     assert "intact" in line
@@ -1199,13 +1201,19 @@ def test_no_handler_is_installed(why, tmp_path, monkeypatch):
 def test_our_lines_are_seen_and_the_chatter_of_orbax_is_not(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG):
         write(tmp_path, 10, 20)
-        truncate(large_file(folder(tmp_path, 20)))
+        for file in folder(tmp_path, 20).glob("state/d/*"):
+            truncate(file)
         restored_step(tmp_path)
         restore_params(tmp_path, target().params)
+        gc.collect()  # what failed unheard would speak now
         logging.getLogger("absl").info("a line of another user of absl")
+        logging.getLogger("asyncio").error("Task exception was never retrieved: mine")
     ours = [r.levelname for r in caplog.records if r.name.startswith("mlp_mixer.")]
     assert ours == ["ERROR", "INFO"]
     assert "a line of another user of absl" in caplog.text
+    assert [r.message for r in caplog.records if r.name == "asyncio"] == [
+        "Task exception was never retrieved: mine"
+    ]
     assert [r for r in caplog.records if f"{os.sep}orbax{os.sep}" in r.pathname] == []
 
 
