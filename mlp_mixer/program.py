@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -60,6 +61,9 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         if not _stdout_has_no_reader():
             raise

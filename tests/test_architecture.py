@@ -21,8 +21,6 @@ LAYERS = (
     (
         "recipe",
         "atomic",
-        "files",
-        "text",
         "models",
         "losses",
         "sharding",

@@ -12,6 +12,7 @@ import pytest
 import rich.console
 from odd_names import NAMES
 from tensorboardX.proto import event_pb2
+from test_files import DAMAGED, one_line
 
 from mlp_mixer import metrics, text
 
@@ -141,8 +142,9 @@ def test_progress_takes_any_name(name, monkeypatch):
 
 
 def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
-    said = io.StringIO()
+    said, printed = io.StringIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
@@ -151,6 +153,8 @@ def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
     finally:
         root.handlers[:], level = before
         root.setLevel(level)
+    print("é ×", end="", flush=True)
+    assert printed.getvalue() == rb"\xe9 x"
     assert said.getvalue()[9:] == "a\\x1b[2J and\n\\udcff\\r\n"
 
 
@@ -234,3 +238,43 @@ def values(path):
     return [
         (e.step, v.tag, v.simple_value) for e in events(path) for v in e.summary.value
     ]
+
+
+LINES = {
+    **DAMAGED,
+    "no step": b'{"train/loss": 1.0}',
+    "a step of text": b'{"step": "1"}',
+    "half a step": b'{"step": 1.5}',
+    "a step below 0": b'{"step": -1}',
+    "true as a step": b'{"step": true}',
+    "text": b'{"step": 1, "train/loss": "\\u001b[31m"}',
+    "a list of losses": b'{"step": 1, "train/loss": [1.0]}',
+    "a name that commands": b'{"step": 1, "\\u001b[31m\\n": null}',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_line_that_is_no_record_is_named(kind, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "val/top1": 0.5}\n' + LINES[kind] + b"\n")
+    for read in (metrics.read, lambda folder: writer(folder, first_step=4)):
+        with pytest.raises(ValueError, match=r"Line \d of .*metrics\.jsonl") as error:
+            read(tmp_path)
+        assert one_line(error, "metrics.jsonl")
+    assert path.read_bytes().startswith(b'{"step": 1, "val/top1": 0.5}\n')
+
+
+def test_records_in_a_folder_of_their_name_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be read"):
+        metrics.read(tmp_path)
+
+
+def test_a_value_that_is_not_finite_stays_a_record(tmp_path):
+    """As evaluations write them."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "val/loss": Infinity}\n{"step": 2, "val/loss": NaN')
+    assert metrics.read(tmp_path) == [{"step": 1, "val/loss": float("inf")}]
+    path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for the line's end
+    assert metrics.read(tmp_path) == [{"step": 1}, {"step": 2}]

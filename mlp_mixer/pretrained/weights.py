@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,
     Normalisation,
+    Stated,
     fold,
     normalisation,
 )
@@ -86,8 +87,8 @@ def read(
     *,
     dtype: str | None = "float32",
     step: int | None = None,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: Stated | None = None,
+    std: Stated | None = None,
 ) -> Weights:
     """Reads weights of any geometry from any source, for images in [-1, 1].
 
@@ -184,8 +185,8 @@ def check(weights: Weights) -> tuple[int, int]:
         raise ValueError(f"{weights.called}: {error}") from error
     if (h // ph) * (w // pw) != count:
         raise ValueError(
-            f"A {h}x{w} image makes {h // ph * (w // pw)} tokens of {ph}x{pw} pixels, "
-            f"but the weights {weights.called} are for {count}; give the image size "
+            f"{weights.called}: a {h}x{w} image makes {h // ph * (w // pw)} tokens of "
+            f"{ph}x{pw} pixels, but the weights are for {count}; give the image size "
             "that they were trained at."
         )
     return h, w

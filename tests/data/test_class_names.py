@@ -86,3 +86,10 @@ def test_a_wrong_file_of_names_is_explained(content, message, tmp_path):
         class_names.choose(None, 3, labels=path)
     with pytest.raises(FileNotFoundError, match="no file nowhere"):
         class_names.choose(None, 3, labels="nowhere")
+
+
+def test_a_file_of_names_that_cannot_be_read_is_named(tmp_path):
+    with open(tmp_path / "names.txt", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"names\.txt has more than"):
+        class_names.choose(None, 3, labels=tmp_path / "names.txt")
