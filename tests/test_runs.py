@@ -53,6 +53,7 @@ def resumed(config, folder, name, split="all", **options):
     """What a start would do with the data before anything is trained."""
     source = sources.open_source(name, split, data_dir=options.pop("data_dir", None))
     data = sources.fingerprint(source)
+    config.dataset.num_examples = len(source)
     source = runs.training_data(source, config, folder, data, **options)
     runs.claim(config, folder, source.class_names, data, **options)
     return source
@@ -111,6 +112,13 @@ def test_a_run_does_not_go_on_with_other_classes(change, accepted, run):
     with pytest.raises(ValueError, match="Only"):
         runs.claim(config, folder, ("ant", "cow", "cat"))
     assert said(folder) == before
+
+
+@pytest.mark.parametrize("names", [("cat", "ant", "bee"), ("0", "1", "2"), None])
+def test_the_names_of_a_run_that_has_begun_are_not_written_again(names, run):
+    config, folder, _ = run
+    runs.claim(config, folder, names)
+    assert runs.load_class_names(folder) == ["ant", "bee", "cat"]
 
 
 def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
@@ -184,6 +192,14 @@ def test_moved_training_data_is_the_same(run):
     config, folder, images = run
     moved = images.rename(images.with_name("elsewhere"))
     resumed(config, folder, f"folder:{moved}")
+
+
+def test_what_the_runs_data_is_may_be_damaged(run):
+    config, folder, images = run
+    for text in ("[1, 2]", "{", "5"):
+        (folder / "data.json").write_text(text)
+        with pytest.raises(ValueError, match=r"data\.json (is damaged|holds)"):
+            resumed(config, folder, f"folder:{images}")
 
 
 def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, caplog):

@@ -518,5 +518,13 @@ def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
         "11: 1 bytes there, nothing here",
         "and 87 more",
     ]
+    source = sources.open_source(name, split)
+    assert isinstance(source, folders.FolderSource)
+    turned = folders.FolderSource(
+        source.paths[::-1], source.labels[::-1], source.class_names
+    )
+    assert sources.changes(
+        sources.fingerprint(source), sources.fingerprint(turned)
+    ) == ["the same files, in another order"]
     # Names are compared elsewhere, by name.
     assert sources.changes({"class_names": ["a"]}, {"class_names": ["b"]}) == []
