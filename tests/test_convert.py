@@ -298,7 +298,7 @@ def test_the_normalisation_may_be_flags(program, source, tmp_path):
         for options in cases
     }
     for options, said in cases.items():
-        output, _ = processes[options].communicate()
+        output, _ = processes[options].communicate(timeout=200)
         assert said in output, output
         assert "Traceback" not in output
         assert (processes[options].returncode == 0) == ("folded" in said)
