@@ -8,8 +8,6 @@ from collections.abc import Sequence
 
 def message(error: BaseException, modules: Sequence[str] = ()) -> str | None:
     """What to print of an error instead of its traceback; None: nothing explains it."""
-    if _raised_on_purpose(error, modules) and str(error):
-        return str(error)
     if isinstance(error, OSError) and error.strerror:
         if error.filename is not None:
             names = (error.filename, error.filename2)
@@ -17,7 +15,7 @@ def message(error: BaseException, modules: Sequence[str] = ()) -> str | None:
             return f"{where}: {error.strerror}."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.strerror}."
-    return None
+    return str(error) or None if _raised_on_purpose(error, modules) else None
 
 
 def _name(name: str | bytes | int) -> str:
@@ -36,7 +34,9 @@ def _raised_on_purpose(error: BaseException, modules: Sequence[str] = ()) -> boo
     if trace is None:
         return False
     where, code = trace.tb_frame.f_globals, trace.tb_frame.f_code.co_code
-    if dis.opname[code[trace.tb_lasti]] != "RAISE_VARARGS":
+    instruction, count = code[trace.tb_lasti : trace.tb_lasti + 2]
+    # Of no argument: a `raise` with nothing to raise again.
+    if dis.opname[instruction] != "RAISE_VARARGS" or not count:
         return False
     name = where.get("__name__", "").partition(".")[0]
     # A recipe has some name or other, depending on how it was loaded.

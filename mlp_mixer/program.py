@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from mlp_mixer import errors, metrics, recipe
+from mlp_mixer import errors, metrics, processes, recipe
 
 # How long one of several processes waits for the others, as in JAX.
 WAIT_SECONDS = 300.0
@@ -41,13 +41,12 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
         )
 
     def start(argv):
-        if distributed and flags.FLAGS.distributed is not None:
-            _join(flags.FLAGS.distributed)
         metrics.log_to_terminal()
         main(argv[1:])
 
+    parse = _join_and_parse if distributed else _parse
     with errors_in_one_line():
-        app.run(start, flags_parser=_parse)
+        app.run(start, flags_parser=parse)
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -240,6 +239,20 @@ def _is_in(error: BaseException, package: str) -> bool:
 # --- One of several processes ---------------------------------------------------------
 
 
+def _join_and_parse(argv: list[str]) -> list[str]:
+    """Joins the others before a recipe is read: if that fails here, they are told."""
+    early = flags.FlagValues()
+    flags.DEFINE_string("distributed", None, "", flag_values=early)
+    early.set_gnu_getopt(True)
+    with contextlib.suppress(flags.Error):  # for `_parse` to tell
+        early(argv, known_only=True)
+    if early["distributed"].value is None:
+        return _parse(argv)
+    _join(early["distributed"].value)
+    with processes.together():
+        return _parse(argv)
+
+
 def _join(where: str) -> None:
     """Makes this process one of several, as `--distributed` says.
 
@@ -280,7 +293,9 @@ def _place(where: str) -> tuple[str, int, int, int]:
     address, *numbers = where.split(",")
     host, _, port = address.rpartition(":")
     numbers = [port, *numbers]
-    if not host or len(numbers) != 3 or not all(map(str.isdecimal, numbers)):
+    plain = ":" not in host or (host.startswith("[") and host.endswith("]"))
+    good = host and plain and len(numbers) == 3 and all(map(str.isdecimal, numbers))
+    if not good:
         raise ValueError(
             f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
             "e.g. 10.0.0.1:1234,0,2."
@@ -290,10 +305,12 @@ def _place(where: str) -> tuple[str, int, int, int]:
         raise ValueError(
             f"--distributed is {where!r}: port {found} is not one of 1 ... 65535."
         )
+    if count < 1:
+        raise ValueError(f"--distributed is {where!r}: the COUNT is 1 or more.")
     if index >= count:
         raise ValueError(
             f"--distributed is {where!r}: of {count} processes the INDEX is one of "
-            f"0 ... {max(count - 1, 0)}."
+            f"0 ... {count - 1}."
         )
     return host, found, index, count
 

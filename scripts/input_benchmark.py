@@ -358,9 +358,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    side = arguments.whole(8, 2**15)
-    return side(height), side(width)
+    sides = text.split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, e.g. 375x500")
+    height, width = map(arguments.whole(8, 2**15), sides)
+    return height, width
 
 
 def main(argv: list[str], cpu_model: str) -> None:

@@ -1,16 +1,34 @@
 """What a person reads who mistypes: one clear message, no page of traceback."""
 
+import io
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
+from odd_names import NAMES
+from PIL import Image
 
-from mlp_mixer import evaluate, metrics
+from mlp_mixer import (
+    checkpoint,
+    convert,
+    evaluate,
+    metrics,
+    models,
+    pretrained,
+    recipe,
+    runs,
+    text,
+    train,
+)
 from mlp_mixer import program as program_module
 
 BEFORE_ANYTHING = {
@@ -39,6 +57,14 @@ BEFORE_ANYTHING = {
         "expected auto or HOST:PORT,INDEX,COUNT",
     ),
     "no recipe": ([], "Flag --config must have a value"),
+    "a divisor of nothing": (
+        ["--config=configs/digits.py", "--config.accumulate=0"],
+        "config.accumulate is 0; expected a whole number from 1",
+    ),
+    "no cluster": (
+        ["--config=configs/digits.py", "--distributed=auto"],
+        "--distributed=auto finds no cluster",
+    ),
     "a wrong class count": (
         ["--config=configs/digits.py", "--config.dataset.num_classes=7"],
         "has num_classes=10, but the recipe states 7",
@@ -132,6 +158,93 @@ def test_evaluate_prints_a_table_and_writes_it_and_a_picture(
     record = metrics.read(workdir)[-1]
     assert record["test/top1"] == pytest.approx(test["top1"])
     assert record["test/loss"] == pytest.approx(test["loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory):
+    """An untrained run on folders whose names are taken for something else."""
+    folder = tmp_path_factory.mktemp("odd")
+    data, workdir = folder / "a|b $x$ [red]", folder / "_run_ \x1b[31m"
+    classes = [name.replace("/", "") for name in (*NAMES.values(),) if name]
+    classes = sorted({name[:80] for name in classes if "\ud83d" not in name})
+    for i, name in enumerate(classes):
+        (data / name).mkdir(parents=True)
+        for j in range(2):
+            image = Image.new("RGB", (8, 8), (10 * i, 9 * j, 0))
+            image.save(data / name / f"{j}.png")
+    config = recipe.base()
+    config.batch_size = 8
+    config.dataset.update(name=f"folder:{data}", split="all")
+    config.dataset.num_classes = len(classes)
+    config.dataset.num_examples = 2 * len(classes)
+    config.model.update(name="mixer_s16", image_size=(8, 8), patch_size=(4, 4))
+    config.model.update(num_blocks=1, hidden_dim=8, tokens_mlp_dim=4)
+    config.model.update(channels_mlp_dim=8, scan=False, remat="none")
+    config.evals.test = recipe.evaluation("all", preprocess="vision_transformer")
+    config = recipe.completed(config, 2 * len(classes), len(classes))
+    runs.claim(config, workdir, classes)
+    model = models.create(**config.model, num_classes=len(classes))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    with checkpoint.Checkpointer(workdir / "checkpoints", every_steps=1) as saver:
+        saver.save(1, {"params": params}, force=True)
+    return workdir, data, len(classes)
+
+
+def test_evaluate_takes_any_name_and_a_stdout_without_utf_8(odd_run, monkeypatch):
+    workdir, data, classes = odd_run
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    monkeypatch.setenv("COLUMNS", "200")
+    text.accept_any_text(sys.stdout)
+    evaluate.evaluate(workdir)
+    said = " ".join(printed.getvalue().decode("ascii").split())
+    assert "mixer_s16, 8 x 8" in said
+    assert f"folder:{data} all" in said
+    assert r"_run_ \x1b[31m at step 1" in said
+    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((workdir / "evaluate.json").read_text(encoding="utf-8"))
+    assert results["workdir"] == str(workdir)
+    assert results["evaluators"]["test"]["data"] == f"folder:{data} all"
+    assert results["results"]["test"]["count"] == 2 * classes
+    title, *_ = table = (workdir / "evaluate.md").read_text("utf-8").splitlines()
+    assert r"/\_run\_ \\x1b\[31m at step 1: mixer_s16, 8 × 8" in title
+    assert any(r"/a\|b \$x\$ \[red\] all |" in line for line in table)
+    # An unescaped bar would be a cell more.
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table[2:]} == {3}
+
+
+def test_results_are_kept_if_stdout_is_full(odd_run):
+    workdir, *_ = odd_run
+    for name in ("evaluate.json", "evaluate.md", "report.png"):
+        (workdir / name).unlink(missing_ok=True)
+    variables = {"JAX_PLATFORMS": "cpu", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "mlp_mixer.evaluate", f"--workdir={workdir}"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=os.environ | variables | {"PYTHONCOERCECLOCALE": "0"},
+            check=False,
+        )
+    assert process.returncode == 1
+    *said, last = process.stderr.decode("ascii").splitlines()
+    assert last == "stdout cannot be written: No space left on device."
+    assert len(said) <= 4, said
+    assert "\x1b" not in "".join(said)
+    assert all((workdir / f"evaluate.{kind}").exists() for kind in ("json", "md"))
+    assert (workdir / "report.png").exists()
+
+
+def test_results_are_kept_if_the_picture_cannot_be_drawn(odd_run, caplog, capsys):
+    workdir = shutil.copytree(odd_run[0], odd_run[0].with_name("copied"))
+    (workdir / "report.png").unlink(missing_ok=True)
+    (workdir / "report.png").mkdir()
+    results = evaluate.evaluate(workdir)
+    assert 0 <= results["test"]["top1"] <= 1
+    assert "copied" in capsys.readouterr().out
+    warned = [m for m in caplog.messages if "report.png is not drawn: " in m]
+    assert len(warned) == 1
+    assert (workdir / "evaluate.json").exists()
 
 
 def cells(line):
@@ -288,3 +401,140 @@ def test_an_interruption_ends_a_program_in_one_line(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130  # what shells expect
     assert capsys.readouterr().err == "Interrupted.\n"
+
+
+@pytest.mark.parametrize("words", [["²", "1"], ["", "1"]])
+def test_what_only_looks_like_a_number_is_none(words, monkeypatch):
+    values = flags.FlagValues()
+    flags.DEFINE_list("image_size", words, "HEIGHT,WIDTH", flag_values=values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(ValueError, match="expected HEIGHT,WIDTH"):
+        program_module.size("image_size")
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_arguments(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = flags.FlagValues()
+    program_module.define_path("out", "~/default", "A path.", flag_values=values)
+    assert values(["program"]) == ["program"]
+    assert values["out"].value == "/home/me/default"
+    values(["program", "--out=~/x/~"])
+    assert values["out"].value == "/home/me/x/~"
+    assert program_module.path("~") == "/home/me"
+    assert program_module.path("./~") == "./~"
+    assert program_module.path("gs://bucket/~x") == "gs://bucket/~x"
+    with pytest.raises(
+        ValueError, match=r"~nobody else/x begins .* written \./~nobody"
+    ):
+        program_module.path("~nobody else/x")
+
+
+PATHS = {
+    "train": ["workdir", "data_dir"],
+    "evaluate": ["workdir", "data_dir"],
+    "predict": ["weights", "labels", "out", "features", "sheet"],
+    "prepare": ["data_dir", "manual_dir"],
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_of_a_program_is_one(name, root):
+    """Among the flags of text, none that is a path is left."""
+    source = (root / "mlp_mixer" / f"{name}.py").read_text()
+    found = re.findall(r'define_path\(\s*"(\w+)"', source)
+    assert found == PATHS[name]
+    texts = set(re.findall(r'DEFINE_string\(\s*"(\w+)"', source))
+    assert texts <= {"profile", "best", "preprocess"}
+
+
+@pytest.mark.parametrize("arguments", [["{0}", "~/y.npz"], ["~/x.npz", "{1}/y.npz"]])
+def test_convert_reads_and_writes_in_the_home_folder(
+    arguments, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pretrained.write_npz(weights, tmp_path / "x.npz")
+    source, target = (word.format(tmp_path / "x.npz", tmp_path) for word in arguments)
+    convert.convert(source, target)
+    assert (tmp_path / "y.npz").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_run_lives_in_the_home_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tiny.total_steps, tiny.optim.warmup_steps = 1, 0
+    tiny.evals.val.every_steps = 1
+    train.train(tiny, "~/run")
+    assert evaluate.evaluate("~/run")["val"]["count"] == 37
+    assert os.listdir(tmp_path) == ["run"]
+
+
+# --- One of several processes ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("", "expected auto or HOST:PORT,INDEX,COUNT"),
+        ("localhost,0,2", "expected auto or HOST:PORT"),
+        ("localhost:abc,0,2", "expected auto or HOST:PORT"),
+        ("localhost:²,0,2", "expected auto or HOST:PORT"),
+        ("localhost:1,0", "expected auto or HOST:PORT"),
+        ("localhost:1,0,2,3", "expected auto or HOST:PORT"),
+        ("localhost:1,-1,2", "expected auto or HOST:PORT"),
+        ("localhost:1,a,2", "expected auto or HOST:PORT"),
+        (":1,0,2", "expected auto or HOST:PORT"),
+        ("[::1:1,0,2", "expected auto or HOST:PORT"),
+        ("localhost:0,0,2", r"port 0 is not one of 1 \.\.\. 65535"),
+        ("localhost:65536,1,2", r"port 65536 is not one of"),
+        ("localhost:1,2,2", r"of 2 processes the INDEX is one of 0 \.\.\. 1"),
+        ("localhost:1,0,0", "the COUNT is 1 or more"),
+        ("nowhere.invalid:1,0,2", "the host 'nowhere.invalid' is not known here"),
+        ("no where:1,1,2", "the host 'no where' is not known here"),
+    ],
+)
+def test_a_wrong_place_among_processes_is_named(where, message, monkeypatch):
+    monkeypatch.delattr(program_module.jax.distributed, "initialize")
+    with pytest.raises(ValueError, match=message):
+        program_module._join(where)
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    monkeypatch.delattr(program_module.jax.distributed, "initialize")
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on port {port} .Address"):
+            program_module._join(f"localhost:{port},0,2")
+
+
+def test_nobody_waits_for_ever():
+    """Neither for process 0, nor process 0 for the others."""
+    with socket.create_server(("", 0)) as free, socket.create_server(("", 0)) as other:
+        ports = [s.getsockname()[1] for s in (free, other)]
+    script = """
+import sys
+from mlp_mixer import program
+program.WAIT_SECONDS = 1
+program._join(sys.argv[1])
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, f"localhost:{port},{index},3"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for index, port in enumerate(ports)
+    ]
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for printed, others in zip(
+        said,
+        ("the other 2 processes", f"process 0 at localhost:{ports[1]}"),
+        strict=True,
+    ):
+        assert f"Waited 1 seconds in vain for {others}; all 3 need" in printed
+        assert "Traceback" not in printed
+        assert len(printed.splitlines()) == 1, printed

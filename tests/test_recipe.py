@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from mlp_mixer import models, recipe
+from mlp_mixer import errors, models, recipe
 from mlp_mixer.data.preparation import vtab
 
 SIZES = ["s32", "s16", "b32", "b16", "l32", "l16", "h14"]
@@ -417,6 +417,82 @@ def test_an_unknown_recipe_lists_the_shipped():
         match=r"no recipe 'configs/mixr_b16.py'; .* configs/mixer_b16.py",
     ):
         recipe.load("configs/mixr_b16.py:short")
+
+
+@pytest.mark.parametrize("words", ["a", "folder:/b:c", ""])
+@pytest.mark.parametrize("name", ["mine.py", "a:b.py", "[x] y.py", "~.py"])
+def test_the_path_of_a_recipe_may_have_any_letters(name, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "c:d"
+    folder.mkdir()
+    path = folder / name
+    path.write_text(
+        "from mlp_mixer import recipe\n"
+        "def get_config(argument):\n"
+        "    config = recipe.base()\n"
+        "    config.loss = argument\n"
+        "    return config\n"
+    )
+    assert recipe.find(f"{path}:{words}") == (str(path), words)
+    assert recipe.load(f"~/c:d/{name}:{words}").loss == words
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config.total_steps = 1.5", "line 4: Could not override field 'total_steps'"),
+        ("config.optim.foo.bar = 1", "line 4: .*foo"),
+        ("config.model.update(num_blocks='3')", "line 4: Could not override"),
+        ("return None", "get_config returns NoneType, not a ConfigDict"),
+        ("config.seed = = 1", "line 4: invalid syntax"),
+        ("raise ValueError('no such word')", "^no such word$"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_said_with_its_line(text, message, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mlp_mixer import recipe\n"
+        "def get_config(argument=''):\n"
+        "    config = recipe.base()\n"
+        f"    {text}\n"
+        "    return config\n"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        recipe.load(str(path))
+    assert errors.message(caught.value) == str(caught.value)
+
+
+def test_a_file_without_get_config_is_no_recipe(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def get_confg(): ...\n")
+    with pytest.raises(ValueError, match=r"mine.py is no recipe: it defines no get_co"):
+        recipe.load(str(path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["folder:/my/images", "../../elsewhere", "a\nb", "/", "é" * 300, "x" * 300],
+)
+def test_a_runs_name_is_one_folder_whatever_the_words(words, tmp_path):
+    name = recipe.run_name(f"mine.py:{words}")
+    (tmp_path / name).mkdir()
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == name
+    assert name.isprintable()
+    assert name.startswith("mine-")
+    # Another end is another name.
+    assert recipe.run_name(f"mine.py:{words}z") != name
+
+
+def test_a_run_that_lies_further_below_is_found_again(tmp_path, monkeypatch):
+    """Before, a word's slash was one in the run's path too."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--config=mine.py:folder:/my/images"]
+    assert recipe.default_workdir(argv) == "runs/mine-folder:_my_images"
+    old = tmp_path / "runs/mine-folder:/my/images"
+    old.mkdir(parents=True)
+    (old / "config.json").touch()
+    assert recipe.default_workdir(argv) == "runs/mine-folder:/my/images"
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,20 @@ def test_a_final_run_that_diverges_is_an_error(value, tmp_path, monkeypatch):
         sweep.complete(sweep.open_task(value).final, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"config": {}, "top1": "1"}', '{"config": 3, "top1": 0.5}'),
+        *('{"config": {}, "top1": NaN}', '{"config": {}, "top1": 7}', "[" * 100_000),
+    ],
+)
+def test_a_damaged_result_is_named(content, value, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json") as error:
+        sweep.finished(sweep.open_task(value).final, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("top1", [0.5, None])
 def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""
@@ -336,6 +350,16 @@ def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
         (["--config={toy}", "--config={toy}"], ValueError, "toy would share a folder"),
         (["--config={toy}:select"], ValueError, "word select, which a sweep adds"),
         (
+            ["--config={toy}", "--config.accumulate=0"],
+            ValueError,
+            "config.accumulate is 0; expected",
+        ),
+        (
+            ["--config={toy}", "--config.model.image_size=(9,8)"],
+            ValueError,
+            "image_size 9 is not divisible by patch_size 2",
+        ),
+        (
             ["--config={toy}", "--config.evals.seen.every_steps=0"],
             ValueError,
             "evaluates nothing in training",
@@ -356,6 +380,12 @@ def test_mistakes_are_explained(arguments, error, message, value, tmp_path, data
         ["--config.seed", "1"],
         ["--config.optim.learning_rate=1"],
         ["--seeds=0"],
+        ["--seeds=x"],
+        ["--learning_rates=0.1,nan"],
+        ["--learning_rates=0"],
+        ["--learning_rates="],
+        ["--workdir="],
+        ["--data_dir=~no one/data"],
         [],
     ],
 )

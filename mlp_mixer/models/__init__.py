@@ -8,6 +8,7 @@ logits, out = model.apply({"params": params}, image)
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import flax.linen as nn
@@ -72,8 +73,26 @@ def create(
             near = difflib.get_close_matches(field, known, len(known), 0)
             raise ValueError(f"{name} has no field {field!r}; try {', '.join(near)}.")
     given = {k: v for k, v in overrides.items() if v is not None}
-    fields = sizes | dict(formulation or {}) | given
-    model = cls(**fields, num_classes=num_classes)
+    fields = sizes | dict(formulation or {}) | given | {"num_classes": num_classes}
+    for field in (*sizes, "num_classes"):
+        _check_size(field, fields[field])
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    check_divisible(size, model.patch_size)
-    return model
+    _check_size("image_size", size)
+    check_divisible(size, fields["patch_size"])
+    return cls(**fields)
+
+
+def _check_size(field: str, value: Any) -> None:
+    """Raises ValueError unless a size has values that a model can be made of."""
+    two = field in ("image_size", "patch_size")
+    if value is None and field == "num_classes":
+        return
+    numbers = value if two and isinstance(value, tuple) else (value,)
+    if len(numbers) != 1 + two or not all(map(_is_count, numbers)):
+        expected = "(height, width), e.g. (16, 16)" if two else "a whole number from 1"
+        raise ValueError(f"{field} is {value!r}; expected {expected}.")
+
+
+def _is_count(value: Any) -> bool:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and value > 0

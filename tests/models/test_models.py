@@ -93,6 +93,23 @@ def test_an_override_of_none_means_the_tables_value():
             "image_size 5 is not divisible by patch_size 14; try 14",
         ),
         ({"name": "mixer_b16", "droput": 0.1}, "no field 'droput'; try dropout"),
+        ({"name": "mixer_b16", "num_blocks": 0}, "num_blocks is 0; expected a whole"),
+        ({"name": "mixer_b16", "hidden_dim": 1.5}, "hidden_dim is 1.5; expected a who"),
+        ({"name": "mixer_b16", "num_classes": 0}, "num_classes is 0; expected a whole"),
+        ({"name": "mixer_b16", "tokens_mlp_dim": True}, "tokens_mlp_dim is True; expe"),
+        (
+            {"name": "mixer_b16", "patch_size": 16},
+            r"patch_size is 16; expected .height",
+        ),
+        ({"name": "mixer_b16", "patch_size": (16,)}, r"patch_size is .16,.; expected"),
+        (
+            {"name": "mixer_b16", "patch_size": (0, 8)},
+            r"patch_size is .0, 8.; expected",
+        ),
+        (
+            {"name": "mixer_b16", "image_size": (-16, 16)},
+            r"image_size is .-16, 16.; ex",
+        ),
     ],
 )
 def test_errors_teach(arguments, message):

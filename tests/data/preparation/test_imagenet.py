@@ -497,7 +497,8 @@ def test_a_short_real_json_is_refused(copied, tmp_path):
     (copied / "real.json").write_text("[[1], [2]]")
     with pytest.raises(ValueError, match="holds 2 lists, but there is an image"):
         prepare("imagenet2012_real", tmp_path, copied)
-    (copied / "real.json").write_text("[[1], [2")
-    with pytest.raises(ValueError, match=r"real\.json is damaged"):
-        prepare("imagenet2012_real", tmp_path, copied)
+    for content in ("[[1], [2", "{}", "[" * 10**6, "[1, 2]", '[["1"]]', "[[1000]]"):
+        (copied / "real.json").write_text(content)
+        with pytest.raises(ValueError, match=r"real\.json is damaged"):
+            prepare("imagenet2012_real", tmp_path, copied)
     assert os.listdir(tmp_path / "imagenet2012_real") == [".1.0.0.partial"]
