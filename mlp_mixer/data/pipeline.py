@@ -333,6 +333,8 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
         grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     )
     if workers:
+        # It unblocks the signals of whoever starts it, so it must be there before.
+        multiprocessing.resource_tracker.ensure_running()
         chunks = chunks.mp_prefetch(
             grain.MultiprocessingOptions(workers), worker_init_fn=_follow_parent
         )
@@ -368,8 +370,6 @@ def _follow_parent(index: int, count: int) -> None:
 @contextlib.contextmanager
 def _running(batches: Any) -> Iterator[Iterator[Batch]]:
     """Starts the threads and worker processes of `_batches`, and ends them."""
-    # It unblocks the signals of whoever starts it, so it must be there before.
-    multiprocessing.resource_tracker.ensure_running()
     # Threads and processes inherit the mask of the thread that starts them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
