@@ -42,7 +42,12 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
 
     def start(argv):
         metrics.log_to_terminal()
-        main(argv[1:])
+        try:
+            main(argv[1:])
+        except Exception:
+            if distributed and jax.process_count() > 1:
+                _end_soon()
+            raise
 
     parse = _join_and_parse if distributed else _parse
     with errors_in_one_line():
@@ -286,6 +291,17 @@ def _join(where: str) -> None:
             )
         except RuntimeError as error:
             raise ValueError(f"--distributed={where} fails: {error}") from error
+
+
+def _end_soon() -> None:
+    """Ends this process after some seconds, whoever does not end with it.
+
+    JAX lets a process wait for the others at its end, and those that have not failed
+    wait for its arrays: five minutes. Once it is gone, they end too.
+    """
+    timer = threading.Timer(10, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _place(where: str) -> tuple[str, int, int, int]:

@@ -259,6 +259,28 @@ def test_processes_that_differ_all_end_at_once_and_say_in_what(program, tmp_path
 
 
 @pytest.mark.slow
+def test_an_error_of_one_process_in_training_ends_the_others_too(program, tmp_path):
+    arguments, folders, _ = differing("nothing", tmp_path)
+    for path in (folders[1] / "images" / "train").rglob("*.png"):
+        path.write_bytes(bytes(path.stat().st_size))  # as many bytes, and no image
+    port = free_port()
+    pair = [
+        program(
+            "train",
+            *arguments[i],
+            "--config.input.max_broken_images=3",
+            f"--distributed=localhost:{port},{i},2",
+            cwd=folders[i],
+            devices=1,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=90)[0] for process in pair]
+    assert [process.returncode for process in pair] == [1, 1], "\n".join(said)
+    assert "More than max_broken_images=3 images are broken" in said[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
 def test_two_processes_start_from_the_same_weights_or_not_at_all(
     seeds, make_params, program, tmp_path, data_dir
