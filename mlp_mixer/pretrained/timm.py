@@ -159,8 +159,8 @@ def read_torch(
     for name, x in content.items():
         if not isinstance(name, str) or not isinstance(x, torch.Tensor):
             raise ValueError(
-                f"{path} holds no state dict: {brief(name)} is no tensor, but a "
-                f"{type(x).__name__}."
+                f"{path} holds no state dict: {brief(repr(name))} stands for a "
+                f"{type(x).__name__}; expected names of tensors."
             )
         if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
             raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
