@@ -220,17 +220,18 @@ EVALUATORS: dict[str, dict[str, Row]] = {
 }
 
 
-def problems(tree: Mapping[str, Any]) -> list[str]:
+def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
     """Lines for people: the fields of a recipe that have a value they may not have.
 
     Args:
       tree: the recipe as nested dicts.
+      others: whether there may be fields that are not known, of a later version.
     """
     evals = tree.get("evals")
     if not isinstance(evals, Mapping):
         return [_line("evals", evals, "a section of evaluators")]
     rest = {key: value for key, value in tree.items() if key != "evals"}
-    found = [*_problems(rest, RECIPE)]
+    found = [*_problems(rest, RECIPE, others=others)]
     for name, section in evals.items():
         where = f"evals.{name}"
         if not isinstance(section, Mapping):
@@ -242,12 +243,16 @@ def problems(tree: Mapping[str, Any]) -> list[str]:
             found.append(_line(f"{where}.type", kind, row.expected(kind)))
             continue
         fields = {key: value for key, value in section.items() if key != "type"}
-        found += _problems(fields, EVALUATORS[kind], f"{where}.")
+        found += _problems(fields, EVALUATORS[kind], f"{where}.", others=others)
     return found
 
 
 def _problems(
-    tree: Mapping[str, Any], rows: Mapping[str, Row], prefix: str = ""
+    tree: Mapping[str, Any],
+    rows: Mapping[str, Row],
+    prefix: str = "",
+    *,
+    others: bool,
 ) -> Iterator[str]:
     flat = dict(_flat(tree))
     for field, row in rows.items():
@@ -255,7 +260,7 @@ def _problems(
             yield f"config.{prefix}{field} is missing; start from recipe.base()."
         elif not row.fits(flat[field]):
             yield _line(prefix + field, flat[field], row.expected(flat[field]))
-    for field in flat:
+    for field in () if others else flat:
         if field not in rows:
             near = difflib.get_close_matches(field, rows, 3, 0)
             yield (

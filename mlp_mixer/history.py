@@ -11,7 +11,7 @@ import uuid
 
 from etils import epath
 
-from mlp_mixer import metrics
+from mlp_mixer import files, metrics
 
 FILE = "saved.json"
 _REMOVE = "If the checkpoints are there, remove it; it is written anew."
@@ -74,8 +74,8 @@ def _saved(workdir: epath.PathLike) -> int | None:
     if not path.exists():
         return None
     try:
-        step = json.loads(path.read_text())["saved"]
-    except (ValueError, KeyError, TypeError) as error:
+        step = files.read_json(path)["saved"]
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. {_REMOVE}") from error
     if not isinstance(step, int | None):
         raise ValueError(f"{path} says that step {step!r:.50} was saved. {_REMOVE}")

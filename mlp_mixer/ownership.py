@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mlp_mixer import processes, text
+from mlp_mixer import files, processes, text
 
 logger = logging.getLogger(__name__)
 
@@ -172,10 +172,9 @@ def _has_ended(owner: dict[str, Any]) -> bool:
 def _read(path: epath.Path) -> dict[str, Any]:
     """What the file says; {} if there is none, or none that is complete."""
     try:
-        said = json.loads(path.read_text())
+        return files.read_json(path)
     except (FileNotFoundError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _refusal(path: epath.Path) -> str:

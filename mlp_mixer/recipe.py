@@ -654,6 +654,8 @@ def read(path: epath.PathLike) -> ConfigDict:
     config = base()
     try:
         missing = _take(config, _tuples(tree))
+        if wrong := fields.problems(config.to_dict(), others=True):
+            raise ValueError(" ".join(wrong))
     except (TypeError, ValueError) as error:
         what = brief(error)
         raise ValueError(f"{said} is no recipe of a run: {what}") from error

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mlp_mixer import (
     checkpoint,
     evaluators,
+    files,
     history,
     models,
     ownership,
@@ -413,15 +414,7 @@ def _recorded_data(folder: epath.Path) -> dict[str, Any] | None:
     path = folder / "data.json"
     if not path.exists():
         return None
-    try:
-        recorded = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(recorded, dict):
-        raise ValueError(
-            f"{path} holds {recorded!r:.100}; expected what training wrote."
-        )
-    return recorded
+    return files.read_json(path)
 
 
 def differences(

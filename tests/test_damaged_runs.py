@@ -50,6 +50,15 @@ def test_a_damaged_recipe_of_a_run_is_one_line(kind, run, root):
         (lambda c: c.update(batch_size=None), "batch_size is None; expected as in"),
         (lambda c: c["model"].update(gelu=["tanh"]), "model.gelu is .*; expected as"),
         (lambda c: c["model"].update(image_size=16), "model.image_size is 16; exp"),
+        (
+            lambda c: c["model"].update(hidden_dim=-1),
+            "model.hidden_dim is -1; expected",
+        ),
+        (lambda c: c["model"].update(gelu="relu"), "model.gelu is 'relu'; expected"),
+        (
+            lambda c: c["model"].update(image_size=[8, "x"]),
+            "model.image_size is .8, 'x",
+        ),
         (lambda c: c["optim"].update({"a.b": 1}), "optim.a.b is 1; expected as in"),
         (lambda c: c.update(evals={"val": 3}), "evals.val is no evaluator of type"),
         (lambda c: c["evals"]["val"].pop("type"), "evals.val is no evaluator of type"),

@@ -198,7 +198,7 @@ def test_what_the_runs_data_is_may_be_damaged(run):
     config, folder, images = run
     for text in ("[1, 2]", "{", "5"):
         (folder / "data.json").write_text(text)
-        with pytest.raises(ValueError, match=r"data\.json (is damaged|holds)"):
+        with pytest.raises(ValueError, match=r"data\.json (is no JSON|holds)"):
             resumed(config, folder, f"folder:{images}")
 
 
