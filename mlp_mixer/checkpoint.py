@@ -1,33 +1,25 @@
 """Checkpoints: saved asynchronously, verified when read, restored on any mesh.
 
-The only module that knows Orbax. A checkpoint is a folder named after its step with
-two items: `state` (the arrays) and `meta` (their names, shapes, dtypes and
-fingerprints, and the metrics). Orbax notices most truncated files but no flipped bit,
-and never tries an older checkpoint; both are added here. Files that do not hold what
-was saved are set aside as `damaged-<step>-…`, never deleted.
+Which checkpoint is saved, kept, restored or set aside; how one is written and read is
+in `orbax_io`. Files that do not hold what was saved are set aside as
+`damaged-<step>-…`, never deleted, and an older checkpoint is tried.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
-import re
-import sys
 import time
-import uuid
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
+from mlp_mixer import orbax_io
+from mlp_mixer.fingerprints import examine, leaves
+from mlp_mixer.orbax_io import DamagedError
 from mlp_mixer.signals import StopFlag
 
 PyTree = Any
@@ -37,14 +29,6 @@ logger = logging.getLogger(__name__)
 
 class CheckpointError(RuntimeError):
     """A save that failed, or a checkpoint that was asked for and is damaged."""
-
-
-class _DamagedError(Exception):
-    """What was read is not what was saved; `agreed` if every process can tell."""
-
-    def __init__(self, reason: str, *, agreed: bool = False):
-        super().__init__(reason)
-        self.agreed = agreed
 
 
 class Checkpointer:
@@ -70,7 +54,7 @@ class Checkpointer:
         keep_latest: how many of the newest checkpoints are kept.
         keep_every_steps: checkpoints at multiples of it are kept for ever.
         keep_best: the name of a metric; the checkpoint with its best value is kept.
-        more_is_better: whether that is the highest value, or the lowest.
+        more_is_better: whether the best value of that metric is the highest.
     """
 
     def __init__(
@@ -89,35 +73,31 @@ class Checkpointer:
                 f"every_steps, keep_latest, keep_every_steps are {counts}; each must "
                 f"be 1 or more."
             )
-        self.directory = _absolute(directory)
+        self.directory = orbax_io.locate(directory)
         self._every_steps = every_steps
-        self._keep_best = keep_best
+        self._keep_best, self._more_is_better = keep_best, more_is_better
         self._position: int | None = None  # the step last saved or restored
         self._complete: int | None = None  # the newest known to be whole
-
-        policies = ocp.checkpoint_managers
-        keep: list[Any] = [policies.LatestN(keep_latest)]
-        if keep_every_steps is not None:
-            keep.append(policies.EveryNSteps(keep_every_steps))
+        self._saving = 0  # the step of the save that is under way
         self._scores: dict[int, float] = {}
-        if keep_best is not None:
-            keep.append(_KeepBest(self._scores, more_is_better))
         # Orbax removes what a killed save has left, in the background, without a word.
-        unfinished = _names(self.directory, "*.orbax-checkpoint-tmp*")
+        unfinished = orbax_io.unfinished(self.directory)
         if unfinished and jax.process_index() == 0:
             logger.warning("Removing unfinished saves in %s: %s", directory, unfinished)
         # Before the folder appears: from then on the run is there to be stopped.
         # In a run of several processes JAX's own preemption notice would stay silent.
         self._stop = None if jax.distributed.is_initialized() else StopFlag()
         try:
-            self._manager = _open(
+            self._manager = orbax_io.open_for_writing(
                 self.directory,
-                cleanup_tmp_directories=True,
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                keep_latest=keep_latest,
+                keep_every_steps=keep_every_steps,
+                keep_also=self._may_be_best,
+                saving=lambda: self._saving,
             )
             if keep_best is not None:
-                steps = self.all_steps()
-                self._scores.update(_scores(self.directory, steps, keep_best))
+                metrics = _read_metrics(self.directory, self.all_steps())
+                self._scores.update(_scores(metrics, keep_best))
         except BaseException:
             if self._stop:
                 self._stop.uninstall()
@@ -140,7 +120,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with self._failure_named():  # one save may fail in two places
+                self._manager.close()
 
     def all_steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending, with one being written."""
@@ -156,7 +137,7 @@ class Checkpointer:
         if step is not None and step != self._complete:
             done = not self._manager.is_saving_in_progress()
             # A save that failed has left none; `wait` will tell.
-            if done and _folder(self.directory, step).exists():
+            if done and orbax_io.step_folder(self.directory, step).exists():
                 self._complete = step
         return self._complete
 
@@ -185,6 +166,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: this save, or the one before it, failed.
+            FloatingPointError: the state holds inf or nan; nothing is saved.
             ValueError: the directory holds this or a later step of another run.
         """
         if not (force or self.due(step)) or step == self._position:
@@ -200,6 +182,9 @@ class Checkpointer:
             )
         if foreign := [n for n, x in leaves(state) if not isinstance(x, jax.Array)]:
             raise TypeError(f"The state must be a tree of jax.Array; not so: {foreign}")
+        prints, not_finite = examine(state)
+        if not_finite:
+            raise FloatingPointError(self._not_finite(step, not_finite))
         values = {name: float(value) for name, value in (metrics or {}).items()}
         if self._keep_best is not None:
             self._scores[step] = values.get(self._keep_best, math.nan)
@@ -208,17 +193,24 @@ class Checkpointer:
                     "Checkpoint %d cannot be the best: it has no %r, only %s",
                     *(step, self._keep_best, sorted(values)),
                 )
-        prints = fingerprint(state)
-        meta = {"arrays": describe(state), "fingerprints": prints, "metrics": values}
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
-            meta=ocp.args.JsonSave(_sealed(meta)),
-        )
-        self._position = step
+        self._position = self._saving = step
         with self._failure_named():
-            # `force`: it is decided, and Orbax's own decision would be a silent one.
-            self._manager.save(step, args=items, force=True)
+            orbax_io.start_saving(self._manager, step, state, prints, values)
         return True
+
+    def _not_finite(self, step: int, arrays: Sequence[str]) -> str:
+        more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
+        good = self.latest_step()
+        return (
+            f"After step {step} these arrays are not finite: "
+            f"{', '.join(arrays[:3])}{more}. Nothing is saved in {self.directory}. "
+            + (
+                "There is no checkpoint yet. "
+                if good is None
+                else f"The last good checkpoint is that of step {good}. "
+            )
+            + "Try a lower learning rate, a longer warm-up, or another seed."
+        )
 
     def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Adds metrics to a checkpoint that is saved, e.g. of a late evaluation.
@@ -237,21 +229,15 @@ class Checkpointer:
                 f"only {self.all_steps()}."
             )
         values = {name: float(value) for name, value in metrics.items()}
-        folder = _folder(self.directory, step)
         if jax.process_index() == 0:
             try:
-                before = _read_added(folder)
-            except _DamagedError as damage:
-                logger.error("Checkpoint %d: %s; they are replaced", step, damage)
-                before = {}
-            record = _sealed({"step": step, "metrics": {**before, **values}})
-            try:
-                _write_durably(folder / _ADDED, json.dumps(record))
+                folder = orbax_io.step_folder(self.directory, step)
+                orbax_io.add_metrics(folder, step, values)
             except OSError as error:
                 raise CheckpointError(
                     f"Adding metrics to checkpoint {step} in {self.directory} failed: "
-                    f"{_brief(error)}. The checkpoint itself is intact. Check the free "
-                    f"space and the permissions there, then start again."
+                    f"{orbax_io.brief(error)}. The checkpoint itself is intact. Check "
+                    f"the free space and the permissions there, then start again."
                 ) from error
         if self._keep_best in values:
             self._scores[step] = values[self._keep_best]
@@ -270,12 +256,13 @@ class Checkpointer:
         try:
             yield
         except Exception as error:  # whatever the writing threads met
-            step, self._position = self._position, None
+            self._position = None
             self._manager.reload()
             raise CheckpointError(
-                f"Saving step {step} in {self.directory} failed: {_brief(error)}. The "
-                f"checkpoints before it are intact: {self.all_steps()}. Check the "
-                f"free space and the permissions there, then start again."
+                f"Saving step {self._saving} in {self.directory} failed: "
+                f"{orbax_io.brief(error)}. The checkpoints before it are intact: "
+                f"{self.all_steps()}. Check the free space and the permissions there, "
+                f"then start again."
             ) from error
 
     def restore(self, target: PyTree) -> PyTree:
@@ -290,7 +277,7 @@ class Checkpointer:
                 whatever mesh wrote the checkpoint.
 
         Raises:
-            ValueError: the checkpoint holds another model.
+            ValueError: the checkpoint holds another model, or another step.
             FileNotFoundError: only damaged checkpoints are left.
             CheckpointError: damage was found by this process alone.
         """
@@ -298,8 +285,8 @@ class Checkpointer:
         _check_target(target)
         for step in reversed(self.all_steps()):
             try:
-                state = _read(self._manager, step, target)
-            except _DamagedError as damage:
+                state = orbax_io.read(self._manager, step, target)
+            except DamagedError as damage:
                 self._set_aside(step, damage)
                 if not damage.agreed and jax.process_count() > 1:
                     raise CheckpointError(
@@ -311,13 +298,13 @@ class Checkpointer:
                 logger.info("Restored step %d from %s", step, self.directory)
                 self._position = step
                 return state
-        if damaged := _names(self.directory, "damaged-*"):
+        if damaged := orbax_io.names(self.directory, "damaged-*"):
             raise FileNotFoundError(_none_left(self.directory, damaged))
         return None
 
-    def _set_aside(self, step: int, damage: _DamagedError) -> None:
+    def _set_aside(self, step: int, damage: DamagedError) -> None:
         # Until it is renamed, Orbax takes a damaged step for the latest one.
-        folder = _folder(self.directory, step)
+        folder = orbax_io.step_folder(self.directory, step)
         aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
         if jax.process_index() == 0 or not damage.agreed:
             with contextlib.suppress(FileNotFoundError):  # another process was first
@@ -330,6 +317,15 @@ class Checkpointer:
             multihost_utils.sync_global_devices(f"set aside {step}")
         self._scores.pop(step, None)
         self._manager.reload()
+
+    def _may_be_best(self, steps: Sequence[int]) -> list[bool]:
+        if self._keep_best is None:
+            return [False] * len(steps)
+        best = _best(
+            {s: x for s, x in self._scores.items() if s in steps}, self._more_is_better
+        )
+        # Without a score its metrics could not be read: it may have been the best.
+        return [step == best or step not in self._scores for step in steps]
 
     def stop_requested(self, step: int) -> bool:
         """Whether to save and stop: SIGTERM, SIGINT or a preemption notice came.
@@ -360,218 +356,111 @@ def restore_params(
             it whatever model is there, as NumPy arrays in nested dicts.
         step: which checkpoint; without it the newest intact one.
         best: instead of a step, the metric whose best value chooses it.
-        more_is_better: whether that is the highest value, or the lowest.
+        more_is_better: whether the best value of that metric is the highest.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or only damaged ones.
-        ValueError: the checkpoint holds another model, or none has that metric.
+        ValueError: the checkpoint holds another model or step, or none has that metric.
         CheckpointError: the checkpoint that `step` or `best` names is damaged.
     """
     if step is not None and best is not None:
         raise ValueError(f"Got step={step} and best={best!r}; give one of them.")
     if target is not None:
         _check_target(target)
-    folder = _absolute(directory)
+    folder = orbax_io.locate(directory)
     if not folder.exists():
         raise FileNotFoundError(f"There is no directory {folder}.")
-    # Read-only: no clean-up, which would delete what a run is writing just now.
-    with _open(folder, read_only=True) as manager:
+    dropped: list[str] = []
+    while len(dropped) < 10:
+        try:
+            return _restore_params(folder, target, step, best, more_is_better)
+        except _DroppedError as error:
+            if jax.process_count() > 1:  # another process may have read it
+                raise CheckpointError(
+                    f"A training run in {folder} has dropped checkpoint {error} while "
+                    f"it was read. Start all processes again."
+                ) from error
+            dropped.append(f"{error}")
+    raise CheckpointError(
+        f"A training run in {folder} drops its checkpoints faster than they are read: "
+        f"{dropped} were there and are not any more. Raise its checkpoint.keep_latest."
+    )
+
+
+class _DroppedError(Exception):
+    """The step of a checkpoint that a training run drops while it is to be read."""
+
+
+def _restore_params(
+    folder: epath.Path,
+    target: PyTree,
+    step: int | None,
+    best: str | None,
+    more_is_better: bool,
+) -> tuple[int, PyTree]:
+    try:
+        manager = orbax_io.open_for_reading(folder)
+    except FileNotFoundError as error:  # it looks at each folder that it has listed
+        raise _DroppedError(os.path.basename(error.filename or "?")) from error
+    with manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps or step not in (None, *steps):
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
-            others = steps or _names(folder, "*") or "nothing: has the run saved one?"
+            others = (
+                steps or orbax_io.names(folder) or "nothing: has the run saved one?"
+            )
             raise FileNotFoundError(f"There is no {wanted} in {folder}, only {others}")
         if best is not None:
-            step = _best(_scores(folder, steps, best), more_is_better)
+            metrics = _read_metrics(folder, steps)
+            step = _best(_scores(metrics, best), more_is_better)
             if step is None:
+                known = sorted({name for values in metrics.values() for name in values})
                 raise ValueError(
                     f"None of the checkpoints {steps} in {folder} has the metric "
-                    f"{best!r}; choose one by its step."
+                    f"{best!r}, only {known}; choose one of them, or a step."
                 )
         for candidate in steps if step is None else [step]:
             try:
-                return candidate, _read(manager, candidate, target, subtree="params")
-            except _DamagedError as damage:
-                if step is None and not _folder(folder, candidate).exists():
-                    continue  # a run that trains has dropped it meanwhile
+                return candidate, orbax_io.read(
+                    manager, candidate, target, subtree="params"
+                )
+            except Exception as error:
+                if orbax_io.is_dropped(orbax_io.step_folder(folder, candidate)):
+                    raise _DroppedError(candidate) from error
+                if not isinstance(error, DamagedError):
+                    raise
                 logger.error(
                     "Checkpoint %d in %s is damaged (%s); left as it is",
-                    *(candidate, folder, damage),
+                    *(candidate, folder, error),
                 )
-                alone = jax.process_count() > 1 and not damage.agreed
+                alone = jax.process_count() > 1 and not error.agreed
                 if alone or step is not None:
                     raise CheckpointError(
-                        f"Checkpoint {candidate} in {folder} is damaged ({damage}). "
+                        f"Checkpoint {candidate} in {folder} is damaged ({error}). "
                         f"Choose another step: {steps}."
-                    ) from damage
+                    ) from error
     raise FileNotFoundError(_none_left(folder, [str(s) for s in steps]))
 
 
-def _read(
-    manager: ocp.CheckpointManager, step: int, target: PyTree, subtree: str = ""
-) -> PyTree:
-    """One checkpoint, or a subtree of it, verified; ValueError if of another model."""
-    folder = _folder(epath.Path(manager.directory), step)
-    with _damage_recognised(folder):
-        meta = _read_meta(folder)
-    saved, prints = (_below(subtree, meta[k]) for k in ("arrays", "fingerprints"))
-    on_host = target is None
-    if on_host:
-        shapes = {name: jax.ShapeDtypeStruct(*array) for name, array in saved.items()}
-        target = unflatten_dict(shapes, sep="/")
-    if different := differences(saved, describe(target)):
-        raise ValueError(
-            f"Checkpoint {step} in {manager.directory} holds another model or "
-            f"optimiser; these arrays differ:\n{different}\nUse the recipe that wrote "
-            f"it, or another directory."
-        )
-    item = {subtree: target} if subtree else target
-    restore_args = (
-        jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        if on_host
-        else ocp.checkpoint_utils.construct_restore_args(item)
-    )
-    args = ocp.args.PyTreeRestore(
-        item, restore_args=restore_args, partial_restore=bool(subtree)
-    )
-    with _damage_recognised(folder):
-        state = manager.restore(step, args=ocp.args.Composite(state=args)).state
-        state = state[subtree] if subtree else state
-    # A partial restore leaves what it does not find as it was, without a word.
-    array = np.ndarray if on_host else jax.Array
-    if missing := [n for n, x in leaves(state) if not isinstance(x, array)]:
-        raise _DamagedError(f"it lacks {missing}", agreed=True)
-    found = fingerprint(state)
-    if wrong := sorted(name for name in found if found[name] != prints[name]):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise _DamagedError(f"wrong bits in {wrong[:3]}{more}", agreed=True)
-    return state
-
-
-def _read_meta(folder: epath.Path) -> dict[str, Any]:
-    # A changed shape would otherwise pass for another model.
-    return _unsealed((folder / "meta" / "metadata").read_text())
-
-
-_ADDED = "added_metrics.json"
-
-
-def _read_added(folder: epath.Path) -> dict[str, float]:
-    """What `add_metrics` has added to the checkpoint in `folder`."""
-    path = folder / _ADDED
-    if not path.exists():
-        return {}
-    try:
-        return _unsealed(path.read_text())["metrics"]
-    except ValueError as error:  # no text, no JSON, or wrong bits
-        raise _DamagedError(f"the metrics in {_ADDED} are damaged ({error})") from error
-
-
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its own checksum."""
-    return {**record, "checksum": _checksum(record)}
-
-
-def _unsealed(text: str) -> dict[str, Any]:
-    record = json.loads(text)
-    if not isinstance(record, dict) or record.pop("checksum", None) != _checksum(
-        record
-    ):
-        raise ValueError("wrong bits in its description")
-    return record
-
-
-def _checksum(record: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _write_durably(path: epath.Path, text: str) -> None:
-    """Whole or not at all, also if the machine loses power."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            if hasattr(file, "fileno"):  # not on a bucket
-                os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# Trouble of this machine, not of the files: they may be good.
-_TROUBLE = (MemoryError, ImportError, OSError, jax.errors.JaxRuntimeError)
-_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-# TensorStore raises ValueError with the name of a status; Orbax a bare Exception.
-_TROUBLE_STATUS = re.compile(
-    "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE"
-    "|DEADLINE_EXCEEDED|CANCELLED|ABORTED"
-)
-
-
-@contextlib.contextmanager
-def _damage_recognised(folder: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except _DamagedError:
-        raise
-    # Orbax shows damage as ValueError, KeyError, JSON errors or a bare Exception.
-    except Exception as error:
-        link: BaseException | None = error
-        while link is not None:
-            trouble = isinstance(link, _TROUBLE) and not isinstance(link, _MISSING)
-            if trouble or _TROUBLE_STATUS.search(str(link)):
-                raise
-            link = link.__cause__ or link.__context__
-        with contextlib.suppress(*_MISSING):
-            _list_all(folder)
-        raise _DamagedError(_brief(error)) from error
-
-
-def _list_all(folder: epath.Path) -> None:
-    """A PermissionError for what Orbax reports as missing."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            _list_all(path)
-
-
-def _brief(error: BaseException) -> str:
-    """Its type and first line: Orbax appends pages of storage specifications."""
-    line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line[:200]}"
-
-
-class _KeepBest:
-    """Orbax's preservation policy by metrics of ours.
-
-    Orbax keeps its own metrics in a file that, damaged, stops the manager from opening.
-    """
-
-    def __init__(self, scores: Mapping[int, float], more_is_better: bool):
-        self._scores, self._more_is_better = scores, more_is_better
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> list[bool]:
-        steps = [info.step for info in checkpoints]
-        scores = {s: self._scores[s] for s in steps if s in self._scores}
-        best = _best(scores, self._more_is_better)
-        # Without a score its metrics could not be read: it may have been the best.
-        return [step == best or step not in self._scores for step in steps]
-
-
-def _scores(directory: epath.Path, steps: Sequence[int], name: str) -> dict[int, float]:
-    """{step: metric} of those that can be read; nan if it was not measured."""
-    scores = {}
+def _read_metrics(
+    directory: epath.Path, steps: Sequence[int]
+) -> dict[int, dict[str, float]]:
+    """{step: metrics} of those that can be read; _DroppedError of one that is gone."""
+    found = {}
     for step in steps:
-        folder = _folder(directory, step)
+        folder = orbax_io.step_folder(directory, step)
         try:
-            with _damage_recognised(folder):
-                metrics = _read_meta(folder)["metrics"] | _read_added(folder)
-            scores[step] = metrics.get(name, math.nan)
-        except _DamagedError as damage:
+            found[step] = orbax_io.read_metrics(folder)
+        except DamagedError as damage:
+            if orbax_io.is_dropped(folder):
+                raise _DroppedError(step) from damage
             logger.error("Checkpoint %d has no readable metrics (%s)", step, damage)
-    return scores
+    return found
+
+
+def _scores(metrics: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
+    """{step: metric}; nan if it was not measured."""
+    return {step: values.get(name, math.nan) for step, values in metrics.items()}
 
 
 def _best(scores: Mapping[int, float], more_is_better: bool) -> int | None:
@@ -579,63 +468,6 @@ def _best(scores: Mapping[int, float], more_is_better: bool) -> int | None:
     sign = 1 if more_is_better else -1
     known = [(sign * x, step) for step, x in scores.items() if math.isfinite(x)]
     return max(known)[1] if known else None
-
-
-def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
-    _silence_orbax()
-    return ocp.CheckpointManager(
-        directory,
-        options=ocp.CheckpointManagerOptions(step_format_fixed_length=8, **options),
-    )
-
-
-def _silence_orbax() -> None:
-    """Drops what Orbax says below an error, and nobody else's lines.
-
-    It logs some hundred lines per save to absl's logger; absl's verbosity is left alone
-    because under `app.run` it is the root logger's, where our own lines pass. After a
-    read or write that failed, the others fail too, unheard, at some later time: each
-    would print a page.
-    """
-    logging.getLogger("absl").addFilter(_is_not_chatter)
-    hook = sys.unraisablehook
-    if getattr(hook, "without_orbax", False):
-        return
-
-    def without_orbax(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        orbax = code is not None and _ORBAX in code.co_filename
-        # TensorStore's threads name no object.
-        late = str(unraisable.exc_value) == "Event loop is closed"
-        if not (orbax or (late and unraisable.object is None)):
-            hook(unraisable)
-
-    without_orbax.without_orbax = True  # type: ignore[attr-defined]
-    sys.unraisablehook = without_orbax
-
-
-_ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
-
-
-def _is_not_chatter(record: logging.LogRecord) -> bool:
-    if _ORBAX not in record.pathname:
-        return True
-    # A clean-up that the end of the program overtakes: the next start does it.
-    overtaken = "cannot schedule new futures" in record.getMessage()
-    return record.levelno >= logging.ERROR and not overtaken
-
-
-def _absolute(directory: str | os.PathLike[str]) -> epath.Path:
-    path = os.fspath(directory)
-    return epath.Path(path if "://" in path else os.path.abspath(path))
-
-
-def _folder(directory: epath.Path, step: int) -> epath.Path:
-    return directory / f"{step:08d}"
-
-
-def _names(directory: epath.Path, pattern: str) -> list[str]:
-    return sorted(path.name for path in directory.glob(pattern))
 
 
 def _none_left(directory: epath.Path, damaged: Sequence[str]) -> str:
@@ -655,8 +487,3 @@ def _check_target(target: PyTree) -> None:
                 f"a sharding."
             )
         x.sharding.shard_shape(x.shape)  # a ValueError if they do not fit
-
-
-def _below(subtree: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    start = f"{subtree}/" if subtree else ""
-    return {n.removeprefix(start): v for n, v in named.items() if n.startswith(start)}

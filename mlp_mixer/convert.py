@@ -12,10 +12,10 @@ What was written is read back, compared bit for bit, and its logits with the sou
 """
 
 import dataclasses
+import difflib
 import logging
 import os
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from mlp_mixer.pretrained import resize
 
 logger = logging.getLogger(__name__)
 
-# No endings of folders.
+WRITTEN = (".npz", ".safetensors")
+# No endings of folders, nor is anything near.
 FILES = (*pretrained.TORCH_SUFFIXES, ".onnx", ".stablehlo", ".h5", ".msgpack", ".zip")
 
 
@@ -44,8 +45,8 @@ def convert(
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
     step: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: pretrained.Stated | None = None,
+    std: pretrained.Stated | None = None,
 ) -> dict[str, str]:
     """Converts weights, and returns the report as {what: value}.
 
@@ -99,7 +100,8 @@ def convert(
     if wrong := [k for k, x in same.items() if x.tobytes() != got[k].tobytes()]:
         raise ValueError(f"{target} is not what was written: {', '.join(wrong)}.")
     how = "equal, narrowed to float32" if narrowed else "equal bit for bit"
-    report["written"] = f"{target}, read back: {len(got)} arrays {how}"
+    folder = ", a run's folder" if os.path.isdir(target) else ""
+    report["written"] = f"{target}{folder}, read back: {len(got)} arrays {how}"
     return report | _round_trip(before, again)
 
 
@@ -156,15 +158,51 @@ def _resized(
 
 def _write(weights: pretrained.Weights, target: str, names: str) -> None:
     suffix = pathlib.PurePath(target).suffix.lower()
-    if suffix in (".npz", ".safetensors"):
-        if "://" in target:
-            raise ValueError(f"{target} is elsewhere; write the file here and copy it.")
-        if os.path.exists(target):
-            raise FileExistsError(
-                f"{target} is there already; remove it, or name another."
+    _check_target(target, suffix)
+    if names != "ours" and suffix != ".safetensors":
+        raise ValueError(
+            f"--names={names} is for .safetensors files, not for {target}."
+        )
+    try:
+        _write_as(suffix, weights, target, names)
+    except FileExistsError:
+        raise  # says enough
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{target} cannot be written: {reason}.") from error
+
+
+def _check_target(target: str, suffix: str) -> None:
+    """Nothing is overwritten, and nothing written where it would do harm."""
+    if not target:
+        raise ValueError("The target has no name; name a file or a new folder.")
+    if suffix in WRITTEN and "://" in target:
+        raise ValueError(f"{target} is elsewhere; write the file here and copy it.")
+    if suffix in WRITTEN and os.path.exists(target):
+        raise FileExistsError(f"{target} is there already; remove it, or name another.")
+    near = difflib.get_close_matches(suffix, (*WRITTEN, *FILES), 1, 0.75)
+    if suffix not in WRITTEN and near and suffix[1].isalpha():  # run_v1.5 is a folder
+        raise ValueError(
+            f"{target} ends in {suffix!r}; written are .npz, .safetensors and, without "
+            "an ending, the folder of a run."
+        )
+    if suffix not in WRITTEN and os.path.islink(target) and not os.path.exists(target):
+        raise FileExistsError(f"{target} is a link to nothing; name a new folder.")
+    for parent in pathlib.Path(target).absolute().parents:
+        if os.path.exists(parent) and not os.path.isdir(parent):
+            raise NotADirectoryError(f"{parent} is a file; {target} cannot lie in it.")
+        if parent.name == "checkpoints" and os.path.exists(
+            parent.parent / "config.json"
+        ):
+            raise ValueError(
+                f"{target} lies among the checkpoints of {parent.parent}, which are "
+                "the run's own; name another place."
             )
-    if names == "timm" and suffix != ".safetensors":
-        raise ValueError(f"--names=timm is for .safetensors files, not for {target}.")
+
+
+def _write_as(
+    suffix: str, weights: pretrained.Weights, target: str, names: str
+) -> None:
     if suffix == ".npz":
         if weights.gelu != "tanh":
             logger.warning("npz does not say that the GELU is %s.", weights.gelu)
@@ -187,11 +225,6 @@ def _write(weights: pretrained.Weights, target: str, names: str) -> None:
                 *(target, pretrained.CENTRED, weights.normalisation),
             )
         pretrained.write_safetensors(weights, target, names=names)
-    elif suffix in FILES:
-        raise ValueError(
-            f"{target} ends in {suffix!r}; written are .npz, .safetensors and, without "
-            "an ending, the folder of a run."
-        )
     else:
         runs.write(weights, target)
 

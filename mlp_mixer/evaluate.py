@@ -19,7 +19,16 @@ import jax
 from absl import flags
 from etils import epath
 
-from mlp_mixer import evaluators, metrics, program, recipe, runs, text, visualize
+from mlp_mixer import (
+    evaluators,
+    metrics,
+    processes,
+    program,
+    recipe,
+    runs,
+    text,
+    visualize,
+)
 from mlp_mixer.evaluators import accuracy, fewshot
 
 logger = logging.getLogger(__name__)
@@ -56,33 +65,36 @@ def evaluate(
     """
     workdir = epath.Path(workdir).expanduser()
     run = runs.open_run(workdir, step, best)
-    sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
-    if not sections:
-        known = ", ".join(run.config.evals) or "it has none"
-        raise ValueError(
-            f"No evaluator of the recipe of {workdir} runs by itself; name some with "
-            f"--only ({known})."
-        )
-    if left := [name for name in run.config.evals if name not in sections]:
-        logger.info("Left out: %s (--only=all runs everything).", ", ".join(left))
     evals: dict[str, Any] = {}
     missing = {}
-    for name, section in sections.items():
-        if preprocess is not None:
-            section["preprocess"] = preprocess
-        try:
-            evals |= evaluators.create(
-                {name: section},
-                predict=run.predict,
-                mesh=run.mesh,
-                image_size=run.config.model.image_size,
-                data_dir=data_dir,
+    with processes.together():
+        sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
+        if not sections:
+            known = ", ".join(run.config.evals) or "it has none"
+            raise ValueError(
+                f"No evaluator of the recipe of {workdir} runs by itself; name some "
+                f"with --only ({known})."
             )
-        except FileNotFoundError as error:
-            if jax.process_count() > 1:  # the others may have the data, and would wait
-                raise
-            missing[name] = str(error)
-            logger.warning("%s is left out: its data is not here.", name)
+        if left := [name for name in run.config.evals if name not in sections]:
+            logger.info("Left out: %s (--only=all runs everything).", ", ".join(left))
+        for name, section in sections.items():
+            if preprocess is not None:
+                section["preprocess"] = preprocess
+            try:
+                evals |= evaluators.create(
+                    {name: section},
+                    predict=run.predict,
+                    mesh=run.mesh,
+                    image_size=run.config.model.image_size,
+                    data_dir=data_dir,
+                )
+            except FileNotFoundError as error:
+                if jax.process_count() > 1:  # the others may have the data
+                    raise
+                missing[name] = str(error)
+                logger.warning("%s is left out: its data is not here.", name)
+    if jax.process_count() > 1:
+        processes.compare(evaluators=sections, data=runs.fingerprints(evals))
     results: dict[str, dict[str, float]] = {}
     shown: tuple[str, accuracy.Accuracy, accuracy.Examples] | None = None
     for name, evaluator in evals.items():

@@ -46,13 +46,29 @@ def fingerprint(tree: PyTree) -> dict[str, int]:
     MurmurHash3 (Appleby, public domain), a bijection: one changed element is always
     noticed, several are missed with probability 2**-32.
     """
+    return examine(tree)[0]
+
+
+def examine(tree: PyTree) -> tuple[dict[str, int], list[str]]:
+    """The fingerprints, and the paths of float arrays that are not finite."""
     # One array at a time: a jit of the whole tree compiles for minutes. And each is
     # awaited: many small collectives in flight can starve the CPU backend's threads
     # until all wait for one another.
-    return {name: int(jax.device_get(_hashed_sum(x))) for name, x in leaves(tree)}
+    found = {name: jax.device_get(_examined(x)) for name, x in leaves(tree)}
+    return (
+        {name: int(total) for name, (total, _) in found.items()},
+        [name for name, (_, finite) in found.items() if not finite],
+    )
 
 
 @jax.jit
+def _examined(x: Any) -> tuple[jax.Array, jax.Array]:
+    """(fingerprint, whether all elements are finite)."""
+    is_float = jnp.issubdtype(x.dtype, jnp.inexact)
+    finite = jnp.isfinite(x).all() if is_float else jnp.bool_(True)
+    return _hashed_sum(x), finite
+
+
 def _hashed_sum(x: Any) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)

@@ -23,7 +23,7 @@ def has_begun(workdir: epath.PathLike) -> bool:
     """Whether there is a result to lose; a wrong field may have prevented any."""
     records = epath.Path(workdir) / "metrics.jsonl"
     return (
-        bool(_checkpoints(workdir))
+        bool(checkpoints(workdir))
         or _saved(workdir) is not None
         or (records.exists() and bool(records.read_text().strip()))
     )
@@ -39,7 +39,7 @@ def check(workdir: epath.PathLike, every_steps: int) -> None:
     Raises:
       FileNotFoundError: its checkpoints are gone.
     """
-    found = _checkpoints(workdir)
+    found = checkpoints(workdir)
     unfinished = [name for name in found if ".orbax-checkpoint-tmp" in name]
     if len(unfinished) < len(found):
         return  # also if they are damaged: the place is the right one
@@ -59,7 +59,7 @@ def check(workdir: epath.PathLike, every_steps: int) -> None:
     )
 
 
-def _checkpoints(workdir: epath.PathLike) -> list[str]:
+def checkpoints(workdir: epath.PathLike) -> list[str]:
     """The names in checkpoints/, unfinished and damaged ones too."""
     try:
         found = [path.name for path in (epath.Path(workdir) / "checkpoints").iterdir()]
@@ -88,7 +88,7 @@ class Saved:
     def __init__(self, workdir: epath.PathLike):
         """Begins with what is there."""
         self._path = epath.Path(workdir) / FILE
-        steps = [int(name) for name in _checkpoints(workdir) if name.isdigit()]
+        steps = [int(name) for name in checkpoints(workdir) if name.isdigit()]
         self._step = max(steps, default=_saved(workdir))
         self._write()
 

@@ -323,22 +323,29 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
       OSError: it cannot be read.
       ValueError: a line is no record: an object of numbers, one of them the step.
     """
-    *lines, _ = files.read_bytes(path, MAX_BYTES).split(b"\n")
-    records = []
-    for number, line in enumerate(lines, 1):
-        said = f"Line {number} of {printable(os.fspath(path))}"
-        record = files.parse_json(line, said, finite=False)
-        step = record.get("step")
-        if type(step) is not int or step < 0:
-            raise ValueError(f"{said} is no record: its step is {brief(step)}.")
-        for name, value in record.items():
-            if type(value) not in (int, float):
-                raise ValueError(
-                    f"{said} is no record: {brief(name)} is "
-                    f"{files.kind_of(value)}; expected a number."
-                )
-        records.append(record)
+    *lines, last = files.read_bytes(path, MAX_BYTES).split(b"\n")
+    said = printable(os.fspath(path))
+    records = [
+        _record(line, f"Line {number} of {said}")
+        for number, line in enumerate(lines, 1)
+    ]
+    if last.endswith(b"}"):  # Whole, but for the line's end.
+        records.append(_record(last, f"Line {len(lines) + 1} of {said}"))
     return records
+
+
+def _record(line: bytes, said: str) -> dict[str, Any]:
+    record = files.parse_json(line, said, finite=False)
+    step = record.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{said} is no record: its step is {brief(step)}.")
+    for name, value in record.items():
+        if type(value) not in (int, float):
+            raise ValueError(
+                f"{said} is no record: {brief(name)} is {files.kind_of(value)}; "
+                "expected a number."
+            )
+    return record
 
 
 class Profiler:

@@ -50,12 +50,13 @@ def together() -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        gather(f"{type(error).__name__} on {socket.gethostname()}: {error}")
+        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+        gather(f"{socket.gethostname()}: {kind}{error}")
         raise
     failed = [(i, said) for i, said in enumerate(gather(None)) if said is not None]
     if failed:
         more = f"\nand {len(failed) - LINES} more" if len(failed) > LINES else ""
-        lines = [f"Process {i} failed: {said}" for i, said in failed[:LINES]]
+        lines = [f"Process {i} failed on {said}" for i, said in failed[:LINES]]
         raise RuntimeError("\n".join(lines) + more)
 
 

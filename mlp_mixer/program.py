@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from mlp_mixer import errors, metrics, recipe
+from mlp_mixer import errors, metrics, processes, recipe
 
 # --help lists what is defined here as the program's that asked for it.
 flags.disclaim_key_flags()
@@ -43,13 +44,12 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
         )
 
     def start(argv):
-        if distributed and flags.FLAGS.distributed is not None:
-            _join(flags.FLAGS.distributed)
         metrics.log_to_terminal()
         main(argv[1:])
 
+    parse = _join_and_parse if distributed else _parse
     with errors_in_one_line():
-        app.run(start, flags_parser=_parse)
+        app.run(start, flags_parser=parse)
 
 
 # --- Errors ---------------------------------------------------------------------------
@@ -64,6 +64,9 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         if not _stdout_has_no_reader():
             raise
@@ -237,6 +240,20 @@ def _is_in(error: BaseException, package: str) -> bool:
 
 
 # --- One of several processes ---------------------------------------------------------
+
+
+def _join_and_parse(argv: list[str]) -> list[str]:
+    """Joins the others before a recipe is read: if that fails here, they are told."""
+    early = flags.FlagValues()
+    flags.DEFINE_string("distributed", None, "", flag_values=early)
+    early.set_gnu_getopt(True)
+    with contextlib.suppress(flags.Error):  # for `_parse` to tell
+        early(argv, known_only=True)
+    if early["distributed"].value is None:
+        return _parse(argv)
+    _join(early["distributed"].value)
+    with processes.together():
+        return _parse(argv)
 
 
 def _join(where: str) -> None:

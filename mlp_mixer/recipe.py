@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 from etils import epath
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from mlp_mixer import fields, files
 from mlp_mixer.text import brief, printable
@@ -661,40 +661,35 @@ def read(path: epath.PathLike) -> ConfigDict:
         logger.warning(
             "%s does not say %s, as if an older version had written it; taken as in "
             "recipe.base().",
-            *(said, brief(", ".join(missing))),
+            *(said, brief(", ".join(sorted(missing)))),
         )
     return config
 
 
 def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list[str]:
     """Copies values into the fields of their type; returns the fields without one."""
-    for key, value in tree.items():
-        field, there = f"{where}{key}", section.get(key)
-        if not isinstance(there, ConfigDict):
-            _set(section, key, value, field)
-        elif not isinstance(value, dict):
-            raise ValueError(f"{field} is {brief(value)}; expected a section.")
-    missing = [f"{where}{key}" for key in section if key not in tree]
+    known = dict(section.items(preserve_field_references=True))
+    missing = [f"{where}{key}" for key in known if key not in tree]
     if lost := sorted(_NEEDED & {*missing}):
         raise ValueError(f"it does not say {', '.join(lost)}.")
-    for key, inner in section.items():
-        if isinstance(inner, ConfigDict) and key in tree:
-            take = _take_evaluators if f"{where}{key}" == "evals" else _take
-            missing += take(inner, tree[key], f"{where}{key}.")
+    for key, value in tree.items():
+        there, field = known.get(key), f"{where}{key}"
+        if isinstance(there, ConfigDict):
+            if not isinstance(value, dict):
+                raise ValueError(f"{field} is {brief(value)}; expected a section.")
+            take = _take_evaluators if field == "evals" else _take
+            missing += take(there, value, f"{field}.")
+            continue
+        may_be_none = key not in known or isinstance(there, FieldReference)
+        try:
+            if value is None and not may_be_none:
+                raise TypeError
+            section[key] = value
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{field} is {brief(value, 60)}; expected as in recipe.base()."
+            ) from error
     return missing
-
-
-def _set(section: ConfigDict, key: str, value: Any, field: str) -> None:
-    there = dict(section.items(preserve_field_references=True))
-    optional = isinstance(there.get(key), config_dict.FieldReference)
-    if value is None and key in there and not optional:
-        raise ValueError(f"{field} is null; expected as in recipe.base().")
-    try:
-        section[key] = value
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{field} is {brief(value, 60)}; expected as in recipe.base()."
-        ) from error
 
 
 def _take_evaluators(

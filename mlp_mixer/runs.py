@@ -28,7 +28,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.data import sources
-from mlp_mixer.fingerprints import describe
+from mlp_mixer.fingerprints import describe, fingerprint
 from mlp_mixer.fingerprints import differences as differences_of_arrays
 from mlp_mixer.text import listed
 
@@ -73,19 +73,29 @@ def open_run(
 
     Raises:
       FileNotFoundError: no run or no checkpoint there.
-      ValueError: `best` is no score of an evaluator that runs in training.
+      ValueError: the processes see different runs or checkpoints; or `best` is no
+        score of an evaluator that runs in training.
     """
     workdir = epath.Path(workdir).expanduser()
-    config = load(workdir)
-    more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
-    mesh = sharding.make_mesh()
-    model = models.create(
-        **config.model,
-        num_classes=config.dataset.num_classes,
-        flat=sharding.is_one_cpu(mesh),
-    )
-    image = jnp.zeros((1, *config.model.image_size, 3))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+    with processes.together():
+        config = load(workdir)
+        more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
+        mesh = sharding.make_mesh()
+        model = models.create(
+            **config.model,
+            num_classes=config.dataset.num_classes,
+            flat=sharding.is_one_cpu(mesh),
+        )
+        image = jnp.zeros((1, *config.model.image_size, 3))
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+        count = config.dataset.num_classes
+        named = load_class_names(workdir, count) if count else None
+        names = list(naming.choose(named, count)) if count else []
+    several = jax.process_count() > 1  # each reads for itself
+    if several:
+        has = bool(history.checkpoints(workdir))
+        said = {"recipe": to_json(config), "class_names": names, "checkpoints": has}
+        processes.compare(**said, step=step, best=best)
     step, params = checkpoint.restore_params(
         f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
     )
@@ -95,11 +105,9 @@ def open_run(
             f"Step {step} of {workdir} is not of its recipe's model; these arrays "
             f"differ:\n{different}"
         )
+    if several:
+        processes.compare(step=step, weights=sum(fingerprint(params).values()))
     params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
-    count = config.dataset.num_classes
-    names = (
-        list(naming.choose(load_class_names(workdir, count), count)) if count else []
-    )
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
     return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
 
@@ -177,18 +185,22 @@ def check_agreement(
     """
     if jax.process_count() == 1:
         return
-    with processes.together():
-        read = {
-            name: [sources.fingerprint(source) for source in evaluator.sources]
-            for name, evaluator in evals.items()
-        }
     processes.compare(
         recipe=to_json(config),
         data=data,
-        evals=read,
+        evals=fingerprints(evals),
         jax=jax.__version__,
         devices=jax.local_device_count(),
     )
+
+
+def fingerprints(evals: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """{evaluator: `sources.fingerprint` of what it reads}, or an error for all."""
+    with processes.together():
+        return {
+            name: [sources.fingerprint(source) for source in evaluator.sources]
+            for name, evaluator in evals.items()
+        }
 
 
 @contextlib.contextmanager

@@ -28,10 +28,22 @@ def state_at(step):
     return jax.jit(lambda: cases.init(step), out_shardings=shardings)()
 
 
+def infinite():
+    sharding = shardings.params["b"]
+    return jax.jit(lambda: cases.init().params["b"] / 0, out_shardings=sharding)()
+
+
 with Checkpointer(directory, every_steps=10) as checkpointer:
     if mode == "save":
         checkpointer.save(10, state_at(10))
         checkpointer.save(20, state_at(20))
+        checkpointer.add_metrics(20, {"top1": 0.5})
+        checkpointer.add_metrics(10, {"top1": 0.75})
+        broken = state_at(30)._replace(params=state_at(30).params | {"b": infinite()})
+        try:
+            checkpointer.save(30, broken)
+        except FloatingPointError as error:
+            print("step 30 is not finite:", error, flush=True)
     else:
         state = checkpointer.restore(everywhere)
         step = int(state.step)

@@ -4,6 +4,7 @@ import os
 
 # Every kind of name that a file system or a JSON file can hold.
 NAMES = {
+    "dollars": "Ba$$in",
     "mathtext": "Ba$$in $x_1^{2}$ \\frac{a",
     "markup": "[bold]red[/] [/] [link=x]",
     "a table's": "a|b `c` *d* _e_ <f>",

@@ -35,6 +35,7 @@ LAYERS = (
         "data.folders",
         "data.class_names",
     ),
+    ("orbax_io",),
     (
         "optim",
         "checkpoint",
@@ -60,7 +61,7 @@ DOORS = {
     "grain": ("data",),
     "tensorflow_datasets": ("data",),
     "tensorflow": ("data.preparation",),
-    "orbax": ("checkpoint",),
+    "orbax": ("orbax_io",),
     "ml_collections": ("recipe", "runs", "program", *PROGRAMS),
     # data.pipeline: Grain's workers read flags.
     "absl.flags": ("program", "data.pipeline", *PROGRAMS),

@@ -1,5 +1,7 @@
+import gc
 import json
 import logging
+import math
 import os
 import pathlib
 import resource
@@ -21,7 +23,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_mixer import checkpoint
+from mlp_mixer import orbax_io
 from mlp_mixer.checkpoint import Checkpointer, CheckpointError, restore_params
 from mlp_mixer.fingerprints import fingerprint
 
@@ -171,6 +173,34 @@ def test_a_checkpoint_that_may_be_the_best_is_not_removed(tmp_path):
     assert names(tmp_path) == ["00000010", "00000030"]
 
 
+@pytest.mark.parametrize(
+    ("more_is_better", "best"), [(True, 20), (False, 30)], ids=["more", "less"]
+)
+def test_the_best_is_the_highest_or_the_lowest(more_is_better, best, tmp_path):
+    scores = {10: math.inf, 20: 0.9, 30: -0.2, 40: 0.3, 50: math.nan, 60: -math.inf}
+    direction: dict[str, Any] = {"more_is_better": more_is_better}
+    options = {"every_steps": 10, "keep_latest": 1, "keep_best": "m", **direction}
+    with Checkpointer(tmp_path, **options) as c:
+        for step, score in scores.items():
+            c.save(step, state_at(step), {"m": score})
+    assert names(tmp_path) == [f"{best:08d}", "00000060"]
+    with Checkpointer(tmp_path, **options) as c:  # known after a restart, too
+        c.restore(target())
+        c.save(70, state_at(70), {"m": 0.0})
+    assert names(tmp_path) == [f"{best:08d}", "00000070"]
+    params = target().params
+    assert restore_params(tmp_path, params, best="m", **direction)[0] == best
+
+
+def test_of_equals_the_later_one_is_the_best_in_both_directions(tmp_path):
+    with Checkpointer(tmp_path, every_steps=10, keep_latest=3) as c:
+        for step in (10, 20, 30):
+            c.save(step, state_at(step), {"loss": 1.0})
+    for more in (True, False):
+        got = restore_params(tmp_path, best="loss", more_is_better=more)[0]
+        assert got == 30
+
+
 def test_metrics_that_are_added_later_choose_the_best_also_after_a_restart(tmp_path):
     options: dict[str, Any] = {"every_steps": 10, "keep_latest": 1, "keep_best": "top1"}
     with Checkpointer(tmp_path, **options) as c:
@@ -269,6 +299,49 @@ def test_a_state_with_leaves_that_are_not_arrays_is_refused(tmp_path):
         c.save(10, {"params": {"w": np.zeros(3)}})
 
 
+INFINITE = {
+    "params": lambda s: s._replace(params={**s.params, "b": s.params["b"] / 0}),
+    "one element of bfloat16": lambda s: s._replace(
+        params={**s.params, "half": s.params["half"].at[3].set(jnp.nan)}
+    ),
+    "optimiser state": lambda s: s._replace(
+        opt_state=jax.tree.map(
+            lambda x: x.at[0, 0].set(-jnp.inf) if x.ndim == 2 else x, s.opt_state
+        )
+    ),
+}
+WHERE = ["params/b", "params/half", "opt_state/1/0/mu/w"]
+
+
+@pytest.mark.parametrize(("what", "where"), list(zip(INFINITE, WHERE, strict=True)))
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_state_that_is_not_finite_is_not_saved(what, where, devices, tmp_path):
+    with Checkpointer(tmp_path, every_steps=10, keep_best="top1") as c:
+        with pytest.raises(FloatingPointError, match="is no checkpoint yet"):
+            c.save(10, INFINITE[what](state_at(10, devices)), {"top1": 1.0})
+        c.save(10, state_at(10, devices), {"top1": 0.5})
+        broken = INFINITE[what](state_at(20, devices))
+        with pytest.raises(FloatingPointError, match="of step 10") as error:
+            c.save(20, broken, {"top1": 1.0}, force=True)
+        assert "After step 20" in str(error.value)
+        assert where in str(error.value)
+        assert str(tmp_path) in str(error.value)
+        assert c.all_steps() == [10]
+        assert c.save(20, state_at(20, devices), {"top1": 0.4})
+    assert restored_step(tmp_path) == 20
+    assert restore_params(tmp_path, best="top1")[0] == 10
+
+
+def test_keys_and_integers_of_any_bits_are_saved(tmp_path):
+    tree = {
+        "key": jax.random.wrap_key_data(jnp.full((2,), 0x7FC00000, jnp.uint32)),
+        "bits": jnp.full((4,), 0x7F800000, jnp.uint32),
+        "large": jnp.float32(3.4e38),
+    }
+    with Checkpointer(tmp_path, every_steps=1) as c:
+        assert c.save(1, tree)
+
+
 # What is restored.
 
 
@@ -310,8 +383,143 @@ def test_nothing_saved_is_none_and_a_relative_directory_stays_where_it_was(
     assert restored_step(tmp_path / "run" / "checkpoints") == 10
 
 
+ODD_NAMES = [
+    "lr=[0.1]", "a*b?", "{x,y}", "[!a]**", "back\\slash", "it's \"q\"", " spaces ",
+    "-dash", "100%20", "new\nline", "tab\t", "\x1b[31mred", "näïve 日本 🙂", "~", "a~",
+    "$HOME", "#1;&|<>", "gs:", "logs:", "file:", "x.orbax-checkpoint-tmp", "00000007",
+    "damaged-x", ".hidden", os.fsdecode(b"caf\xe9"), "%s{}", "e\u0301", "n" * 200,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_path_is_a_path(name, tmp_path, monkeypatch, caplog):
+    """Whatever a folder's own name, relative and absolute: nothing is a pattern."""
+    monkeypatch.chdir(tmp_path)
+    tree = {"params": {"w": jnp.arange(6.0)}}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
+    )
+    relative = f"{name}/checkpoints"
+    options: dict[str, Any] = {"every_steps": 1, "keep_latest": 2, "keep_best": "m"}
+    with Checkpointer(relative, **options) as c:
+        for step in range(1, 6):
+            c.save(step, tree, {"m": -step})
+        c.add_metrics(5, {"m": -4.5})
+    here = tmp_path / relative
+    assert names(here) == ["00000001", "00000004", "00000005"]
+    # What a pattern of that name would match is somebody else's.
+    (tmp_path / "aXbY/checkpoints/00000099.orbax-checkpoint-tmp").mkdir(parents=True)
+    left = here / "00000006.orbax-checkpoint-tmp"
+    shutil.copytree(folder(here, 5), left)
+    truncate(folder(here, 5) / "state" / "manifest.ocdbt")
+    for directory in (relative, here):
+        assert restore_params(directory, best="m")[0] == 1
+        assert restore_params(directory)[0] == 4
+    assert left.exists()
+    with Checkpointer(here, **options) as c:
+        assert_equal(c.restore(shapes), tree)
+        assert c.all_steps() == [1, 4]
+    assert left.name in caplog.text
+    assert "00000099" not in caplog.text
+    assert len(damaged(here)) == 1
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "logs:", os.fsdecode(b"caf\xe9")])
+def test_what_tensorstore_cannot_name_is_refused_where_it_has_no_alias(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(orbax_io, "_ALIASES", str(tmp_path / "no proc"))
+    with pytest.raises(ValueError, match="Use a folder with another name"):
+        Checkpointer(tmp_path / name, every_steps=10)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_made_anew_is_another_one(tmp_path):
+    """Its alias, too."""
+    for step in (10, 20):
+        write(tmp_path / "back\\slash", step)
+        assert restored_step(tmp_path / "back\\slash") == step
+        shutil.rmtree(tmp_path / "back\\slash")
+    assert names(tmp_path) == []
+
+
+def test_dots_after_a_link_lead_where_the_system_says(tmp_path, monkeypatch):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("link/../run", every_steps=10) as c:
+        c.save(10, state_at(10))
+    assert names(tmp_path / "far" / "run") == ["00000010"]
+    assert restored_step("link/../run") == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gcs://bucket/run", "begins with gcs://; expected a folder, or a bucket"),
+        ("/gs/bucket/run", "would be taken for gs://bucket/run"),
+    ],
+)
+def test_a_name_that_cannot_be_opened_is_refused_at_once(name, says):
+    with pytest.raises(ValueError, match=says):
+        Checkpointer(name, every_steps=10)
+    with pytest.raises(ValueError, match=says):
+        restore_params(name)
+
+
+def with_tests_on_the_path():
+    here = str(pathlib.Path(__file__).parent)
+    return os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+
+
+LOCALE = """
+import os, sys
+import jax
+import test_checkpoint as cases
+from mlp_mixer.checkpoint import Checkpointer, restore_params
+assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
+what, directory = sys.argv[1:]
+if what == "named in the program":
+    directory = os.fsencode(directory).decode()
+if what == "damaged":
+    cases.truncate(cases.large_file(cases.folder(directory, 20)))
+with Checkpointer(directory, every_steps=10, keep_latest=5) as c:
+    step = int(c.restore(cases.target()).step)
+    c.save(step + 10, cases.state_at(step + 10))
+print("restored", step, "and", restore_params(directory)[0])
+"""
+
+
+@pytest.mark.parametrize("what", ["damaged", "named in the program"])
+def test_a_locale_without_utf8_makes_no_checkpoint_damaged(what, tmp_path):
+    directory = tmp_path / "lr=[0.1] \\ ä日"
+    write(directory, 10, 20)
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": with_tests_on_the_path(),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", LOCALE, what, str(directory)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if what == "named in the program":
+        assert result.returncode == 1
+        assert "Set LC_ALL=C.UTF-8 or PYTHONUTF8=1" in result.stderr
+        assert names(directory) == ["00000010", "00000020"]
+        return
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "restored 10 and 20"
+    [name] = damaged(directory)
+    assert name.startswith("damaged-00000020")
+    assert restored_step(directory) == 20
+
+
 def test_a_bucket_is_not_made_a_local_path():
-    assert str(checkpoint._absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert str(orbax_io.locate("gs://bucket/run")) == "gs://bucket/run"
 
 
 def test_typed_keys_and_bools_round_trip(tmp_path):
@@ -397,6 +605,56 @@ def test_no_damaged_file_gives_wrong_arrays(tmp_path):
     assert noticed >= {"meta", "state", "state/d", "state/ocdbt.process_0/d"}
 
 
+def old(directory, step):
+    """Makes a checkpoint one of a version that noted neither step nor files."""
+    (folder(directory, step) / "meta" / "files").unlink()
+    path = folder(directory, step) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["step"], meta["checksum"]
+    path.write_text(json.dumps(orbax_io._sealed(meta)))
+
+
+@pytest.mark.parametrize("move", [shutil.copytree, os.rename])
+@pytest.mark.parametrize("to", [30, 15, 5])
+@pytest.mark.parametrize("version", ["new", "old"])
+def test_a_folder_with_the_name_of_another_step_is_an_error(
+    version, to, move, tmp_path
+):
+    write(tmp_path, 10, 20)
+    if version == "old":
+        old(tmp_path, 20)
+    move(folder(tmp_path, 20), folder(tmp_path, to))
+    if move is shutil.copytree and to < 20:
+        shutil.rmtree(folder(tmp_path, 20))
+    held = "step 20" if version == "new" else "another step"
+    says = f"{to:08d} holds {held}, not step {to}"
+    with pytest.raises(ValueError, match=says):
+        restore_params(tmp_path, target().params, step=to)
+    if to > 10:  # the newest: no older one may silently stand for it
+        before = names(tmp_path)
+        with (
+            Checkpointer(tmp_path, every_steps=10) as c,
+            pytest.raises(ValueError, match=says),
+        ):
+            c.restore(target())
+        with pytest.raises(ValueError, match=says):
+            restore_params(tmp_path)
+        assert names(tmp_path) == before
+    shutil.rmtree(folder(tmp_path, 20), ignore_errors=True)
+    os.rename(folder(tmp_path, to), folder(tmp_path, 20))
+    assert restored_step(tmp_path) == 20
+
+
+def test_a_checkpoint_of_an_older_version_still_opens(tmp_path):
+    write(tmp_path, 10, 20)
+    for step in (10, 20):
+        old(tmp_path, step)
+    assert restored_step(tmp_path) == 20
+    assert restore_params(tmp_path, step=10)[0] == 10
+    truncate(folder(tmp_path, 20) / "state" / "_METADATA")
+    assert restored_step(tmp_path) == 10
+
+
 def test_training_goes_on_over_the_steps_of_a_damaged_checkpoint(tmp_path):
     write(tmp_path, 10, 20, 30)
     for step in (20, 30):
@@ -447,8 +705,15 @@ def test_another_model_is_an_error_that_lists_the_arrays(tmp_path):
     OSError(5, "Input/output error"), OSError(24, "Too many open files"),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"),
     ValueError("PERMISSION_DENIED: Error opening zarr driver"),
+    # What nobody has foreseen: another version of a library, another locale.
+    RuntimeError("Unable to cast Python instance of type <class 'str'> to C++"),
+    UnicodeEncodeError("ascii", "\xe4", 0, 1, "ordinal not in range(128)"),
+    AttributeError("module 'numpy' has no attribute 'bool8'"), TypeError("no argument"),
+    KeyError("value_metadata"), ValueError("a version that is not supported"),
+    FileNotFoundError(2, "No such file or directory", "/usr/lib/libcodec.so"),
+    ImportError("no module"), AssertionError(), RecursionError(), StopIteration(),
 ])  # fmt: skip
-def test_trouble_of_the_machine_is_not_damage(error, tmp_path, monkeypatch):
+def test_only_damage_is_damage(error, tmp_path, monkeypatch):
     write(tmp_path, 10)
 
     def fail(*args, **kwargs):
@@ -463,24 +728,45 @@ def test_trouble_of_the_machine_is_not_damage(error, tmp_path, monkeypatch):
             with pytest.raises(Exception) as raised:  # noqa: PT011
                 c.restore(target())
             assert error in (raised.value, raised.value.__cause__)
+            # Nothing says more about it than where it arose.
+            assert "00000010" in raised.value.__notes__[0]
         with pytest.raises(Exception) as raised:  # noqa: PT011
             restore_params(tmp_path, target().params)
         assert error in (raised.value, raised.value.__cause__)
     assert names(tmp_path) == ["00000010"]
 
 
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("_METADATA", "value_metadata"),
+        ("array_metadatas/process_0", "param_name"),
+        ("array_metadatas/process_0", "write_shape"),
+    ],
+)
+def test_a_changed_name_in_a_file_of_orbax_is_damage(file, key, tmp_path):
+    """Still JSON, and Orbax raises whatever its code happens to meet."""
+    write(tmp_path, 10, 20)
+    path = folder(tmp_path, 20) / "state" / file
+    text = path.read_text()
+    assert key in text
+    path.write_text(text.replace(key, key.upper()))
+    assert restored_step(tmp_path) == 10
+    assert len(damaged(tmp_path)) == 1
+
+
 def test_a_folder_that_may_not_be_read_is_not_damage(tmp_path, monkeypatch):
     write(tmp_path, 10)
     forbidden = folder(tmp_path, 10) / "meta"
     if os.getuid() == 0:  # root may read everything
-        list_all = checkpoint._list_all
+        list_all = orbax_io._list_all
 
         def refuse(path):
             if os.fspath(path) == os.fspath(forbidden):
                 raise PermissionError(13, "Permission denied", os.fspath(path))
             list_all(path)
 
-        monkeypatch.setattr(checkpoint, "_list_all", refuse)
+        monkeypatch.setattr(orbax_io, "_list_all", refuse)
         (forbidden / "metadata").unlink()
     else:
         forbidden.chmod(0)
@@ -538,7 +824,7 @@ def test_params_of_the_latest_of_a_step_and_of_the_best(tmp_path):
     assert step == 20
     assert_equal(got, init(20).params)
     assert_equal(restore_params(tmp_path, params, step=10)[1], init(10).params)
-    with pytest.raises(ValueError, match="has the metric 'top5'"):
+    with pytest.raises(ValueError, match=r"has the metric 'top5', only \['top1'\]"):
         restore_params(tmp_path, params, best="top5")
     with pytest.raises(FileNotFoundError, match=r"checkpoint 15 .*\[40, 30, 20, 10\]"):
         restore_params(tmp_path, params, step=15)
@@ -581,6 +867,111 @@ def test_reading_changes_nothing_however_damaged(tmp_path, caplog):
     assert sorted(p for p in tmp_path.rglob("*")) == before
 
 
+def training_drops(monkeypatch, directory, times, slowly=False):
+    """Before each read, a training run saves the next step and drops that one."""
+    read = orbax_io.read
+    dropped: list[int] = []
+
+    def remove(path):
+        shutil.rmtree(path / "state" / "d")
+        time.sleep(0.3 * slowly)
+        shutil.rmtree(path)
+
+    def read_late(manager, step, *args, **kwargs):
+        if len(dropped) < times:
+            dropped.append(step)
+            newest = max(int(n) for n in names(directory) if n.isdigit())
+            write(directory, newest + 10)
+            path = folder(directory, step)
+            thread = threading.Thread(target=remove, args=(path,))
+            thread.start()
+            thread.join(0.1 if slowly else None)
+        return read(manager, step, *args, **kwargs)
+
+    monkeypatch.setattr(orbax_io, "read", read_late)
+    return dropped
+
+
+@pytest.mark.parametrize("slowly", [False, True])
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_a_training_run_drops_meanwhile_is_not_damaged(
+    times, slowly, tmp_path, monkeypatch, caplog
+):
+    write(tmp_path, 10)
+    dropped = training_drops(monkeypatch, tmp_path, times, slowly)
+    step, params = restore_params(tmp_path, target().params)
+    assert len(dropped) == times
+    assert step == 10 * (times + 1)
+    assert_equal(params, init(step).params)
+    assert "damaged" not in caplog.text
+
+
+def test_a_step_or_a_best_one_that_is_dropped_meanwhile_is_told_or_chosen_again(
+    tmp_path, monkeypatch, caplog
+):
+    with Checkpointer(tmp_path, every_steps=10, keep_latest=5) as c:
+        for step, score in ((10, 0.9), (20, 0.8), (30, 0.1)):
+            c.save(step, state_at(step), {"top1": score})
+    training_drops(monkeypatch, tmp_path, 1)
+    assert restore_params(tmp_path, best="top1")[0] == 20
+    training_drops(monkeypatch, tmp_path, 1)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 20 .*\[50, 40, 30\]"):
+        restore_params(tmp_path, step=20)
+    assert "damaged" not in caplog.text
+    assert "readable" not in caplog.text
+
+
+def test_a_reader_gives_up_where_each_checkpoint_is_dropped(tmp_path, monkeypatch):
+    write(tmp_path, 10)
+    training_drops(monkeypatch, tmp_path, 1000)
+    with pytest.raises(CheckpointError, match="faster than they are read"):
+        restore_params(tmp_path)
+
+
+def test_an_older_checkpoint_that_stays_damaged_is_called_so(tmp_path, caplog):
+    write(tmp_path, 10, 20, 30)
+    for step in (10, 30):
+        shutil.rmtree(folder(tmp_path, step) / "state")
+    assert restore_params(tmp_path)[0] == 20
+    with pytest.raises(CheckpointError, match=r"10 .* damaged .*Choose another"):
+        restore_params(tmp_path, step=10)
+
+
+TRAINING = """
+import sys, time
+import test_checkpoint as cases
+from mlp_mixer.checkpoint import Checkpointer
+with Checkpointer(sys.argv[1], every_steps=1, keep_latest=1) as c:
+    step = 0
+    while not c.stop_requested(step):
+        step += 1
+        c.save(step, cases.state_at(step))
+        time.sleep(0.02)
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_reads_beside_a_training_run_are_all_right(tmp_path, caplog):
+    run = subprocess.Popen(
+        [sys.executable, "-c", TRAINING, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": with_tests_on_the_path()},
+    )
+    try:
+        while not list(tmp_path.glob("run/0*[0-9]")):
+            assert run.poll() is None
+            time.sleep(0.1)
+        steps = set()
+        for _ in range(100):
+            step, params = restore_params(tmp_path / "run", target().params)
+            assert_equal(params, init(step).params)
+            steps.add(step)
+    finally:
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 0
+    assert len(steps) > 10
+    assert caplog.text == ""
+
+
 def test_params_that_orbax_does_not_find_are_damage(tmp_path):
     write(tmp_path, 10)
     path = folder(tmp_path, 10) / "meta" / "metadata"
@@ -588,7 +979,7 @@ def test_params_that_orbax_does_not_find_are_damage(tmp_path):
     meta["arrays"]["params/more"] = [[16], "float32"]
     meta["fingerprints"]["params/more"] = 0
     del meta["checksum"]
-    meta["checksum"] = checkpoint._checksum(meta)
+    meta["checksum"] = orbax_io._checksum(meta)
     path.write_text(json.dumps(meta))
     wanted = target().params
     wanted["more"] = wanted["b"]
@@ -634,6 +1025,7 @@ def test_a_save_that_fails_is_an_error_at_the_latest_at(
     assert f"step 30 in {tmp_path} failed" in str(error.value)
     assert "intact: [10, 20]" in str(error.value)
     c.close()
+    assert [r for r in caplog.records if r.name in ("absl", "asyncio")] == []
     unfinished = [name for name in names(tmp_path) if "tmp" in name]
     assert len(unfinished) == 1
     assert restored_step(tmp_path) == 20
@@ -675,6 +1067,45 @@ def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path):
         assert restored_step(disk / "run") == 20
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+FULL_DISK = """
+import pathlib, resource, signal, sys
+import test_checkpoint as cases
+from mlp_mixer import metrics, program
+from mlp_mixer.checkpoint import Checkpointer
+metrics.log_to_terminal()
+directory, limit = sys.argv[1], int(sys.argv[2])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with program.errors_in_one_line(), Checkpointer(directory, every_steps=1) as c:
+    c.save(10, cases.state_at(10))
+    c.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if limit == 10:
+        c.add_metrics(10, {"top1": 0.5})
+    c.save(20, cases.state_at(20))
+    c.save(30, cases.state_at(30))
+"""
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [0, 10, *(pytest.param(n, marks=pytest.mark.slow) for n in (200, 2000, 1_000_000))],
+)
+def test_a_full_disk_is_one_line_that_says_what_is_intact(limit, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)],
+        env={**os.environ, "PYTHONPATH": with_tests_on_the_path()},
+        stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    what = "Adding metrics to checkpoint 10" if limit == 10 else "Saving step 20"
+    assert line.startswith(f"{what} in {tmp_path} failed: ")
+    assert "File too large" in line
+    assert "intact" in line
+    assert len(line) < 800
+    assert restored_step(tmp_path) == 10
 
 
 def test_unfinished_saves_are_named_and_removed(tmp_path, caplog):
@@ -729,7 +1160,7 @@ def test_the_signals_are_heard_before_the_folder_appears(tmp_path, monkeypatch):
         heard.append((signal.getsignal(signal.SIGTERM) != before, directory.exists()))
         raise PermissionError(directory)
 
-    monkeypatch.setattr(checkpoint, "_open", fail)
+    monkeypatch.setattr(orbax_io, "_open", fail)
     with pytest.raises(PermissionError):
         Checkpointer(tmp_path / "new", every_steps=10)
     assert heard == [(True, False)]
@@ -770,26 +1201,43 @@ def test_no_handler_is_installed(why, tmp_path, monkeypatch):
 def test_our_lines_are_seen_and_the_chatter_of_orbax_is_not(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG):
         write(tmp_path, 10, 20)
-        truncate(large_file(folder(tmp_path, 20)))
+        for file in folder(tmp_path, 20).glob("state/d/*"):
+            truncate(file)
         restored_step(tmp_path)
         restore_params(tmp_path, target().params)
+        gc.collect()  # what failed unheard would speak now
         logging.getLogger("absl").info("a line of another user of absl")
-    ours = [r.levelname for r in caplog.records if r.name == "mlp_mixer.checkpoint"]
+        logging.getLogger("asyncio").error("Task exception was never retrieved: mine")
+    ours = [r.levelname for r in caplog.records if r.name.startswith("mlp_mixer.")]
     assert ours == ["ERROR", "INFO"]
     assert "a line of another user of absl" in caplog.text
+    assert [r.message for r in caplog.records if r.name == "asyncio"] == [
+        "Task exception was never retrieved: mine"
+    ]
     assert [r for r in caplog.records if f"{os.sep}orbax{os.sep}" in r.pathname] == []
 
 
-def test_a_clean_up_that_the_end_of_the_program_overtakes_is_no_error(tmp_path, caplog):
-    """The next start does it; a page of Orbax's would hide why the program ended."""
+def test_a_removal_that_fails_is_one_line_and_what_is_raised_too_is_none(
+    tmp_path, caplog
+):
+    """A removal that the end of the program overtakes is done by the next start."""
     with Checkpointer(tmp_path, every_steps=10):
         pass
     path = f"a{os.sep}orbax{os.sep}checkpoint{os.sep}futures.py"
-    for why in ("cannot schedule new futures after shutdown", "no space is left"):
-        said = logging.LogRecord("absl", logging.ERROR, path, 1, why, (), None)
-        logging.getLogger("absl").handle(said)
-    assert "no space is left" in caplog.text
-    assert "cannot schedule" not in caplog.text
+    try:
+        raise PermissionError(13, "Permission denied", "x")
+    except PermissionError:
+        trouble = sys.exc_info()
+    for said in (
+        "Failed to remove checkpoint (x)",
+        "Failed to remove: cannot schedule new futures after shutdown",
+        "_SignalingThread.run() raised an exception",
+    ):
+        record = logging.LogRecord("absl", logging.ERROR, path, 1, said, (), trouble)
+        logging.getLogger("absl").handle(record)
+    [record] = [r for r in caplog.records if r.name == "absl"]
+    assert record.getMessage().startswith("Failed to remove checkpoint (x): Permission")
+    assert not record.exc_info
 
 
 # Several processes.
@@ -827,9 +1275,13 @@ def run_workers(mode, directory, count=2, devices=2, send=None):
 
 @pytest.mark.slow
 def test_two_processes_save_and_restore_and_one_restores_what_they_saved(tmp_path):
-    run_workers("save", tmp_path)
+    outputs = run_workers("save", tmp_path)
+    assert all("is not finite" in output for output in outputs), "\n".join(outputs)
     run_workers("restore", tmp_path)
     assert restored_step(tmp_path, devices=8) == 20
+    assert restore_params(tmp_path, best="top1")[0] == 10
+    truncate(folder(tmp_path, 20) / "state" / "array_metadatas" / "process_1")
+    assert restored_step(tmp_path) == 10
 
 
 @pytest.mark.slow

@@ -79,3 +79,34 @@ def test_a_run_without_its_first_step_says_what_to_do(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare_runs.main([late, late])
     assert "--config.log_every_steps=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has no record of step 1"),
+        ("[]\n", "holds a list; expected an object"),
+        ('{"step": 1, "train/loss": 1.0}\n', "has no record of step 1"),
+        ('{"step": [], "train/loss": 1.0}\n', "its step is"),
+        ('{"step": 1, "train/loss": "a", "train/grad_norm": 1}\n', "is a string; exp"),
+        ('{"step": 1\n', "is no JSON"),
+        ("[" * 100_000 + "\n", "is no JSON"),
+        (b"\xff\n", "is no JSON"),
+    ],
+)
+def test_damaged_records_are_named(content, said, tmp_path, capsys):
+    good = write(tmp_path / "good.jsonl", {1: 7.9})
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit):
+        compare_runs.main([good, str(bad)])
+    error = capsys.readouterr().err
+    assert "bad.jsonl" in error
+    assert said in error
+
+
+def test_a_gradient_of_zero_is_compared(tmp_path):
+    one, other = [{1: {"train/loss": 1.0, "train/grad_norm": x}} for x in (1.0, 0.0)]
+    assert not compare_runs.apart(compare_runs.differences(other, other))
+    (row,) = compare_runs.apart(compare_runs.differences(one, other))
+    assert row[1] == "train/grad_norm"

@@ -1,6 +1,7 @@
 """Conversion: the report says what weights are, and that what is written is read."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from mlp_mixer import convert, models, pretrained, runs
 from mlp_mixer.fingerprints import leaves
@@ -32,6 +34,7 @@ def test_the_report_says_what_the_weights_are(source):
         "parameters": f"{parameters + 16 + 90:,}",
         "dtype": "float32",
         "GELU": "exact",
+        "normalisation": "mean 0.5 and std 0.5",
         "not finite": "none",
     }
 
@@ -147,6 +150,46 @@ def test_nothing_is_overwritten_and_unknown_endings_teach(source, tmp_path):
         convert.convert(source, tmp_path / "t.npz", names="timm")
 
 
+def test_a_target_that_would_do_harm_is_refused_and_leaves_nothing(source, tmp_path):
+    """The source and what else is there stay as they are."""
+    convert.convert(source, tmp_path / "run")
+    (tmp_path / "link.safetensors").symlink_to(source)
+    (tmp_path / "to_run").symlink_to(tmp_path / "run", target_is_directory=True)
+    (tmp_path / "to_nothing").symlink_to(tmp_path / "gone")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for target, error, said in (
+        ("", ValueError, "The target has no name"),
+        (source, FileExistsError, "is there already; remove it"),
+        (tmp_path / "run" / ".." / source.name, FileExistsError, "is there already"),
+        (tmp_path / "link.safetensors", FileExistsError, "is there already"),
+        (tmp_path / "run", FileExistsError, "is not empty; name a new folder"),
+        (tmp_path / "to_run", FileExistsError, "is not empty; name a new folder"),
+        (tmp_path / "to_nothing", FileExistsError, "is a link to nothing"),
+        (source / "new.npz", NotADirectoryError, "is a file; .* cannot lie in it"),
+        (source / "new" / "run", NotADirectoryError, "is a file; .* cannot lie in it"),
+        (tmp_path / "run/checkpoints/9", ValueError, "lies among the checkpoints of"),
+        (tmp_path / "to_run/checkpoints/w.npz", ValueError, "lies among the checkpoin"),
+        (tmp_path / f"{'x' * 300}.npz", OSError, "cannot be written: File name too lo"),
+        (tmp_path / ("x" * 300), OSError, "cannot be written: File name too long"),
+        (tmp_path / "w.safetensor", ValueError, r"ends in '\.safetensor'; written are"),
+        (tmp_path / "w.npy", ValueError, r"ends in '\.npy'; written are"),
+        (tmp_path / "w.ckpt", ValueError, r"ends in '\.ckpt'; written are"),
+    ):
+        with pytest.raises(error, match=said):
+            convert.convert(source, target)
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_a_target_in_a_new_folder_is_written_and_a_folder_is_said_to_be_one(
+    source, tmp_path
+):
+    convert.convert(source, tmp_path / "a" / "b" / "w.safetensors")
+    assert (tmp_path / "a" / "b" / "w.safetensors").is_file()
+    report = convert.convert(source, tmp_path / "c" / "mixer_v1.5")
+    assert f"{tmp_path}/c/mixer_v1.5, a run's folder, read back" in report["written"]
+
+
 @pytest.mark.slow
 def test_the_script_is_a_door_to_the_program(root, source, tmp_path):
     script = [sys.executable, str(root / "scripts" / "convert_checkpoint.py")]
@@ -169,6 +212,96 @@ def test_the_script_is_a_door_to_the_program(root, source, tmp_path):
     assert (
         ran.stderr.strip().splitlines()[-1].startswith("There are no weights nowhere")
     )
+
+
+def for_unit_images(path, out):
+    """Writes the timm file at `path` as one for images in [0, 1] that says nothing.
+
+    With x in [-1, 1] = 2u - 1, a stem K, b for x is one of 2K, b - sum(K) for u.
+    """
+    arrays = safetensors.numpy.load_file(path)
+    kernel, bias = arrays["stem.proj.weight"], arrays["stem.proj.bias"]
+    arrays["stem.proj.weight"] = 2 * kernel
+    arrays["stem.proj.bias"] = bias - kernel.sum((1, 2, 3))
+    safetensors.numpy.save_file(arrays, out, {"format": "pt"})
+
+
+def logits_of(source, image):
+    weights = pretrained.read(source)
+    model = pretrained.create_model(weights)
+    return model.apply({"params": weights.params}, image)[0]
+
+
+@pytest.mark.parametrize("how", ["arguments", "config.json"])
+def test_foreign_weights_become_weights_for_our_images(how, source, tmp_path, caplog):
+    convert.convert(source, tmp_path / "timm.safetensors", names="timm")
+    assert "for mean" not in caplog.text
+    (tmp_path / "foreign").mkdir()
+    foreign = tmp_path / "foreign" / "model.safetensors"
+    for_unit_images(tmp_path / "timm.safetensors", foreign)
+    given = {"mean": 0, "std": 1}
+    if how == "config.json":
+        config = {"architecture": "mixer_s16_224", "pretrained_cfg": given}
+        foreign.with_name("config.json").write_text(json.dumps(config))
+        given = {}
+    image = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1)
+    expected = logits_of(source, image)
+    for target in ("ours.safetensors", "ours.npz", "theirs.safetensors", "run"):
+        names = "timm" if target.startswith("theirs") else "ours"
+        options = {"gelu": "tanh"} if target.endswith("npz") else {}
+        report = convert.convert(
+            foreign, tmp_path / target, names=names, **options, **given
+        )
+        assert report["normalisation"] == "mean 0 and std 1, folded into the stem"
+        assert "arrays equal bit for bit" in report["written"]
+        assert float(report["max |Δlogit|"]) == 0
+        if target.endswith("npz"):
+            continue
+        again = convert.convert(tmp_path / target)
+        assert again["normalisation"] == "mean 0.5 and std 0.5"
+        largest = np.abs(expected).max()
+        difference = logits_of(tmp_path / target, image) - expected
+        assert np.abs(difference).max() < 1e-5 * largest
+    said = (
+        "theirs.safetensors is for mean 0.5 and std 0.5 in timm, not for the source's"
+    )
+    assert f"{said} mean 0 and std 1" in caplog.text
+    assert "is taken to be" not in caplog.text
+
+
+def test_what_is_assumed_of_foreign_weights_is_in_the_report(source, tmp_path, caplog):
+    convert.convert(source, tmp_path / "timm.safetensors", names="timm")
+    for_unit_images(tmp_path / "timm.safetensors", tmp_path / "foreign.safetensors")
+    report = convert.convert(tmp_path / "foreign.safetensors")
+    assert report["source"].endswith("timm's names, normalisation assumed)")
+    assert report["normalisation"] == "mean 0.5 and std 0.5"
+    assert "is taken to be for mean 0.5 and std 0.5" in caplog.text
+    image = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1)
+    wrong = logits_of(tmp_path / "foreign.safetensors", image)
+    assert np.abs(wrong - logits_of(source, image)).max() > 0.1
+
+
+@pytest.mark.slow
+def test_the_normalisation_may_be_flags(program, source, tmp_path):
+    convert.convert(source, tmp_path / "timm.safetensors", names="timm")
+    for_unit_images(tmp_path / "timm.safetensors", tmp_path / "foreign.safetensors")
+    cases = {
+        "--mean=0,0,0 --std=1": "mean 0 and std 1, folded into the stem",
+        "--mean=0": "--mean and --std: there is a mean and no std; give both.",
+        "--mean=x --std=1": "--mean is 'x'; expected a number, e.g. 0.5, or RED,GREEN",
+        "--mean=123 --std=58": "--mean and --std: mean is [123.0]; expected a number",
+    }
+    processes = {
+        options: program(
+            "convert", tmp_path / "foreign.safetensors", *options.split(), devices=1
+        )
+        for options in cases
+    }
+    for options, said in cases.items():
+        output, _ = processes[options].communicate(timeout=200)
+        assert said in output, output
+        assert "Traceback" not in output
+        assert (processes[options].returncode == 0) == ("folded" in said)
 
 
 @pytest.mark.parametrize(

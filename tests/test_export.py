@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 from flax.traverse_util import unflatten_dict
+from odd_names import NAMES
 
 from mlp_mixer import export, models, pretrained
 from mlp_mixer.fingerprints import leaves
@@ -195,6 +197,21 @@ def test_what_is_known_travels_with_both(tmp_path):
         k: v if isinstance(about[k], str) else json.loads(v) for k, v in props.items()
     }
     assert read == about
+
+
+def test_names_that_are_no_text_travel_with_both(tmp_path):
+    names = [NAMES[k] for k in ("bytes", "half a pair", "lines", "CJK", "nothing")]
+    weights = small_weights(class_names=(*names, "a", "b"), said="\udcff.npz")
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    export.export_stablehlo(weights, folder / "m.stablehlo", gradients=False)
+    about = json.loads((folder / "m.stablehlo.json").read_text(encoding="utf-8"))
+    assert about["class_names"] == [*names, "a", "b"]
+    props = {p.key: p.value for p in export.to_onnx(weights).metadata_props}
+    assert json.loads(props["class_names"]) == [*names, "a", "b"]
+    assert props["source"] == r"\udcff.npz"
+    # The onnx package takes paths in UTF-8 only: said before the work.
+    with pytest.raises(ValueError, match=r"caf\\udce9/m.onnx is not UTF-8"):
+        export.export_onnx(weights, folder / "m.onnx")
 
 
 def test_what_is_not_known_is_not_invented():

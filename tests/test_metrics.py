@@ -4,12 +4,15 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
 import rich.console
 from odd_names import NAMES
+from tensorboardX.proto import event_pb2
+from test_files import DAMAGED, one_line
 
 from mlp_mixer import metrics, text
 
@@ -141,8 +144,9 @@ def test_progress_takes_any_name(name, monkeypatch):
 
 
 def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
-    said = io.StringIO()
+    said, printed = io.StringIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
@@ -151,4 +155,128 @@ def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
     finally:
         root.handlers[:], level = before
         root.setLevel(level)
+    print("é ×", end="", flush=True)
+    assert printed.getvalue() == rb"\xe9 x"
     assert said.getvalue()[9:] == "a\\x1b[2J and\n\\udcff\\r\n"
+
+
+LINES = {
+    **DAMAGED,
+    "no step": b'{"train/loss": 1.0}',
+    "a step of text": b'{"step": "1"}',
+    "half a step": b'{"step": 1.5}',
+    "a step below 0": b'{"step": -1}',
+    "true as a step": b'{"step": true}',
+    "text": b'{"step": 1, "train/loss": "\\u001b[31m"}',
+    "a list of losses": b'{"step": 1, "train/loss": [1.0]}',
+    "a name that commands": b'{"step": 1, "\\u001b[31m\\n": null}',
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_line_that_is_no_record_is_named(kind, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "val/top1": 0.5}\n' + LINES[kind] + b"\n")
+    for read in (metrics.read, lambda folder: writer(folder, first_step=4)):
+        with pytest.raises(ValueError, match=r"Line \d of .*metrics\.jsonl") as error:
+            read(tmp_path)
+        assert one_line(error, "metrics.jsonl")
+    assert path.read_bytes().startswith(b'{"step": 1, "val/top1": 0.5}\n')
+
+
+def test_records_in_a_folder_of_their_name_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl cannot be read"):
+        metrics.read(tmp_path)
+
+
+def test_a_value_that_is_not_finite_stays_a_record(tmp_path):
+    """As evaluations write them."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "val/loss": Infinity}\n{"step": 2, "val/loss": NaN')
+    assert metrics.read(tmp_path) == [{"step": 1, "val/loss": float("inf")}]
+    path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for the line's end
+    assert metrics.read(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+# --- A disk that is full --------------------------------------------------------------
+
+# A limit of the process stands for the disk's: no file may become longer.
+FULL = """
+import resource, sys
+from mlp_mixer import metrics
+
+case, workdir = sys.argv[1:]
+record = {"train/loss": 1.0, "a long name " * 9: 2.0}
+
+def fill(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+def train(w):
+    w.write(1, record)
+    if case == "records":
+        fill(1000)
+        for step in range(2, 100):
+            w.write(step, record)
+    fill(100)  # what is buffered for TensorBoard finds no place at the end
+    if case == "first":
+        raise FloatingPointError("At step 3 loss is nan.")
+
+with metrics.Writer(
+    workdir, first_step=0, total_steps=9, batch_size=8, every_steps=2,
+    learning_rate=lambda update: 0.1, last_good=lambda: 4,
+) as w:
+    train(w)
+"""
+
+
+@pytest.mark.parametrize(
+    ("case", "last"),
+    [
+        ("records", r"OSError: .*metrics\.jsonl failed: File too large.* of step 4"),
+        ("board", r"OSError: .*tensorboard failed: File too large.* of step 4"),
+        ("first", r"FloatingPointError: At step 3 loss is nan\."),
+    ],
+)
+def test_a_full_disk_is_named_and_covers_no_earlier_error(tmp_path, case, last):
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, case, tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert re.match(last, ran.stderr.strip().splitlines()[-1]), ran.stderr
+    assert "Exception ignored" not in ran.stderr
+    records = metrics.read(tmp_path / "run")
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    assert records
+
+
+def test_tensorboard_reads_what_is_written_and_hides_what_is_done_again(tmp_path):
+    with writer(tmp_path) as w:
+        w.write(1, {"train/loss": 1.5})
+    with writer(tmp_path, first_step=1) as w:
+        w.write(2, {"train/loss": 0.5, "val/count": 10})
+    first, second = sorted((tmp_path / "tensorboard").iterdir())
+    assert events(first)[0].file_version == "brain.Event:2"
+    assert values(first) == [(1, "train/loss", 1.5)]
+    starts = [e.step for e in events(second) if e.HasField("session_log")]
+    assert starts == [2]
+    assert values(second) == [(2, "train/loss", 0.5), (2, "val/count", 10.0)]
+
+
+def events(path):
+    """The events of a TFRecord file: length and checksum, event, checksum."""
+    data, found = path.read_bytes(), []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+def values(path):
+    return [
+        (e.step, v.tag, v.simple_value) for e in events(path) for v in e.summary.value
+    ]

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+import safetensors.numpy
+from odd_names import NAMES as ODD_NAMES
 
-from mlp_mixer import checkpoint, predict, pretrained, recipe, runs
+from mlp_mixer import checkpoint, predict, pretrained, recipe, runs, text
 from mlp_mixer.data import image_ops
 from mlp_mixer.models.mixer import MlpMixer
 
@@ -196,6 +198,34 @@ def test_synset_ids_are_shown_as_words(params, some, tmp_path):
 # --- What is written ------------------------------------------------------------------
 
 
+def test_foreign_weights_predict_as_they_were_trained(params, some, tmp_path, caplog):
+    """Here for images normalised as ImageNet's often are: their config.json says so."""
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    model = pretrained.Weights(params, "made", gelu="exact")
+    pretrained.write_safetensors(model, tmp_path / "t.safetensors", names="timm")
+    arrays = safetensors.numpy.load_file(tmp_path / "t.safetensors")
+    kernel = arrays["stem.proj.weight"] * (2 * std[:, None, None])
+    arrays["stem.proj.weight"] = kernel.astype(np.float32)
+    bias = arrays["stem.proj.bias"] + np.einsum("crhw,r->c", kernel, (mean - 0.5) / std)
+    arrays["stem.proj.bias"] = bias.astype(np.float32)
+    foreign = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(arrays, foreign)
+
+    def probabilities(source):
+        found = predict.predict(source, some, preprocess="vision_transformer", top=8)
+        ranked = [dict(zip(x.indices, x.probabilities, strict=True)) for x in found]
+        return np.array([[one[k] for k in range(len(NAMES))] for one in ranked])
+
+    expected = probabilities(tmp_path / "t.safetensors")
+    assert np.abs(probabilities(foreign) - expected).max() > 0.01
+    assert "model.safetensors does not say what its images" in caplog.text
+    caplog.clear()
+    said = {"mean": list(mean), "std": list(std)}
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": said}))
+    np.testing.assert_allclose(probabilities(foreign), expected, atol=1e-5)
+    assert "does not say" not in caplog.text
+
+
 def test_csv_is_clean_and_holds_what_was_predicted(weights, some, capsys):
     assert predict.run(some, weights=weights, format="csv", top=2) == (3, 0)
     said = capsys.readouterr().out
@@ -322,6 +352,120 @@ def test_a_photo_is_made_small_before_it_is_drawn(weights, tmp_path, monkeypatch
     path = str(tmp_path / "sheet.png")
     predict.run([str(tmp_path)], weights=weights, sheet=path)
     assert seen == [(400, 800, 3)]
+
+
+# --- Names of any kind, and photos that Exif turns ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def oddly_named(params, tmp_path_factory):
+    """Weights whose classes have odd names, and images that have them too."""
+    folder = tmp_path_factory.mktemp("odd")
+    kinds = ("bytes", "lines", "markup", "mathtext", "half a pair", "nothing", "CJK")
+    classes = (*(ODD_NAMES[kind] for kind in kinds), 'a, "b"\r')
+    weights = pretrained.Weights(params, "", class_names=classes)
+    pretrained.write_safetensors(weights, folder / "w.safetensors")
+    names = [
+        f"{i} {ODD_NAMES[kind].replace('/', '')}"
+        for i, kind in enumerate(kinds)
+        if kind != "half a pair"
+    ]
+    write_images(folder / "images", [*(f"{name}.png" for name in names), "a\rb.png"])
+    return str(folder / "w.safetensors"), str(folder / "images"), classes
+
+
+def test_csv_and_jsonl_hold_any_name_exactly(oddly_named, tmp_path):
+    weights, images, classes = oddly_named
+    paths = sorted(f"{images}/{name}" for name in os.listdir(images))
+    out = tmp_path / "out.csv"
+    predict.run([images], weights=weights, format="csv", top=8, out=str(out))
+    written = out.read_bytes().decode("utf-8", "surrogateescape")
+    _, *rows = csv.reader(io.StringIO(written, newline=""))
+    assert [row[0] for row in rows] == paths
+    # Half a pair of surrogates has no bytes.
+    known = {text.encodable(name) for name in classes}
+    assert known - {*classes} == {r"\ud83d and \ude00"}
+    assert all({*row[1::2]} == known for row in rows)
+    out = tmp_path / "out.jsonl"
+    predict.run([images], weights=weights, format="jsonl", top=8, out=str(out))
+    records = [*map(json.loads, out.read_text(encoding="utf-8").splitlines())]
+    assert [record["path"] for record in records] == paths
+    for record in records:
+        assert {p["class"] for p in record["predictions"]} == {*classes}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_the_table_shows_any_name_in_any_encoding(
+    oddly_named, encoding, tmp_path, monkeypatch
+):
+    weights, images, _ = oddly_named
+    data, sheet = io.BytesIO(), tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding))
+    text.accept_any_text(sys.stdout)
+    monkeypatch.chdir(images)
+    predict.run(["."], weights=weights, top=8, sheet=str(sheet))
+    lines = data.getvalue().decode(encoding).splitlines()
+    assert len(lines) == 7  # a line each
+    assert any(r"0 caf\udce9 \udcff.png" in line for line in lines)
+    assert all(r" caf\udce9 \udcff " in line for line in lines)
+    if encoding == "utf-8":  # else an ideogram is written as long as its escape
+        assert len({*map(text.width, lines)}) == 1
+    assert sheet.exists()
+
+
+def test_predictions_are_kept_if_the_sheet_cannot_be_drawn(weights, some, tmp_path):
+    out = tmp_path / "out.csv"
+    (tmp_path / "sheet.png").mkdir()
+    files = {"out": str(out), "sheet": str(tmp_path / "sheet.png")}
+    with pytest.raises(RuntimeError, match=r"sheet\.png is not drawn: .*All else is"):
+        predict.run(some, weights=weights, format="csv", **files)
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_a_sheet_without_a_readable_image_is_one_line(
+    weights, some, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predict, "SHEET", 1)  # the first, which is broken
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    given, sheet = [str(tmp_path / "broken.png"), *some], str(tmp_path / "sheet.png")
+    with pytest.raises(RuntimeError, match="none of the images chosen for it could"):
+        predict.run(given, weights=weights, sheet=sheet)
+
+
+def test_photos_that_exif_turns_are_counted_and_turned_if_asked(
+    weights, params, some, tmp_path, caplog, monkeypatch
+):
+    with PIL.Image.open(some[0]) as image:
+        pixels = image.copy()
+    exif = PIL.Image.Exif()
+    for name, orientation in (("a.png", 6), ("b.tiff", 8), ("c.png", 1)):
+        exif[0x0112] = orientation
+        pixels.save(tmp_path / name, exif=exif)
+    pixels.transpose(PIL.Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    paths = [str(tmp_path / name) for name in ("a.png", "b.tiff", "c.png")]
+    as_stored, _ = by_hand(params, some[0], "vision_transformer")
+    for one in predict.predict(weights, paths, top=8):
+        np.testing.assert_allclose(one.probabilities, -np.sort(-as_stored), rtol=1e-4)
+    said = "2 of 3 images are turned by Exif; they were read as they are stored"
+    assert [said in message for message in caplog.messages] == [True]
+    caplog.clear()
+    turned, _, same = predict.predict(weights, paths, top=8, exif=True)
+    upright, _ = by_hand(params, tmp_path / "upright.png", "vision_transformer")
+    np.testing.assert_allclose(turned.probabilities, -np.sort(-upright), rtol=1e-4)
+    np.testing.assert_allclose(same.probabilities, -np.sort(-as_stored), rtol=1e-4)
+    assert not np.allclose(turned.probabilities, same.probabilities, rtol=1e-2)
+    assert caplog.messages == ["2 of 3 images were turned as Exif says."]
+    shown: list[tuple[int, ...]] = []
+    original = predict.visualize.sheet
+
+    def sheet(images, **texts):
+        shown.extend(image.shape for image in images)
+        return original(images, **texts)
+
+    monkeypatch.setattr(predict.visualize, "sheet", sheet)
+    options = {"exif": True, "sheet": str(tmp_path / "sheet.png")}
+    predict.run(paths, weights=weights, **options)
+    assert shown == [(30, 9, 3), (30, 9, 3), (9, 30, 3)]
 
 
 # --- What is broken, missing or mistyped ----------------------------------------------

@@ -3,11 +3,16 @@
 import json
 import math
 import os
+import pathlib
+import re
 import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_train import state_of, told
 
 from mlp_mixer import pretrained, runs
@@ -21,6 +26,9 @@ RUN = [
     "--config.evals.test.every_steps=6",
     "--config.checkpoint.every_steps=6",
 ]
+
+
+RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
 
 
 def free_port():
@@ -90,6 +98,166 @@ def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
     )
 
 
+WORKER = """
+import os, sys
+import jax
+from mlp_mixer import ownership, processes
+
+index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, index)
+# Values of any size, in the order of the processes.
+mine = {"index": index, "name": "ü" * (1 + 1000 * index)}
+first, second = processes.gather(mine)
+if (first["index"], len(second["name"])) != (0, 1001) or processes.first(index) != 0:
+    raise ValueError(f"gathered {first}, {second}")
+processes.compare(same={"a": [1, 2, {}], "b": None, "nan": float("nan")})
+
+def tell(work):
+    try:
+        work()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+
+def fail():
+    with processes.together():
+        if index == 1:
+            raise FileNotFoundError("no file here")
+
+def own():
+    with ownership.owned(f"{folder}/{index}"):
+        pass
+
+tell(lambda: processes.compare(
+    recipe={"rate": 0.1 * (1 + index), "same": 1},
+    names=["cat", "dog" if index else "cow"],
+    **({"more": 1} if index else {}),
+))
+tell(fail)
+tell(own)
+"""
+
+
+def test_processes_tell_one_another_what_differs_and_what_fails(tmp_path):
+    port = str(free_port())
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(index), port, tmp_path],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    said, errors = zip(*(p.communicate(timeout=120) for p in pair), strict=True)
+    assert [p.returncode for p in pair] == [0, 0], "\n".join(errors)
+    lines = [
+        [line for line in text.splitlines() if "[Gloo]" not in line] for text in said
+    ]
+    for one in lines:
+        assert one[1:4] == [
+            "  more: absent on process 0; 1 on process 1",
+            '  names.1: "cow" on process 0; "dog" on process 1',
+            "  recipe.rate: 0.1 on process 0; 0.2 on process 1",
+        ]
+    host = socket.gethostname()
+    missing = "FileNotFoundError: no file here"
+    assert lines[0][4] == f"RuntimeError: Process 1 failed on {host}: {missing}"
+    assert lines[1][4] == missing
+    where = rf"--workdir: {tmp_path}/1 on {host} is not the folder of process 0"
+    assert re.match(f"RuntimeError: Process 1 failed on {host}: .*{where}", lines[0][5])
+    assert re.match(f"ValueError: {where}", lines[1][5])
+    assert os.listdir(tmp_path / "0") == []
+
+
+def differing(name, tmp_path):
+    """Arguments and folders of two processes, and what each must say."""
+    images, other = tmp_path / "0" / "images", tmp_path / "1" / "images"
+    for folder in (images, other):
+        for split in ("train", "val"):
+            for i, label in enumerate(("ant", "bee")):
+                path = folder / split / label
+                path.mkdir(parents=True)
+                for k in range(4):
+                    noise = np.random.default_rng([i, k]).integers(0, 255, (8, 8, 3))
+                    Image.fromarray(noise.astype(np.uint8)).save(path / f"{k}.png")
+    run, said = [str(tmp_path / "run")] * 2, ""
+    more: list[list[str]] = [[], []]
+    if name == "recipe":
+        more[1] = ["--config.optim.learning_rate=0.5"]
+        said = r"recipe\.optim\.learning_rate: 0.* on process 0; 0\.5 on process 1"
+    elif name == "a field that there is not":
+        more[0], said = ["--config.nosuch=1"], r"no such field: nosuch"
+    elif name == "workdir":
+        run, said = ["run", "run"], r"run on .* is not the folder of process 0"
+    elif name == "class names":
+        for split in ("train", "val"):
+            (other / split / "bee").rename(other / split / "cow")
+        said = r"  data\.class_names\.1: \"bee\" on process 0; \"cow\" on process 1"
+    elif name == "data":
+        (other / "train" / "bee" / "0.png").unlink()
+        said = r"  data\.classes\.bee\.images: 4 on process 0; 3 on process 1"
+    elif name == "data of an evaluator":
+        (other / "val" / "bee" / "0.png").unlink()
+        said = r"  evals\.test\.0\.classes\.bee\.images: 4 on process 0; 3 on process 1"
+    elif name == "no data":
+        images.rename(images.with_name("away"))
+        said = r"No folder 'images'"
+    elif name == "batch":
+        more, said = [["--config.batch_size=7"]] * 2, "A batch of 7 does not divide"
+    arguments = [
+        [
+            f"--config={RECIPE}",
+            "--config.dataset.name=folder:images",
+            "--config.dataset.num_examples=None",
+            "--config.dataset.num_classes=None",
+            "--config.evals.test.dataset.split=val",
+            "--config.mesh.data=-1",
+            "--config.batch_size=8",
+            f"--workdir={workdir}",
+            *options,
+        ]
+        for workdir, options in zip(run, more, strict=True)
+    ]
+    return arguments, (tmp_path / "0", tmp_path / "1"), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "recipe",
+        "a field that there is not",
+        "workdir",
+        "class names",
+        "data",
+        "data of an evaluator",
+        "no data",
+        "batch",
+    ],
+)
+def test_processes_that_differ_all_end_at_once_and_say_in_what(program, tmp_path, name):
+    arguments, folders, line = differing(name, tmp_path)
+    port = free_port()
+    pair = [
+        program(
+            "train",
+            *arguments[i],
+            f"--distributed=localhost:{port},{i},2",
+            cwd=folders[i],
+            devices=1,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=60)[0] for process in pair]
+    assert [process.returncode for process in pair] == [1, 1], "\n".join(said)
+    for text in said:
+        assert len(re.findall(line, text)) == 1, text
+        assert "Traceback" not in text
+    assert not list(tmp_path.rglob("checkpoints"))
+    assert not list(tmp_path.rglob("config.json"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
 def test_two_processes_start_from_the_same_weights_or_not_at_all(
@@ -108,16 +276,18 @@ def test_two_processes_start_from_the_same_weights_or_not_at_all(
             channels_mlp_dim=256,
         )
         weights = pretrained.Weights(params, "made")
-        pretrained.write_npz(weights, tmp_path / f"{i}.npz")
+        (tmp_path / str(i)).mkdir()
+        pretrained.write_npz(weights, tmp_path / str(i) / "made.npz")
         pair.append(
             program(
                 "train",
                 *RUN,
                 "--config.sharding=fsdp",
-                f"--config.init_from={tmp_path / f'{i}.npz'}",
+                "--config.init_from=made.npz",
                 f"--data_dir={data_dir}",
                 f"--distributed=localhost:{port},{i},2",
                 f"--workdir={tmp_path / 'run'}",
+                cwd=tmp_path / str(i),
                 devices=1,
             )
         )

@@ -1,5 +1,6 @@
 """What a person reads who mistypes: one clear message, no page of traceback."""
 
+import io
 import json
 import os
 import re
@@ -9,10 +10,25 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
+from odd_names import NAMES
+from PIL import Image
 
-from mlp_mixer import convert, evaluate, metrics, pretrained, train
+from mlp_mixer import (
+    checkpoint,
+    convert,
+    evaluate,
+    metrics,
+    models,
+    pretrained,
+    recipe,
+    runs,
+    text,
+    train,
+)
 from mlp_mixer import program as program_module
 
 BEFORE_ANYTHING = {
@@ -142,6 +158,93 @@ def test_evaluate_prints_a_table_and_writes_it_and_a_picture(
     record = metrics.read(workdir)[-1]
     assert record["test/top1"] == pytest.approx(test["top1"])
     assert record["test/loss"] == pytest.approx(test["loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def odd_run(tmp_path_factory):
+    """An untrained run on folders whose names are taken for something else."""
+    folder = tmp_path_factory.mktemp("odd")
+    data, workdir = folder / "a|b $x$ [red]", folder / "_run_ \x1b[31m"
+    classes = [name.replace("/", "") for name in (*NAMES.values(),) if name]
+    classes = sorted({name[:80] for name in classes if "\ud83d" not in name})
+    for i, name in enumerate(classes):
+        (data / name).mkdir(parents=True)
+        for j in range(2):
+            image = Image.new("RGB", (8, 8), (10 * i, 9 * j, 0))
+            image.save(data / name / f"{j}.png")
+    config = recipe.base()
+    config.batch_size = 8
+    config.dataset.update(name=f"folder:{data}", split="all")
+    config.dataset.num_classes = len(classes)
+    config.dataset.num_examples = 2 * len(classes)
+    config.model.update(name="mixer_s16", image_size=(8, 8), patch_size=(4, 4))
+    config.model.update(num_blocks=1, hidden_dim=8, tokens_mlp_dim=4)
+    config.model.update(channels_mlp_dim=8, scan=False, remat="none")
+    config.evals.test = recipe.evaluation("all", preprocess="vision_transformer")
+    config = recipe.completed(config, 2 * len(classes), len(classes))
+    runs.claim(config, workdir, classes)
+    model = models.create(**config.model, num_classes=len(classes))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    with checkpoint.Checkpointer(workdir / "checkpoints", every_steps=1) as saver:
+        saver.save(1, {"params": params}, force=True)
+    return workdir, data, len(classes)
+
+
+def test_evaluate_takes_any_name_and_a_stdout_without_utf_8(odd_run, monkeypatch):
+    workdir, data, classes = odd_run
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
+    monkeypatch.setenv("COLUMNS", "200")
+    text.accept_any_text(sys.stdout)
+    evaluate.evaluate(workdir)
+    said = " ".join(printed.getvalue().decode("ascii").split())
+    assert "mixer_s16, 8 x 8" in said
+    assert f"folder:{data} all" in said
+    assert r"_run_ \x1b[31m at step 1" in said
+    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((workdir / "evaluate.json").read_text(encoding="utf-8"))
+    assert results["workdir"] == str(workdir)
+    assert results["evaluators"]["test"]["data"] == f"folder:{data} all"
+    assert results["results"]["test"]["count"] == 2 * classes
+    title, *_ = table = (workdir / "evaluate.md").read_text("utf-8").splitlines()
+    assert r"/\_run\_ \\x1b\[31m at step 1: mixer_s16, 8 × 8" in title
+    assert any(r"/a\|b \$x\$ \[red\] all |" in line for line in table)
+    # An unescaped bar would be a cell more.
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table[2:]} == {3}
+
+
+def test_results_are_kept_if_stdout_is_full(odd_run):
+    workdir, *_ = odd_run
+    for name in ("evaluate.json", "evaluate.md", "report.png"):
+        (workdir / name).unlink(missing_ok=True)
+    variables = {"JAX_PLATFORMS": "cpu", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, "-m", "mlp_mixer.evaluate", f"--workdir={workdir}"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=os.environ | variables | {"PYTHONCOERCECLOCALE": "0"},
+            check=False,
+        )
+    assert process.returncode == 1
+    *said, last = process.stderr.decode("ascii").splitlines()
+    assert last == "stdout cannot be written: No space left on device."
+    assert len(said) <= 4, said
+    assert "\x1b" not in "".join(said)
+    assert all((workdir / f"evaluate.{kind}").exists() for kind in ("json", "md"))
+    assert (workdir / "report.png").exists()
+
+
+def test_results_are_kept_if_the_picture_cannot_be_drawn(odd_run, caplog, capsys):
+    workdir = shutil.copytree(odd_run[0], odd_run[0].with_name("copied"))
+    (workdir / "report.png").unlink(missing_ok=True)
+    (workdir / "report.png").mkdir()
+    results = evaluate.evaluate(workdir)
+    assert 0 <= results["test"]["top1"] <= 1
+    assert "copied" in capsys.readouterr().out
+    warned = [m for m in caplog.messages if "report.png is not drawn: " in m]
+    assert len(warned) == 1
+    assert (workdir / "evaluate.json").exists()
 
 
 def cells(line):
@@ -293,6 +396,13 @@ def test_a_size_is_two_numbers(words, monkeypatch):
         program_module.size("image_size")
 
 
+def test_an_interruption_ends_a_program_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, program_module.errors_in_one_line():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130  # what shells expect
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
 @pytest.mark.parametrize("words", [["²", "1"], ["", "1"]])
 def test_what_only_looks_like_a_number_is_none(words, monkeypatch):
     values = flags.FlagValues()
@@ -421,11 +531,11 @@ program._join(sys.argv[1])
     ]
     said = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
-    for text, others in zip(
+    for printed, others in zip(
         said,
         ("the other 2 processes", f"process 0 at localhost:{ports[1]}"),
         strict=True,
     ):
-        assert f"Waited 1 seconds in vain for {others}; all 3 need" in text
-        assert "Traceback" not in text
-        assert len(text.splitlines()) == 1, text
+        assert f"Waited 1 seconds in vain for {others}; all 3 need" in printed
+        assert "Traceback" not in printed
+        assert len(printed.splitlines()) == 1, printed

@@ -2,10 +2,14 @@
 test_train.
 """
 
+import shutil
+
+import coloured
 import pytest
 from test_recipe import load
 
 from mlp_mixer import runs
+from mlp_mixer.data import sources
 
 
 def test_a_workdir_gives_its_recipe_back(root, tmp_path):
@@ -36,3 +40,181 @@ def test_another_recipe_may_take_a_folder_until_there_is_a_result(root, tmp_path
     (tmp_path / "checkpoints" / "00000010").mkdir()
     with pytest.raises(ValueError, match="holds a run of another recipe"):
         runs.claim(config, tmp_path)
+
+
+# --- The classes and the data of a run ------------------------------------------------
+
+
+def begun(folder):
+    (folder / "checkpoints" / "00000010").mkdir(parents=True)
+
+
+def resumed(config, folder, name, split="all", **options):
+    """What a start would do with the data before anything is trained."""
+    source = sources.open_source(name, split, data_dir=options.pop("data_dir", None))
+    data = sources.fingerprint(source)
+    config.dataset.num_examples = len(source)
+    source = runs.training_data(source, config, folder, data, **options)
+    runs.claim(config, folder, source.class_names, data, **options)
+    return source
+
+
+@pytest.fixture
+def run(root, tmp_path):
+    """(its recipe, its folder, its data), begun with images of three classes."""
+    name = coloured.write_folder(tmp_path / "images", ("ant", "bee", "cat"))
+    config = load(root, "digits")
+    resumed(config, tmp_path / "run", name)
+    begun(tmp_path / "run")
+    resumed(config, tmp_path / "run", name)
+    return config, tmp_path / "run", tmp_path / "images"
+
+
+def said(folder):
+    """What the run says of its data, as it is on disk."""
+    return {n: (folder / n).read_text() for n in ("class_names.json", "data.json")}
+
+
+def rename_a_class(images):
+    (images / "bee").rename(images / "cow")
+
+
+def swap_two_classes(images):
+    (images / "bee").rename(images / "tmp")
+    (images / "cat").rename(images / "bee")
+    (images / "tmp").rename(images / "cat")
+
+
+def write_a_name_in_capitals(images):
+    (images / "bee").rename(images / "Bee")
+
+
+def replace_a_class(images):
+    shutil.rmtree(images / "cat")
+    coloured.write_folder(images, {"dog": "cat"})
+
+
+OTHER_CLASSES = {
+    rename_a_class: r"Only .*: 'cow'\.\n  Only the run in .*: 'bee'",
+    write_a_name_in_capitals: r"Only .*: 'Bee'\.\n  Only the run in .*'bee'",
+    replace_a_class: r"Only .*: 'dog'\.\n  Only the run in .*: 'cat'",
+}
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("change", OTHER_CLASSES)
+def test_a_run_does_not_go_on_with_other_classes(change, accepted, run):
+    config, folder, images = run
+    before = said(folder)
+    change(images)
+    with pytest.raises(ValueError, match=OTHER_CLASSES[change]):
+        resumed(config, folder, f"folder:{images}", accept_changed_data=accepted)
+    with pytest.raises(ValueError, match="Only"):
+        runs.claim(config, folder, ("ant", "cow", "cat"))
+    assert said(folder) == before
+
+
+@pytest.mark.parametrize("names", [("cat", "ant", "bee"), ("0", "1", "2"), None])
+def test_the_names_of_a_run_that_has_begun_are_not_written_again(names, run):
+    config, folder, _ = run
+    runs.claim(config, folder, names)
+    assert runs.load_class_names(folder) == ["ant", "bee", "cat"]
+
+
+def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
+    config, folder, images = run
+    shutil.rmtree(folder / "checkpoints")
+    rename_a_class(images)
+    resumed(config, folder, f"folder:{images}")
+    assert runs.load_class_names(folder) == ["ant", "cat", "cow"]
+    assert '"cow"' in said(folder)["data.json"]
+
+
+def test_the_same_classes_in_another_order_keep_the_runs_labels(root, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config, folder = load(root, "digits"), tmp_path / "run"
+    for place, names in (
+        ("one", ("ant", "bee", "cat")),
+        ("two", ("cat", "ant", "bee")),
+    ):
+        coloured.write_prepared(tmp_path / place, "toys", names)
+    first = resumed(config, folder, "toys", "test", data_dir=tmp_path / "one")
+    begun(folder)
+    before = said(folder)
+    assert "another order" not in caplog.text
+    second = resumed(config, folder, "toys", "test", data_dir=tmp_path / "two")
+    assert caplog.text.count("another order") == 1
+    assert first.class_names == second.class_names == ("ant", "bee", "cat")
+    for i in range(12):
+        called = second.class_names[second.label(i)]
+        assert second[i]["image"] == coloured.image(called, i)
+    assert said(folder)["class_names.json"] == before["class_names.json"]
+
+
+def remove_an_image(images):
+    (images / "ant" / "0.png").unlink()
+
+
+def add_an_image(images):
+    (images / "cat" / "new.png").write_bytes(coloured.image("cat"))
+
+
+def cut_an_image(images):
+    path = images / "bee" / "3.png"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+CHANGES = {
+    swap_two_classes: r"\n  bee: .*\n  cat: ",
+    remove_an_image: r"num_examples: 12 there, 11 here\n  ant: 4 images, .* 3 images,",
+    add_an_image: r"num_examples: 12 there, 13 here\n  cat: 4 images, .* 5 images,",
+    cut_an_image: r"changed:\n  bee: 4 images, \d+ bytes, .* there, 4 images, ",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_training_data_is_refused_and_named_or_accepted(change, run, caplog):
+    config, folder, images = run
+    name, before = f"folder:{images}", said(folder)
+    change(images)
+    with pytest.raises(ValueError, match=CHANGES[change]) as caught:
+        resumed(config, folder, name)
+    assert "--accept_changed_data" in str(caught.value)
+    assert said(folder) == before
+    resumed(config, folder, name, accept_changed_data=True)
+    assert caplog.text.count("goes on with changed data") == 1
+    caplog.clear()
+    resumed(config, folder, name)  # from now on it is the run's
+    assert not caplog.text
+
+
+def test_moved_training_data_is_the_same(run):
+    config, folder, images = run
+    moved = images.rename(images.with_name("elsewhere"))
+    resumed(config, folder, f"folder:{moved}")
+
+
+def test_what_the_runs_data_is_may_be_damaged(run):
+    config, folder, images = run
+    for text in ("[1, 2]", "{", "5"):
+        (folder / "data.json").write_text(text)
+        with pytest.raises(ValueError, match=r"data\.json (is damaged|holds)"):
+            resumed(config, folder, f"folder:{images}")
+
+
+def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, caplog):
+    config, folder, images = run
+    (folder / "data.json").unlink()
+    caplog.set_level("INFO")
+    for _ in range(2):
+        resumed(config, folder, f"folder:{images}")
+    assert caplog.text.count("does not say what its training data was") == 1
+    assert (folder / "data.json").exists()
+
+
+def test_the_best_of_no_metric_is_refused_before_anything_is_read(root, tmp_path):
+    config = load(root, "digits")
+    runs.claim(config, tmp_path)
+    for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
+        with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
+            runs.open_run(tmp_path, best=name)

@@ -180,6 +180,20 @@ def test_a_final_run_that_diverges_is_an_error(value, tmp_path, monkeypatch):
         sweep.complete(sweep.open_task(value).final, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"config": {}, "top1": "1"}', '{"config": 3, "top1": 0.5}'),
+        *('{"config": {}, "top1": NaN}', '{"config": {}, "top1": 7}', "[" * 100_000),
+    ],
+)
+def test_a_damaged_result_is_named(content, value, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json") as error:
+        sweep.finished(sweep.open_task(value).final, tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("top1", [0.5, None])
 def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""

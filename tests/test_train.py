@@ -7,13 +7,25 @@ import random
 import signal
 import time
 
+import coloured
 import jax
 import numpy as np
 import pytest
 
-from mlp_mixer import checkpoint, metrics, optim, recipe, runs, sharding, steps, train
+from mlp_mixer import (
+    checkpoint,
+    metrics,
+    optim,
+    pretrained,
+    recipe,
+    runs,
+    sharding,
+    steps,
+    train,
+)
 from mlp_mixer import models as zoo
 from mlp_mixer.data import pipeline
+from mlp_mixer.evaluators import accuracy
 
 
 def state_of(config, workdir):
@@ -98,16 +110,77 @@ def test_an_evaluator_without_data_ends_a_run_before_it_begins(tiny, tmp_path):
     assert not run.exists()
 
 
-@pytest.mark.parametrize("stop", [3, 8])
+# Step 6 and the last one, 12, are stopped before they are evaluated.
+@pytest.mark.parametrize("stop", [3, 6, 8, 12])
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
-    tiny, straight, tmp_path, monkeypatch, stop
+    tiny, straight, tmp_path, monkeypatch, caplog, stop
 ):
-    workdir = str(tmp_path / "stopped")
-    with monkeypatch.context() as patch:
+    workdir = str(tmp_path / "lr=[0.1] stopped")
+    caplog.clear()
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
         stopping_after(patch, stop)
         assert int(train.train(tiny, workdir).step) == stop
+    assert "is trained" not in caplog.text
+    assert f"Stopped after step {stop};" in caplog.text
     train.train(tiny, workdir)
     assert_equal_runs(tiny, straight, workdir)
+
+
+def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
+    tiny, tmp_path, monkeypatch
+):
+    tiny.evals.val2 = tiny.evals.val.copy_and_resolve_references()
+    tiny.checkpoint.keep_best = "val2/loss"
+    workdir = str(tmp_path / "run")
+
+    def recorded(step):
+        return [
+            next(name for name in r if name != "step").partition("/")[0]
+            for r in metrics.read(workdir)
+            if r["step"] == step
+        ]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint.Checkpointer,
+            "stop_requested",
+            lambda self, now: now == 6 and "val" in recorded(6),
+        )
+        assert int(train.train(tiny, workdir).step) == 6
+    assert recorded(6) == ["train", "val"]
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 7)
+        assert int(train.train(tiny, workdir).step) == 7
+    assert recorded(6) == ["train", "val", "val2"]
+    assert [r["step"] for r in metrics.read(workdir)] == [*range(1, 7), 6, 6, 7]
+    best, _ = checkpoint.restore_params(
+        f"{workdir}/checkpoints", best="val2/loss", more_is_better=False
+    )
+    assert best == 6
+    # One that is new on the command line is due too.
+    tiny.evals.new = tiny.evals.val.copy_and_resolve_references()
+    tiny.evals.new.every_steps = 7
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 8)
+        train.train(tiny, workdir)
+    assert recorded(7) == ["train", "new"]
+
+
+@pytest.mark.slow
+def test_of_two_trainings_started_at_once_one_trains_and_the_other_ends(
+    tmp_path, program, data_dir
+):
+    run = tmp_path / "lr=[0.1]"
+    arguments = [*STOPPABLE[:2], f"--data_dir={data_dir}", f"--workdir={run}"]
+    pair = [program("train", *arguments, "--config.total_steps=60") for _ in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in pair]
+    codes = [process.returncode for process in pair]
+    assert sorted(codes) == [0, 1], "\n".join(said)
+    refusal = said[codes.index(1)]
+    assert f"{run} is in use by process {pair[codes.index(0)].pid} on" in refusal
+    assert len(refusal.strip().splitlines()) <= 3
+    trained = [r["step"] for r in metrics.read(run) if "train/loss" in r]
+    assert trained == list(range(1, 61))
 
 
 def test_a_finished_run_is_left_as_it_is(tiny, straight):
@@ -344,3 +417,141 @@ def test_a_profile_is_written(tiny, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match=r"'3:2'; expected START:STOP"):
         train.train(tiny, str(tmp_path / "other"), profile="3:2")
+
+
+# --- Classes, data and the best by name -----------------------------------------------
+
+
+@pytest.fixture
+def few(tiny):
+    """A run of four steps on images of three colours."""
+    del tiny.evals.val
+    tiny.total_steps = 4
+    tiny.batch_size = 8
+    tiny.mesh.data = 1
+    tiny.model.num_blocks = 1
+    tiny.dataset.num_examples = tiny.dataset.num_classes = None
+    tiny.dataset.name, tiny.dataset.split = "toys", "test"
+    tiny.evals.val = recipe.evaluation(
+        "test", every_steps=4, preprocess="vision_transformer"
+    )
+    return tiny
+
+
+def test_a_run_goes_on_with_the_same_classes_in_another_order_as_if_in_its_own(
+    few, tmp_path, monkeypatch
+):
+    """Bitwise."""
+    del few.evals.val
+    coloured.write_prepared(tmp_path / "one", "toys", ("ant", "bee", "cat"))
+    coloured.write_prepared(tmp_path / "two", "toys", ("cat", "ant", "bee"))
+    straight, moved = str(tmp_path / "straight"), str(tmp_path / "moved")
+    train.train(few, straight, data_dir=str(tmp_path / "one"))
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        train.train(few, moved, data_dir=str(tmp_path / "one"))
+    train.train(few, moved, data_dir=str(tmp_path / "two"))
+    one, other = (pretrained.load(workdir) for workdir in (straight, moved))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert told(straight) == told(moved)
+    assert runs.load_class_names(moved) == ["ant", "bee", "cat"]
+
+
+def test_a_run_whose_data_has_changed_stops_before_its_next_step(
+    few, tmp_path, monkeypatch
+):
+    images, workdir = tmp_path / "images", str(tmp_path / "run")
+    few.dataset.name = coloured.write_folder(images, ("ant", "bee", "cat"))
+    few.dataset.split = few.evals.val.dataset.split = "all"
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        train.train(few, workdir)
+    before = told(workdir)
+    (images / "bee").rename(images / "cow")
+    for accepted in (False, True):
+        with pytest.raises(ValueError, match=r"'cow'\.\n  Only the run in .*: 'bee'"):
+            train.train(few, workdir, accept_changed_data=accepted)
+    (images / "cow").rename(images / "bee")
+    (images / "ant" / "0.png").unlink()
+    with pytest.raises(
+        ValueError, match="num_examples: 12 there, 11 here\n  ant: 4 im"
+    ):
+        train.train(few, workdir)
+    assert told(workdir) == before
+    assert int(train.train(few, workdir, accept_changed_data=True).step) == 4
+
+
+def test_an_evaluator_with_other_classes_ends_a_run_before_it_begins(few, tmp_path):
+    coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
+    coloured.write_prepared(tmp_path, "others", ("ant", "bee", "dog"))
+    few.evals.val.dataset.name = "others"
+    with pytest.raises(ValueError, match=r"(?s)Only others test: 'dog'.*model: 'cat'"):
+        train.train(few, str(tmp_path / "run"), data_dir=str(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_with_a_kept_head_in_the_order_of_its_own_classes(
+    few, make_params, tmp_path
+):
+    """A learning rate of zero shows what it began with."""
+    del few.evals.val
+    few.total_steps, few.optim.warmup_steps = 1, 0
+    few.optim.learning_rate = few.optim.end_learning_rate = 0.0
+    few.init_from = str(tmp_path / "w.safetensors")
+    params = make_params(
+        num_classes=3,
+        num_blocks=1,
+        hidden_dim=32,
+        tokens_mlp_dim=16,
+        channels_mlp_dim=128,
+    )
+    weights = pretrained.Weights(params, "made", class_names=("cat", "ant", "bee"))
+    pretrained.write_safetensors(weights, few.init_from)
+    coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
+    state = train.train(few, str(tmp_path / "run"), data_dir=str(tmp_path))
+    for name, x in params["head"].items():
+        np.testing.assert_array_equal(state.params["head"][name], x[..., [1, 2, 0]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("val/nll", 3), ("val/top1", 2)],
+)
+def test_the_best_by_a_metric_is_kept_and_opened(
+    few, tmp_path, monkeypatch, metric, best
+):
+    scores = {"nll": [3, 2, 1, 4], "top1": [2, 4, 1, 3]}
+    monkeypatch.setattr(
+        accuracy.Accuracy,
+        "run",
+        lambda self, *_, **__: {k: float(v.pop(0)) for k, v in scores.items()},
+    )
+    coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
+    few.evals.val.every_steps = few.checkpoint.every_steps = 1
+    few.checkpoint.keep_latest, few.checkpoint.keep_best = 1, metric
+    workdir = str(tmp_path / "run")
+    train.train(few, workdir, data_dir=str(tmp_path))
+    assert [int(name) for name in sorted(os.listdir(f"{workdir}/checkpoints"))] == [
+        best,
+        4,
+    ]
+    assert runs.open_run(workdir, best=metric).step == best
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("val/top_1", "try one of val/top1"),
+        ("train/loss", "try one of val/loss"),
+        ("rare/top1", "rare never runs in training"),
+    ],
+)
+def test_the_best_of_what_is_not_measured_ends_a_run_before_it_begins(
+    few, tmp_path, name, message
+):
+    coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
+    few.evals.rare = recipe.evaluation("test", every_steps=0)
+    few.checkpoint.keep_best = name
+    with pytest.raises(ValueError, match=message):
+        train.train(few, str(tmp_path / "run"), data_dir=str(tmp_path))
+    assert not (tmp_path / "run").exists()

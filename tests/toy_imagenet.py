@@ -38,15 +38,25 @@ def class_images(wnid, count):
     return images
 
 
-def tar(files):
-    """The bytes of an uncompressed tar of {name: bytes}."""
+def tar(files, form=tarfile.GNU_FORMAT):
+    """The bytes of an uncompressed tar of {name or tarfile.TarInfo: bytes}."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+    with tarfile.open(fileobj=out, mode="w", format=form) as archive:
         for name, data in files.items():
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return out.getvalue()
+
+
+def as_macos_packs(files):
+    """The files, each with a twin, in which macOS keeps what is not in the file."""
+    twin = b"\0\5\x16\7\0\2\0\0Mac OS X        "
+    return {
+        name: data
+        for real, image in files.items()
+        for name, data in ((f"._{real}", twin), (real, image))
+    }
 
 
 def val_numbers(classes=CLASSES, count=3):

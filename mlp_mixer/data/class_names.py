@@ -45,6 +45,17 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def assumed(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    """Names of `count` classes that have none, for data whose classes have `names`.
+
+    They are ImageNet-1k's, as in `choose`, if all of `names` are; else None.
+    """
+    known = imagenet()
+    if not names or count != len(known) or not {*keys(names)} <= known.keys():
+        return None
+    return tuple(known)
+
+
 def canonical(name: str) -> str:
     """The name in one spelling, however a file system or a locale spells it.
 
@@ -101,7 +112,7 @@ def places(
             )
         place = {name: i for i, name in enumerate(ours)}
         found = [place[name] for name in theirs]
-    elif as_many and (numbers or known_numbers):
+    elif as_many and (numbers or known_numbers) and not _other_digits(names, known):
         labels = range(len(names or known or ()))
         places_of = {label: i for i, label in enumerate(known_numbers or labels)}
         found = [places_of[label] for label in numbers or labels]
@@ -144,6 +155,14 @@ def _numbers(names: Sequence[str] | None) -> list[int] | None:
         return None
     numbers = [int(name) for name in names]
     return numbers if sorted(numbers) == list(range(len(numbers))) else None
+
+
+def _other_digits(names: Sequence[str] | None, known: Sequence[str] | None) -> bool:
+    """Whether both are numbers, but not the same: "1" to "10" are not "0" to "9"."""
+    both = [*(names or [""]), *(known or [""])]
+    return all(name.isdigit() for name in both) and (
+        _numbers(names) is None or _numbers(known) is None
+    )
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

@@ -113,7 +113,7 @@ def orientation(data: bytes) -> int:
             found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
     except _PILLOWS_ERRORS:  # an image is read without what else its file says
         return 1
-    return found if found in _TURNS else 1
+    return int(found) if found in _TURNS else 1
 
 
 def _decode(data: bytes, dct: str) -> UInt8[np.ndarray, "h w 3"]:

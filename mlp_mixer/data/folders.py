@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LOOKED_AT = 200  # files of a folder, for an Exif orientation
 # Files and folders of operating systems and servers, beside those with a dot in front.
-_OF_SYSTEMS = frozenset(
+OF_SYSTEMS = frozenset(
     (
         *("__macosx", "icon\r", "network trash folder"),
         *("thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -37,6 +37,7 @@ _OF_SYSTEMS = frozenset(
 )
 HIDDEN = "hidden or of the system"
 _DEEPER = "image(s) in folders of a class"
+_BESIDE = "image(s) beside the folders of classes"
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _ENDINGS = f"images end in {', '.join(SUFFIXES[:11])}, or as others that Pillow reads"
 # Kind of file → how many.
@@ -189,7 +190,7 @@ def _matched(pattern: str, matches: Iterable[str]) -> Iterator[tuple[str, str | 
     named = pathlib.PurePath(pattern).parts
     for match in matches:
         parts = {*pathlib.PurePath(match).parts} - {*named}
-        if any(part.lower() in _OF_SYSTEMS for part in parts):
+        if any(part.lower() in OF_SYSTEMS for part in parts):
             yield match, HIDDEN
         elif os.path.isdir(match):
             yield from _below(match)
@@ -228,7 +229,7 @@ def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or a system's own."""
-    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+    return name.startswith(".") or name.lower() in OF_SYSTEMS
 
 
 def why_left_out(name: str) -> str | None:
@@ -351,19 +352,18 @@ def _contents(root: pathlib.Path, split: str) -> _Contents:
     """
     folder = root if split == "all" else root / split
     found = _Contents(folder, {}, {"": LeftOut()}, {})
-    beside = found.left_out[""]
+    beside, linked = found.left_out[""], False
     for entry in _entries(folder) if folder.is_dir() else ():
         _check_link(entry)
         if is_hidden(entry.name) or not entry.is_dir():
-            beside[
-                _why_left_out(entry) or "image(s) beside the folders of classes"
-            ] += 1
+            beside[_why_left_out(entry) or _BESIDE] += 1
         else:
+            linked |= entry.is_symlink()
             _look_into(entry, found)
     if not found.images:
         raise _no_classes(root, split, beside)
     found.images = dict(sorted(found.images.items()))
-    _check_distinct(folder, [*found.images])
+    _check_distinct(folder, [*found.images], linked)
     return found
 
 
@@ -375,9 +375,8 @@ def _look_into(of_class: os.DirEntry, found: _Contents) -> None:
         if kind == "folder(s)":
             for path, inner in _below(entry.path):
                 left_out[inner or _DEEPER] += 1
-                if not inner:
-                    inside = os.path.relpath(path, found.folder)
-                    found.deeper.setdefault(of_class.name, inside)
+                if not inner and of_class.name not in found.deeper:
+                    found.deeper[of_class.name] = os.path.relpath(path, found.folder)
         elif kind:
             left_out[kind] += 1
         else:
@@ -409,9 +408,15 @@ def _check_link(entry: os.DirEntry) -> None:
         )
 
 
-def _check_distinct(folder: pathlib.Path, names: Sequence[str]) -> None:
-    """Refuses two folders of the same class, and warns of what looks like two."""
-    for same in _alike(names, lambda name: os.path.realpath(folder / name)):
+def _check_distinct(folder: pathlib.Path, names: Sequence[str], linked: bool) -> None:
+    """Refuses two folders of the same class, and warns of two that look so.
+
+    Args:
+        folder: where they are.
+        names: of the classes.
+        linked: whether there are links among them.
+    """
+    for same in _alike(names if linked else (), lambda k: os.path.realpath(folder / k)):
         raise ValueError(
             f"The classes {_some(same)} of {folder} are one folder, by links; remove"
             " all but one."
@@ -479,7 +484,14 @@ def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]
         for name, count in counts.items()
     }
     spec = re.sub(r"(^|\+)\s*(\w+)", r"\1\2_", split)
-    parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    except (AssertionError, KeyError, ValueError, NotImplementedError) as error:
+        sizes = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+        raise ValueError(
+            f"The split {split!r} cannot be read of so many images ({sizes}): {error}"
+            " A part is written like 'train[:99%]'."
+        ) from error
     return [
         (
             part.splitname[:-1],

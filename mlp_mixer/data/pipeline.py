@@ -7,6 +7,7 @@ worker processes. The augmentation is big_vision's `configs/mlp_mixer_i1k.py`:
 Inception crop, flip, RandAugment, all on uint8; the device normalises.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import logging
@@ -26,6 +27,7 @@ from jaxtyping import UInt8
 
 from mlp_mixer.data import image_ops, randaugment
 from mlp_mixer.data.sources import Label, Source
+from mlp_mixer.text import printable
 
 Batch = dict[str, np.ndarray]
 Image = UInt8[np.ndarray, "h w 3"]
@@ -331,6 +333,8 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
         grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     )
     if workers:
+        # It unblocks the signals of whoever starts it, so it must be there before.
+        multiprocessing.resource_tracker.ensure_running()
         chunks = chunks.mp_prefetch(
             grain.MultiprocessingOptions(workers), worker_init_fn=_follow_parent
         )
@@ -366,17 +370,25 @@ def _follow_parent(index: int, count: int) -> None:
 @contextlib.contextmanager
 def _running(batches: Any) -> Iterator[Iterator[Batch]]:
     """Starts the threads and worker processes of `_batches`, and ends them."""
-    # It unblocks the signals of whoever starts it, so it must be there before.
-    multiprocessing.resource_tracker.ensure_running()
     # Threads and processes inherit the mask of the thread that starts them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         batches.start_prefetch()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # The frame of an error may hold them until Python has begun to take itself apart.
+    atexit.register(batches.close)
     try:
         yield batches
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise ChildProcessError(
+            f"A process that decodes images ended ({error}) An exit code of -9 mostly"
+            " means that memory was short: start again with fewer input.workers."
+        ) from error
     finally:
+        atexit.unregister(batches.close)
         batches.close()
 
 
@@ -415,11 +427,12 @@ def _warn(source: Source, index: int, consequence: str) -> None:
         reason = "readable at a second try"
     except (OSError, ValueError) as error:
         reason = str(error)
-    _log.warning("Broken image %s: %s; %s.", source.name_of(index), reason, consequence)
+    name = printable(source.name_of(index))
+    _log.warning("Broken image %s: %s; %s.", name, reason, consequence)
 
 
 def _too_many(source: Source, indices: Iterable[int], limit: int) -> ValueError:
-    names = "\n  ".join(source.name_of(i) for i in indices)
+    names = "\n  ".join(printable(source.name_of(i)) for i in indices)
     return ValueError(
         f"More than max_broken_images={limit} images are broken or wrongly"
         f" labelled:\n  {names}\nRepair or remove them, or allow more."

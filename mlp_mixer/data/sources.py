@@ -25,7 +25,7 @@ from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
 from mlp_mixer.data import folders, preparation
-from mlp_mixer.data.class_names import canonical, places
+from mlp_mixer.data.class_names import assumed, canonical, places
 from mlp_mixer.data.tfrecords import TFRecords
 from mlp_mixer.text import printable
 
@@ -299,7 +299,8 @@ def with_classes(
 
     Args:
       source: its classes may be a part of the model's.
-      class_names: of the model, by label; None if they have no names.
+      class_names: of the model, by label; None if they have no names (1,000 of them
+        are ImageNet-1k's for data whose classes all are).
       num_classes: of the model.
       of: what the source is called, for people.
       to: what the model is called.
@@ -308,6 +309,7 @@ def with_classes(
     Raises:
       ValueError: it has other classes; or another number, where one has no names.
     """
+    class_names = class_names or assumed(source.class_names, num_classes)
     found = places(source.class_names, class_names, of=of, to=to, hint=hint)
     if source.num_classes == num_classes and found is None:
         return source
@@ -456,7 +458,7 @@ def _said(value: Any) -> str:
         return ", ".join(
             f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()
         )
-    return "nothing" if value is None else str(value)
+    return "nothing" if value is None else printable(str(value))[:100]
 
 
 def _digest(data: bytes) -> str:

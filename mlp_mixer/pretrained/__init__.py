@@ -10,7 +10,7 @@ normalisation a source is for, what is read is for images in [-1, 1].
 """
 
 from mlp_mixer.pretrained.fitting import create_model, initial, merge
-from mlp_mixer.pretrained.normalisation import CENTRED, Normalisation
+from mlp_mixer.pretrained.normalisation import CENTRED, Normalisation, Stated
 from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
 from mlp_mixer.pretrained.weights import (
     TORCH_SUFFIXES,
@@ -30,6 +30,7 @@ __all__ = [
     "TORCH_SUFFIXES",
     "Normalisation",
     "Params",
+    "Stated",
     "Weights",
     "cast",
     "check",

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import processes
-from mlp_mixer.data.class_names import places
+from mlp_mixer.data.class_names import assumed, places
 from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize, tree
@@ -113,6 +113,7 @@ def initial(
     """
     if not source:
         return None
+    processes.compare(init_from={"is here": os.path.exists(source)})
     with processes.together():
         weights = read(source)
         logger.info("From %s: %s.", weights.called, _said(weights.params))
@@ -125,8 +126,9 @@ def initial(
         params = _at(weights, model, image_size, how=resize_by)
         params = merge(params, target, head=head, called=f"The weights {source}")
         count = tree.geometry(weights.params)["num_classes"]
-        if head == "match" and count == tree.geometry(params)["num_classes"]:
-            params = _head_by_name(params, class_names, weights.class_names, source)
+        if count and head == "match" and count == tree.geometry(params)["num_classes"]:
+            had = weights.class_names or assumed(class_names, count)
+            params = _head_by_name(params, class_names, had, source)
     _check_equal_everywhere(params, source)
     return params
 
@@ -145,7 +147,7 @@ def _head_by_name(
         to=str(source),
         hint="--config.init_head=zero starts with a new head for other classes.",
     )
-    if order is None or "head" not in params:
+    if order is None:
         return params
     head = {name: x[..., np.array(order)] for name, x in params["head"].items()}
     return params | {"head": head}

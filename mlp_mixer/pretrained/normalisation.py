@@ -5,12 +5,13 @@ Everything here is for images in [-1, 1], which is levels from 0 to 1 less 0.5, 
 any other normalisation become weights for this one, exactly but for rounding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 Levels = tuple[float, float, float]
+Stated = float | int | Sequence[float | int]  # one number, or red, green, blue
 
 
 class Normalisation(NamedTuple):

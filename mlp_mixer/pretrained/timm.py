@@ -164,14 +164,14 @@ def read_torch(
             )
         if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
             raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
+    check(
+        {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
+    )
     size = sum(x.nbytes for x in content.values())
     if size > os.path.getsize(path):  # one number, expanded to any shape
         raise ValueError(
             f"{path} declares {size:,} bytes of tensors, which it has not."
         )
-    check(
-        {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
-    )
     return {name: _numpy(tensor) for name, tensor in content.items()}
 
 

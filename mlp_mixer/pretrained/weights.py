@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,
     Normalisation,
+    Stated,
     fold,
     normalisation,
 )
@@ -86,8 +87,8 @@ def read(
     *,
     dtype: str | None = "float32",
     step: int | None = None,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
+    mean: Stated | None = None,
+    std: Stated | None = None,
 ) -> Weights:
     """Reads weights of any geometry from any source, for images in [-1, 1].
 
@@ -163,12 +164,18 @@ def check(weights: Weights) -> tuple[int, int]:
 
     Raises:
       ValueError: the image size is not known or makes other tokens than the parameters
-        are for; or there is no such GELU.
+        are for; there is no such GELU; or more or fewer names than classes.
     """
     if weights.gelu not in GELUS:
         raise ValueError(
             f"{weights.called}: gelu {weights.gelu!r} is unknown; "
             f"try {', '.join(GELUS)}."
+        )
+    classes, names = tree.geometry(weights.params)["num_classes"], weights.class_names
+    if classes and names and len(names) != classes:
+        raise ValueError(
+            f"{weights.called}: {len(names)} classes are named, but the head has "
+            f"{classes}."
         )
     count = tree.tokens(weights.params)
     if weights.image_size is None:
@@ -184,8 +191,8 @@ def check(weights: Weights) -> tuple[int, int]:
         raise ValueError(f"{weights.called}: {error}") from error
     if (h // ph) * (w // pw) != count:
         raise ValueError(
-            f"A {h}x{w} image makes {h // ph * (w // pw)} tokens of {ph}x{pw} pixels, "
-            f"but the weights {weights.called} are for {count}; give the image size "
+            f"{weights.called}: a {h}x{w} image makes {h // ph * (w // pw)} tokens of "
+            f"{ph}x{pw} pixels, but the weights are for {count}; give the image size "
             "that they were trained at."
         )
     return h, w

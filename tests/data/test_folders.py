@@ -72,6 +72,9 @@ def test_folder_errors_say_what_is_there(tmp_path):
         opened(tmp_path, "train")
     with pytest.raises(ValueError, match="incompatible with 2 examples"):
         opened(tmp_path, "all[:3]")
+    for split in ("all[", "all[:x]", "all[:50%]+all[50%", "[:3]"):
+        with pytest.raises(ValueError, match="'train"):
+            opened(tmp_path, split)
     write_images(tmp_path / "empty", {"train": 0})
     with pytest.raises(ValueError, match="No images"):
         opened(tmp_path / "empty", "all")
@@ -318,3 +321,41 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     ):
         with pytest.raises(OSError, match=r"bee cannot be read \(Permission denied\)"):
             look()
+
+
+@pytest.mark.parametrize("name", ["photo[1].jpg", "a*b.png", "what?.png", "[!x].png"])
+def test_a_path_that_exists_is_no_glob(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for file in (name, "photo1.jpg", "aXb.png", "whatX.png", "y.png"):
+        Image.new("RGB", (5, 4)).save(tmp_path / file)
+    assert folders.find_images(name) == [name]
+    assert folders.find_images(f"~/{name}") == [f"{tmp_path}/{name}"]
+    # And so is the beginning of a glob.
+    inside = tmp_path / "shots [2]"
+    write_images(inside, {"a": 2})
+    (tmp_path / "shots 2").mkdir()
+    both = [f"shots [2]/a/{i:03}.png" for i in range(2)]
+    assert folders.find_images("shots [2]/a/*.png") == both
+    assert folders.find_images("shots [2]/*/00?.png") == both
+    with pytest.raises(FileNotFoundError, match="no match for"):
+        folders.find_images("shots [3]/*.png")
+
+
+def test_photos_of_a_folder_that_exif_turns_are_counted_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_images(tmp_path, {"ant": 2, "bee": 1})
+    opened(tmp_path, "all")
+    assert not caplog.records
+    exif = Image.Exif()
+    for i, orientation in enumerate((1, 3, 6)):
+        exif[0x0112] = orientation
+        path = tmp_path / "ant" / f"photo{i}.jpg"
+        Image.new("RGB", (5, 4)).save(path, exif=exif)
+    (tmp_path / "bee" / "broken.jpg").write_bytes(b"x")
+    opened(tmp_path, "all")
+    (record,) = caplog.records
+    said = (
+        "2 of 7 images looked at are turned by Exif; they are read as they are stored"
+    )
+    assert said in record.getMessage()

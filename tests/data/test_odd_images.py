@@ -6,10 +6,11 @@ import struct
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from golden import cases
 
-from mlp_mixer.data import image_ops, pipeline, sources
+from mlp_mixer.data import decoding, image_ops, pipeline, sources
 
 SUMS, _ = cases.load()
 ODD = cases.odd_images()
@@ -121,6 +122,88 @@ def test_of_a_line_the_middle_is_seen(protocol, turned):
         assert 90 <= red[0] < 129 <= red[111] <= 130 <= red[112] <= 131 < red[-1] <= 170
 
 
+# --- turned by Exif ---
+
+BLOCKS = np.kron(
+    np.random.default_rng(0).integers(0, 256, (3, 5, 3)), np.ones((8, 8, 1))
+).astype(np.uint8)
+# How each is written, and how far its pixels are off on average.
+TURNABLE = {
+    "JPEG": ({"quality": 100, "subsampling": 0}, 2),
+    "MPO": ({"quality": 100, "subsampling": 0}, 2),
+    "PNG": ({}, 0),
+    "WEBP": ({"lossless": True}, 0),
+    "TIFF": ({}, 0),
+    "TIFF, compressed": ({"compression": "tiff_deflate"}, 0),
+    "AVIF": ({"quality": 100, "subsampling": "4:4:4"}, 3),
+}
+
+
+def turned_by_exif(kind, orientation, pixels=BLOCKS):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO()
+    options, _ = TURNABLE[kind]
+    image = PIL.Image.fromarray(pixels)
+    image.save(data, kind.partition(",")[0], exif=exif, **options)
+    return data.getvalue()
+
+
+def assert_close(image, expected, off):
+    assert image.shape == expected.shape
+    assert np.abs(image.astype(int) - expected).mean() <= off
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", TURNABLE)
+def test_no_format_is_turned_unless_asked(kind, orientation):
+    data, (_, off) = turned_by_exif(kind, orientation), TURNABLE[kind]
+    assert decoding.orientation(data) == orientation
+    assert_close(decoding.decode(data), BLOCKS, off)
+    upright = PIL.Image.fromarray(BLOCKS)
+    upright.getexif()[0x0112] = orientation
+    expected = np.asarray(PIL.ImageOps.exif_transpose(upright))
+    assert (orientation < 5) == (expected.shape == BLOCKS.shape)
+    for dct in ("fast", "accurate"):
+        turned = decoding.decode(data, dct, exif=True)
+        assert_close(turned, expected, off)
+        assert turned.flags.c_contiguous
+
+
+def test_sixteen_bits_of_a_turned_tiff_are_read_too():
+    data = turned_by_exif("TIFF", 6, BLOCKS[..., 0].astype(np.uint16) << 8)
+    np.testing.assert_array_equal(decoding.decode(data)[..., 0], BLOCKS[..., 0])
+    assert decoding.decode(data, exif=True).shape == (40, 24, 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("wrong", [0, 9, 65535])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_an_orientation_that_is_none_turns_nothing(kind, wrong):
+    data, (_, off) = turned_by_exif(kind, wrong), TURNABLE[kind]
+    assert_close(decoding.decode(data, exif=True), BLOCKS, off)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning"
+)
+@pytest.mark.parametrize("kind", [kind for kind in TURNABLE if kind != "TIFF"])
+def test_no_damage_of_a_header_is_more_than_a_value_error(kind):
+    whole = turned_by_exif(kind, 6)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, min(400, len(whole)), 2):
+            damaged[at] = rng.integers(256)
+        assert 1 <= decoding.orientation(bytes(damaged)) <= 8
+        decoded_or_refused(bytes(damaged))
+
+
+@pytest.mark.parametrize("data", [b"", b"text", JPEG, PNG], ids=len)
+def test_what_has_no_exif_is_upright(data):
+    assert decoding.orientation(data) == 1
+
+
 # --- damaged --------------------------------------------------------------------------
 
 
@@ -149,6 +232,17 @@ def bad_huffman_code():
     return bytes(data)
 
 
+def webp_of_one_colour(height, width):
+    """Lossless: what its pixels are needs no bits at all."""
+    data = bytearray(cases.encode(PIL.Image.new("RGB", (8, 8)), "WEBP", lossless=True))
+    sizes = data.index(b"VP8L") + 9
+    data[sizes : sizes + 4] = struct.pack("<I", (width - 1) | (height - 1) << 14)
+    return bytes(data)
+
+
+SMALL = PIL.Image.open(io.BytesIO(JPEG)).resize((12, 10))
+AVIF, DDS = cases.encode(SMALL, "AVIF"), cases.encode(SMALL, "DDS")
+
 DAMAGED = {
     "truncated JPEG": (JPEG[:-500], "[Pp]remature end"),
     "JPEG header only": (JPEG[:100], "."),
@@ -175,6 +269,25 @@ DAMAGED = {
         cases.png(np.zeros((1, 1), np.uint8), 0, stated_size=(100_000, 100_000)),
         "10000000000 pixels",
     ),
+    "JPEG of 600 bytes for 81 megapixels": (
+        bomb(9000, 9000),
+        "too many pixels, 9000x9000, more than 16,777,216",
+    ),
+    "PNG of 1 pixel for 81 megapixels": (
+        cases.png(np.zeros((1, 1), np.uint8), 0, stated_size=(9000, 9000)),
+        "too many pixels, 9000x9000",
+    ),
+    "WebP of 34 bytes for 81 megapixels": (
+        webp_of_one_colour(9000, 9000),
+        "too many pixels, 9000x9000",
+    ),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n{} loop\n", "is a program, not an image"),
+    "AVIF with a flipped bit": (
+        AVIF[:81] + bytes([AVIF[81] ^ 1]) + AVIF[82:],
+        "Missing or empty image item",
+    ),
+    "DDS of unknown pixels": (DDS[:80] + b"\0\x20\0\0" + DDS[84:], "Unknown pixel"),
+    "QOI cut off": (cases.encode(PIL.Image.new("RGB", (20, 15)), "QOI")[:15], "."),
     "32-bit samples": (
         cases.encode(PIL.Image.fromarray(np.full((3, 4), 1 << 20, np.int32)), "TIFF"),
         "more than 16 bits",
@@ -191,6 +304,22 @@ DAMAGED = {
 def test_a_damaged_file_says_what_is_wrong(data, reason, dct):
     with pytest.raises(ValueError, match=f"^cannot decode {len(data)} bytes.*{reason}"):
         image_ops.decode(data, dct)
+
+
+def test_a_photograph_may_have_many_pixels():
+    tile = np.random.default_rng(0).integers(0, 256, (500, 400, 3), np.uint8)
+    image = np.tile(tile, (10, 10, 1))  # 20 megapixels
+    data = cases.encode(PIL.Image.fromarray(image), "JPEG", quality=10)
+    assert image_ops.decode(data).shape == image.shape
+
+
+@pytest.mark.parametrize("limit", [None, 10**12])
+def test_the_number_of_pixels_is_limited_by_ourselves(limit, monkeypatch):
+    """Whatever other programs have made of Pillow's limit."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
+    for data in (bomb(65_000, 65_000), webp_of_one_colour(16_000, 16_000)):
+        with pytest.raises(ValueError, match="too many pixels"):
+            image_ops.decode(data)
 
 
 def decoded_or_refused(data):

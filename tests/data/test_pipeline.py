@@ -1,9 +1,16 @@
 """The pipeline: same rows anywhere, each example once, no image ends a run."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from typing import Any
 
@@ -469,3 +476,148 @@ def test_a_broken_image_is_not_counted_but_reported(caplog):
     assert caplog.text.count("Broken image") == 2
     assert "<example 3>" in caplog.text
     assert "<example 8>" in caplog.text
+
+
+# --- Worker processes end with their parent -------------------------------------------
+
+PARENT = """
+import multiprocessing, signal, sys, threading, time
+from mlp_mixer.data import pipeline, sources
+
+
+def tell(count):
+    while len(children := multiprocessing.active_children()) < count:
+        time.sleep(0.01)
+    print(*(child.pid for child in children), flush=True)
+
+
+def main(folder, when, how):
+    stop = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stop.set())
+    source = sources.open_source(f"folder:{folder}", "all")
+    batches = pipeline.train_batches(
+        source, image_size=8, batch_size=8, seed=0, workers=2
+    )
+    if when == "starting":
+        threading.Thread(target=tell, args=[1]).start()
+    else:
+        next(batches)
+        tell(2)
+    if how == "raise":
+        raise ValueError("an error")
+    if how == "worker":
+        multiprocessing.active_children()[0].kill()
+    while not stop.is_set():
+        next(batches)
+    for _ in range(30):  # more than lie in buffers
+        next(batches)
+    print("stopped")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def end_a_parent(tmp_path, when, how):
+    """What a process with workers said until it ended, and its exit status.
+
+    Args:
+        when: "running" or "starting", of the workers.
+        how: "raise"; "worker", of which one is killed; or a signal: SIGKILL is sent to
+            the parent alone, others to all of its processes, as by Ctrl-C and clusters.
+    """
+    shared = pathlib.Path("/dev/shm")  # of Linux
+    before = {*shared.glob("psm_*")}
+    for i, data in enumerate(with_broken(12).images):
+        (tmp_path / "images" / "one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "one" / f"{i}.png").write_bytes(data)
+    (tmp_path / "parent.py").write_text(PARENT)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", tmp_path / "images", when, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert workers
+        assert all(map(is_running, workers))
+        if how == "SIGKILL":
+            process.kill()
+        elif how.startswith("SIG"):
+            os.killpg(process.pid, signal.Signals[how])
+        process.wait(60)
+        assert wait_until(lambda: not any(map(is_running, workers)), 30)
+        # Those of other programs come and go.
+        blocks = {*shared.glob("psm_*")} - before
+        assert wait_until(lambda: not {*shared.glob("psm_*")} & blocks, 30)
+        return process.stdout.read(), process.returncode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    _, code = end_a_parent(tmp_path, "running", "SIGKILL")
+    assert code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        ("running", "SIGINT"),
+        *(
+            pytest.param(when, how, marks=pytest.mark.slow)
+            for when, how in [
+                ("running", "SIGTERM"),
+                ("starting", "SIGINT"),
+                ("starting", "SIGTERM"),
+            ]
+        ),
+    ],
+)
+def test_what_stops_all_processes_leaves_the_parent_its_batches(when, how, tmp_path):
+    said, code = end_a_parent(tmp_path, when, how)
+    assert (said, code) == ("stopped\n", 0)
+
+
+@pytest.mark.slow
+def test_workers_that_start_end_when_their_parent_is_killed(tmp_path):
+    end_a_parent(tmp_path, "starting", "SIGKILL")
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_workers_and_is_all_that_is_said(tmp_path):
+    said, code = end_a_parent(tmp_path, "running", "raise")
+    assert code == 1
+    assert said.endswith("ValueError: an error\n")
+    assert said.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_the_end_of_a_worker_alone_is_an_error_that_says_why(tmp_path):
+    said, code = end_a_parent(tmp_path, "running", "worker")
+    assert code == 1
+    assert "ChildProcessError: A process that decodes images ended" in said
+    assert "exit code -9" in said
+    assert "fewer input.workers" in said

@@ -8,12 +8,13 @@ import shutil
 import struct
 import time
 
+import coloured
 import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mlp_mixer.data import image_ops, sources
+from mlp_mixer.data import class_names, folders, image_ops, sources
 from mlp_mixer.data.preparation import digits
 
 
@@ -415,3 +416,115 @@ def test_a_file_that_cannot_be_looked_at_has_a_fingerprint_too(tmp_path):
     (tmp_path / "ant" / "gone.png").symlink_to(tmp_path / "nowhere")
     found = sources.fingerprint(sources.open_source(f"folder:{tmp_path}", "all"))
     assert found["classes"]["ant"]["images"] == 2
+
+
+# --- Whose classes --------------------------------------------------------------------
+
+
+def mapped(source, names, count=None):
+    return sources.with_classes(
+        source, names, count or len(names), of="the data", to="the model"
+    )
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_prepared_set_with_permuted_classes_gets_the_models(several, tmp_path):
+    names = ("cat", "ant", "bee")
+    name = coloured.write_prepared(tmp_path, "toys", names, several=several)
+    source = sources.open_source(name, "test", data_dir=tmp_path)
+    found = mapped(source, coloured.NAMES)
+    assert (found.num_classes, found.class_names) == (4, coloured.NAMES)
+    assert len(found) == len(source)
+    assert found.multi_label == several
+    for i in range(len(source)):
+        before, after = (
+            [called[k] for k in np.atleast_1d(s[i]["label"])]
+            for s, called in ((source, names), (found, coloured.NAMES))
+        )
+        assert before == after
+        np.testing.assert_array_equal(found.label(i), found[i]["label"])
+        assert found[i]["image"] == source[i]["image"]
+        assert found.name_of(i) == source.name_of(i)
+    again = pickle.loads(pickle.dumps(found))
+    assert again.label(1) == found.label(1)
+    assert sources.fingerprint(found) == sources.fingerprint(source)
+
+
+def test_a_label_that_is_no_class_stays_none():
+    """An unlabelled split has -1: mapped, it must not become the last class."""
+
+    numbers = np.array([-1, 0, 1, 2], np.int32)
+    source = folders.FolderSource([*"wxyz"], numbers, ("bee", "ant"))
+    found = mapped(source, ("ant", "bee", "cat"))
+    assert [found.label(i) for i in range(4)] == [-1, 1, 0, -1]
+
+
+def test_without_names_the_number_of_classes_must_be_the_models(tmp_path):
+    noise = sources.open_source("synthetic", "train", num_classes=7)
+    assert mapped(noise, None, 7) is noise
+    assert mapped(noise, [*"abcdefg"]) is noise
+    for names, count in ((None, 8), ([*"abcdefgh"], 8), ([*"abc"], 3)):
+        with pytest.raises(
+            ValueError, match=f"the data has 7 classes, but the model {count}"
+        ):
+            mapped(noise, names, count)
+
+
+def test_imagenets_words_as_folders_are_mapped_for_a_thousand_nameless_classes():
+    """Published weights name none; sorted, words are in another order than ids."""
+    ids = list(class_names.imagenet())
+    words = tuple(sorted(class_names.imagenet().values()))[:200]
+    source = folders.FolderSource([*"wxyz"], np.arange(4, dtype=np.int32), words)
+    found = mapped(source, None, 1000)
+    for i in range(4):
+        assert class_names.imagenet()[ids[found.label(i)]] == words[i]
+
+
+def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
+    coloured.write_folder(tmp_path, coloured.NAMES)
+    (name, split) = f"folder:{tmp_path}", "all"
+
+    def told(change):
+        before = sources.fingerprint(sources.open_source(name, split))
+        change()
+        return "\n".join(
+            sources.changes(
+                json.loads(json.dumps(before)),
+                sources.fingerprint(sources.open_source(name, split)),
+            )
+        )
+
+    ant, bee = tmp_path / "ant", tmp_path / "bee"
+    assert told(lambda: None) == ""
+    said = told(lambda: (ant / "0.png").unlink())
+    assert said.startswith("num_examples: 16 there, 15 here\nant: 4 images, ")
+    assert "there, 3 images" in said
+    assert "bee" not in said
+    assert told(lambda: (bee / "0.png").rename(bee / "9.png")).count("bee: ") == 1
+    assert "dog: 4 images" in told(lambda: shutil.rmtree(tmp_path / "dog"))
+    one = sources.fingerprint(
+        sources.open_source("named_digits", "train", data_dir=array_record_dir)
+    )
+    other = json.loads(json.dumps(one)) | {"version": "1.0.1"}
+    shard = min(one["shards"])
+    other["shards"][shard]["bytes"] += 1
+    size = one["shards"][shard]["bytes"]
+    version, of_shard = sources.changes(one, other)
+    assert version == "version: 1.0.0 there, 1.0.1 here"
+    assert of_shard.startswith(f"{shard}: ")
+    assert f"{size} bytes there" in of_shard
+    many = {"shards": {f"{i:02}": {"bytes": 1} for i in range(99)}}
+    assert sources.changes(many, {"shards": {}})[11:] == [
+        "11: 1 bytes there, nothing here",
+        "and 87 more",
+    ]
+    source = sources.open_source(name, split)
+    assert isinstance(source, folders.FolderSource)
+    turned = folders.FolderSource(
+        source.paths[::-1], source.labels[::-1], source.class_names
+    )
+    assert sources.changes(
+        sources.fingerprint(source), sources.fingerprint(turned)
+    ) == ["the same files, in another order"]
+    # Names are compared elsewhere, by name.
+    assert sources.changes({"class_names": ["a"]}, {"class_names": ["b"]}) == []

@@ -1,11 +1,14 @@
 """Every example is counted once."""
 
 import dataclasses
+import itertools
 
+import coloured
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlp_mixer import evaluators, sharding, steps
 from mlp_mixer.data import pipeline, sources
@@ -256,3 +259,135 @@ def test_a_split_of_broken_images_is_an_error(monkeypatch):
 def test_an_unknown_type_lists_the_known():
     with pytest.raises(ValueError, match=r"evals\.x\.type 'acuracy'.*try accuracy"):
         evaluators.create({"x": {"type": "acuracy"}})
+
+
+# --- Whose classes --------------------------------------------------------------------
+
+
+def of_colours(greys, class_names, dataset, data_dir=None):
+    """The scores of a model that knows the grey of each of its classes."""
+    evaluator = accuracy.Accuracy(
+        predict=jax.jit(coloured.predict(greys)),
+        mesh=sharding.make_mesh(1),
+        loss="softmax_xent",
+        image_size=(8, 8),
+        dataset=dataset,
+        preprocess="vision_transformer",
+        batch_size=16,
+        every_steps=1,
+        num_classes=len(greys),
+        class_names=class_names,
+        data_dir=data_dir,
+    )
+    results = evaluator.run(None)
+    assert results is not None
+    return evaluator, results
+
+
+@pytest.mark.parametrize("trained", list(itertools.permutations(("ant", "bee", "cat"))))
+def test_the_classes_of_the_data_are_the_models_by_name(trained, tmp_path):
+    name = coloured.write_folder(tmp_path, ("ant", "bee", "cat"))
+    dataset = {"name": name, "split": "all"}
+    evaluator, results = of_colours(coloured.greys(trained), trained, dataset)
+    assert results["top1"] == 1.0
+    # Also where its mistakes are drawn.
+    paths = [evaluator.source.name_of(i) for i in range(12)]
+    found = evaluator.labels(paths.index(f"{tmp_path}/bee/0.png"))
+    assert [trained[k] for k in found] == ["bee"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("names", [("dog", "cat", "bee", "ant"), ("dog", "bee")])
+def test_prepared_data_may_have_the_classes_in_another_order_or_a_part(
+    names, several, tmp_path
+):
+    name = coloured.write_prepared(tmp_path, "toys", names, several=several)
+    dataset = {"name": name, "split": "test"}
+    greys = coloured.greys(coloured.NAMES)
+    _, results = of_colours(greys, coloured.NAMES, dataset, str(tmp_path))
+    assert (results["top1"], results["count"]) == (1.0, 4 * len(names))
+
+
+@pytest.mark.parametrize("names", [None, "word {}", "{}"])
+def test_a_folder_of_numbers_has_them_as_labels(names, tmp_path):
+    """Such is ImageNet-v2: sorted, "10" comes before "2"."""
+    greys = [20 * k for k in range(12)]
+    for k, grey in enumerate(greys):
+        (tmp_path / str(k)).mkdir()
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / str(k) / "0.png")
+    known = names and [names.format(k) for k in range(12)]
+    dataset = {"name": f"folder:{tmp_path}", "split": "all"}
+    assert of_colours(greys, known, dataset)[1]["top1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"ant": "ant", "cow": "bee"}, r"all: 'cow'\.\n  Only the model: 'bee'"),
+        ({"ant": "ant", "Bee": "bee"}, r"all: 'Bee'\.\n  Only the model: 'bee'"),
+        (("ant", "bee", "cat"), r"Only .* all: 'cat'\.$"),
+    ],
+)
+def test_other_classes_than_the_models_are_listed(classes, message, tmp_path):
+    folder = coloured.write_folder(tmp_path, classes)
+    with pytest.raises(ValueError, match=message):
+        of_colours([20, 90], ("ant", "bee"), {"name": folder, "split": "all"})
+
+
+# --- Which way is better --------------------------------------------------------------
+
+
+def section(kind="accuracy", every_steps=5, **fields):
+    return {"type": kind, "every_steps": every_steps, **fields}
+
+
+SHOTS = {"kind": "fewshot", "shots": (1, 5)}
+
+
+def test_an_evaluator_says_of_each_score_whether_more_is_better():
+    evals = {
+        "val": section(ece_bins=15),
+        "a/b": section(),
+        "one": section(**SHOTS, l2_exponents=(10,)),
+        "sweep": section(**SHOTS, l2_exponents=(-3, 4)),
+    }
+    up = ("val/top1", "val/top5", "a/b/top1", "one/5shot", "sweep/1shot_l2_-3")
+    down = ("val/loss", "val/nll", "val/ece", "a/b/nll")
+    assert {evaluators.more_is_better(evals, name) for name in up} == {True}
+    assert {evaluators.more_is_better(evals, name) for name in down} == {False}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("val/top_1", "none of the recipe's scores; try one of val/top1, "),
+        ("top1", "none of the recipe's scores; try one of val/top1, "),
+        ("train/loss", "try one of val/loss, "),
+        ("val/count", "none of the recipe's scores"),
+        ("val/broken", "none of the recipe's scores"),
+        ("val/ece", "none of the recipe's scores"),
+        ("shots/10shot", "try one of shots/1shot, shots/5shot"),
+        ("real/top1", r"real never runs in training \(its every_steps is 0\)"),
+        ("", "none of the recipe's scores"),
+    ],
+)
+def test_what_cannot_choose_a_checkpoint_lists_what_can(name, message):
+    evals = {
+        "val": section(),
+        "shots": section(**SHOTS, l2_exponents=(10,)),
+        "real": section(every_steps=0),
+    }
+    with pytest.raises(ValueError, match=message):
+        evaluators.more_is_better(evals, name)
+
+
+def test_the_scores_are_what_the_evaluators_return(monkeypatch):
+    evaluator = of_labels(monkeypatch, TRUE, LOGITS, 1, ece_bins=2)
+    results = evaluator.run(None)
+    scores = evaluator.scores({"ece_bins": 2})
+    assert results.keys() - {"count", "unlabelled", "broken"} == scores.keys()
+
+
+def test_without_an_evaluator_in_training_nothing_can_be_the_best():
+    with pytest.raises(ValueError, match="try one of none: no evaluator runs in tr"):
+        evaluators.more_is_better({"v2": section(every_steps=0)}, "val/top1")

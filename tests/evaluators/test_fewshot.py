@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import coloured
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -313,3 +314,49 @@ def test_features_are_of_the_protocol(monkeypatch):
     monkeypatch.setattr(pipeline, "eval_batches", recorded)
     make(monkeypatch, preprocess="timm")[0].run(ONE)
     assert seen == ["timm", "timm"]
+
+
+def on_colours(train, test, split="all", data_dir=None):
+    """Its score, where a feature is the colour."""
+    evaluator = fewshot.FewShot(
+        predict=jax.jit(coloured.predict([0.0])),
+        mesh=sharding.make_mesh(1),
+        image_size=(8, 8),
+        train={"name": train, "split": split},
+        test={"name": test, "split": split},
+        shots=(4,),
+        seeds=1,
+        l2_exponents=(-10,),
+        preprocess="vision_transformer",
+        batch_size=16,
+        every_steps=1,
+        data_dir=data_dir,
+    )
+    results = evaluator.run(None)
+    assert results is not None
+    scores = evaluator.scores({"shots": (4,), "l2_exponents": (-10,)})
+    assert scores.keys() == results.keys() - {"count"}
+    return results["4shot"]
+
+
+def test_the_test_splits_classes_are_the_shots_by_name(tmp_path):
+    """Sorted, "e" and an accent come before "f", and "é" behind it."""
+    mac = coloured.write_folder(tmp_path / "mac", {"e\u0301": "ant", "f": "bee"})
+    other = coloured.write_folder(tmp_path / "other", {"\u00e9": "ant", "f": "bee"})
+    for pair in ((mac, other), (other, mac), (mac, mac)):
+        assert on_colours(*pair) == 1.0
+
+
+def test_prepared_shots_and_a_permuted_test_set_agree_by_name(tmp_path):
+    coloured.write_prepared(tmp_path, "toys", ("cat", "ant"))
+    coloured.write_prepared(tmp_path, "others", ("ant", "cat"))
+    assert on_colours("toys", "others", "test", str(tmp_path)) == 1.0
+
+
+@pytest.mark.parametrize("called", ["cow", "Bee"])
+def test_another_class_in_the_test_split_is_named(called, tmp_path):
+    train = coloured.write_folder(tmp_path / "train", ("ant", "bee"))
+    test = coloured.write_folder(tmp_path / "test", {"ant": "ant", called: "bee"})
+    message = f"(?s)Only .*test all: '{called}'.*train all: 'bee'"
+    with pytest.raises(ValueError, match=message):
+        on_colours(train, test)

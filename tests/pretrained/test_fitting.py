@@ -1,11 +1,14 @@
 """Weights into models: strictly, but for the head and the resolution."""
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from mlp_mixer import checkpoint, models, pretrained, runs, train
 from mlp_mixer.fingerprints import leaves
@@ -86,6 +89,7 @@ def test_a_zero_head_may_be_asked_for_and_a_head_left_out(make_params):
 def test_every_name_that_does_not_fit_is_listed(make_params):
     params = make_params(num_blocks=3, tokens_mlp_dim=5)
     del params["MixerBlock_0"]["LayerNorm_0"]["scale"]
+    del params["MixerBlock_2"]["LayerNorm_0"]["scale"]
     with pytest.raises(ValueError, match="do not fit the model") as error:
         pretrained.merge(params, shapes_of(make_params()))
     first, *lines = str(error.value).splitlines()
@@ -114,9 +118,9 @@ def test_what_is_no_tree_of_parameters_is_said(make_params):
     for wrong in ({}, {"params": params}, {"head": params["head"]}):
         with pytest.raises(ValueError, match=r"got .*variables\['params'\] instead"):
             pretrained.create_model(wrong)
-        said = r"\(no whole MLP-Mixer\) do not fit[^$]*missing: stem/kernel"
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=r"\(no whole MLP-Mixer\) do not fit") as e:
             pretrained.merge(wrong, shapes_of(params))
+        assert len(str(e.value).splitlines()) == 20
 
 
 def test_another_variant_is_named():
@@ -196,6 +200,53 @@ def test_another_gelu_is_said(saved, make_params, caplog):
     assert "are for the exact GELU, this model computes the tanh one" in caplog.text
 
 
+def test_a_run_starts_from_foreign_weights_made_for_our_images(
+    weights, make_params, tmp_path
+):
+    """Which were for images in [0, 1], as a config.json beside them says."""
+    pretrained.write_safetensors(weights, tmp_path / "t.safetensors", names="timm")
+    arrays = safetensors.numpy.load_file(tmp_path / "t.safetensors")
+    arrays["stem.proj.bias"] -= arrays["stem.proj.weight"].sum((1, 2, 3))
+    arrays["stem.proj.weight"] *= 2
+    foreign = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(arrays, foreign)
+    config = {"pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    params = start(foreign, make_params)
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(
+            params["stem"].pop(name), weights.params["stem"].pop(name), atol=1e-5
+        )
+    assert_equal(params, weights.params)
+
+
+def test_errors_name_the_file(saved, weights, make_params, tmp_path):
+    """Whichever of a start's checks it is that fails."""
+    name = re.escape(str(saved))
+    for said, options in {
+        "unexpected: MixerBlock_1": {"num_blocks": 1},
+        "shape: head/kernel|shape: MixerBlock_0": {"hidden_dim": 16},
+        "cannot grow": {"size": (24, 20)},
+        "gives token mixing 16": {"size": (32, 32)},
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}[^$]*({said})"):
+            start(saved, make_params, **options)
+    unknown = dataclasses.replace(
+        weights, params=make_params(image_size=(8, 12)), image_size=None
+    )
+    pretrained.write_npz(unknown, tmp_path / "w.npz")
+    with pytest.raises(ValueError, match=r"w\.npz \(npz file\) have 6 tokens"):
+        start(tmp_path / "w.npz", make_params, (16, 24), tokens_mlp_dim=16)
+
+
+def test_weights_of_another_depth_are_told_in_twenty_lines(saved, make_params):
+    with pytest.raises(ValueError, match="do not fit the model") as error:
+        start(saved, make_params, num_blocks=12, hidden_dim=16)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 20
+    assert lines[1].startswith("  shape: ")
+
+
 # --- A run of weights, and from weights -----------------------------------------------
 
 
@@ -261,3 +312,65 @@ def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
     names = runs.open_run(tmp_path / "run").class_names
     assert tuple(names) == runs.open_model(tmp_path / "run").class_names
     assert names[0] == "tench, Tinca tinca"
+
+
+# --- A kept head's classes ------------------------------------------------------------
+
+
+def began_with(params, names, had, tmp_path, head="match"):
+    """What a run on data with `names` begins with, from weights with those they had."""
+    file = tmp_path / "w.safetensors"
+    pretrained.write_safetensors(pretrained.Weights(params, "", class_names=had), file)
+    return pretrained.initial(
+        file,
+        pretrained.create_model(params),
+        shapes_of(params),
+        image_size=(16, 16),
+        head=head,
+        resize_by="grow",
+        class_names=names,
+    )
+
+
+LETTERS = tuple("abcdefghij")
+
+
+def test_a_kept_head_answers_as_before_in_the_order_of_the_new_classes(
+    make_params, tmp_path
+):
+    params = make_params()
+    names = tuple("jihgfabcde")
+    new = began_with(params, names, LETTERS, tmp_path)
+    model = pretrained.create_model(params)
+    image = jax.random.uniform(jax.random.key(0), (5, 16, 16, 3), minval=-1)
+    before, after = (model.apply({"params": p}, image)[0] for p in (params, new))
+    order = [LETTERS.index(name) for name in names]
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(before)[:, order])
+    assert_equal({**new, "head": {}}, {**params, "head": {}})
+
+
+@pytest.mark.parametrize(
+    ("names", "had"),
+    [
+        (LETTERS, LETTERS),
+        (None, LETTERS),
+        (LETTERS, None),
+        (tuple("0123456789"), LETTERS),
+        (("e\u0301", *LETTERS[1:]), ("\u00e9", *LETTERS[1:])),
+    ],
+)
+def test_a_head_for_the_same_classes_or_nameless_ones_stays(
+    names, had, make_params, tmp_path
+):
+    params = make_params()
+    assert_equal(began_with(params, names, had, tmp_path), params)
+
+
+@pytest.mark.parametrize("names", [("k", *LETTERS[1:]), ("A", *LETTERS[1:])])
+def test_a_head_for_other_classes_is_not_kept(names, make_params, tmp_path):
+    params = make_params()
+    message = f"(?s)'{names[0]}'.*: 'a'.*--config.init_head=zero"
+    with pytest.raises(ValueError, match=message):
+        began_with(params, names, LETTERS, tmp_path)
+    new = began_with(params, names, LETTERS, tmp_path, head="zero")
+    assert not new["head"]["kernel"].any()

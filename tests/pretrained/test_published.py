@@ -69,6 +69,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked, condition = self.headers["Range"], self.headers["If-Range"]
         site.requests.append((self.path, asked, condition))
         plan = site.plans.pop(0) if site.plans else {}
+        self.close_connection = True
+        if plan.get("trickle"):
+            return self.trickle(b"HTTP/1.1 200 OK\r\nX-Name: " + b"x" * 1000)
         etag = f'"{hashlib.md5(site.content).hexdigest()}"'
         etag = plan.get("etag", etag)
         status, body = plan.get("status", 200), site.content
@@ -83,12 +86,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, body = 206, body[start:]
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         headers["Content-Length"] = plan.get("length", len(body))
+        if plan.get("chunked"):
+            headers["Content-Length"], headers["Transfer-Encoding"] = None, "chunked"
         self.send_response(status)
         for name, value in headers.items():
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()
-        self.close_connection = True
+        if plan.get("drip"):
+            return self.trickle(body)
+        if plan.get("endless"):
+            return self.trickle(bytes(10**9), 1 << 20)
         for piece in (body[: plan.get("hold", 0)], body[plan.get("hold", 0) :]):
             piece = piece[: plan.get("cut", len(piece))]
             site.sent += len(piece)
@@ -96,6 +104,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if plan.get("hold") and not site.holding.is_set():
                 site.holding.set()
                 site.go.wait(60)
+
+    def trickle(self, content, size=1):
+        """Sends a piece now and then, for 15 seconds, or until the client leaves."""
+        end = time.monotonic() + 15
+        while content and time.monotonic() < end and not self.server.go.is_set():
+            self.wfile.write(content[:size])
+            content = content[size:]
+            time.sleep(0.01)
 
     def log_message(self, *arguments):
         pass
@@ -477,6 +493,236 @@ def test_a_full_disk_is_known_before_the_download(site, path, monkeypatch):
     with pytest.raises(OSError, match="Make room"):
         published.fetch(NAME, waits_s=NEVER)
     assert beside(path, ".part").stat().st_size == 0
+
+
+# --- Servers that do not mean well ----------------------------------------------------
+
+
+def failed(error):
+    """What it says, which is one line that no terminal obeys."""
+    said = str(error.value)
+    assert said.isprintable()
+    return said
+
+
+def test_a_server_of_some_bytes_a_second_is_given_up_and_continued(
+    site, path, contents, monkeypatch
+):
+    monkeypatch.setattr(published, "WINDOW_SECONDS", 0.3)
+    site.plans = [{"drip": True}] * 20
+    with pytest.raises(FileNotFoundError, match="less than 4,096") as error:
+        published.fetch(NAME, waits_s=NOW)
+    assert len(site.requests) == 1 + len(NOW)
+    kept = beside(path, ".part").stat().st_size
+    assert kept > 0
+    assert f"({kept:,} bytes are kept)" in failed(error)
+    site.plans = []
+    published.fetch(NAME, waits_s=())
+    assert site.ranges[-1] == f"bytes={kept}-"
+    assert path.read_bytes() == contents[0]
+
+
+def test_a_server_that_is_slow_for_a_while_is_not_given_up(
+    site, path, contents, monkeypatch
+):
+    monkeypatch.setattr(published, "WINDOW_SECONDS", 0.3)
+    site.plans = [{"drip": True}, {}]
+    published.fetch(NAME, waits_s=NOW)
+    assert path.read_bytes() == contents[0]
+
+
+def test_an_answer_that_never_begins_is_given_up(site, path, monkeypatch):
+    """Each byte of its headers comes in time."""
+    monkeypatch.setattr(published, "TIMEOUT_SECONDS", 1.0)
+    site.plans = [{"trickle": True}] * 2
+    with pytest.raises(FileNotFoundError, match="no whole answer in 1 s") as error:
+        published.fetch(NAME, waits_s=(0.0,))
+    assert len(site.requests) == 2
+    assert failed(error)
+
+
+def test_a_server_that_always_closes_early_is_given_up(site, path, monkeypatch):
+    monkeypatch.setattr(published, "MAX_ATTEMPTS", 5)
+    site.plans = [{"cut": 1}] * 20
+    with pytest.raises(FileNotFoundError, match=r"at attempt 5\. .*5 bytes are kept"):
+        published.fetch(NAME, waits_s=(0.0,))
+    assert len(site.requests) == 5
+
+
+def test_a_redirection_to_itself_ends(site, path):
+    site.plans = [{"status": 302, "location": f"{site.url}/again"}] * 50
+    with pytest.raises(FileNotFoundError, match="infinite loop") as error:
+        published.fetch(NAME, waits_s=NEVER)
+    assert failed(error)
+    assert len(site.requests) < 15
+
+
+def test_a_redirection_is_followed_though_it_says_more_without_end(
+    site, path, contents
+):
+    began = time.monotonic()
+    site.plans = [
+        {
+            "status": 302,
+            "location": f"{site.url}/elsewhere",
+            "endless": True,
+            "length": None,
+        }
+    ]
+    published.fetch(NAME, waits_s=NEVER)
+    assert time.monotonic() - began < 10
+    assert path.read_bytes() == contents[0]
+
+
+def test_a_download_in_chunks_does_not_say_its_size(site, path):
+    site.plans = [{"chunked": True}]
+    with pytest.raises(ValueError, match="does not say how long"):
+        published.fetch(NAME, waits_s=NEVER)
+
+
+def test_a_length_that_is_too_long_ends(site, path, contents):
+    site.plans = [{"length": len(contents[0]) + 5}]
+    site.content = contents[0]
+    site.plans *= 2
+    with pytest.raises(FileNotFoundError, match=r"cut at|another part"):
+        published.fetch(NAME, waits_s=())
+    published.fetch(NAME, waits_s=NOW)
+    assert path.read_bytes() == contents[0]
+
+
+def npz_of(change, folder):
+    """The bytes of an npz of TOY's parameters, of which some are changed."""
+    rng = np.random.default_rng(0)
+    arrays = {k: rng.normal(size=x).astype(np.float32) for k, x in shapes(TOY).items()}
+    change(arrays)
+    np.savez(folder / "changed.npz", **arrays)
+    return (folder / "changed.npz").read_bytes()
+
+
+def one_infinite_value(arrays):
+    arrays["stem/kernel"][1, 2, 0, 3] = np.inf
+
+
+def one_that_is_no_number(arrays):
+    arrays["head/bias"][2] = np.nan
+
+
+def another_model(arrays):
+    name = "MixerBlock_1/channel_mixing/Dense_"
+    arrays[f"{name}0/kernel"] = arrays[f"{name}0/kernel"].T
+
+
+def another_name(arrays):
+    arrays["head/scale"] = arrays.pop("head/bias")
+
+
+def whole_numbers(arrays):
+    arrays["stem/bias"] = arrays["stem/bias"].astype(np.int32)
+
+
+def padded(start):
+    return lambda folder: start.ljust(TOY.sizes[0] + 5000, b" ")
+
+
+def changed(change):
+    return lambda folder: npz_of(change, folder)
+
+
+IMPOSTORS = {
+    "a page": (padded(b"<!DOCTYPE html><title>Log in</title>"), "not a whole npz"),
+    "zeros": (padded(bytes(10)), "not a whole npz file"),
+    "an infinite value": (changed(one_infinite_value), "stem/kernel: values are inf"),
+    "no number": (changed(one_that_is_no_number), "head/bias: values are infinite or"),
+    "another model": (changed(another_model), r"Dense_0/kernel: \(\(128, 64\), 'float"),
+    "another name": (changed(another_name), r"head/bias: missing, expected \(\(7,\),"),
+    "whole numbers": (changed(whole_numbers), r"stem/bias: \(\(64,\), 'int32'\), exp"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_what_has_only_the_size_is_not_recorded(kind, site, path, contents, tmp_path):
+    make, said = IMPOSTORS[kind]
+    site.content = make(tmp_path)
+    assert len(site.content) in TOY.sizes
+    with pytest.raises(ValueError, match=said) as error:
+        published.fetch(NAME, waits_s=NEVER)
+    assert f"What {site.url}/{NAME}.npz sent is dropped" in str(error.value)
+    assert os.listdir(path.parent) == [".Mixer-T_32.npz.lock"]
+    put(path, site.content)  # by hand it is no better
+    with pytest.raises(ValueError, match=said):
+        published.fetch(NAME, waits_s=NEVER)
+    assert not beside(path, ".sha256").exists()
+    path.unlink()
+    site.content = contents[0]
+    assert published.fetch(NAME).read_bytes() == contents[0]
+
+
+def test_a_length_that_is_too_short_is_no_download(site, path):
+    site.plans = [{"length": TOY.sizes[0] + 10}]
+    with pytest.raises(ValueError, match=r"sent is dropped: .* not a whole npz"):
+        published.fetch(NAME, waits_s=NEVER)
+    assert not path.exists()
+
+
+RECORDS = {
+    "empty": b"",
+    "a word": b"good\n",
+    "cut": b"ab" * 20,
+    "another file's": b"ab" * 32 + b"  Mixer-B_16.npz\n",
+    "two lines": (b"ab" * 32 + b"  Mixer-T_32.npz\n") * 2,
+    "no text": bytes(range(256)),
+    "much": b"a" * 10**6,
+    "a command to the terminal": b"\x1b[31m",
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_damaged_record_is_named(kind, site, path, contents):
+    put(path, contents[0])
+    beside(path, ".sha256").write_bytes(RECORDS[kind])
+    with pytest.raises(ValueError, match=r"Mixer-T_32\.npz\.sha256") as error:
+        published.fetch(NAME, waits_s=NEVER)
+    assert failed(error)
+    assert path.read_bytes() == contents[0]
+    assert site.requests == []
+
+
+@pytest.mark.parametrize("form", ["{0}  {1}\n", "{0} *{1}\n", "{0}\n", "{0}"])
+def test_a_record_may_be_written_by_sha256sum_or_by_hand(form, site, path, contents):
+    put(path, contents[0])
+    known = hashlib.sha256(contents[0]).hexdigest()
+    beside(path, ".sha256").write_text(form.format(known, path.name))
+    assert published.fetch(NAME, waits_s=NEVER) == path
+
+
+def test_a_place_where_nothing_can_be_kept_is_named(site, path, contents):
+    put(path, contents[0])
+    beside(path, ".sha256").mkdir()
+    with pytest.raises(OSError, match=r"npz\.sha256 cannot be read: Is a directory"):
+        published.fetch(NAME, waits_s=NEVER)
+    path.unlink()
+    beside(path, ".sha256").rmdir()
+    beside(path, ".part").mkdir()
+    with pytest.raises(OSError, match=r"cannot be kept: .*\.part: Is a directory"):
+        published.fetch(NAME, waits_s=NEVER)
+    with pytest.raises(OSError, match=r"cannot be kept: .*ca\.pem.*: Not a directory"):
+        published.fetch(NAME, cache_dir=path.parents[2] / "ca.pem", waits_s=NEVER)
+
+
+NOTES = [
+    *("", "[]", "3", "null", "{}", '{"etag": 1, "size": 1}', "[" * 100_000, "\0\0"),
+    *('{"etag": "\\"1\\"", "size": "1"}', '{"etag": "\\"1\\"", "size": -5}'),
+    '{"etag": "\\"1\\"\\r\\nX-Other: 1", "size": 1000000}',
+    '{"etag": "\\"1\\"", "size": 1000, "size": 1000000}',
+]
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_a_damaged_note_begins_anew(note, site, path, contents):
+    put(beside(path, ".part"), contents[1][:1000])
+    beside(path, ".part.json").write_text(note)
+    published.fetch(NAME, waits_s=NOW)
+    assert path.read_bytes() == contents[0]
 
 
 # --- The cache ------------------------------------------------------------------------

@@ -6,15 +6,19 @@ files' own bytes, where TFDS encodes 22 CMYK files and one PNG of `train` anew.
 """
 
 import hashlib
+import http.client
 import logging
 import pathlib
 import re
+import time
 import urllib.request
 from collections.abc import Sequence
 
 import tensorflow_datasets as tfds
 
 from mlp_mixer import files
+from mlp_mixer.data import folders
+from mlp_mixer.data.folders import LeftOut
 from mlp_mixer.data.preparation import tars, writing
 from mlp_mixer.data.preparation.writing import Job, Split
 from mlp_mixer.text import brief
@@ -34,6 +38,7 @@ REAL_URL = (
     "master/real.json"
 )
 _REAL_SHA256 = "d83e9bff374c631aae8439eb064c7019acc56e1b3bc3f56b8380c2a710b0220b"
+_SECONDS = 600  # for its 7 MB
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
@@ -49,7 +54,10 @@ def prepare_imagenet(job: Job) -> None:
     _begin(job, [train, val])
     label_of = {wnid: label for label, wnid in enumerate(_wnids())}
     archives = []
-    for member in tars.list_members(tars.Archive(train)):
+    left_out = LeftOut()
+    members = tars.list_members(tars.Archive(train), left_out, _hidden)
+    folders.say_left_out(train, left_out)
+    for member in members:
         wnid = member.name.removesuffix(".tar")
         if wnid not in label_of:
             raise ValueError(
@@ -94,7 +102,7 @@ def prepare_real(job: Job) -> None:
     images = _validation(job, val)
     _say_counts(job, {"validation": images})
     numbers = [_number(name.decode()) for name in images.name]
-    if max(numbers) > len(real):
+    if max(numbers, default=0) > len(real):
         raise ValueError(
             f"real.json holds {len(real):,} lists, but there is an image number"
             f" {max(numbers):,}."
@@ -119,6 +127,10 @@ def prepare_real(job: Job) -> None:
         homepage="https://github.com/google-research/reassessed-imagenet",
         supervised_keys=("image", "real_label"),
     )
+
+
+def _hidden(name: str) -> str | None:
+    return folders.HIDDEN if folders.is_hidden(name) else None
 
 
 def _begin(job: Job, paths: Sequence[pathlib.Path]) -> None:
@@ -177,7 +189,7 @@ def _real_labels(job: Job) -> list[list[int]]:
     if not path.exists():
         path = job.data_dir / "downloads" / "real.json"
     if not path.exists():
-        _download(REAL_URL, path)
+        _download(REAL_URL, path, _REAL_SHA256 if job.verify else None)
     data = files.read_bytes(path, files.MAX_BYTES)
     if job.verify and hashlib.sha256(data).hexdigest() != _REAL_SHA256:
         raise ValueError(
@@ -196,17 +208,39 @@ def _real_labels(job: Job) -> list[list[int]]:
     return real
 
 
-def _download(url: str, path: pathlib.Path) -> None:
+def _download(url: str, path: pathlib.Path, sha256: str | None) -> None:
+    """Keeps what lies at `url`, if it is whole and has this sum.
+
+    Raises:
+      OSError: it cannot be had within `_SECONDS`, or is another file.
+    """
     logger.info("Downloading %s", url)
+    by_hand = f"put {path.name} into the manual folder by hand."
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            data = response.read()
-    except OSError as error:
+        data = _fetched(url)
+    except (OSError, http.client.HTTPException) as error:
+        said = f"{url} cannot be downloaded ({error}); {by_hand}"
+        raise OSError(said) from error
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise OSError(
-            f"{url} cannot be downloaded ({error}); put {path.name} into the manual"
-            " folder by hand."
-        ) from error
+            f"{url} gave {len(data):,} bytes that are not the published {path.name}"
+            f" (sha256), and nothing was kept: try again later, or {by_hand}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.writing")
     unfinished.write_bytes(data)
     unfinished.rename(path)
+
+
+def _fetched(url: str) -> bytes:
+    end = time.monotonic() + _SECONDS
+    data = bytearray()
+    with urllib.request.urlopen(url, timeout=60) as response:
+        while block := response.read1(1 << 20):
+            data += block
+            # The timeout above is for each byte.
+            if time.monotonic() > end:
+                raise TimeoutError(f"{len(data):,} bytes in {_SECONDS} seconds")
+        if response.length:
+            raise http.client.IncompleteRead(bytes(data), response.length)
+    return bytes(data)

@@ -2,11 +2,14 @@
 
 import logging
 import pathlib
+import re
 
 import tensorflow_datasets as tfds
 
+from mlp_mixer.data.folders import HIDDEN, LeftOut, is_hidden, listed, say_left_out
 from mlp_mixer.data.preparation import tars, writing
 from mlp_mixer.data.preparation.writing import Job, Split
+from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +31,12 @@ def prepare_imagenet21k(job: Job) -> None:
     images = tars.index(job, "full", archives)
     empty = sorted(set(range(len(wnids))) - set(images.label.tolist()))
     if empty:
+        left_out = LeftOut()
+        tars.list_members(archives[empty[0]], left_out)
+        holds = f", only {listed(left_out)}" if left_out else ""
         raise ValueError(
-            f"{paths[empty[0]]} holds no image, as {len(empty)} of {len(paths)} tars:"
-            " download it again, or remove it."
+            f"{paths[empty[0]]} holds no image{holds}, as {len(empty)} of {len(paths)}"
+            " tars: download it again, or remove it."
         )
     logger.info("%s: %s images, %s classes.", job.name, f"{len(images):,}", len(wnids))
 
@@ -52,15 +58,35 @@ def prepare_imagenet21k(job: Job) -> None:
 def class_tars(manual_dir: pathlib.Path) -> list[pathlib.Path]:
     """n*.tar of the folder or of its sub-folder imagenet21k, sorted.
 
+    What else lies there is counted in the log.
+
     Raises:
       FileNotFoundError: there are none.
     """
-    folders = (manual_dir / "imagenet21k", manual_dir)
-    for folder in folders:
-        if found := sorted(folder.glob("n[0-9]*.tar")):
+    places = (manual_dir / "imagenet21k", manual_dir)
+    others = []
+    for folder in places:
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+        found = [file for file in files if _is_class_tar(file)]
+        left_out = LeftOut(_kind(file) for file in files if file not in {*found})
+        if found:
+            say_left_out(folder, left_out)
             return found
+        others.append(f"{folder} holds {listed(left_out) or 'nothing'}")
     raise FileNotFoundError(
-        f"No class tars such as n01440764.tar in {folders[0]}; get them from"
+        f"No class tars such as n01440764.tar in {places[0]}; get them from"
         " https://image-net.org/download-images (free, with a login), or name another"
-        " folder with --manual_dir."
+        f" folder with --manual_dir. {'; '.join(others)}."
     )
+
+
+def _is_class_tar(path: pathlib.Path) -> bool:
+    return bool(re.fullmatch(r"n\d.*\.tar", path.name)) and path.is_file()
+
+
+def _kind(path: pathlib.Path) -> str:
+    if is_hidden(path.name):
+        return HIDDEN
+    if path.is_dir():
+        return "folder(s)"
+    return printable(path.suffix) or "without an ending"

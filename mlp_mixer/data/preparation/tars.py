@@ -1,4 +1,7 @@
-"""Images in tar archives: where each lies, in TFDS's order, read without unpacking."""
+"""Images in tar archives: where each lies, in TFDS's order, read without unpacking.
+
+What is in them besides is counted by kind and said in one line, as for folders.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -11,7 +14,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mlp_mixer.data import folders
+from mlp_mixer.data.folders import LeftOut
 from mlp_mixer.data.preparation.writing import Job
+from mlp_mixer.text import printable
 
 _READERS = 16  # A network disk's latency, and a hard disk's arm, like company.
 
@@ -104,8 +110,10 @@ class TarImages:
         order = np.lexsort((low, high))
         names = self.name[order]
         if (same := names[1:] == names[:-1]).any():
-            twice = names[1:][same][0].decode()
-            raise ValueError(f"{twice} is there twice, in {', '.join(self.paths[:3])}.")
+            at = int(np.flatnonzero(same)[0])
+            where = sorted({self.paths[tar] for tar in self.tar[order[at : at + 2]]})
+            twice = names[at].decode()
+            raise ValueError(f"{twice} is there twice, in {' and '.join(where)}.")
         arrays = {f: getattr(self, f)[order] for f in _ARRAYS}
         return TarImages(self.paths, **arrays)
 
@@ -113,29 +121,65 @@ class TarImages:
 _ARRAYS = ("tar", "offset", "size", "name", "label")
 
 
-def list_members(archive: Archive) -> list[Member]:
-    """The files in a tar.
+def list_members(
+    archive: Archive,
+    left_out: LeftOut,
+    kind_of: Callable[[str], str | None] = folders.why_left_out,
+) -> list[Member]:
+    """The files in a tar that are wanted.
+
+    Args:
+      archive: the tar.
+      left_out: where the others are counted.
+      kind_of: name of a file → the kind that it is counted under; None: it is wanted.
 
     Raises:
       ValueError: it is cut off or damaged, as far as its headers show.
     """
+    members = []
     with open(archive.path, "rb") as file:
         file.seek(archive.start)
         try:
             with tarfile.TarFile(fileobj=file) as tar:
-                members = [
-                    Member(os.path.basename(m.name), m.offset_data, m.size)
-                    for m in tar
-                    if m.isfile()
-                ]
+                for info in tar:
+                    _check_size(info, archive.end)
+                    name = os.path.basename(info.name)
+                    if kind := _why_left_out(info, kind_of(name)):
+                        left_out[kind] += 1
+                    elif not info.isdir():
+                        place = info.offset_data, info.size
+                        members.append(Member(printable(name), *place))
             _check_end(file, tar.offset, archive.end)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError) as error:
             inside = f"{archive.inner} in " * bool(archive.inner)
             raise ValueError(
                 f"{inside}{archive.path} is cut off or damaged ({error}): download it"
                 " again."
             ) from error
     return members
+
+
+def _why_left_out(info: tarfile.TarInfo, kind: str | None) -> str | None:
+    """The kind that a member is counted under, given that of its name."""
+    if info.isdir():
+        return None
+    if folders.OF_SYSTEMS & {part.lower() for part in info.name.split("/")}:
+        return folders.HIDDEN
+    if kind or info.issym() or info.islnk():
+        return kind or "linked"
+    if not info.isfile():
+        return "neither file nor folder"
+    if info.issparse():  # its bytes do not lie in one piece
+        return "sparse"
+    return None if info.size else "empty"
+
+
+def _check_size(info: tarfile.TarInfo, stop: int) -> None:
+    # With a negative size tarfile would read the same members for ever.
+    end = info.offset_data + (0 if info.issparse() else info.size)
+    if info.size < 0 or end > stop:
+        name = printable(info.name)
+        raise tarfile.ReadError(f"{name} has {info.size:,} bytes, not within the tar")
 
 
 def _check_end(file: BinaryIO, offset: int, stop: int) -> None:
@@ -164,10 +208,11 @@ def index(
     parts: dict[str, list[Any]] = {field: [] for field in _ARRAYS}
     sizes = [archive.end - archive.start for archive in archives]
     where = {path: i for i, path in enumerate(paths)}
+    left_out = LeftOut()
     title = f"{job.name} {split}: listing"
     with job.progress(title, sum(sizes), "bytes", 0) as advance:
         for archive, size in zip(archives, sizes, strict=True):
-            found = list_members(archive)
+            found = list_members(archive, left_out)
             labels = [label_of(archive, member) for member in found]
             parts["tar"].append(np.full(len(found), where[str(archive.path)], np.int32))
             parts["offset"].append(np.array([m.offset for m in found], np.int64))
@@ -175,6 +220,7 @@ def index(
             parts["name"].append(np.array([m.name.encode() for m in found], "S"))
             parts["label"].append(np.array(labels, np.int32))
             advance(size)
+    folders.say_left_out(f"the tars of {job.name} {split}", left_out)
     arrays = {field: np.concatenate(part) for field, part in parts.items()}
     images = TarImages(paths, **arrays).shuffled(split)
     unfinished = job.partial / ".writing"

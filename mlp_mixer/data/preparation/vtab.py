@@ -179,7 +179,8 @@ def prepare_vtab(job: Job, task: Task) -> None:
     read = tfds.features.FeaturesDict(
         {key: features[key] for key in ("image", task.feature)}
     )
-    names = task.splits(info.splits["train"].num_examples)
+    sizes = {name: split.num_examples for name, split in info.splits.items()}
+    names = task.splits(sizes.get("train", 0))
     splits = {name: _split(task, info, read, spec) for name, spec in names.items()}
     needed = sum(split.num_bytes for split in splits.values())
     writing.begin(job, [folder / "dataset_info.json"], needed)
@@ -196,7 +197,15 @@ def prepare_vtab(job: Job, task: Task) -> None:
 def _split(
     task: Task, info: Any, features: tfds.features.FeaturesDict, spec: str
 ) -> Split:
-    files = [file for file in info.splits[spec].file_instructions if file.take > 0]
+    try:
+        parts = info.splits[spec].file_instructions
+    except (KeyError, ValueError) as error:
+        sizes = ", ".join(f"{k}: {v.num_examples:,}" for k, v in info.splits.items())
+        raise ValueError(
+            f"{task.base} has no {spec} ({error}); its splits are {sizes}. Prepare it"
+            " again, whole."
+        ) from error
+    files = [file for file in parts if file.take > 0]
     array_record = info.file_format.value == "array_record"
     records = (grain.sources.ArrayRecordDataSource if array_record else TFRecords)(
         files

@@ -1,5 +1,6 @@
 """ImageNet from toy tars in the true layout: bytes, labels, order, and every fault."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -10,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -343,6 +346,42 @@ def test_files_that_are_not_imagenets_are_named(copied, tmp_path):
         prepare("imagenet2012", tmp_path, copied)
 
 
+def test_imagenets_tars_may_come_from_macos(copied, tmp_path, caplog):
+    """Twins of the classes' tars, of their images and of those of validation."""
+    caplog.set_level("INFO")
+
+    def files(data):
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            opened = ((m.name, archive.extractfile(m)) for m in archive)
+            return {name: file.read() for name, file in opened if file}
+
+    def packed(data):
+        return toy_imagenet.tar(toy_imagenet.as_macos_packs(files(data)))
+
+    train, val = copied / imagenet.TRAIN, copied / imagenet.VAL
+    classes = {name: packed(data) for name, data in files(train.read_bytes()).items()}
+    train.write_bytes(packed(toy_imagenet.tar(classes)))
+    val.write_bytes(packed(val.read_bytes()))
+    prepare("imagenet2012", tmp_path, copied)
+    for place, count in {
+        str(train): 4,
+        "the tars of imagenet2012 train": 24,
+        "the tars of imagenet2012 validation": 9,
+    }.items():
+        line = f"Left out of {place}: {count} hidden or of the system."
+        assert caplog.text.count(line) == 1
+    for split, count in (("train", 24), ("validation", 9)):
+        assert len(examples("imagenet2012", split, tmp_path)) == count
+
+
+def test_a_validation_tar_without_images_has_no_examples(copied, tmp_path):
+    (copied / imagenet.VAL).write_bytes(toy_imagenet.tar({"readme.txt": b"x"}))
+    with pytest.raises(
+        ValueError, match="imagenet2012_real validation has no examples"
+    ):
+        prepare("imagenet2012_real", tmp_path, copied)
+
+
 def test_what_is_there_is_left_alone(prepared, manual, caplog, monkeypatch):
     caplog.set_level("INFO")
     before = digest(prepared)
@@ -387,22 +426,31 @@ def test_processes_that_start_together_prepare_once_without_tensorflow(
 
 @pytest.fixture
 def server(manual):
-    """real.json on this machine; gives its address and counts what is asked for."""
+    """real.json on this machine; gives its address and counts what is asked for.
+
+    Of cut.json half comes, and slow.json comes a byte at a time.
+    """
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
             data = (manual[0] / "real.json").read_bytes()
-            self.send_response(200 if self.path == "/real.json" else 404)
+            self.send_response(404 if self.path == "/missing.json" else 200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            pause = 0.1 if self.path == "/slow.json" else 0
+            half = len(data) // 2 if self.path == "/cut.json" else len(data)
+            step = 1 if pause else half
+            with contextlib.suppress(OSError):  # it was given up
+                for start in range(0, half, step):
+                    self.wfile.write(data[start : start + step][: half - start])
+                    time.sleep(pause)
 
         def log_message(self, *args):
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}", asked
         running.shutdown()
@@ -422,11 +470,35 @@ def test_real_json_is_downloaded_once(server, copied, prepared, tmp_path, monkey
     assert asked == ["/missing.json", "/real.json"]
 
 
+def test_a_download_that_is_not_the_published_file_is_not_kept(
+    server, copied, tmp_path, monkeypatch
+):
+    address, _ = server
+    data = (copied / "real.json").read_bytes()
+    tar = (copied / imagenet.VAL).read_bytes()
+    published = len(tar), hashlib.md5(tar).hexdigest()
+    monkeypatch.setitem(imagenet._PUBLISHED, imagenet.VAL, published)
+    (copied / "real.json").unlink()
+    for page in ("real.json", "cut.json", "slow.json"):
+        monkeypatch.setattr(imagenet, "REAL_URL", f"{address}/{page}")
+        monkeypatch.setattr(imagenet, "_SECONDS", 2)
+        began = time.monotonic()
+        with pytest.raises(OSError, match=rf"{page} .*put real\.json into the manual"):
+            prepare("imagenet2012_real", tmp_path, copied, verify=page == "real.json")
+        assert time.monotonic() - began < 10
+        assert not (tmp_path / "downloads").exists()
+    monkeypatch.setattr(imagenet, "REAL_URL", f"{address}/real.json")
+    monkeypatch.setattr(imagenet, "_REAL_SHA256", hashlib.sha256(data).hexdigest())
+    prepare("imagenet2012_real", tmp_path, copied, verify=True)
+    assert (tmp_path / "downloads" / "real.json").read_bytes() == data
+
+
 def test_a_short_real_json_is_refused(copied, tmp_path):
     (copied / "real.json").write_text("[[1], [2]]")
     with pytest.raises(ValueError, match="holds 2 lists, but there is an image"):
         prepare("imagenet2012_real", tmp_path, copied)
-    (copied / "real.json").write_text("[[1], [2")
-    with pytest.raises(ValueError, match=r"real\.json is damaged"):
-        prepare("imagenet2012_real", tmp_path, copied)
+    for content in ("[[1], [2", "{}", "[" * 10**6, "[1, 2]", '[["1"]]', "[[1000]]"):
+        (copied / "real.json").write_text(content)
+        with pytest.raises(ValueError, match=r"real\.json is damaged"):
+            prepare("imagenet2012_real", tmp_path, copied)
     assert os.listdir(tmp_path / "imagenet2012_real") == [".1.0.0.partial"]

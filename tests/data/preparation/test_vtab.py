@@ -235,6 +235,26 @@ def test_a_base_without_the_label_is_named(tmp_path):
         preparation.prepare("vtab_dtd", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (
+            SIZES | {"train": 700},
+            r"dtd has no train\[:800\] .*train: 700.*again, whole",
+        ),
+        (SIZES | {"validation": 100}, r"dtd has no validation\[:200\]"),
+        ({"train": 900, "validation": 300}, "dtd has no test .*train: 900, validation"),
+        ({"test": 300}, r"dtd has no train\[:800\]"),
+    ],
+)
+def test_a_base_that_is_not_whole_is_named(counts, message, tmp_path):
+    write_base(
+        tmp_path, "dtd", "3.0.1", label_feature(), counts, lambda s, i: {"label": 1}
+    )
+    with pytest.raises(ValueError, match=message):
+        preparation.prepare("vtab_dtd", data_dir=tmp_path)
+
+
 def test_a_base_in_tfrecord_format_and_with_a_configuration_serves(tmp_path):
     def labelled(split, i):
         return {"label": i % 10}

@@ -1,0 +1,546 @@
+"""The door to Orbax: checkpoints opened, described, and verified when read.
+
+The only module that knows Orbax and the files of a checkpoint. A checkpoint is a folder
+named after its step with two items: `state` (the arrays) and `meta` (the description:
+step, names, shapes, dtypes and fingerprints of the arrays, and the metrics). Orbax
+notices most truncated files but no flipped bit; the description and the fingerprints
+notice all. Damage is only what contradicts a record of ours, a missing or cut file, or
+a file that is not what its format asks for; any other error is passed on as it is.
+"""
+
+import contextlib
+import fnmatch
+import json
+import logging
+import os
+import pathlib
+import re
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
+
+PyTree = Any
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedError(Exception):
+    """What was read is not what was saved; `agreed` if every process can tell."""
+
+    def __init__(self, reason: str, *, agreed: bool = False):
+        super().__init__(reason)
+        self.agreed = agreed
+
+
+# --- Where a checkpoint lies ----------------------------------------------------------
+
+
+@epath.register_path_cls  # so Orbax takes it as it is
+class _Path(type(epath.Path())):  # type: ignore[misc]
+    """A path that is no pattern, and goes by an alias where Orbax cannot name it."""
+
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        """The paths below that match; `pattern` has no "**"."""
+        first, _, rest = pattern.partition("/")
+        for path in sorted(self.iterdir()) if self.is_dir() else ():
+            if fnmatch.fnmatchcase(path.name, first):
+                yield from path.glob(rest) if rest else [path]
+
+    def write_text(self, data: str, *args: Any, **options: Any) -> int:
+        """Writes UTF-8; Orbax notes the path, which in some locales is none."""
+        return self.write_bytes(data.encode("utf-8", "surrogateescape"))
+
+    def as_posix(self) -> str:
+        """What Orbax gives to TensorStore."""
+        odd = [i for i, part in enumerate(self.parts) if _NEEDS_ALIAS.search(part)]
+        if not odd or "://" in os.fspath(self):
+            return os.fspath(self)
+        return str(
+            pathlib.PurePosixPath(
+                _alias("/".join(self.parts[: odd[-1] + 1])), *self.parts[odd[-1] + 1 :]
+            )
+        )
+
+
+# TensorStore takes "\\" for "/", and only UTF-8; Orbax takes "gs:" for a bucket's.
+_NEEDS_ALIAS = re.compile(r"\\|gs:$|[\ud800-\udfff]")
+_ALIASES = "/proc/self/fd"
+_open_folders: dict[tuple[int, int], int] = {}
+
+
+def _alias(folder: str) -> str:
+    """Another name of an existing folder, good while this process lives."""
+    found = os.stat(folder)
+    which = found.st_dev, found.st_ino
+    if which not in _open_folders:
+        _open_folders[which] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    return f"{_ALIASES}/{_open_folders[which]}"
+
+
+def locate(directory: str | os.PathLike[str]) -> epath.Path:
+    """The directory as an absolute path, whatever its name; or a bucket's (`gs://…`).
+
+    Raises:
+        ValueError: a name that Python or TensorStore cannot pass to the system.
+    """
+    name = os.fspath(directory)
+    if scheme := re.match(r"\w[\w+.-]*://", name):
+        try:
+            return _Path(epath.Path(name))
+        except KeyError as error:
+            raise ValueError(
+                f"{name} begins with {scheme[0]}; expected a folder, or a bucket such "
+                f"as gs://…"
+            ) from error
+    # Across a link, ".." is not the folder before it.
+    dots = os.pardir in pathlib.PurePath(name).parts
+    absolute = os.path.realpath(name) if dots else os.path.abspath(name)
+    try:
+        os.fsencode(absolute)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{absolute!a} cannot be named in this locale, whose encoding is "
+            f"{sys.getfilesystemencoding()}. Set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
+        ) from error
+    path = _Path(absolute)
+    if os.fspath(path) != absolute:
+        raise ValueError(
+            f"{absolute} would be taken for {path}. Use a folder with another name."
+        )
+    if any(map(_NEEDS_ALIAS.search, path.parts)) and not os.path.isdir(_ALIASES):
+        raise ValueError(
+            f"{absolute!a} has a backslash, an end in gs:, or bytes that are not "
+            f"UTF-8; TensorStore cannot open that. Use a folder with another name."
+        )
+    return path
+
+
+def step_folder(directory: epath.Path, step: int) -> epath.Path:
+    """The folder of one checkpoint."""
+    return directory / f"{step:08d}"
+
+
+def names(directory: epath.Path, pattern: str = "*") -> list[str]:
+    """The names in the directory that match, in order; none if it does not exist."""
+    return [path.name for path in directory.glob(pattern)]
+
+
+def unfinished(directory: epath.Path) -> list[str]:
+    """The names of saves that a killed process has left."""
+    return names(directory, f"*{_UNFINISHED}*")
+
+
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+def is_dropped(folder: epath.Path, patience: float = 1.0) -> bool:
+    """Whether a training run has dropped a checkpoint, or does so just now.
+
+    It drops no newest one. `patience` is the time in seconds after which a folder that
+    does not change is taken to stay.
+    """
+    seen, since = None, time.monotonic()
+    while folder.exists():
+        if max(names(folder.parent, "[0-9]" * 8), default="") == folder.name:
+            return False
+        now = sorted(
+            f"{root}/{name}" for root, _, files in folder.walk() for name in files
+        )
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > patience:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# --- Opening and writing --------------------------------------------------------------
+
+
+def open_for_reading(directory: epath.Path) -> ocp.CheckpointManager:
+    """Opens without the clean-up that would delete what a run is writing just now."""
+    return _open(directory, read_only=True)
+
+
+def open_for_writing(
+    directory: epath.Path,
+    *,
+    keep_latest: int,
+    keep_every_steps: int | None,
+    keep_also: Callable[[Sequence[int]], Sequence[bool]],
+    saving: Callable[[], int],
+) -> ocp.CheckpointManager:
+    """Opens a directory, which is made, and removes unfinished saves from it.
+
+    Args:
+        directory: of `locate`.
+        keep_latest: number of the newest checkpoints that are kept.
+        keep_every_steps: checkpoints at multiples of it are kept for ever.
+        keep_also: steps → which of them are kept besides.
+        saving: the step that is being saved.
+    """
+    policies = ocp.checkpoint_managers
+    keep: list[Any] = [policies.LatestN(keep_latest), _KeepAlso(keep_also)]
+    if keep_every_steps is not None:
+        keep.append(policies.EveryNSteps(keep_every_steps))
+    return _open(
+        directory,
+        cleanup_tmp_directories=True,
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        async_options=ocp.AsyncOptions(
+            post_finalization_callback=lambda: _record_files(directory, saving())
+        ),
+    )
+
+
+class _KeepAlso:
+    """Orbax's preservation policy by a function of ours.
+
+    Orbax keeps its own metrics in a file that, damaged, stops the manager from opening.
+    """
+
+    def __init__(self, keep: Callable[[Sequence[int]], Sequence[bool]]):
+        self._keep = keep
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        return self._keep([info.step for info in checkpoints])
+
+
+def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
+    _silence_orbax()
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(step_format_fixed_length=8, **options),
+    )
+
+
+def start_saving(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: PyTree,
+    fingerprints: Mapping[str, int],
+    metrics: Mapping[str, float],
+) -> None:
+    """Saves in the background; on return the buffers of `state` may be donated."""
+    description = {
+        "step": step,
+        "arrays": describe(state),
+        "fingerprints": fingerprints,
+        "metrics": metrics,
+    }
+    items = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(_sealed(description))
+    )
+    # `force`: it is decided, and Orbax's own decision would be a silent one.
+    manager.save(step, args=items, force=True)
+
+
+_FILES = "meta/files"
+
+
+def _record_files(directory: epath.Path, step: int) -> None:
+    """Notes checksums of what Orbax wrote about the arrays, before it names the folder.
+
+    TensorStore checks its own files; nobody checks these.
+    """
+    if jax.process_index() > 0:
+        return
+    folder = step_folder(directory, step)  # on a bucket it has its name at once
+    [*written] = directory.glob(f"{folder.name}{_UNFINISHED}*")
+    folder = written[0] if written else folder
+    checksums = {
+        f"{path.relative_to(folder)}": zlib.crc32(path.read_bytes())
+        for pattern in ("state/*", "state/array_metadatas/*")
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
+    (folder / _FILES).write_text(json.dumps(_sealed({"files": checksums})))
+
+
+def _changed_files(folder: epath.Path) -> list[str]:
+    """What differs from the record of `_record_files`, if there is one."""
+    if not (folder / _FILES).exists():
+        return []
+    try:
+        checksums = _unsealed(folder / _FILES)["files"]
+    except DamagedError as damage:
+        return [str(damage)]
+    return [
+        f"{name} {'changed' if (folder / name).is_file() else 'is missing'}"
+        for name, checksum in checksums.items()
+        if not (folder / name).is_file()
+        or zlib.crc32((folder / name).read_bytes()) != checksum
+    ]
+
+
+# --- Reading --------------------------------------------------------------------------
+
+
+def read(
+    manager: ocp.CheckpointManager, step: int, target: PyTree, subtree: str = ""
+) -> PyTree:
+    """One checkpoint, or a subtree of it, verified.
+
+    Args:
+        manager: of `open_for_…`.
+        step: of the checkpoint.
+        target: a tree of `jax.ShapeDtypeStruct` with shardings; None for NumPy arrays.
+        subtree: the name of a branch of the state, which alone is read.
+
+    Raises:
+        DamagedError: it is not what was saved.
+        ValueError: it holds another model, or another step.
+    """
+    folder = step_folder(epath.Path(manager.directory), step)
+    with _errors_named(folder):
+        description = _read_description(folder)
+        if not (folder / "state").is_dir():
+            raise FileNotFoundError(f"{folder / 'state'} is missing")
+    _check_step(folder, step, description)
+    saved, prints = (
+        _below(subtree, description[key]) for key in ("arrays", "fingerprints")
+    )
+    on_host = target is None
+    if on_host:
+        shapes = {name: jax.ShapeDtypeStruct(*array) for name, array in saved.items()}
+        target = unflatten_dict(shapes, sep="/")
+    if different := differences(saved, describe(target)):
+        raise ValueError(
+            f"Checkpoint {step} in {manager.directory} holds another model or "
+            f"optimiser; these arrays differ:\n{different}\nUse the recipe that wrote "
+            f"it, or another directory."
+        )
+    item = {subtree: target} if subtree else target
+    restore_args = (
+        jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        if on_host
+        else ocp.checkpoint_utils.construct_restore_args(item)
+    )
+    args = ocp.args.PyTreeRestore(
+        item, restore_args=restore_args, partial_restore=bool(subtree)
+    )
+    with _errors_named(folder):
+        state = manager.restore(step, args=ocp.args.Composite(state=args)).state
+        state = state[subtree] if subtree else state
+    # A partial restore leaves what it does not find as it was, without a word.
+    array = np.ndarray if on_host else jax.Array
+    if missing := [n for n, x in leaves(state) if not isinstance(x, array)]:
+        raise DamagedError(f"it lacks {missing}", agreed=True)
+    found = fingerprint(state)
+    if wrong := sorted(name for name in found if found[name] != prints[name]):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise DamagedError(f"wrong bits in {wrong[:3]}{more}", agreed=True)
+    return state
+
+
+def _check_step(folder: epath.Path, step: int, description: Mapping[str, Any]) -> None:
+    held = description.get("step")
+    if held == step:
+        return
+    if held is None:  # written before steps were noted; a state may have its own
+        shape, dtype = description["arrays"].get("step", (None, None))
+        if shape != [] or not dtype.startswith(("int", "uint")):
+            return
+        expected = fingerprint({"step": jnp.asarray(step, dtype)})
+        if expected["step"] == description["fingerprints"]["step"]:
+            return
+    raise ValueError(
+        f"{folder} holds {'another step' if held is None else f'step {held}'}, not "
+        f"step {step}: it was renamed or copied. Give it the name of its step "
+        f"({'eight digits' if held is None else f'{held:08d}'}), or move it away."
+    )
+
+
+def read_metrics(folder: epath.Path) -> dict[str, float]:
+    """The metrics of one checkpoint; DamagedError if they cannot be read."""
+    with _errors_named(folder):
+        return _read_description(folder)["metrics"] | _read_added_metrics(folder)
+
+
+def add_metrics(folder: epath.Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes metrics beside the description; OSError if they cannot be written."""
+    try:
+        before = _read_added_metrics(folder)
+    except DamagedError as damage:
+        logger.error("Checkpoint %d: %s; they are replaced", step, damage)
+        before = {}
+    record = {"step": step, "metrics": {**before, **metrics}}
+    _write_durably(folder / _ADDED, json.dumps(_sealed(record)))
+
+
+_ADDED = "added_metrics.json"
+
+
+def _read_added_metrics(folder: epath.Path) -> dict[str, float]:
+    path = folder / _ADDED
+    return _unsealed(path)["metrics"] if path.exists() else {}
+
+
+def _read_description(folder: epath.Path) -> dict[str, Any]:
+    return _unsealed(folder / "meta" / "metadata")
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its own checksum: a changed shape passes for no other model."""
+    return {**record, "checksum": _checksum(record)}
+
+
+def _unsealed(path: epath.Path) -> dict[str, Any]:
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        record = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
+        raise DamagedError(f"{where} is no JSON: {brief(error)}") from error
+    if isinstance(record, dict) and record.pop("checksum", None) == _checksum(record):
+        return record
+    raise DamagedError(f"wrong bits in {where}")
+
+
+def _checksum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _write_durably(path: epath.Path, text: str) -> None:
+    """Whole or not at all, also if the machine loses power."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            if hasattr(file, "fileno"):  # not on a bucket
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _below(subtree: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    start = f"{subtree}/" if subtree else ""
+    return {n.removeprefix(start): v for n, v in named.items() if n.startswith(start)}
+
+
+# --- What is damage -------------------------------------------------------------------
+
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# TensorStore raises ValueError with a status: wrong checksum, missing file, cut file,
+# file of another size. "Error decoding" stands for bytes that do not unpack.
+_DAMAGED = re.compile("(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION): ")
+
+
+def _shows_damage(error: BaseException, folder: epath.Path) -> bool:
+    if type(error) is Exception:  # Orbax's wrapper
+        cause = error.__cause__ or error.__context__
+        return cause is not None and _shows_damage(cause, folder)
+    if isinstance(error, _MISSING):
+        return folder.name in str(error)
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return True
+    said = str(error)
+    return type(error) is ValueError and (
+        _DAMAGED.match(said) is not None or "Error decoding" in said
+    )
+
+
+@contextlib.contextmanager
+def _errors_named(folder: epath.Path) -> Iterator[None]:
+    """Turns what shows damage into a DamagedError, and says where any other arose."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except Exception as error:
+        try:
+            changed = _changed_files(folder)
+            if not changed and _shows_damage(error, folder):
+                _list_all(folder)
+                changed = [brief(error)]
+        except OSError as trouble:  # what Orbax reports as missing may be forbidden
+            if not isinstance(trouble, _MISSING):
+                raise trouble from error
+            changed = [brief(error)]
+        if changed:
+            raise DamagedError("; ".join(changed[:3])) from error
+        error.add_note(
+            f"While {folder} was read; nothing was changed there. If another "
+            f"checkpoint can be read, move this one away."
+        )
+        raise
+
+
+def _list_all(folder: epath.Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            _list_all(path)
+
+
+def brief(error: BaseException) -> str:
+    """Its type and first line, without TensorStore's pages of specifications."""
+    line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec=")[0]
+    if len(line) > 240:
+        line = f"{line[:80]} … {line[-150:]}"
+    return f"{type(error).__name__}: {line}"
+
+
+# --- What Orbax says below an error ---------------------------------------------------
+
+
+def _silence_orbax() -> None:
+    """Drops what Orbax says below an error, and nobody else's lines.
+
+    It logs some hundred lines per save to absl's logger, and a page for each error;
+    absl's verbosity is left alone because under `app.run` it is the root logger's,
+    where our own lines pass. After a read or write that failed, the others fail too,
+    unheard, at some later time: each would print another page.
+    """
+    logging.getLogger("absl").addFilter(_is_not_chatter)
+    logging.getLogger("asyncio").addFilter(_is_not_late)
+    hook = sys.unraisablehook
+    if getattr(hook, "without_orbax", False):
+        return
+
+    def without_orbax(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        orbax = code is not None and _ORBAX in code.co_filename
+        # TensorStore's threads name no object.
+        late = str(unraisable.exc_value) == "Event loop is closed"
+        if not (orbax or (late and unraisable.object is None)):
+            hook(unraisable)
+
+    without_orbax.without_orbax = True  # type: ignore[attr-defined]
+    sys.unraisablehook = without_orbax
+
+
+_ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
+
+
+def _is_not_chatter(record: logging.LogRecord) -> bool:
+    if _ORBAX not in record.pathname:
+        return True
+    # What else it logs as an error it raises, too. A removal that the end of the
+    # program overtakes is done by the next start.
+    said = record.getMessage()
+    if "Failed to remove" not in said or "cannot schedule new futures" in said:
+        return False
+    error = record.exc_info and record.exc_info[1]
+    record.msg = f"{said}: {brief(error)}" if error else said
+    record.args = record.exc_info = None
+    return True
+
+
+def _is_not_late(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return "never retrieved" not in said or not (_ORBAX in said or "OCDBT" in said)

@@ -1,0 +1,146 @@
+"""One process at a time trains in a run's folder."""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mlp_mixer import ownership, runs
+
+
+def contents(folder):
+    """Every file below the folder, with what is in it."""
+    files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files}
+
+
+def without_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_locks"),
+    [("run", True), ("lr=[0.1] ü*", True), ("a\\b?", True), ("lr=[0.1] ü*", False)],
+)
+def test_a_second_owner_is_told_of_the_first_and_changes_nothing(
+    tmp_path, monkeypatch, name, has_locks
+):
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", without_locks)
+        monkeypatch.setattr(os, "getpid", lambda: 1)  # a process that is alive
+    with ownership.owned(tmp_path / name):
+        if not has_locks:
+            monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
+        before = contents(tmp_path)
+        with (
+            pytest.raises(ownership.OwnedError) as caught,
+            ownership.owned(tmp_path / name),
+        ):
+            pass
+        assert contents(tmp_path) == before
+    said = str(caught.value)
+    assert str(tmp_path / name) in said
+    assert f"on {socket.gethostname()}, since 20" in said
+    assert "pytest" in said
+    assert "--workdir" in said
+    assert "--distributed" not in said
+    assert ("remove" in said) == (not has_locks)
+    with ownership.owned(tmp_path / name):  # free again
+        pass
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_of_one_job_are_told_how_to_be_one_run(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    with ownership.owned(tmp_path):
+        with (
+            pytest.raises(ownership.OwnedError, match="--distributed=auto"),
+            ownership.owned(tmp_path),
+        ):
+            pass
+        monkeypatch.setenv(variable, "1")
+        with (
+            pytest.raises(ownership.OwnedError) as caught,
+            ownership.owned(tmp_path),
+        ):
+            pass
+        assert "--distributed" not in str(caught.value)
+
+
+OWNER = """
+import os, sys, time
+from mlp_mixer import ownership
+with ownership.owned(sys.argv[1]):
+    child = 0 if sys.argv[2] == "alone" else os.fork()
+    if sys.argv[2] == "alone" or child:
+        print("owns", child, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("company", ["alone", "forked"])
+def test_a_killed_owner_owns_nothing_and_neither_do_its_children(tmp_path, company):
+    owner = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", OWNER, tmp_path, company],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert owner.stdout is not None
+    _, child = owner.stdout.readline().split()
+    with (
+        pytest.raises(ownership.OwnedError, match=f"process {owner.pid} on"),
+        ownership.owned(tmp_path),
+    ):
+        pass
+    owner.kill()
+    owner.wait()
+    with ownership.owned(tmp_path):
+        pass
+    if int(child):
+        os.kill(int(child), signal.SIGKILL)  # it was there until now
+    owner.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("there", "is_taken"),
+    [
+        ({"host": "elsewhere", "process": 7}, True),
+        ({"host": socket.gethostname(), "process": 1}, True),
+        ({"host": socket.gethostname(), "process": 2**22 + 1}, False),
+        ({"host": socket.gethostname(), "process": "odd"}, True),
+        (["odd"], False),
+    ],
+)
+def test_without_locks_a_file_owns_until_its_process_is_known_to_be_gone(
+    tmp_path, monkeypatch, there, is_taken
+):
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    path = tmp_path / ownership.FILE
+    path.write_text(json.dumps(there))
+    if is_taken:
+        with (
+            pytest.raises(ownership.OwnedError, match=r"remove .*owner\.json"),
+            ownership.owned(tmp_path),
+        ):
+            pass
+        assert json.loads(path.read_text()) == there
+    else:
+        with ownership.owned(tmp_path):
+            assert json.loads(path.read_text())["process"] == os.getpid()
+        assert not path.exists()
+
+
+def test_weights_are_not_written_into_a_run_that_begins(weights, tmp_path):
+    with ownership.owned(tmp_path), pytest.raises(ownership.OwnedError):
+        runs.write(weights, tmp_path)
+    assert contents(tmp_path) == {}
+    runs.write(weights, tmp_path)
+    assert runs.open_run(tmp_path).step == 0
