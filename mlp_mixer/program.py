@@ -18,6 +18,9 @@ from ml_collections.config_flags import tuple_parser
 
 from mlp_mixer import errors, metrics, processes, recipe
 
+# --help lists what is defined here as the program's that asked for it.
+flags.disclaim_key_flags()
+
 # How long one of several processes waits for the others, as in JAX.
 WAIT_SECONDS = 300.0
 

@@ -282,6 +282,7 @@ def test_none_is_taken_where_it_may_be_and_refused_by_name_elsewhere(tiny, name)
         ("optim.clip_norm=2", 2.0),
         ("total_steps=0x10", 16),
         ("input.flip=false", False),
+        ("input.flip", True),
     ],
 )
 def test_values_are_read_as_they_are_written(tiny, word, value):

@@ -417,6 +417,7 @@ def test_a_tilde_is_the_home_folder_in_flags_and_arguments(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     values = flags.FlagValues()
     program_module.define_path("out", "~/default", "A path.", flag_values=values)
+    assert values.find_module_defining_flag("out") == __name__  # so --help lists it
     assert values(["program"]) == ["program"]
     assert values["out"].value == "/home/me/default"
     values(["program", "--out=~/x/~"])
