@@ -153,7 +153,14 @@ def _typed(array: np.ndarray) -> np.ndarray:
 def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
     """{name in our tree: array} of either layout, with or without prefix."""
     prefix = _prefix(arrays)
-    inner = {name.removeprefix(prefix): x for name, x in arrays.items()}
+    inner: Flat = {}
+    for name, array in arrays.items():
+        bare = name.removeprefix(prefix)
+        if bare in inner:
+            raise ValueError(
+                f"{path} has two arrays for {brief(bare)}, one of them with {prefix!r}."
+            )
+        inner[bare] = array
     if not any(re.match("(Mixer|embedding)/", name) for name in inner):
         return inner
     norms = _norms(inner)

@@ -999,6 +999,16 @@ def test_only_floats_are_parameters(weights, tmp_path):
             pretrained.read(tmp_path / "w.npz")
 
 
+@pytest.mark.parametrize("stray", ["params/stem/bias", "opt/target/stem/bias"])
+def test_an_array_with_and_without_a_prefix_is_there_twice(stray, weights, tmp_path):
+    flat = dict(leaves(weights.params))
+    other = {stray: np.ones(8, np.float32)}
+    for arrays in (flat | other, other | flat):
+        np.savez(tmp_path / "w.npz", **arrays)
+        with pytest.raises(ValueError, match=r"w\.npz has two arrays for stem/bias"):
+            pretrained.read(tmp_path / "w.npz")
+
+
 def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
     arrays = timm.theirs(dict(leaves(weights.params)))
     arrays["model.stem.proj.bias"] = np.zeros(8, np.float32)
