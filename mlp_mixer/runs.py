@@ -339,8 +339,10 @@ def training_data(
     Raises:
       ValueError: as `check`; or the run has other classes.
     """
-    _check_recipe(config, workdir, data, accept_changed_data)
     names = trained_classes(workdir)
+    # Where both have names, those say better than their number which classes differ.
+    named = ("dataset.num_classes",) if names and source.class_names else ()
+    _check_recipe(config, workdir, data, accept_changed_data, may_change=named)
     if names is not None:
         sides = _sides(config, workdir)
         source = sources.with_classes(source, names, len(names), **sides)
@@ -353,6 +355,7 @@ def _check_recipe(
     workdir: epath.PathLike,
     data: dict[str, Any] | None,
     accept_changed_data: bool,
+    may_change: Sequence[str] = (),
 ) -> None:
     folder = epath.Path(workdir)
     path = folder / "config.json"
@@ -364,10 +367,10 @@ def _check_recipe(
             "which recipe. Bring it back, or choose another --workdir."
         )
     history.check(workdir, load(workdir).checkpoint.every_steps)
-    may_change: Sequence[str] = MAY_CHANGE
+    may_change = (*MAY_CHANGE, *may_change)
     if accept_changed_data or (data is not None and _recorded_data(folder)):
         # The fingerprints say it better: of each class, or each shard.
-        may_change = (*MAY_CHANGE, "dataset.num_examples")
+        may_change = (*may_change, "dataset.num_examples")
     if differing := differences(
         to_json(recipe.read(path)), to_json(config), may_change
     ):

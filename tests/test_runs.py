@@ -114,6 +114,21 @@ def test_a_run_does_not_go_on_with_other_classes(change, accepted, run):
     assert said(folder) == before
 
 
+def test_one_class_more_is_named_and_not_only_counted(root, tmp_path):
+    config, folder, images = load(root, "digits"), tmp_path / "run", tmp_path / "images"
+    for count, names in ((3, ("ant", "bee", "cat")), (4, ("dog",))):
+        name = coloured.write_folder(images, names)
+        config.dataset.num_classes = count
+        if count == 3:
+            resumed(config, folder, name)
+            begun(folder)
+    with pytest.raises(ValueError, match=r"(?s)Only .*'dog'"):
+        resumed(config, folder, name)
+    config.optim.learning_rate = 0.5  # another recipe is said first
+    with pytest.raises(ValueError, match=r"another recipe:\n  optim\.learning_rate"):
+        resumed(config, folder, name)
+
+
 @pytest.mark.parametrize("names", [("cat", "ant", "bee"), ("0", "1", "2"), None])
 def test_the_names_of_a_run_that_has_begun_are_not_written_again(names, run):
     config, folder, _ = run
@@ -124,6 +139,7 @@ def test_the_names_of_a_run_that_has_begun_are_not_written_again(names, run):
 def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
     config, folder, images = run
     shutil.rmtree(folder / "checkpoints")
+    (folder / "saved.json").unlink()
     rename_a_class(images)
     resumed(config, folder, f"folder:{images}")
     assert runs.load_class_names(folder) == ["ant", "cat", "cow"]
