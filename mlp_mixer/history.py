@@ -101,5 +101,8 @@ class Saved:
     def _write(self) -> None:
         # Whole or not at all, also if the process is killed here.
         partial = self._path.with_name(f".{FILE}.{uuid.uuid4().hex}")
-        partial.write_text(json.dumps({"saved": self._step}) + "\n")
-        partial.replace(self._path)
+        try:
+            partial.write_text(json.dumps({"saved": self._step}) + "\n")
+            partial.replace(self._path)
+        except OSError as error:  # of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, str(self._path)) from error

@@ -4,7 +4,7 @@
 
 The same command again resumes the run, on any number of devices. A run lives in one
 folder (`runs/<recipe>` by default): config.json, class_names.json, data.json,
-metrics.jsonl, tensorboard/, checkpoints/.
+metrics.jsonl, saved.json, tensorboard/, checkpoints/; owner.json while it trains.
 """
 
 import functools
