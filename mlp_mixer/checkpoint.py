@@ -106,8 +106,13 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as late:
+            if error is None:
+                raise
+            logger.error("%s", late)  # what came first is what ends the run
 
     def close(self) -> None:
         """Waits for the unfinished save and gives the signal handlers back.
