@@ -107,11 +107,14 @@ def evaluate(
     for name, chosen in fewshot.choose_l2(results).items():
         results[name] |= chosen
     if evals and jax.process_index() == 0:
-        table = _write(epath.Path(workdir), run, evals, results)
-        if shown:
-            _draw(epath.Path(workdir), run, *shown)
-        # Last, since stdout may fail.
-        metrics.table(*table)
+        table = _table(workdir, run, evals, results)
+        try:
+            _write(workdir, run, evals, results, table)
+            if shown:
+                _draw(workdir, run, *shown)
+        finally:
+            # Also where the folder cannot be written; last, since stdout may fail.
+            metrics.table(*table)
     if missing:
         raise FileNotFoundError(
             "\n".join(f"{name} was not evaluated: {m}" for name, m in missing.items())
@@ -148,35 +151,49 @@ def _draw(
         logger.info("Wrote %s.", path)
 
 
-def _write(
+def _table(
     folder: epath.Path, run: runs.Run, evals: dict[str, Any], results: dict[str, dict]
 ) -> tuple[str, list[str], list[list[str]]]:
-    """Writes evaluate.json and evaluate.md, and returns the table for the terminal."""
-    seen = {k: {"data": e.data, "preprocess": e.preprocess} for k, e in evals.items()}
-    image_size, model = list(run.config.model.image_size), run.config.model.name
+    """Title, columns and rows, for people.
+
+    Evaluators are side by side: few of them, and many metrics. A sweep's hundred values
+    are for evaluate.json; the one that was chosen is here.
+    """
+    found = dict.fromkeys(k for r in results.values() for k in r if "_l2_" not in k)
+    rows = [
+        *(
+            [field, *(getattr(evals[k], field) for k in results)]
+            for field in ("data", "preprocess")
+        ),
+        *([m, *(_said(m, r.get(m)) for r in results.values())] for m in found),
+    ]
+    size = " × ".join(map(str, run.config.model.image_size))
+    title = f"{folder} at step {run.step}: {run.config.model.name}, {size}"
+    return title, ["", *results], rows
+
+
+def _write(
+    folder: epath.Path,
+    run: runs.Run,
+    evals: dict[str, Any],
+    results: dict[str, dict],
+    table: tuple[str, list[str], list[list[str]]],
+) -> None:
+    """Writes evaluate.json and evaluate.md."""
     said = {
         "workdir": str(folder),
         "step": run.step,
-        "model": model,
-        "image_size": image_size,
-        "evaluators": seen,
+        "model": run.config.model.name,
+        "image_size": list(run.config.model.image_size),
+        "evaluators": {
+            k: {"data": e.data, "preprocess": e.preprocess} for k, e in evals.items()
+        },
         "results": results,
     }
     (folder / "evaluate.json").write_text(
         json.dumps(said, indent=2) + "\n", encoding="utf-8"
     )
-    # Evaluators side by side: few of them, and many metrics. A sweep's hundred values
-    # are for evaluate.json; the one that was chosen is here.
-    found = dict.fromkeys(k for r in results.values() for k in r if "_l2_" not in k)
-    columns = ["", *results]
-    rows = [
-        *(
-            [field, *(seen[k][field] for k in results)]
-            for field in ("data", "preprocess")
-        ),
-        *([m, *(_said(m, r.get(m)) for r in results.values())] for m in found),
-    ]
-    title = f"{folder} at step {run.step}: {model}, {' × '.join(map(str, image_size))}"
+    title, columns, rows = table
     head, *body = ([*map(text.markdown, row)] for row in (columns, *rows))
     lines = [head, ["---", *["---:"] * len(results)], *body]
     cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -184,7 +201,6 @@ def _write(
         f"# {text.markdown(title)}\n\n{cells}\n", encoding="utf-8"
     )
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
-    return title, columns, rows
 
 
 def _said(metric: str, value: float | int | None) -> str:

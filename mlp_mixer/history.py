@@ -15,8 +15,10 @@ from mlp_mixer import files, metrics
 
 FILE = "saved.json"
 _REMOVE = "If the checkpoints are there, remove it; it is written anew."
-# Whole, unfinished and damaged ones; a disk of its own also has a lost+found.
+# Whole, unfinished, damaged and renamed ones; a disk of its own also has a lost+found.
 _CHECKPOINT = re.compile(r"\d|damaged-")
+# What a start restores, or says that it is damaged.
+_TO_RESTORE = re.compile(r"\d{8,}$|damaged-")
 
 
 def has_begun(workdir: epath.PathLike) -> bool:
@@ -40,22 +42,25 @@ def check(workdir: epath.PathLike, every_steps: int) -> None:
       FileNotFoundError: its checkpoints are gone.
     """
     found = checkpoints(workdir)
-    unfinished = [name for name in found if ".orbax-checkpoint-tmp" in name]
-    if len(unfinished) < len(found):
+    if any(map(_TO_RESTORE.match, found)):
         return  # also if they are damaged: the place is the right one
     step = _saved(workdir)
     if step is None:
-        if unfinished or (epath.Path(workdir) / FILE).exists():
+        if (
+            any(".orbax-checkpoint-tmp" in name for name in found)
+            or (epath.Path(workdir) / FILE).exists()
+        ):
             return
         # Runs of old have no note, but the records tell when the first save was due.
         if max((r["step"] for r in metrics.read(workdir)), default=0) <= every_steps:
             return
         step = every_steps
+    there = f"has only {found[:10]}" if found else "is missing or empty"
     raise FileNotFoundError(
         f"The checkpoints of the run in {workdir} are gone: step {step} was saved, and "
-        "checkpoints/ is missing or empty. Is its disk mounted? Bring them back, or "
-        "choose another --workdir. To begin again at step 0, remove metrics.jsonl and "
-        f"{FILE} there."
+        f"checkpoints/ {there}. Is its disk mounted? Bring them back, each under its "
+        "step's name of eight digits, or choose another --workdir. To begin again at "
+        f"step 0, remove metrics.jsonl and {FILE} there."
     )
 
 

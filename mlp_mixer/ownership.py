@@ -8,6 +8,7 @@ is taken, and remains if its process is killed.
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,15 +40,19 @@ _locked: set[int] = set()  # descriptors
 
 
 class OwnedError(RuntimeError):
-    """Another process trains in the folder."""
+    """Another process trains in the folder, or it is not there any more."""
 
 
 @contextlib.contextmanager
-def owned(workdir: epath.PathLike) -> Iterator[None]:
+def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     """Owns the folder, which is made if there is none, until the end of the block.
 
     In a run of several processes the first one owns it for all, and every process has
     to see that in its own `workdir`.
+
+    Yields:
+      `check()`, to be called before writing: an OwnedError if the folder was removed,
+      renamed or taken meanwhile.
 
     Raises:
       OwnedError: another process owns it; says which.
@@ -69,7 +74,21 @@ def owned(workdir: epath.PathLike) -> Iterator[None]:
         with processes.together():
             if jax.process_index() > 0:
                 _check_seen(path, owner)
-        yield
+        yield functools.partial(_check_kept, path, owner["token"])
+
+
+def _check_kept(path: epath.Path, token: str) -> None:
+    """What is written by name would make the folder again, or go into another run."""
+    if jax.process_index() > 0:
+        return
+    if path.exists() and _read(path).get("token", token) == token:
+        return
+    now = "another process's" if path.exists() else "gone"
+    raise OwnedError(
+        f"{path.parent} is not this run's any more: its {FILE} is {now}, so the folder "
+        "was removed, renamed or taken while this run was training. Nothing more is "
+        "written there. Start again where the run is now."
+    )
 
 
 def _check_seen(path: epath.Path, owner: dict[str, Any]) -> None:

@@ -212,18 +212,19 @@ def claimed(
     data: dict[str, Any] | None = None,
     *,
     accept_changed_data: bool = False,
-) -> Iterator[Callable[[int | None], None]]:
+) -> Iterator[tuple[Callable[[int | None], None], Callable[[], None]]]:
     """Owns the folder of a run until the end of the block, and claims it, see `claim`.
 
     Yields:
-      `note_saved(step)`, to be called with the newest step that is saved.
+      `note_saved(step)`, to be called with the newest step that is saved; and
+      `check_owned()`, to be called before a save, see `ownership.owned`.
 
     Raises:
       OwnedError: another process trains there.
       FileNotFoundError: a part of the run there is missing.
       ValueError: another recipe's run, or the processes see different folders.
     """
-    with ownership.owned(workdir):
+    with ownership.owned(workdir) as check_owned:
         saved = None
         with processes.together():
             if jax.process_index() == 0:
@@ -234,7 +235,7 @@ def claimed(
                     data,
                     accept_changed_data=accept_changed_data,
                 )
-        yield saved.note if saved else lambda _: None
+        yield saved.note if saved else lambda _: None, check_owned
 
 
 def claim(

@@ -94,7 +94,10 @@ def train(
     runs.check_agreement(config, data, evals)
 
     with (
-        runs.claimed(config, workdir, source.class_names, data, **accept) as note_saved,
+        runs.claimed(config, workdir, source.class_names, data, **accept) as (
+            note_saved,
+            check_owned,
+        ),
         checkpoint.Checkpointer(
             f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
         ) as checkpointer,
@@ -187,6 +190,7 @@ def train(
                     if last or stopping or checkpointer.due(step):
                         # A state that is not finite must not become a checkpoint.
                         writer.flush()
+                        check_owned()
                         checkpointer.save(step, state, results, force=last or stopping)
                 note_saved(checkpointer.complete_step())
                 if stopping:

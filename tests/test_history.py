@@ -42,6 +42,8 @@ SAVED = [
 NOTHING_IN_IT = [
     {"saved": 8, "checkpoints": [UNFINISHED]},
     {"saved": 8, "checkpoints": ["lost+found"]},
+    {"saved": 8, "checkpoints": ["00000004.bak", "00000008_old"]},
+    {"last_record": 9, "saved": None, "checkpoints": ["8"]},
 ]
 
 

@@ -1,10 +1,12 @@
 """One process at a time trains in a run's folder."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,6 +57,25 @@ def test_a_second_owner_is_told_of_the_first_and_changes_nothing(
     with ownership.owned(tmp_path / name):  # free again
         pass
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("what", ["removed", "renamed", "taken", "its file removed"])
+def test_an_owner_notices_that_its_folder_is_not_its_own_any_more(tmp_path, what):
+    folder = tmp_path / "lr=[0.1] ü*"
+    with contextlib.ExitStack() as second, ownership.owned(folder) as check:
+        check()
+        if what == "its file removed":
+            (folder / ownership.FILE).unlink()
+        else:
+            folder.rename(tmp_path / "aside")
+            if what == "taken":
+                second.enter_context(ownership.owned(folder))
+            elif what == "removed":
+                shutil.rmtree(tmp_path / "aside")
+        before = contents(tmp_path)
+        with pytest.raises(ownership.OwnedError, match="not this run's any more"):
+            check()
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])

@@ -248,6 +248,16 @@ def test_results_are_kept_if_the_picture_cannot_be_drawn(odd_run, caplog, capsys
     assert (workdir / "evaluate.json").exists()
 
 
+def test_results_are_seen_if_they_cannot_be_written(odd_run, capsys):
+    workdir = shutil.copytree(odd_run[0], odd_run[0].with_name("unwritable"))
+    for name in ("evaluate.json", "evaluate.md"):
+        (workdir / name).unlink(missing_ok=True)
+        (workdir / name).mkdir()
+    with pytest.raises(IsADirectoryError, match=r"evaluate\.json"):
+        evaluate.evaluate(workdir)
+    assert "top1" in capsys.readouterr().out
+
+
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 

@@ -16,6 +16,7 @@ from mlp_mixer import (
     checkpoint,
     metrics,
     optim,
+    ownership,
     pretrained,
     recipe,
     runs,
@@ -181,6 +182,26 @@ def test_of_two_trainings_started_at_once_one_trains_and_the_other_ends(
     assert len(refusal.strip().splitlines()) <= 3
     trained = [r["step"] for r in metrics.read(run) if "train/loss" in r]
     assert trained == list(range(1, 61))
+
+
+def test_a_run_whose_folder_is_renamed_ends_and_makes_no_second_one(
+    tiny, tmp_path, monkeypatch
+):
+    run, renamed = tmp_path / "run", tmp_path / "renamed"
+    ask = checkpoint.Checkpointer.stop_requested
+
+    def asked(self, step):
+        if step == 10 and not renamed.exists():
+            self.wait()
+            run.rename(renamed)
+        return ask(self, step)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "stop_requested", asked)
+    with pytest.raises(ownership.OwnedError, match="not this run's any more"):
+        train.train(tiny, str(run))
+    assert not run.exists()
+    train.train(tiny, str(renamed))
+    assert sorted(os.listdir(renamed / "checkpoints")) == ["00000008", "00000012"]
 
 
 def test_a_finished_run_is_left_as_it_is(tiny, straight):
