@@ -390,7 +390,7 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
 def test_a_path_is_a_path(name, tmp_path, monkeypatch, caplog):
     """Whatever a folder's own name, relative and absolute: nothing is a pattern."""
     monkeypatch.chdir(tmp_path)
