@@ -448,8 +448,14 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     Raises:
       FileExistsError: there is a run, or something else.
       OwnedError: another process writes there.
+      ValueError: they are not finite; a run's checkpoints are.
     """
     _check_empty(epath.Path(workdir))
+    if broken := pretrained.not_finite(weights.params):
+        raise ValueError(
+            f"{weights.called} cannot become a run, whose checkpoints are finite; "
+            f"these arrays are not:\n{listed(list(broken))}"
+        )
     size = pretrained.check(weights)
     fields = pretrained.geometry(weights.params)
     config = recipe.base()

@@ -9,6 +9,7 @@ metrics.jsonl, saved.json, tensorboard/, checkpoints/; owner.json while it train
 
 import functools
 import logging
+import math
 import sys
 
 import jax
@@ -73,6 +74,7 @@ def train(
         more_is_better = best is None or evaluators.more_is_better(
             config.evals.to_dict(), best
         )
+        _say_if_only_the_last_is_measured(config)
         data = sources.fingerprint(source)
         accept = {"accept_changed_data": accept_changed_data}
         source = runs.training_data(source, config, workdir, data, **accept)
@@ -204,6 +206,19 @@ def train(
             else:
                 logger.info("%s is trained to step %d.", workdir, total_steps)
     return state
+
+
+def _say_if_only_the_last_is_measured(config: ConfigDict) -> None:
+    best, saved = config.checkpoint.keep_best, config.checkpoint.every_steps
+    if best is None:
+        return
+    measured = config.evals[best.rpartition("/")[0]].every_steps
+    if math.lcm(saved, measured) >= recipe.total_steps(config) > saved:
+        logger.warning(
+            "No checkpoint but the last can be the best by %s: it is measured every %d "
+            "steps, and a checkpoint is saved every %d.",
+            *(best, measured, saved),
+        )
 
 
 def main(arguments: list[str]) -> None:

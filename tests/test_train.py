@@ -560,6 +560,22 @@ def test_the_best_by_a_metric_is_kept_and_opened(
 
 
 @pytest.mark.parametrize(
+    ("measured", "saved", "is_said"),
+    [(3, 2, True), (4, 3, True), (2, 3, True), (2, 1, False), (1, 3, False)],
+)
+def test_it_is_said_if_no_checkpoint_but_the_last_can_be_the_best(
+    few, tmp_path, caplog, measured, saved, is_said
+):
+    coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
+    few.checkpoint.keep_best = "val/nll"
+    few.evals.val.every_steps, few.checkpoint.every_steps = measured, saved
+    (tmp_path / "run").touch()  # it goes no further
+    with pytest.raises(OSError, match="run"):
+        train.train(few, str(tmp_path / "run"), data_dir=str(tmp_path))
+    assert ("No checkpoint but the last can be the best" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("val/top_1", "try one of val/top1"),

@@ -271,6 +271,16 @@ def test_training_starts_from_the_weights_and_resumes_without_them(
         train.train(tiny, tmp_path / "another")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_become_no_run(weights, tmp_path, value):
+    broken = jax.tree.map(np.array, weights.params)
+    broken["head"]["bias"][1] = value
+    weights = dataclasses.replace(weights, params=broken)
+    with pytest.raises(ValueError, match=r"cannot become a run[^/]*\n  head/bias$"):
+        runs.write(weights, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
     runs.write(weights, tmp_path / "run")
     run = runs.open_run(tmp_path / "run")
