@@ -373,7 +373,7 @@ def restore_params(
     if target is not None:
         _check_target(target)
     folder = orbax_io.locate(directory)
-    if not folder.exists():
+    if not folder.is_dir():
         raise FileNotFoundError(f"There is no directory {folder}.")
     dropped: list[str] = []
     while len(dropped) < 10:
@@ -405,7 +405,8 @@ def _restore_params(
 ) -> tuple[int, PyTree]:
     try:
         manager = orbax_io.open_for_reading(folder)
-    except FileNotFoundError as error:  # it looks at each folder that it has listed
+    except (FileNotFoundError, NotADirectoryError) as error:
+        # It looks at each folder that it has listed, and again whether it is one.
         raise _DroppedError(os.path.basename(error.filename or "?")) from error
     with manager:
         steps = sorted(manager.all_steps(), reverse=True)

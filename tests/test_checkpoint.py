@@ -920,6 +920,23 @@ def test_a_step_or_a_best_one_that_is_dropped_meanwhile_is_told_or_chosen_again(
     assert "readable" not in caplog.text
 
 
+def test_what_is_dropped_while_the_directory_is_opened_is_not_missed(
+    tmp_path, monkeypatch
+):
+    write(tmp_path, 10, 20)
+    is_dir = orbax_io._Path.is_dir
+
+    def dropped_before(path):
+        asks = sys._getframe(1).f_code.co_name  # after it has seen that it exists
+        if asks == "_sanitize_metadata_path" and path.name == "00000010":
+            shutil.rmtree(path)
+        return is_dir(path)
+
+    monkeypatch.setattr(orbax_io._Path, "is_dir", dropped_before)
+    assert restore_params(tmp_path)[0] == 20
+    assert not folder(tmp_path, 10).exists()
+
+
 def test_a_reader_gives_up_where_each_checkpoint_is_dropped(tmp_path, monkeypatch):
     write(tmp_path, 10)
     training_drops(monkeypatch, tmp_path, 1000)
