@@ -17,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from mlp_mixer import models, pretrained, recipe  # noqa: E402
+from mlp_mixer import models, pretrained, recipe, text  # noqa: E402
 
 # And the tests compile the same few programs: each once for the whole session, the
 # programs in other processes included.
@@ -30,6 +30,14 @@ for name, value in CACHE.items():
     jax.config.update(name, value)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test logs may hold names that are no text, which workers cannot send."""
+    report = yield
+    report.sections = [(t, text.printable(s, keep="\n")) for t, s in report.sections]
+    return report
 
 
 @pytest.fixture

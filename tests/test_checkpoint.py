@@ -1051,13 +1051,14 @@ def test_a_save_that_fails_is_an_error_at_the_latest_at(
 def test_a_save_that_fails_at_the_end_covers_no_earlier_error(
     tmp_path, small_files_only, caplog
 ):
-    with (
-        pytest.raises(FloatingPointError, match="loss is nan"),
-        Checkpointer(tmp_path, every_steps=10) as c,
-    ):
-        small_files_only(True)
-        c.save(10, state_at(10))
-        raise FloatingPointError("loss is nan")
+    def training():
+        with Checkpointer(tmp_path, every_steps=10) as c:
+            small_files_only(True)
+            c.save(10, state_at(10))
+            raise FloatingPointError("loss is nan")
+
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        training()
     small_files_only(False)
     assert "Saving step 10" in caplog.text
 
