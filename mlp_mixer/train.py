@@ -204,7 +204,7 @@ def train(
 
 def main(arguments: list[str]) -> None:
     """The command line."""
-    del arguments
+    program.check_no_words(arguments)
     train(
         flags.FLAGS.config,
         flags.FLAGS.workdir or recipe.default_workdir(sys.argv),
