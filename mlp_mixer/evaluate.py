@@ -69,11 +69,15 @@ def evaluate(
     missing = {}
     with processes.together():
         sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
+        if not run.config.evals:
+            raise ValueError(
+                f"The recipe of {workdir} has no evaluators, so nothing says which "
+                "data to evaluate on; `evals` in its config.json would."
+            )
         if not sections:
-            known = ", ".join(run.config.evals) or "it has none"
             raise ValueError(
                 f"No evaluator of the recipe of {workdir} runs by itself; name some "
-                f"with --only ({known})."
+                f"with --only ({', '.join(run.config.evals)})."
             )
         if left := [name for name in run.config.evals if name not in sections]:
             logger.info("Left out: %s (--only=all runs everything).", ", ".join(left))
@@ -215,7 +219,7 @@ def _said(metric: str, value: float | int | None) -> str:
 
 def main(arguments: list[str]) -> None:
     """The command line."""
-    del arguments
+    program.check_no_words(arguments)
     evaluate(
         flags.FLAGS.workdir,
         step=flags.FLAGS.step,

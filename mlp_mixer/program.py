@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from mlp_mixer import errors, metrics, processes, recipe
+from mlp_mixer.text import printable
 
 # --help lists what is defined here as the program's that asked for it.
 flags.disclaim_key_flags()
@@ -81,7 +82,12 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     except Exception as error:
         if (message := errors.message(error, modules)) is None:
             raise
-        sys.exit(message)
+        sys.exit(_said(message))
+
+
+def _said(message: str) -> str:
+    """A message as a terminal shows it: it may name files and fields from outside."""
+    return printable(message, keep="\n\t")
 
 
 def _stdout_has_no_reader() -> bool:
@@ -119,6 +125,20 @@ def path(text: str) -> str:
             f"file of that name is written ./{text}."
         )
     return expanded
+
+
+def check_no_words(arguments: Sequence[str]) -> None:
+    """Passes if nothing is left of a command line that has flags alone.
+
+    Raises:
+      ValueError: a word that is no flag, e.g. since its `--` is missing.
+    """
+    if arguments:
+        raise ValueError(
+            f"{arguments[0]!r} is no flag, and nothing else is expected; a flag is "
+            "written --NAME=VALUE, a list with commas and no blanks, and a field of a "
+            "recipe --config.FIELD=VALUE."
+        )
 
 
 def define_recipe() -> None:
@@ -229,12 +249,14 @@ def wrong_flags_in_one_line() -> Iterator[None]:
         cause = error.__context__
         if cause and errors.message(cause) is None and _is_in(cause, "mlp_mixer"):
             raise cause from None
-        sys.exit(f"{error}\nSee --help for the flags.")
+        sys.exit(_said(f"{error}\nSee --help for the flags."))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if not _is_in(error, "ml_collections") or _is_in(error, "mlp_mixer.recipe"):
             raise
         said = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ". ")
-        sys.exit(f"The recipe has no such field: {said}\nSee --help for the flags.")
+        sys.exit(
+            _said(f"The recipe has no such field: {said}\nSee --help for the flags.")
+        )
 
 
 def _is_in(error: BaseException, package: str) -> bool:

@@ -22,7 +22,7 @@ _UNPRINTABLE = re.compile(
 # Of these, those that do not stand for a byte.
 _HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 # What this project writes itself, for an encoding that lacks it.
-_PLAIN = {"×": "x", "→": "->", "…": "~", "−": "-", "│": "|", "─": "-"}
+_PLAIN = {"×": "x", "→": "->", "…": "~", "−": "-", "Δ": "d", "│": "|", "─": "-"}
 # In GitHub's Markdown; an underscore only where it could begin or end emphasis.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|$~#]|(?<!\w)_|_(?!\w)")
 

@@ -223,7 +223,7 @@ def _say_if_only_the_last_is_measured(config: ConfigDict) -> None:
 
 def main(arguments: list[str]) -> None:
     """The command line."""
-    del arguments
+    program.check_no_words(arguments)
     train(
         flags.FLAGS.config,
         flags.FLAGS.workdir or recipe.default_workdir(sys.argv),

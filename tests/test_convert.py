@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlp_mixer import convert, models, pretrained, runs
+from mlp_mixer import convert, evaluate, models, pretrained, runs
 from mlp_mixer.fingerprints import leaves
 
 
@@ -188,6 +188,9 @@ def test_a_target_in_a_new_folder_is_written_and_a_folder_is_said_to_be_one(
     assert (tmp_path / "a" / "b" / "w.safetensors").is_file()
     report = convert.convert(source, tmp_path / "c" / "mixer_v1.5")
     assert f"{tmp_path}/c/mixer_v1.5, a run's folder, read back" in report["written"]
+    for only in (None, ["all"]):
+        with pytest.raises(ValueError, match=r"mixer_v1\.5 has no evaluators"):
+            evaluate.evaluate(tmp_path / "c" / "mixer_v1.5", only=only)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import runpy
 from typing import Any
 
 import pytest
+from absl import flags
 
 from mlp_mixer import errors, program, recipe
 
@@ -132,3 +133,20 @@ def test_paths_that_are_no_text_can_be_said():
     with pytest.raises(FileNotFoundError) as caught:
         os.listdir(os.fsdecode(b"/nowhere/\xff"))
     assert (errors.message(caught.value) or "").endswith(": No such file or directory.")
+
+
+def test_an_error_that_names_something_from_outside_commands_no_terminal():
+    error = failing(r"raise ValueError('no \x1b[31mred\x9b\n  second line')")
+    with pytest.raises(SystemExit) as ended, program.errors_in_one_line():
+        raise error
+    assert ended.value.code == "no \\x1b[31mred\\x9b\n  second line"
+    with pytest.raises(SystemExit) as ended, program.wrong_flags_in_one_line():
+        raise flags.Error("Unknown command line flag '\x1b]0;x\x07'")
+    assert str(ended.value.code).startswith(r"Unknown command line flag '\x1b]0;x\x07'")
+
+
+def test_a_word_that_is_no_flag_is_not_passed_over():
+    program.check_no_words([])
+    for word in ("config.seed=3", "real", "runs/digits"):
+        with pytest.raises(ValueError, match=f"'{word}' is no flag"):
+            program.check_no_words([word, "more"])

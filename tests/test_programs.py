@@ -352,6 +352,8 @@ def test_predict_names_digits_and_skips_what_is_broken(
             "unknown protocol 'tim'; try one of timm",
         ),
         ("predict", ["--weights={run}", "--step=7", "{digits}"], "no checkpoint 7"),
+        ("evaluate", ["--workdir={run}", "--only=test", "few"], "'few' is no flag"),
+        ("train", ["--config=configs/digits.py", "config.seed=3"], "is no flag"),
     ],
 )
 def test_mistakes_after_training_are_explained(

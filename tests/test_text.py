@@ -39,6 +39,14 @@ def test_a_stream_prints_any_name_in_its_encoding(name, encoding):
     )
 
 
+def test_what_we_write_ourselves_keeps_its_width_in_any_encoding():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    text.accept_any_text(stream)
+    stream.write("max |Δlogit|, 8 × 8 → 4, − …")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"max |dlogit|, 8 x 8 -> 4, - ~"
+
+
 def test_markdown_shows_a_cell_as_it_is():
     assert text.markdown("a|b\nc") == r"a\|b\\nc"
     assert text.markdown("$x$ *y* `z` <b> [l]") == (r"\$x\$ \*y\* \`z\` \<b\> \[l\]")

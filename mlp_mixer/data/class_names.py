@@ -128,10 +128,12 @@ def places(
     if found == list(range(len(found))):
         return None
     moved = next(i for i, at in enumerate(found) if i != at)
+    has = f"the classes of {to} in another order"
+    if known and len(found) < len(known):
+        has = f"{len(found)} of the {len(known)} classes of {to}"
     logger.info(
-        "%s has the classes of %s in another order: they are mapped by name, e.g. %s, "
-        "%d there, to %d.",
-        *(of, to, _listed([names[moved] if names else str(moved)])),
+        "%s has %s: they are mapped by name, e.g. %s, %d there, to %d.",
+        *(of, has, _listed([names[moved] if names else str(moved)])),
         *(moved, found[moved]),
     )
     return tuple(found)

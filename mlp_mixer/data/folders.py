@@ -389,7 +389,14 @@ def _no_classes(root: pathlib.Path, split: str, beside: LeftOut) -> ValueError:
     holds = f" It holds {listed(beside)}." if beside else ""
     names = subfolders(root)
     near = difflib.get_close_matches(split.lower(), [n.lower() for n in names], 1, 0.5)
-    hint = next((f"{n!r}, " for n in names if [n.lower()] == near and n != split), "")
+    hint = next(
+        (
+            f"{n!r}, "
+            for n in names
+            if [n.lower()] == near and n not in (split, "train")
+        ),
+        "",
+    )
     return ValueError(
         printable(
             f"No images {root / split if split != 'all' else root}/<class>/* for split"

@@ -232,7 +232,7 @@ def _find_builder(
     except ValueError as error:
         raise ValueError(
             f"{name!r} is neither one of {', '.join(DATASETS)} nor a TFDS name like"
-            f" 'cifar10' or 'cifar10:3.0.2' ({error})."
+            " 'cifar10' or 'cifar10:3.0.2'."
         ) from error
     places = [pathlib.Path(f) for f in file_utils.list_data_dirs(folder)]
     present = {e for f in places if f.is_dir() for e in folders.subfolders(f)}

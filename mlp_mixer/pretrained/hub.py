@@ -63,7 +63,9 @@ def beside(weights: str | os.PathLike[str]) -> Config | None:
     arguments = _table(content, "model_args", path)
     if not isinstance(classes := fields.get("num_classes"), int | None):
         raise _wrong(path, "num_classes", classes, "a whole number")
-    mean, std = fields.get("mean"), fields.get("std")
+    # As timm reads it: `pretrained_cfg` says how images are prepared, if it is there.
+    prepared = {**content, **inner}
+    mean, std = prepared.get("mean"), prepared.get("std")
     images = None
     if mean is not None or std is not None:
         images = normalisation(mean, std, path)
@@ -71,7 +73,7 @@ def beside(weights: str | os.PathLike[str]) -> Config | None:
         num_classes=classes,
         images=images,
         gelu=_gelu(arguments.get("act_layer", fields.get("act_layer")), path),
-        image_size=_size(arguments.get("img_size"), fields.get("input_size"), path),
+        image_size=_size(arguments.get("img_size"), prepared.get("input_size"), path),
         class_names=_names(fields.get("label_names", fields.get("labels")), path),
     )
 

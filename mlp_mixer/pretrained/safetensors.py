@@ -69,7 +69,9 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
 def _check_header(path: str | os.PathLike[str]) -> None:
     """Sees what the library does not: a name that stands there twice."""
     with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8).ljust(8))
+        if len(start := file.read(8)) < 8:
+            raise ValueError(f"it has {len(start)} bytes")
+        (size,) = struct.unpack("<Q", start)
         if size > os.fstat(file.fileno()).st_size:
             raise ValueError(f"its header says that it has {size:,} bytes")
         if size > files.MAX_BYTES:

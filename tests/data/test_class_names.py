@@ -102,6 +102,14 @@ def places(names, known):
     return class_names.places(names, known, of="the photos", to="the model")
 
 
+def test_a_part_of_the_classes_is_not_said_to_be_in_another_order(caplog):
+    caplog.set_level("INFO")
+    known = ("ant", "bee", "cat")
+    assert class_names.places(("ant", "cat"), known, of="data", to="ours") == (0, 2)
+    assert "data has 2 of the 3 classes of ours: they are mapped" in caplog.text
+    assert "order" not in caplog.text
+
+
 def test_the_same_names_in_another_order_are_mapped(caplog):
     caplog.set_level("INFO")
     assert places(("ant", "bee"), ["ant", "bee"]) is None

@@ -75,6 +75,9 @@ def test_folder_errors_say_what_is_there(tmp_path):
     for split in ("all[", "all[:x]", "all[:50%]+all[50%", "[:3]"):
         with pytest.raises(ValueError, match="'train"):
             opened(tmp_path, split)
+    write_images(tmp_path / "both/train", {"ant": 1})
+    with pytest.raises(ValueError, match="Write 'train' for train/"):
+        opened(tmp_path / "both", "trai")
     write_images(tmp_path / "empty", {"train": 0})
     with pytest.raises(ValueError, match="No images"):
         opened(tmp_path / "empty", "all")

@@ -286,8 +286,9 @@ def test_a_misspelt_name_is_guessed(name, meant, array_record_dir, no_network):
 
 
 def test_a_name_that_is_none_lists_what_there_is():
-    with pytest.raises(ValueError, match="digits, folder, synthetic"):
+    with pytest.raises(ValueError, match="digits, folder, synthetic") as caught:
         sources.open_source("foo bar", "train")
+    assert "\n" not in str(caught.value)
 
 
 def test_synthetic_images_are_functions_of_the_index():

@@ -323,6 +323,12 @@ def test_weights_for_other_images_make_of_ours_what_timm_made_of_theirs(
     assert np.abs(other - logits).max() > 0.01
 
 
+def test_a_config_that_contradicts_itself_is_read_as_timm_reads_it(foreign):
+    old = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 8, 8]}
+    config_beside(foreign, hub_config(0, 1) | old)
+    assert str(pretrained.read(foreign).normalisation) == "mean 0 and std 1"
+
+
 def test_the_config_beside_a_link_is_the_one_that_counts(foreign, tmp_path):
     """The hub's cache is links by name to files by checksum."""
     snapshot = tmp_path / "snapshot"
@@ -762,6 +768,14 @@ SAFETENSORS_BOMBS = {
         r"head/\\x1b\[31m\\nbias",
     ),
 }
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_a_safetensors_file_without_a_header_says_no_header(count, tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"{" * count)
+    with pytest.raises(ValueError, match=rf"safetensors file \(it has {count} bytes\)"):
+        pretrained.read(path)
 
 
 @pytest.mark.parametrize("kind", SAFETENSORS_BOMBS)
