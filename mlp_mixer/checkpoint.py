@@ -112,7 +112,8 @@ class Checkpointer:
         except CheckpointError as late:
             if error is None:
                 raise
-            logger.error("%s", late)  # what came first is what ends the run
+            if not isinstance(error, CheckpointError):  # it would say the same again
+                logger.error("%s", late)
 
     def close(self) -> None:
         """Waits for the unfinished save and gives the signal handlers back.

@@ -49,7 +49,7 @@ class Probe:
 
     def __init__(self, name, split, *, num_examples, num_classes, **rest):
         self.opened = (name, split, num_examples, num_classes)
-        self.num_classes = num_classes
+        self.num_classes = num_classes or 1000
         self.class_names = None
         self.multi_label = False
 

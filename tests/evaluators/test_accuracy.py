@@ -117,7 +117,7 @@ def test_broken_images_are_left_out_and_counted(monkeypatch):
     evaluator = make(sharding.make_mesh(8), 20, 8)
     read = pipeline.read_image
 
-    def fragile(source, index, dct="fast"):
+    def fragile(source, index, dct="fast", **_):
         if index in (3, 19):
             raise ValueError("truncated")
         return read(source, index, dct)
@@ -246,7 +246,7 @@ def test_calibration_error_is_there_where_asked(monkeypatch):
 
 
 def test_a_split_of_broken_images_is_an_error(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise ValueError("truncated")
 
     monkeypatch.setattr(pipeline, "read_image", refuse)

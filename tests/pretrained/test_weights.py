@@ -1155,5 +1155,5 @@ def test_names_for_another_number_of_classes_are_refused(weights, tmp_path):
     file = tmp_path / "w.safetensors"
     wrong = dataclasses.replace(weights, class_names=("a", "b"))
     pretrained.write_safetensors(wrong, file)
-    with pytest.raises(ValueError, match="name 2 classes, but their head has 10"):
+    with pytest.raises(ValueError, match="has 2 names of classes for a head of 10"):
         pretrained.read(file)
