@@ -653,6 +653,7 @@ def a_consistent_mixer_of_zeros(path, flat):
                 member.write(npy(np.zeros(0), shape=shape))
                 for _ in range(math.prod(shape) // 2**10):
                     member.write(bytes(2**12))
+                member.write(bytes(4 * (math.prod(shape) % 2**10)))
 
 
 def thousands_of_names(path, flat):
