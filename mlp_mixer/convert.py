@@ -61,9 +61,9 @@ def convert(
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
       step: of a run's checkpoint.
-      mean: of the images that the source is for, in levels from 0 to 1: one number, or
-        red, green, blue; where neither it nor a config.json beside it says so.
-      std: see mean.
+      mean, std: what the images that the source is for were normalised by, in levels
+        from 0 to 1: one number, or red, green, blue; needed where neither the source
+        nor a config.json beside it says so.
 
     Raises:
       FileExistsError: the target is there already.

@@ -30,7 +30,7 @@ def read_json(path: epath.PathLike, *kinds: type) -> Any:
     """Returns what the JSON file holds.
 
     Args:
-      path: of the file.
+      path: the JSON file.
       *kinds: what it may be: dict, list, …, type(None); an object if none is named.
 
     Raises:

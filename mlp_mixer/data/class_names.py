@@ -277,8 +277,8 @@ def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
     """Names from a run's class_names.json; None if its data set has none.
 
     Args:
-      path: of the file.
-      count: of the model's classes, if it is known.
+      path: the file class_names.json.
+      count: number of the model's classes, if it is known.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -420,7 +420,7 @@ def _check_distinct(folder: pathlib.Path, names: Sequence[str], linked: bool) ->
 
     Args:
         folder: where they are.
-        names: of the classes.
+        names: class names.
         linked: whether there are links among them.
     """
     for same in _alike(names if linked else (), lambda k: os.path.realpath(folder / k)):

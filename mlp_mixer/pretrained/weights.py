@@ -101,9 +101,8 @@ def read(
         "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
       dtype: of the arrays, a key of `DTYPES`; None keeps the file's.
       step: of a run's checkpoint; the newest intact one by default.
-      mean: what the images that the weights are for were normalised by, in levels from
-        0 to 1, if the source does not say it: a number, or red, green, blue.
-      std: see mean.
+      mean, std: what the images that the weights are for were normalised by, in levels
+        from 0 to 1, if the source does not say it: a number, or red, green, blue.
 
     Raises:
       FileNotFoundError: nothing is there, or a published file cannot be downloaded.
