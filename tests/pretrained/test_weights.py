@@ -1124,7 +1124,7 @@ def test_only_a_run_has_steps_and_only_some_dtypes_exist(weights, tmp_path):
     path = write("npz", weights, tmp_path)
     with pytest.raises(ValueError, match="no run's folder: it has no step 3"):
         pretrained.read(path, step=3)
-    with pytest.raises(ValueError, match="dtype 'float16' is unknown; try bfloat16, fl"):
+    with pytest.raises(ValueError, match="dtype 'float16' is unknown; try bfloat16"):
         pretrained.load(path, dtype="float16")
 
 
