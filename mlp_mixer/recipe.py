@@ -6,7 +6,6 @@
 so it works wherever it lies. Each section holds the arguments of exactly one function.
 """
 
-import difflib
 import logging
 import os
 import runpy
@@ -19,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from mlp_mixer import fields, files, shipped
+from mlp_mixer.known import nearest
 from mlp_mixer.text import brief, printable
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def evaluations(
         only = list(sections)
     for name in only:
         if name not in sections:
-            tries = ", ".join(_nearest(name, [*sections, "all"]))
+            tries = nearest(name, [*sections, "all"])
             raise ValueError(f"The recipe has no evaluator {name!r}; try {tries}.")
     sections = {name: sections[name] for name in only}
     for section in sections.values():
@@ -262,7 +262,7 @@ def words(argument: str, known: Sequence[str]) -> list[str]:
     given = shipped.split(argument or "")
     for word in given:
         if word not in known:
-            tries = ", ".join(_nearest(word, known)) or "none"
+            tries = nearest(word, known) or "none"
             raise ValueError(
                 f"The recipe does not know the word {word!r}; it knows: {tries}."
             )
@@ -473,10 +473,6 @@ def run_file(path: str) -> dict[str, Any]:
         raise ValueError(
             f"{error.filename}, line {error.lineno}: {error.msg}."
         ) from error
-
-
-def _nearest(word: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(word, known, max(len(known), 1), 0)
 
 
 # --- Names that this module had -------------------------------------------------------

@@ -3,12 +3,13 @@
 A recipe is named by its path and, after a colon, its words: `configs/x.py:l16,448`.
 """
 
-import difflib
 import hashlib
 import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+
+from mlp_mixer.known import nearest
 
 PACKAGE = pathlib.Path(__file__).parent
 # Bytes: a file system allows 255, and a sweep adds some.
@@ -29,8 +30,7 @@ def find(value: str) -> tuple[str, str | None]:
         return found, words
     shipped = {p.relative_to(r).as_posix() for r in _roots() for p in _recipes(r)}
     raise FileNotFoundError(
-        f"There is no recipe {path!r}; shipped are: "
-        f"{', '.join(_nearest(path, sorted(shipped)))}."
+        f"There is no recipe {path!r}; shipped are: {nearest(path, sorted(shipped))}."
     )
 
 
@@ -100,7 +100,3 @@ def _name(value: str) -> str:
         last = len(folders) - folders[::-1].index("configs")
         name = "-".join([*folders[last:], name])
     return "-".join([name, *split(words or "")])
-
-
-def _nearest(word: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(word, known, max(len(known), 1), 0)
