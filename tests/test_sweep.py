@@ -36,8 +36,8 @@ def get_config(argument=""):
     config.model.tokens_mlp_dim = 16
     config.model.channels_mlp_dim = 128
     config.mesh.data = 1
-    config.model.scan = False
-    config.model.remat = "none"
+    config.run.scan = False
+    config.run.remat = "none"
     config.optim.warmup_steps = 1
     config.evals.seen = recipe.evaluation(
         "train[80%:]" if select else "test",

@@ -394,8 +394,8 @@ def test_fields_that_move_no_result_may_change(tiny, tmp_path, monkeypatch):
         train.train(tiny, workdir)
     tiny.mesh.data = 2
     tiny.sharding = "fsdp"
-    tiny.model.scan = False
-    tiny.model.remat = "none"
+    tiny.run.scan = False
+    tiny.run.remat = "none"
     tiny.accumulate = 2
     tiny.log_every_steps = 3
     tiny.checkpoint.keep_latest = 1
