@@ -6,7 +6,6 @@ recipe is a file with `get_config(argument)` that starts from `base`, `pretraini
 works wherever it lies. Each section holds the arguments of exactly one function.
 """
 
-import difflib
 import hashlib
 import logging
 import os
@@ -22,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from mlp_mixer import fields, files
+from mlp_mixer.known import nearest
 from mlp_mixer.text import brief, printable
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def evaluations(
         only = list(sections)
     for name in only:
         if name not in sections:
-            tries = ", ".join(_nearest(name, [*sections, "all"]))
+            tries = nearest(name, [*sections, "all"])
             raise ValueError(f"The recipe has no evaluator {name!r}; try {tries}.")
     sections = {name: sections[name] for name in only}
     for section in sections.values():
@@ -548,7 +548,7 @@ def words(argument: str, known: Sequence[str]) -> list[str]:
     given = split(argument or "")
     for word in given:
         if word not in known:
-            tries = ", ".join(_nearest(word, known)) or "none"
+            tries = nearest(word, known) or "none"
             raise ValueError(
                 f"The recipe does not know the word {word!r}; it knows: {tries}."
             )
@@ -734,8 +734,7 @@ def find(value: str) -> tuple[str, str | None]:
         return found, words
     shipped = {p.relative_to(r).as_posix() for r in _roots() for p in _recipes(r)}
     raise FileNotFoundError(
-        f"There is no recipe {path!r}; shipped are: "
-        f"{', '.join(_nearest(path, sorted(shipped)))}."
+        f"There is no recipe {path!r}; shipped are: {nearest(path, sorted(shipped))}."
     )
 
 
@@ -850,7 +849,3 @@ def _name(value: str) -> str:
         last = len(folders) - folders[::-1].index("configs")
         name = "-".join([*folders[last:], name])
     return "-".join([name, *split(words or "")])
-
-
-def _nearest(word: str, known: Sequence[str]) -> list[str]:
-    return difflib.get_close_matches(word, known, max(len(known), 1), 0)

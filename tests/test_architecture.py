@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("text", "errors", "fields", "processes"),
-    ("files",),
+    ("text", "errors", "known", "processes"),
+    ("files", "fields"),
     (
         "recipe",
         "atomic",
