@@ -333,7 +333,7 @@ def pretraining(
     does training with, say, --config.evals.real.every_steps=2500.
 
     Args:
-      model: a key of `models.MODELS`.
+      model: the name of a model.
       argument: what stands behind the colon of `--config`: a data set of `rows`
         (nothing for ImageNet-1k), "short" (60 epochs of ImageNet-1k, big_vision's
         regression test), "gpu8" (one host with 8 GPUs).

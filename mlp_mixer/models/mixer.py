@@ -84,12 +84,12 @@ class MlpMixer(Model):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "n h w 3"], *, train: bool = False
+        self, image: Array, *, train: bool = False
     ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
         """Returns (logits, out).
 
         Args:
-          image: values in [−1, 1]; h, w multiples of the patch's.
+          image: (n, h, w, 3), values in [−1, 1]; h, w multiples of the patch's.
           train: whether dropout and stochastic depth are on (random stream "dropout").
 
         Returns:
@@ -103,9 +103,9 @@ class MlpMixer(Model):
         """
         known.require("gelu", self.gelu, GELUS)
         self.check_image(image, AXES)
-        x = layers.PatchEmbed(
-            self.hidden_dim, self.patch_size, self.run, name="stem"
-        )(image)
+        x = layers.PatchEmbed(self.hidden_dim, self.patch_size, self.run, name="stem")(
+            image
+        )
         block = functools.partial(
             MixerBlock,
             tokens_mlp_dim=self.tokens_mlp_dim,
@@ -133,7 +133,7 @@ class MlpMixer(Model):
         return layers.head(pre_logits, self.num_classes, self.head_bias), out
 
     def _noise(self, images: int) -> Noise:
-        """Linear over depth, one rate for both branches (big_vision's models/mlp_mixer)."""
+        """The rate rises linearly and is one for both branches (big_vision)."""
         return trunk.draw(
             self,
             self.num_blocks,

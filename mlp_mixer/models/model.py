@@ -1,4 +1,4 @@
-"""What every architecture is: a module of fields (what), a `Run` (how), a table of axes.
+"""What every architecture is: fields (what), a `Run` (how) and a table of axes.
 
 A file of this package is one paper. It declares
 
@@ -11,7 +11,7 @@ A file of this package is one paper. It declares
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -46,7 +46,7 @@ class Run:
         dtype: Any = "float32",
         scan: bool | None = None,
         remat: str | None = None,
-    ) -> Self:
+    ) -> "Run":
         """Returns the fastest way to train on these devices, but for what is given.
 
         A GPU: unrolled blocks that keep everything win 5 to 19 % over the literal model
