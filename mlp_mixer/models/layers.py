@@ -8,6 +8,8 @@ The letters are the same everywhere: `n` images (batch), `h w` image height and 
 `s` tokens (patches, in raster order), `c` channels, `d` hidden units, `k` classes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -81,7 +83,7 @@ class MlpBlock(nn.Module):
     ) -> Float[Array, "s n c"]:
         """Returns the output of the branch, with `noise` applied."""
         shape, dtype = y.shape, self.run.dtype
-        rngs = [None, None]
+        rngs: Any = (None, None)
         if noise.rng is not None and self.dropout:
             rngs = jax.random.split(noise.rng)[::-1]
         if self.run.flat:
