@@ -44,8 +44,8 @@ MAY_CHANGE = (
     "sharding",
     "accumulate",
     "input.workers",
-    "model.scan",
-    "model.remat",
+    "run.scan",
+    "run.remat",
     "log_every_steps",
     "evals",
     "checkpoint",
@@ -86,7 +86,7 @@ def open_run(
         model = models.create(
             **config.model,
             num_classes=config.dataset.num_classes,
-            flat=sharding.is_one_cpu(mesh),
+            run=models.Run.on(mesh, **config.run),
         )
         image = jnp.zeros((1, *config.model.image_size, 3))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
@@ -96,7 +96,11 @@ def open_run(
     several = jax.process_count() > 1  # each reads for itself
     if several:
         has = bool(history.checkpoints(workdir))
-        said = {"recipe": to_json(config), "class_names": names, "checkpoints": has}
+        said = {
+            "recipe": recipe.to_json(config),
+            "class_names": names,
+            "checkpoints": has,
+        }
         processes.compare(**said, step=step, best=best)
     step, params = checkpoint.restore_params(
         f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
@@ -154,7 +158,7 @@ def open_model(
         raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
     names = naming.choose(weights.class_names, count, labels=labels) if count else ()
     mesh = sharding.make_mesh()
-    model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
+    model = pretrained.create_model(weights, run=models.Run(mesh=mesh))
     protocol = preprocess or weights.preprocess or "big_vision"
     height, width = size
     said = weights.called
@@ -188,7 +192,7 @@ def check_agreement(
     if jax.process_count() == 1:
         return
     processes.compare(
-        recipe=to_json(config),
+        recipe=recipe.to_json(config),
         data=data,
         evals=fingerprints(evals),
         jax=jax.__version__,
@@ -271,7 +275,7 @@ def claim(
     begun = history.has_begun(workdir)
     naming.places(class_names, trained_classes(workdir), **_sides(config, workdir))
     folder.mkdir(parents=True, exist_ok=True)
-    new: dict[str, Any] = {"config": to_json(config)}
+    new: dict[str, Any] = {"config": recipe.to_json(config)}
     if not begun or not (folder / "class_names.json").exists():
         new["class_names"] = class_names
     if data is not None:
@@ -374,7 +378,7 @@ def _check_recipe(
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*may_change, "dataset.num_examples")
     if differing := differences(
-        to_json(recipe.read(path)), to_json(config), may_change
+        recipe.to_json(recipe.read(path)), recipe.to_json(config), may_change
     ):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
@@ -433,11 +437,6 @@ def differences(
         if before.get(key, "absent") != now.get(key, "absent")
         and not any(key == m or key.startswith(f"{m}.") for m in may_change)
     ]
-
-
-def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The recipe in what JSON has."""
-    return json.loads(config.to_json_best_effort())
 
 
 def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:

@@ -41,7 +41,8 @@ import numpy as np
 import optax
 
 from mlp_mixer import errors, models, optim, sharding, steps
-from mlp_mixer.models.mixer import REMAT_POLICIES, MlpMixer
+from mlp_mixer.models.mixer import MlpMixer
+from mlp_mixer.models.trunk import REMAT_POLICIES
 
 # Table 4's pretraining; decayed and clipped as in the recipes.
 OPTIM = {"total_steps": 100_000, "learning_rate": 1e-3, "weight_decay": 0.1}
@@ -50,10 +51,11 @@ KINDS = ("forward", "train")
 
 @dataclasses.dataclass
 class Job:
-    """What is measured: arguments of `models.create`, `optim.create` and the step."""
+    """What is measured: arguments of `models.create` and of others."""
 
     model: dict[str, Any]
-    optim: dict[str, Any]
+    optim: dict[str, Any]  # optim.create
+    run: dict[str, Any]  # models.Run.on
     loss: str = "sigmoid_xent"
     mixup: float = 0.0
 
@@ -70,14 +72,14 @@ def job_of(args: argparse.Namespace) -> Job:
         # A recipe may leave the classes to its data, which nobody opens here.
         classes = config.dataset.num_classes or 1000
         fields = dict(config.model) | {"num_classes": classes}
-        job = Job(fields, optimiser, config.loss, config.mixup)
+        job = Job(fields, optimiser, dict(config.run), config.loss, config.mixup)
     else:
         fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
-        job = Job(fields, dict(OPTIM))
+        job = Job(fields, dict(OPTIM), {})
     given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
+    job.run |= {key: value for key, value in given.items() if value is not None}
     if args.image_size:
-        given["image_size"] = (args.image_size, args.image_size)
-    job.model |= {key: value for key, value in given.items() if value is not None}
+        job.model["image_size"] = (args.image_size, args.image_size)
     for word in args.override:
         key, equals, value = word.partition("=")
         if not equals:
@@ -89,16 +91,18 @@ def job_of(args: argparse.Namespace) -> Job:
     return job
 
 
-def fields_of(model: MlpMixer, of: type = MlpMixer) -> dict[str, Any]:
+def fields_of(model: Any, of: type) -> dict[str, Any]:
     """The values that `model` has for the fields of a module class."""
     names = [f.name for f in dataclasses.fields(of)]
-    return {f: getattr(model, f) for f in names if f not in ("parent", "name")}
+    others = ("parent", "name", "run")
+    return {name: getattr(model, name) for name in names if name not in others}
 
 
 def literal_of(model: MlpMixer) -> literal_mixer.LiteralMixer:
     """The literal model of the same sizes, hence of the same parameter tree."""
     literal = literal_mixer.LiteralMixer
-    return literal(**fields_of(model, literal))
+    fields = fields_of(model, literal) | {"dtype": model.run.dtype}
+    return literal(**fields)
 
 
 def flops(model: Any, image_size: tuple[int, int]) -> dict[str, int]:
@@ -141,9 +145,7 @@ class Bench:
 
     def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
         self.mesh = sharding.make_mesh(devices)
-        ours: Any = models.create(
-            **job.model, formulation=sharding.formulation(self.mesh)
-        )
+        ours: Any = models.create(**job.model, run=models.Run.on(self.mesh, **job.run))
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])
@@ -190,7 +192,8 @@ class Bench:
         if memory := executable.memory_analysis():
             for field in ("temp", "argument", "output", "alias"):
                 result[f"{field}_bytes"] = getattr(memory, f"{field}_size_in_bytes")
-        looped = kind == "train" and getattr(self.models[name], "scan", False)
+        run = getattr(self.models[name], "run", models.Run())
+        looped = kind == "train" and run.scan
         # XLA counts the body of a loop once, whatever its number of turns.
         cost = None if looped else lowered.cost_analysis()
         result["xla_flops_per_image"] = cost and cost["flops"] / self.batch
@@ -220,7 +223,7 @@ class Bench:
         # Sizes at which the rate no longer grows.
         n = 2048 if jax.default_backend() == "cpu" else 8192
         a, b = jax.random.normal(jax.random.key(0), (2, n, n)).astype(
-            self.models["ours"].dtype
+            self.models["ours"].run.dtype
         )
         multiply = jax.jit(jnp.matmul).lower(a, b).compile()
         return lambda: multiply(a, b), 2 * n**3
@@ -453,15 +456,16 @@ def main(argv: list[str] | None = None) -> None:
         "cpu_threads": threads,
         "flags": {k: os.environ.get(k) for k in ("XLA_FLAGS", "NPROC")},
         "batch": batch,
-        "model": fields_of(ours)
-        | {"image_size": bench.size, "dtype": jnp.dtype(ours.dtype).name},
+        "model": fields_of(ours, type(ours))
+        | {"image_size": bench.size, "dtype": jnp.dtype(ours.run.dtype).name}
+        | {"scan": ours.run.scan, "remat": ours.run.remat},
         "optim": job.optim,
         "loss": job.loss,
         "mixup": job.mixup,
         "compared_by": "cpu_s" if on_cpu else "wall_s",
         "notes": [
             f"note: the literal model has no {field}; here it is {value}"
-            for field, value in fields_of(ours).items()
+            for field, value in fields_of(ours, type(ours)).items()
             if args.peer and field in ("gelu", "dropout", "stochastic_depth")
             if value not in ("tanh", 0)
         ],

@@ -194,7 +194,9 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
-    if differing := runs.differences(said["config"], runs.to_json(config), may_change):
+    there = recipe.to_json(recipe.from_json(said["config"], str(path)))
+    here = recipe.to_json(recipe.completed(config))
+    if differing := runs.differences(there, here, may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
@@ -234,7 +236,8 @@ def complete(
         # The same again would diverge again.
         logger.warning("%s", error)
         score = math.nan
-    result = {"config": runs.to_json(config), "top1": _finite(score)}
+    whole = recipe.completed(config)
+    result = {"config": recipe.to_json(whole), "top1": _finite(score)}
     with atomic.writing(workdir / RESULT, "w") as file:
         json.dump(result, file, indent=2)
     return score

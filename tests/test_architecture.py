@@ -17,11 +17,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     # What a leaf may import.
     ("text", "errors", "known", "processes"),
-    ("files", "fields", "shipped"),
+    ("files", "models", "shipped"),
+    ("fields",),
     (
         "recipe",
         "atomic",
-        "models",
         "losses",
         "sharding",
         "fingerprints",

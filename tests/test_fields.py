@@ -306,7 +306,9 @@ def test_an_architecture_without_a_size_needs_all_of_its_sizes(tiny):
     tiny.model.name = "mixer"
     recipe.check(tiny)
     del tiny.model.hidden_dim
-    with pytest.raises(ValueError, match=r"config\.model\.name: mixer needs hidden_dim"):
+    with pytest.raises(
+        ValueError, match=r"config\.model\.name: mixer needs hidden_dim"
+    ):
         recipe.check(tiny)
 
 

@@ -562,7 +562,9 @@ def test_a_model_field_that_is_not_written_has_its_default_but_gelu_has_none(cap
     assert recipe.from_json(tree, "x").model.stochastic_depth == 0.0
     assert "x does not say model.stochastic_depth, " in caplog.text
     del tree["model"]["gelu"]
-    with pytest.raises(ValueError, match=r"x is no recipe .*: it does not say model\.gel"):
+    with pytest.raises(
+        ValueError, match=r"x is no recipe .*: it does not say model\.gel"
+    ):
         recipe.from_json(tree, "x")
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import sweep
 
-from mlp_mixer import checkpoint, errors, evaluate, metrics, runs, train
+from mlp_mixer import checkpoint, errors, evaluate, metrics, recipe, train
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -199,7 +199,7 @@ def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""
     config = sweep.open_task(value).final
     assert sweep.finished(config, tmp_path) is None
-    said = {"config": runs.to_json(config), "top1": top1}
+    said = {"config": recipe.to_json(config), "top1": top1}
     (tmp_path / "result.json").write_text(json.dumps(said))
     score = sweep.finished(config, tmp_path)
     assert score == 0.5 if top1 else math.isnan(score)
