@@ -173,7 +173,7 @@ def _model_name(argv: Sequence[str]) -> str | None:
     for word, after in itertools.pairwise([*argv, ""]):
         if (field := _FIELD.fullmatch(word)) and field[2] == "model.name":
             name = field[3].removeprefix("=") or after
-    return name
+    return None if name == "None" else name
 
 
 def _renamed(argv: Sequence[str]) -> list[str]:

@@ -12,8 +12,7 @@ import textwrap
 import pytest
 from test_fields import flat
 
-from mlp_mixer import evaluators, optim, recipe, sharding
-from mlp_mixer.data import sources
+from mlp_mixer import evaluators, fields, optim, recipe, sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Read by recipe.total_steps, which has no arguments for them.
@@ -42,7 +41,7 @@ def called(node, namespace):
     found = namespace[node.id]
     for part in reversed(parts):
         found = getattr(found, part, None)
-    return found if callable(found) else None
+    return found
 
 
 def parameters(function):
@@ -69,25 +68,27 @@ def feeds(source, namespace, base):
     Args:
       source: of a module.
       namespace: what its names stand for.
-      base: `recipe.base()`.
+      base: field → default, of `recipe.base()`.
     """
     for call in ast.walk(ast.parse(source)):
-        if not isinstance(call, ast.Call) or not (f := called(call.func, namespace)):
+        if not isinstance(call, ast.Call):
             continue
-        if not getattr(inspect.getmodule(f), "__name__", "").startswith("mlp_mixer"):
+        f = called(call.func, namespace)
+        if not str(getattr(f, "__module__", "")).startswith("mlp_mixer"):
             continue
-        names: list[str | None] = [*inspect.signature(f).parameters]
-        given = [*zip(names, call.args, strict=False)]
-        given += [(k.arg, k.value) for k in call.keywords]
-        for name, node in given:
-            field = field_of(node)
-            if not field:
-                continue
-            if name is None:  # a whole section
-                for key in base[field]:
-                    yield f, key, f"{field}.{key}"
-            else:
+        given = [(k.arg, field_of(k.value)) for k in call.keywords]
+        for i, value in enumerate(call.args):
+            if field := field_of(value):
+                given.append(([*inspect.signature(f).parameters][i], field))
+        for name, field in given:
+            if name is not None and field in base:
                 yield f, name, field
+            elif name is None:  # a whole section
+                yield from (
+                    (f, key.removeprefix(f"{field}."), key)
+                    for key in base
+                    if key.startswith(f"{field}.")
+                )
 
 
 def package():
@@ -98,13 +99,15 @@ def package():
         yield path.read_text(), vars(module)
 
 
-def second_defaults(fed, base):
+def second_defaults(fed, base, rows=fields.RECIPE):
     """Lines for people: the parameters that have another default than their field."""
     found = []
     for function, name, field in fed:
         parameter = parameters(function).get(name)
         if parameter is None or parameter.default in (parameter.empty, base[field]):
             continue
+        if parameter.default is None and not rows[field].none:
+            continue  # it says nothing, then
         said = f"{function.__module__}.{function.__qualname__}"
         found.append(
             f"{said}: {name} is {parameter.default!r}, and config.{field} "
@@ -113,7 +116,7 @@ def second_defaults(fed, base):
     return found
 
 
-BASE = recipe.base()
+BASE = flat(recipe.base().to_dict())
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +125,12 @@ def fed():
 
 
 def test_a_function_has_no_other_default_than_the_recipe(fed):
-    assert second_defaults(fed, flat(BASE)) == []
+    assert second_defaults(fed, BASE) == []
 
 
 def test_every_field_is_fed_to_a_function(fed):
     """Or the law above would say nothing of it."""
-    fields = {field for field in flat(BASE) if not field.startswith("evals")}
-    assert fields - {field for _, _, field in fed} == ALONE
+    assert BASE.keys() - {field for _, _, field in fed} == ALONE
 
 
 @pytest.mark.parametrize("kind", evaluators.EVALUATORS)
@@ -136,11 +138,9 @@ def test_an_evaluator_has_no_other_default_than_its_section(kind):
     sections = {"accuracy": recipe.evaluation("val"), "fewshot": recipe.fewshot("", "")}
     section = sections[kind]
     evaluator = evaluators.EVALUATORS[kind]
-    fed = [(evaluator, name, name) for name in section if name != "type"]
-    assert second_defaults(fed, section) == []
-    for name in ("dataset", "train", "test"):
-        fed = [(sources.open_source, key, key) for key in section.get(name, ())]
-        assert second_defaults(fed, section.get(name)) == []
+    rows = fields.EVALUATORS[kind]
+    fed = [(evaluator, name, name) for name in rows if "." not in name]
+    assert second_defaults(fed, flat(section.to_dict()), rows) == []
 
 
 # --- The law sees what it should ------------------------------------------------------
@@ -160,7 +160,7 @@ def train(run):
 def test_calls_that_a_recipe_feeds_are_found():
     namespace: dict = {}
     exec(HOUSE, namespace)
-    optimiser = {(optim.create, key, f"optim.{key}") for key in BASE.optim}
+    optimiser = {(optim.create, key, f"optim.{key}") for key in recipe.base().optim}
     assert {*feeds(HOUSE, namespace, BASE)} == {
         *optimiser,
         (sharding.check_batch, "batch_size", "batch_size"),
@@ -177,8 +177,8 @@ def inner(shift=0, workers=1, **_):
 
 
 def test_another_default_is_found_also_where_arguments_are_handed_on():
-    fed = [(outer, key, f"input.{key}") for key in BASE.input]
-    assert second_defaults(fed, flat(BASE)) == [
+    fed = [(outer, key, f"input.{key}") for key in recipe.base().input]
+    assert second_defaults(fed, BASE) == [
         "tests.test_defaults.outer: flip is False, and config.input.flip True",
         "tests.test_defaults.outer: workers is 1, and config.input.workers 0",
     ]
