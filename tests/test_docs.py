@@ -202,17 +202,21 @@ def check_script(path, arguments, monkeypatch):
             recipe.check(program.override(config, overrides))
 
 
-@pytest.mark.parametrize("page", of("sh"))
+INLINE = r"`((?:make|python -m|python scripts/)[^`]*)`"
+
+
+@pytest.mark.parametrize("page", NAMES)
 def test_every_command_would_start(page, monkeypatch, capsys):
-    for block in of("sh")[page]:
-        found = commands(block.text)
-        assert found, block
-        for words in found:
+    texts = {str(block): block.text for block in of("sh")[page]}
+    texts |= {f"{page}: {c}": c for c in re.findall(INLINE, prose(TEXTS[page]))}
+    for where, text in texts.items():
+        assert commands(text), where
+        for words in commands(text):
             try:
                 check_command(words, monkeypatch)
             except (AssertionError, Exception, SystemExit) as error:
                 said = capsys.readouterr().err
-                pytest.fail(f"{block}: {shlex.join(words)}: {error!r} {said}")
+                pytest.fail(f"{where}: {shlex.join(words)}: {error!r} {said}")
 
 
 # --- Python ---------------------------------------------------------------------------
@@ -477,3 +481,12 @@ def test_wrong_links_and_files_are_found():
     text = "# A `b`\n[x](a.md) [y](#a-b) [z](#c) [w](docs/data.md#speed) `docs/no.md`"
     assert broken_links("README.md", text) == ["a.md", "#c"]
     assert missing_files(text) == ["docs/no.md"]
+
+
+def test_ci_runs_the_jobs_of_its_script_and_no_other():
+    script = (ROOT / ".ci/run").read_text()
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    (jobs,) = re.findall(r"\bset -- (.+)", script)
+    (matrix,) = re.findall(r"^ +job: \[(.*)\]", workflow, re.M)
+    assert matrix.split(", ") == jobs.split()
+    assert re.findall(r"run: (.*)", workflow) == ["bash .ci/run ${{ matrix.job }}"]
