@@ -20,7 +20,6 @@ LAYERS = (
     ("files", "fields"),
     (
         "recipe",
-        "atomic",
         "models",
         "losses",
         "sharding",
