@@ -7,7 +7,6 @@ class_names.json the names of its classes by label, data.json what its training 
 import contextlib
 import json
 import logging
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -138,11 +137,7 @@ def claim(
         if begun:
             _say_what_is_recorded(workdir, _recorded_data(folder), data)
     for name, content in new.items():
-        # Whole or not at all, also if the process is killed here.
-        # Processes of several hosts may have equal numbers.
-        written = folder / f"{name}.json.{uuid.uuid4().hex}"
-        written.write_text(json.dumps(content, indent=2) + "\n")
-        written.replace(folder / f"{name}.json")
+        files.write_json(folder / f"{name}.json", content)
     return history.Saved(workdir)
 
 
