@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from mlp_mixer import (
     history,
     models,
     ownership,
+    paper,
     pretrained,
     processes,
     recipe,
@@ -278,11 +278,7 @@ def claim(
         if begun:
             _say_what_is_recorded(workdir, _recorded_data(folder), data)
     for name, content in new.items():
-        # Whole or not at all, also if the process is killed here.
-        # Processes of several hosts may have equal numbers.
-        written = folder / f"{name}.json.{uuid.uuid4().hex}"
-        written.write_text(json.dumps(content, indent=2) + "\n")
-        written.replace(folder / f"{name}.json")
+        files.write_json(folder / f"{name}.json", content)
     return history.Saved(workdir)
 
 
@@ -463,10 +459,10 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     config.dataset.num_classes = fields.pop("num_classes")
     config.model.name = pretrained.variant(fields) or config.model.name
     config.model.update(fields, gelu=weights.gelu, image_size=size)
-    for name, data in recipe.PRETRAINING.items():
+    for name, data in paper.PRETRAINING.items():
         if data["num_classes"] == config.dataset.num_classes:
             config.dataset.name = name
-            recipe.evaluate_on(config, name)
+            paper.evaluate_on(config, name)
     if weights.preprocess is not None:
         for section in config.evals.values():
             section.preprocess = weights.preprocess

@@ -4,13 +4,14 @@ One axis, `data`: every device has a slice of the batch. Parameters and moments 
 either on every device ("replicated") or cut over the same axis ("fsdp").
 """
 
-import difflib
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from mlp_mixer import known
 
 # Smaller arrays stay replicated: biases and LayerNorms, where a gather would cost more
 # than it saves. Every kernel of Table 1 is larger (token mixing's smallest: 12,544).
@@ -74,10 +75,8 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
       strategy: "replicated", or "fsdp": every array of `FSDP_MIN_ELEMENTS` or more is
         cut along its largest axis that the devices divide.
     """
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, len(STRATEGIES), 0)
-        raise ValueError(f"sharding {strategy!r} is unknown; try {', '.join(near)}.")
-    return jax.tree.map(lambda leaf: STRATEGIES[strategy](mesh, leaf), tree)
+    cut = known.pick("sharding", strategy, STRATEGIES)
+    return jax.tree.map(lambda leaf: cut(mesh, leaf), tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

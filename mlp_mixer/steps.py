@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
-from mlp_mixer import losses, sharding
+from mlp_mixer import known, losses, sharding
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -136,9 +136,7 @@ def make_train_step(
     Raises:
       ValueError: unknown loss.
     """
-    if loss not in losses.LOSSES:
-        raise ValueError(f"loss {loss!r} is unknown; try {', '.join(losses.LOSSES)}.")
-    loss_fn = losses.LOSSES[loss]
+    loss_fn = known.pick("loss", loss, losses.LOSSES)
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
     def objective(params, image, labels, rng):

@@ -5,7 +5,6 @@ import re
 
 import jax
 import pytest
-from test_recipe import load
 
 from mlp_mixer import evaluators, losses, models, optim, recipe, sharding, steps
 from mlp_mixer.data import image_ops, pipeline, preparation, sources
@@ -67,8 +66,8 @@ class Probe:
 
 
 @pytest.mark.parametrize(("name", "argument"), RECIPES)
-def test_every_section_is_accepted_by_its_function(root, name, argument, monkeypatch):
-    config = load(root, name, argument)
+def test_every_section_is_accepted_by_its_function(name, argument, monkeypatch):
+    config = recipe.load(f"configs/{name}.py:{argument}")
     size = config.model.image_size
     monkeypatch.setattr(sources, "open_source", Probe)
     mesh = sharding.make_mesh(**config.mesh)
@@ -117,6 +116,8 @@ def test_docstrings_state_result_cost_and_command(root, name, argument):
     text = pathlib.Path(root, "configs", f"{name}.py").read_text()
     if "TASKS = {" not in text:  # of which there are many
         text = text.split('"""')[1]
+    if "README.md in this folder" in text:
+        text += pathlib.Path(root, "configs/finetune/README.md").read_text()
     for part in ("Expected:", "Cost:", "python -m mlp_mixer.train --config=configs/"):
         assert part in text
     assert f"configs/{name}.py" in text

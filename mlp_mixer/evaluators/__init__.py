@@ -6,10 +6,10 @@ says of each metric whether more is better. It receives the compiled `predict` i
 of importing how a step is made.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from mlp_mixer import known
 from mlp_mixer.evaluators.accuracy import Accuracy
 from mlp_mixer.evaluators.fewshot import FewShot
 
@@ -44,31 +44,25 @@ def more_is_better(evals: Mapping[str, Mapping[str, Any]], name: str) -> bool:
     Raises:
       ValueError: it is no score of an evaluator that runs in training; lists those.
     """
-    known = {
+    scores = {
         f"{evaluator}/{metric}": more
         for evaluator, section in evals.items()
         if section["every_steps"]
         for metric, more in _class_of(evaluator, section).scores(section).items()
     }
-    if name in known:
-        return known[name]
+    if name in scores:
+        return scores[name]
     evaluator = name.rpartition("/")[0]
     if evaluator in evals and not evals[evaluator]["every_steps"]:
         why = f"{evaluator} never runs in training (its every_steps is 0)"
     else:
         why = "it is none of the recipe's scores"
-    near = difflib.get_close_matches(name, known, len(known) or 1, 0)
+    near = known.nearest(name, scores)
     raise ValueError(
         f"No checkpoint can be the best by {name!r}: {why}; try one of "
-        f"{', '.join(near) or 'none: no evaluator runs in training'}."
+        f"{near or 'none: no evaluator runs in training'}."
     )
 
 
 def _class_of(name: str, section: Mapping[str, Any]) -> Any:
-    kind = section["type"]
-    if kind not in EVALUATORS:
-        near = difflib.get_close_matches(kind, EVALUATORS, len(EVALUATORS), 0)
-        raise ValueError(
-            f"evals.{name}.type {kind!r} is unknown; try {', '.join(near)}."
-        )
-    return EVALUATORS[kind]
+    return known.pick(f"evals.{name}.type", section["type"], EVALUATORS)
