@@ -33,7 +33,6 @@ import arguments
 from ml_collections import ConfigDict
 
 from mlp_mixer import (
-    atomic,
     evaluate,
     evaluators,
     files,
@@ -41,7 +40,6 @@ from mlp_mixer import (
     models,
     program,
     recipe,
-    runs,
     shipped,
     text,
     train,
@@ -49,6 +47,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.data import preparation, sources
 from mlp_mixer.text import listed
+from mlp_mixer.workdir import MAY_CHANGE, differences, load
 
 logger = logging.getLogger(__name__)
 
@@ -193,10 +192,10 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
         top1 is None or (type(top1) in (int, float) and 0 <= top1 <= 1)
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
-    may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
+    may_change = [field for field in MAY_CHANGE if field != "evals"]
     there = recipe.to_json(recipe.from_json(said["config"], str(path)))
     here = recipe.to_json(recipe.completed(config))
-    if differing := runs.differences(there, here, may_change):
+    if differing := differences(there, here, may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
@@ -238,15 +237,14 @@ def complete(
         score = math.nan
     whole = recipe.completed(config)
     result = {"config": recipe.to_json(whole), "top1": _finite(score)}
-    with atomic.writing(workdir / RESULT, "w") as file:
-        json.dump(result, file, indent=2)
+    files.write_json(workdir / RESULT, result)
     return score
 
 
 def _score(
     config: ConfigDict, workdir: pathlib.Path, step: int, data_dir: str | None
 ) -> float:
-    last, name = recipe.total_steps(runs.load(workdir)), watched(config)
+    last, name = recipe.total_steps(load(workdir)), watched(config)
     if step < last:
         raise StoppedError(f"{workdir} was stopped before its end.")
     key = f"{name}/top1"

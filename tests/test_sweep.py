@@ -319,7 +319,7 @@ def test_the_shipped_recipes_bring_their_grids():
 
 
 def test_one_learning_rate_needs_no_choice(value, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "complete", lambda config, workdir, **_: 0.5)
+    monkeypatch.setattr(sweep, "complete", lambda *_, **__: 0.5)
     found = sweep.run(sweep.open_task(value, rates=[0.2]), tmp_path, seeds=2)
     assert (found.grid, found.learning_rate, found.seeds) == ({}, 0.2, {0: 0.5, 1: 0.5})
     sweep.write(tmp_path, [found], {})
