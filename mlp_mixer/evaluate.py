@@ -10,7 +10,6 @@ holds every name exactly; the other ones are for people, and there characters th
 cannot be shown are escaped.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from etils import epath
 
 from mlp_mixer import (
     evaluators,
+    files,
     metrics,
     processes,
     program,
@@ -194,16 +194,12 @@ def _write(
         },
         "results": results,
     }
-    (folder / "evaluate.json").write_text(
-        json.dumps(said, indent=2) + "\n", encoding="utf-8"
-    )
+    files.write_json(folder / "evaluate.json", said)
     title, columns, rows = table
     head, *body = ([*map(text.markdown, row)] for row in (columns, *rows))
     lines = [head, ["---", *["---:"] * len(results)], *body]
     cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (folder / "evaluate.md").write_text(
-        f"# {text.markdown(title)}\n\n{cells}\n", encoding="utf-8"
-    )
+    files.write_text(folder / "evaluate.md", f"# {text.markdown(title)}\n\n{cells}\n")
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
 
 

@@ -138,10 +138,8 @@ class Writer(contextlib.AbstractContextManager):
             if record["step"] == first_step and "train/lr" not in record:
                 self._evaluated |= {name.rpartition("/")[0] for name in record}
         lines = "".join(f"{json.dumps(record)}\n" for record in kept)
-        rewritten = self._path.with_name("metrics.jsonl.tmp")
         with self._failure_named(self._path):
-            rewritten.write_text(lines)
-            rewritten.replace(self._path)
+            files.write_text(self._path, lines)
             self._file = self._path.open("a")
         with self._failure_named(self._board_path):
             self._board = _Board(self._board_path, first_step)

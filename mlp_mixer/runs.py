@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -279,11 +278,7 @@ def claim(
         if begun:
             _say_what_is_recorded(workdir, _recorded_data(folder), data)
     for name, content in new.items():
-        # Whole or not at all, also if the process is killed here.
-        # Processes of several hosts may have equal numbers.
-        written = folder / f"{name}.json.{uuid.uuid4().hex}"
-        written.write_text(json.dumps(content, indent=2) + "\n")
-        written.replace(folder / f"{name}.json")
+        files.write_json(folder / f"{name}.json", content)
     return history.Saved(workdir)
 
 

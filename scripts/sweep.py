@@ -33,7 +33,6 @@ import arguments
 from ml_collections import ConfigDict
 
 from mlp_mixer import (
-    atomic,
     evaluate,
     evaluators,
     files,
@@ -235,8 +234,7 @@ def complete(
         logger.warning("%s", error)
         score = math.nan
     result = {"config": runs.to_json(config), "top1": _finite(score)}
-    with atomic.writing(workdir / RESULT, "w") as file:
-        json.dump(result, file, indent=2)
+    files.write_json(workdir / RESULT, result)
     return score
 
 

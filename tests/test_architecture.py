@@ -20,7 +20,6 @@ LAYERS = (
     ("files", "fields", "shipped"),
     (
         "recipe",
-        "atomic",
         "models",
         "losses",
         "sharding",

@@ -14,7 +14,6 @@ mirror (https) of the authors' bucket, `SSL_CERT_FILE` the certificates to trust
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import http.client
 import io
@@ -24,14 +23,13 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import socket
 import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,7 +199,8 @@ def fetch(
             _verify(path, path, entry)  # No lock: a cache may be read-only.
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        lock = path.with_name(f".{path.name}.lock")
+        with files.locked(lock, f"downloads {path}"):
             if path.exists():  # Put there by hand, or by the process that had the lock.
                 _verify(path, path, entry)
             else:
@@ -221,18 +220,6 @@ def _record(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-@contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
-    # The kernel releases this lock when its holder dies, however it dies.
-    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process downloads %s; waiting for it.", path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
     """Compares `file` with what is recorded for `path`, or checks and records it.
 
@@ -247,9 +234,7 @@ def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
     record = _record(path)
     if not record.exists():
         _check_content(file, entry)
-        unfinished = record.with_name(f".{record.name}")
-        unfinished.write_text(f"{found}  {path.name}\n")
-        unfinished.replace(record)
+        files.write_text(record, f"{found}  {path.name}\n")
         logger.info("%s: recorded its SHA-256 %s", path, found)
         return
     expected = _recorded(record, path)
@@ -447,7 +432,8 @@ def _attempt(
                 )
             _check_size(url, size, sizes, "that is not the published file")
             part.begin(response.headers["ETag"], size)
-        _check_disk(name, part.path.parent, size - have)
+        folder = part.path.parent
+        files.check_room(folder, size - have, name, "MLP_MIXER_CACHE")
         with (
             open(part.path, "ab") as file,
             progress(f"{name}: download", size, "bytes", have) as advance,
@@ -555,13 +541,3 @@ def _read(response: Any, most: int) -> bytes:
         return response.read1(most)
     except (OSError, http.client.HTTPException) as error:
         raise _Failed(repr(error), again=True) from error
-
-
-def _check_disk(name: str, folder: pathlib.Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(
-            f"{name} needs {num_bytes / 1e9:,.3f} GB in {folder}, where "
-            f"{free / 1e9:,.3f} GB are free. Make room, or choose another disk with "
-            "MLP_MIXER_CACHE."
-        )

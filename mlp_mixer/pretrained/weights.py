@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import atomic, checkpoint, files, known, recipe
+from mlp_mixer import checkpoint, files, known, recipe
 from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.derivatives import GELUS
@@ -400,7 +400,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
     """Writes the published layout, float32, which the authors' code loads as it is."""
-    with atomic.writing(path) as file:
+    with files.writing(path) as file:
         npz.write(file, dict(leaves(weights.params)))
 
 
@@ -422,5 +422,5 @@ def write_safetensors(
         if (value := getattr(weights, field)) is not None
     }
     flat = timm.theirs(flat) if names == "timm" else flat
-    with atomic.writing(path) as file:
+    with files.writing(path) as file:
         file.write(safetensors.dumps(flat, {METADATA: json.dumps(metadata)}))

@@ -6,7 +6,6 @@ prepared by TFDS's own builder.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import logging
 import os
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
+from mlp_mixer import files
 from mlp_mixer.data.preparation import imagenet, imagenet21k, stock, vtab
 from mlp_mixer.data.preparation.digits import prepare_digits
 from mlp_mixer.data.preparation.writing import Job, Progress
@@ -189,13 +189,8 @@ def prepare(
             progress=progress,
         )
     root.mkdir(parents=True, exist_ok=True)
-    # The kernel releases this lock when its holder dies, however it dies.
-    with open(root / f".{name.replace('/', '_')}.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process prepares %s; waiting for it.", name)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = root / f".{name.replace('/', '_')}.lock"
+    with files.locked(lock, f"prepares {name}"):
         if not (there := find(name, root)):
             job = Job(name, recipe.version, root, manual, verify, progress)
             recipe.write(job)
