@@ -14,6 +14,7 @@ holds its command.
 import ast
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ def main():
     from timm.models import mlp_mixer
 
     name, published, *given = sys.argv[1:]
-    options = {}
+    options: dict[str, Any] = {}
     for key, _, value in (argument.partition("=") for argument in given):
         layer = getattr(mlp_mixer, value, None)
         options[key] = layer or ast.literal_eval(value)
