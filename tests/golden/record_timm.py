@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-SMALL = {
+SMALL: dict[str, Any] = {
     "num_classes": 10,
     "img_size": (32, 48),
     "patch_size": 8,
