@@ -30,6 +30,7 @@ from mlp_mixer import (
     visualize,
 )
 from mlp_mixer.evaluators import accuracy, fewshot
+from mlp_mixer.workdir import load_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def evaluate(
     evals: dict[str, Any] = {}
     missing = {}
     with processes.together():
-        sections = recipe.evaluations(run.config, only, runs.load_class_names(workdir))
+        sections = recipe.evaluations(run.config, only, load_class_names(workdir))
         if not run.config.evals:
             raise ValueError(
                 f"The recipe of {workdir} has no evaluators, so nothing says which "

@@ -33,6 +33,7 @@ from mlp_mixer import (
     steps,
 )
 from mlp_mixer.data import pipeline, sources
+from mlp_mixer.workdir import claimed
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def train(
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(mesh, config.batch_size, config.accumulate)
         size = config.model.image_size
-        model = models.create(**config.model, formulation=sharding.formulation(mesh))
+        model = models.create(**config.model, run=models.Run(mesh=mesh))
         source = sources.open_source(
             **config.dataset, data_dir=data_dir, image_size=size
         )
@@ -97,7 +98,7 @@ def train(
     runs.check_agreement(config, data, evals)
 
     with (
-        runs.claimed(config, workdir, source.class_names, data, **accept) as (
+        claimed(config, workdir, source.class_names, data, **accept) as (
             note_saved,
             check_owned,
         ),

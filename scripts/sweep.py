@@ -40,13 +40,13 @@ from mlp_mixer import (
     models,
     program,
     recipe,
-    runs,
     shipped,
     train,
     visualize,
 )
 from mlp_mixer.data import preparation, sources
 from mlp_mixer.text import listed
+from mlp_mixer.workdir import MAY_CHANGE, differences, load, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +191,8 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
         top1 is None or (type(top1) in (int, float) and 0 <= top1 <= 1)
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
-    may_change = [field for field in runs.MAY_CHANGE if field != "evals"]
-    if differing := runs.differences(said["config"], runs.to_json(config), may_change):
+    may_change = [field for field in MAY_CHANGE if field != "evals"]
+    if differing := differences(said["config"], to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
@@ -232,7 +232,7 @@ def complete(
         # The same again would diverge again.
         logger.warning("%s", error)
         score = math.nan
-    result = {"config": runs.to_json(config), "top1": _finite(score)}
+    result = {"config": to_json(config), "top1": _finite(score)}
     files.write_json(workdir / RESULT, result)
     return score
 
@@ -240,7 +240,7 @@ def complete(
 def _score(
     config: ConfigDict, workdir: pathlib.Path, step: int, data_dir: str | None
 ) -> float:
-    last, name = recipe.total_steps(runs.load(workdir)), watched(config)
+    last, name = recipe.total_steps(load(workdir)), watched(config)
     if step < last:
         raise StoppedError(f"{workdir} was stopped before its end.")
     key = f"{name}/top1"

@@ -45,6 +45,7 @@ LAYERS = (
         "data.preparation",
         "visualize",
     ),
+    ("workdir",),
     ("steps", "evaluators", "pretrained"),
     # What the programs share.
     ("program", "runs"),
@@ -62,7 +63,7 @@ DOORS = {
     "tensorflow_datasets": ("data",),
     "tensorflow": ("data.preparation",),
     "orbax": ("orbax_io",),
-    "ml_collections": ("recipe", "paper", "runs", "program", *PROGRAMS),
+    "ml_collections": ("recipe", "paper", "workdir", "runs", "program", *PROGRAMS),
     # data.pipeline: Grain's workers read flags.
     "absl.flags": ("program", "data.pipeline", *PROGRAMS),
     "absl.app": ("program", *PROGRAMS),

@@ -8,7 +8,7 @@ import sys
 import pytest
 import sweep
 
-from mlp_mixer import checkpoint, errors, evaluate, metrics, runs, train
+from mlp_mixer import checkpoint, errors, evaluate, metrics, train, workdir
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -199,7 +199,7 @@ def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""
     config = sweep.open_task(value).final
     assert sweep.finished(config, tmp_path) is None
-    said = {"config": runs.to_json(config), "top1": top1}
+    said = {"config": workdir.to_json(config), "top1": top1}
     (tmp_path / "result.json").write_text(json.dumps(said))
     score = sweep.finished(config, tmp_path)
     assert score == 0.5 if top1 else math.isnan(score)
@@ -319,7 +319,7 @@ def test_the_shipped_recipes_bring_their_grids():
 
 
 def test_one_learning_rate_needs_no_choice(value, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "complete", lambda config, workdir, **_: 0.5)
+    monkeypatch.setattr(sweep, "complete", lambda *_, **__: 0.5)
     found = sweep.run(sweep.open_task(value, rates=[0.2]), tmp_path, seeds=2)
     assert (found.grid, found.learning_rate, found.seeds) == ({}, 0.2, {0: 0.5, 1: 0.5})
     sweep.write(tmp_path, [found], {})

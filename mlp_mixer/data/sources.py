@@ -27,7 +27,6 @@ from tensorflow_datasets.core.utils import file_utils
 from mlp_mixer.data import folders, preparation
 from mlp_mixer.data.class_names import assumed, canonical, places
 from mlp_mixer.data.tfrecords import TFRecords
-from mlp_mixer.text import printable
 
 Label = int | Int[np.ndarray, " m"]
 
@@ -426,39 +425,6 @@ def _(source: folders.FolderSource) -> dict[str, Any]:
 @fingerprint.register
 def _(source: _Relabelled) -> dict[str, Any]:
     return fingerprint(source.source)
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], limit: int = 12) -> list[str]:
-    """Lines for people: what differs in two fingerprints, but for the classes' order.
-
-    Classes are compared by name elsewhere: see `with_classes`.
-    """
-    lines = []
-    for key in [*before, *(key for key in now if key not in before)]:
-        there, here = before.get(key), now.get(key)
-        if there == here or key in ("class_names", "order"):
-            continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            lines += [
-                f"{printable(name)}: {_said(there.get(name))} there, "
-                f"{_said(here.get(name))} here"
-                for name in sorted(there.keys() | here.keys())
-                if there.get(name) != here.get(name)
-            ]
-        else:
-            lines.append(f"{key}: {_said(there)} there, {_said(here)} here")
-    if not lines and before.get("order") != now.get("order"):
-        lines.append("the same files, in another order")
-    more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
-    return lines[:limit] + more
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(
-            f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()
-        )
-    return "nothing" if value is None else printable(str(value))[:100]
 
 
 def _digest(data: bytes) -> str:
