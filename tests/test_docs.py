@@ -428,11 +428,15 @@ def test_readme_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 140
 
 
-def test_readme_names_every_model():
+def test_readme_names_every_model_and_its_file():
     section = TEXTS["README.md"].partition("## Models")[2].partition("\n## ")[0]
-    for name in models.MODELS:
-        family, _, size = name.partition("_")
-        assert re.search(rf"`{family}_` .*`{size}`", section), name
+    rows = [row for row in section.splitlines() if row.startswith("|")]
+    for file in models.FAMILIES:
+        path = pathlib.Path(file.__file__).relative_to(ROOT)
+        (row,) = [row for row in rows if f"]({path})" in row]
+        for name in file.SIZES:
+            family, _, size = name.partition("_")
+            assert re.search(rf"`{family}_` .*`{size}`", row), name
 
 
 # --- The checkers see what they should ------------------------------------------------
