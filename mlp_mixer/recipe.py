@@ -392,8 +392,8 @@ _NEEDED = {
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """Returns the recipe in what JSON has, with the number of the format."""
-    return {"format": FORMAT} | json.loads(config.to_json_best_effort())
+    """Returns the recipe in what JSON has, with every field of its model."""
+    return {"format": FORMAT} | json.loads(completed(config).to_json_best_effort())
 
 
 def read(path: epath.PathLike) -> ConfigDict:
@@ -458,7 +458,7 @@ def rename(tree: Any) -> list[str]:
     for old, new in MOVED.items():
         section, field = old.split(".")
         to, name = new.split(".")
-        if section in tree and field in tree[section]:
+        if hasattr(tree.get(section), "keys") and field in tree[section]:
             if to not in tree:
                 tree[to] = {}
             tree[to][name] = tree[section][field]

@@ -94,7 +94,7 @@ def job_of(args: argparse.Namespace) -> Job:
 def fields_of(model: Any, of: type) -> dict[str, Any]:
     """The values that `model` has for the fields of a module class."""
     names = [f.name for f in dataclasses.fields(of)]
-    others = ("parent", "name", "run")
+    others = ("parent", "name", "run", "dtype")
     return {name: getattr(model, name) for name in names if name not in others}
 
 

@@ -18,7 +18,6 @@ devices.
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -33,6 +32,7 @@ import arguments
 from ml_collections import ConfigDict
 
 from mlp_mixer import (
+    console,
     evaluate,
     evaluators,
     files,
@@ -41,7 +41,6 @@ from mlp_mixer import (
     program,
     recipe,
     shipped,
-    text,
     train,
     visualize,
 )
@@ -194,8 +193,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
     there = recipe.to_json(recipe.from_json(said["config"], str(path)))
-    here = recipe.to_json(recipe.completed(config))
-    if differing := differences(there, here, may_change):
+    if differing := differences(there, recipe.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
@@ -235,8 +233,7 @@ def complete(
         # The same again would diverge again.
         logger.warning("%s", error)
         score = math.nan
-    whole = recipe.completed(config)
-    result = {"config": recipe.to_json(whole), "top1": _finite(score)}
+    result = {"config": recipe.to_json(config), "top1": _finite(score)}
     files.write_json(workdir / RESULT, result)
     return score
 
@@ -410,9 +407,11 @@ def table_of_five(results: Sequence[Result]) -> list[list[str]]:
 COLUMNS = ["", "top-1", "±", "runs", "learning rate", "tried on held-out images", "of"]
 
 
-def rows(results: Sequence[Result], means: Mapping[str, float]) -> list[list[str]]:
+def table(
+    folder: pathlib.Path, results: Sequence[Result], means: Mapping[str, float]
+) -> console.Table:
     """The table, in per cent; ± is the standard deviation over seeds."""
-    table = [
+    rows = [
         [
             result.name,
             _percent(result.mean),
@@ -425,7 +424,8 @@ def rows(results: Sequence[Result], means: Mapping[str, float]) -> list[list[str
         for result in results
     ]
     blank = [""] * (len(COLUMNS) - 2)
-    return table + [[name, _percent(mean), *blank] for name, mean in means.items()]
+    rows += [[name, _percent(mean), *blank] for name, mean in means.items()]
+    return console.Table(str(folder), COLUMNS, rows)
 
 
 def _percent(accuracy: float) -> str:
@@ -442,17 +442,11 @@ def write(
         fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
         said["results"].append(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(
-        json.dumps(said, indent=2) + "\n", encoding="utf-8"
-    )
-    right = ["---", *["---:"] * 4, "---", "---"]
-    tables = _markdown(COLUMNS, right, rows(results, means))
+    files.write_json(folder / "sweep.json", said)
+    tables = [table(folder, results, means)]
     if five := table_of_five(results):
-        columns = ["", *FIVE.values(), "Avg 5"]
-        tables += "\n" + _markdown(columns, ["---", *["---:"] * 6], five)
-    (folder / "sweep.md").write_text(
-        f"# {text.markdown(str(folder))}\n\n{tables}", encoding="utf-8"
-    )
+        tables.append(console.Table("", ["", *FIVE.values(), "Avg 5"], five))
+    files.write_text(folder / "sweep.md", "\n".join(t.markdown() for t in tables))
     curves = {
         result.name: {r: _finite(a) for r, a in result.grid.items()}
         for result in results
@@ -462,13 +456,6 @@ def write(
         chosen = {result.name: result.learning_rate for result in results}
         picture = visualize.png(visualize.learning_rates(curves, chosen))
         (folder / "sweep.png").write_bytes(picture)
-
-
-def _markdown(
-    columns: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]]
-) -> str:
-    head, *body = ([*map(text.markdown, line)] for line in (columns, *lines))
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, right, *body))
 
 
 def _finite(accuracy: float) -> float | None:
@@ -513,7 +500,7 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
         results.append(result)
         write(folder, results, means(results))
     logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
-    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
+    table(folder, results, means(results)).show()
 
 
 def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
@@ -567,7 +554,7 @@ def parse(
 
 def start(main: Callable[[list[str]], None]) -> None:
     """Runs `main(arguments)` as a program does."""
-    metrics.log_to_terminal()
+    console.log_to_terminal()
     with program.errors_in_one_line("sweep"):
         main(sys.argv[1:])
 

@@ -251,7 +251,8 @@ def test_options_and_overrides_reach_the_model():
     )  # fmt: skip
     bench = benchmark.Bench(found, batch=2, devices=1, peer=True)
     ours = bench.models["ours"]
-    assert (ours.dtype, ours.scan, ours.remat) == ("bfloat16", False, "full")
+    how = ours.run
+    assert (how.dtype, how.scan, how.remat) == ("bfloat16", False, "full")
     assert (ours.gelu, ours.num_blocks, bench.size) == ("exact", 3, (64, 64))
     literal = bench.models["literal"]
     assert isinstance(literal, literal_mixer.LiteralMixer)

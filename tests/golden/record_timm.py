@@ -14,11 +14,12 @@ holds its command.
 import ast
 import pathlib
 import sys
+from typing import Any
 
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
-SMALL = {
+SMALL: dict[str, Any] = {
     "num_classes": 10,
     "img_size": (32, 48),
     "patch_size": 8,
@@ -52,7 +53,7 @@ def main():
     from timm.models import mlp_mixer
 
     name, published, *given = sys.argv[1:]
-    options = {}
+    options: dict[str, Any] = {}
     for key, _, value in (argument.partition("=") for argument in given):
         layer = getattr(mlp_mixer, value, None)
         options[key] = layer or ast.literal_eval(value)
