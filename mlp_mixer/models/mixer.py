@@ -16,7 +16,6 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlp_mixer import known
@@ -125,12 +124,7 @@ class MlpMixer(Model):
             noise=self._noise(image.shape[0]) if train else Noise(),
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
-        pre_logits = y.mean(0, dtype=jnp.float32)
-        out = {f"block_{i}": jnp.swapaxes(z, 0, 1) for i, z in enumerate(states)}
-        out |= {"stem": jnp.swapaxes(x, 0, 1), "pre_logits": pre_logits}
-        if self.num_classes is None:
-            return pre_logits, out
-        return layers.head(pre_logits, self.num_classes, self.head_bias), out
+        return layers.readout(y, [x, *states], self.num_classes, bias=self.head_bias)
 
     def _noise(self, images: int) -> Noise:
         """The rate rises linearly and is one for both branches (big_vision)."""
