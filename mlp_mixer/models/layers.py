@@ -30,8 +30,7 @@ PRE_GELU = "pre_gelu"
 class PatchEmbed(nn.Module):
     """The stem: one linear map shared by all patches, straight to tokens first.
 
-    `kernel` (ph, pw, 3, c) is a convolution's, as published; its initial values are
-    those of Flax's Conv (lecun_normal with fan_in = ph·pw·3).
+    `kernel` (ph, pw, 3, c) and its initial values are those of Flax's Conv.
 
     Attributes:
       features: number of channels c.

@@ -5,7 +5,6 @@ shards, features.json and dataset_info.json. Until all are complete they lie in 
 hidden folder beside it, where a shard has its name only once it is whole.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -19,13 +18,10 @@ from tensorflow_datasets.core import example_serializer, file_adapters
 from tensorflow_datasets.core.utils import shard_utils
 
 from mlp_mixer import files
+from mlp_mixer.console import Progress
 
 logger = logging.getLogger(__name__)
 
-# (what, total, unit, completed) → a context that gives `advance(amount)`.
-Progress = Callable[
-    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
-]
 SHARDS = shard_utils.ShardConfig()  # TFDS's: 64 MiB to 1 GiB, 1,024 where possible.
 
 
@@ -34,8 +30,8 @@ class Job:
     """One data set to prepare.
 
     Attributes:
-      name: of TFDS, a config included: "eurosat/rgb".
-      version: of what is written, e.g. "5.1.0".
+      name: name in TFDS, a config included: "eurosat/rgb".
+      version: version of the data that is written, e.g. "5.1.0".
       data_dir: where TFDS data lives.
       manual_dir: where files lie that a person has to download.
       verify: whether to compare them with published checksums.
@@ -66,7 +62,7 @@ class Split:
 
     Attributes:
       num_examples: how many.
-      num_bytes: of their images, all together.
+      num_bytes: size of all images together.
       read: (start, stop) → those examples, as their features take them.
     """
 
@@ -119,7 +115,7 @@ def write(
 
     Args:
       job: the data set, after `begin`.
-      features: as in TFDS.
+      features: features, in the form of TFDS.
       splits: by name.
       **info: description, homepage and the like for `tfds.core.DatasetInfo`.
 
