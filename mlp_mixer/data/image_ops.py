@@ -32,8 +32,8 @@ def resize(image: Image, size: Size) -> Resized:
     clip and truncation, as in big_vision `pp/ops_image.py`; float32 stays unrounded.
 
     Args:
-        image: uint8 or float32.
-        size: (height, width) of the result.
+      image: uint8 or float32.
+      size: (height, width) of the result.
     """
     _check(size)
     return _bilinear(image, size, size)
@@ -83,8 +83,8 @@ def resize_small(image: Image, size: Size) -> Resized:
     big_vision `pp/ops_image.py`.
 
     Args:
-        image: uint8 or float32.
-        size: (height, width) to cover; of a square the image's shorter side gets it.
+      image: uint8 or float32.
+      size: (height, width) to cover; of a square the image's shorter side gets it.
     """
     sides = _covering(image, size)
     return _area(image, sides, sides)
@@ -142,7 +142,7 @@ def crop_and_resize(
     one level.
 
     Raises:
-        ValueError: the box leaves the image.
+      ValueError: the box leaves the image.
     """
     height, width = size
     levels = cv2.resize(_cut(image, box).astype(np.float32), (width, height))
@@ -251,7 +251,7 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
 
 
 def _span(start: int, n: int, scale: float, n_in: int) -> tuple[float, float, int, int]:
-    """Where n output pixels lie in the input, and what a bicubic sees around that."""
+    """Returns where n output pixels lie in the input, and what a bicubic reads."""
     low, high = start * scale, (start + n) * scale
     around = 3 * max(1, math.ceil(scale))
     return low, high, max(0, int(low) - around), min(n_in, math.ceil(high) + around)
@@ -275,26 +275,22 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
     box, then crop the middle.
 
     Args:
-        image: decoded with `dct="accurate"` for "timm", "fast" for the others.
-        protocol: a key of `PROTOCOLS`.
-        size: (height, width) of the result.
+      image: decoded with `dct="accurate"` for "timm", "fast" for the others.
+      protocol: a key of `PROTOCOLS`.
+      size: (height, width) of the result.
 
     Returns:
-        uint8, or for "vision_transformer" float32, in levels 0..255.
+      uint8, or for "vision_transformer" float32, in levels 0..255.
 
     Raises:
-        ValueError: the protocol is unknown.
-
-    Example:
-        >>> preprocess(decode(data), "big_vision", (224, 224)).shape
-        (224, 224, 3)
+      ValueError: the protocol is unknown.
     """
     _check(size)
     return known.pick("protocol", protocol, PROTOCOLS)(image, size)
 
 
 def margin(size: Size) -> tuple[int, int]:
-    """What an image is resized to before `size` is cut out of it: 256 for 224.
+    """Returns the sides to resize to before `size` is cut out: 256 for 224.
 
     At another resolution R it is round(R·256/224), 512 for 448 (our choice), on both
     sides of a rectangle.
