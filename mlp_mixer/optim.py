@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from mlp_mixer import known
+from mlp_mixer.fingerprints import PyTree
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
-# How much is left of the peak, from how far the run is: of what follows the warm-up,
-# and of the whole, both 0 ... 1.
+# Fraction of the peak learning rate, as a function of progress in [0, 1]: after the
+# warm-up, and over the whole run.
 DECAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "linear": lambda after, _: 1.0 - after,
     "cosine": lambda after, _: 0.5 * (1.0 + jnp.cos(jnp.pi * after)),
@@ -137,7 +138,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     hundreds: a quarter of the time to compile Mixer-H/14's step.
     """
 
-    def clip(updates, params):
+    def clip(updates: PyTree, params: PyTree) -> PyTree:
         del params
         factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
@@ -145,7 +146,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _is_kernel(params):
+def _is_kernel(params: PyTree) -> PyTree:
     """True where a parameter is the kernel of a product or of the stem."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params
