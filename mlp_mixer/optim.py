@@ -50,7 +50,7 @@ def make_schedule(
     Args:
       total_steps: number of updates T.
       learning_rate: base, the peak.
-      warmup_steps: number of updates of the warm-up.
+      warmup_steps: steps of linear warm-up.
       decay: a key of `DECAYS`: "linear", "cosine" or "staircase".
       end_learning_rate: the value at T.
       end_factor: instead of `end_learning_rate`, the value at T as a fraction of
@@ -108,8 +108,8 @@ def create(
       clip_norm: global norm of the gradient; None does not clip.
       b1, b2, eps: decay rates of Adam's two moments, and the constant in its
         denominator.
-      momentum, momentum_dtype: decay rate of the accumulator of "momentum", and its
-        dtype; the authors fine-tune with "bfloat16".
+      momentum: decay rate of the accumulator of "momentum".
+      momentum_dtype: dtype of that accumulator; the authors fine-tune with "bfloat16".
       **schedule_fields: the other arguments of `make_schedule`.
 
     Raises:
