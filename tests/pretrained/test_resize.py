@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimisers
 import pytest
 import scipy.fft
 import set_up
 from einops import rearrange
 
-from mlp_mixer import models, optim, sharding, steps
+from mlp_mixer import models, sharding, steps
 from mlp_mixer.models import layers
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize
@@ -473,7 +474,7 @@ def trained(change):
     side = 2 * math.isqrt(tokens)
     model = MlpMixer(patch_size=(2, 2), **SMALL | {"tokens_mlp_dim": wide})
     mesh = sharding.make_mesh(1)
-    tx, _ = optim.create(learning_rate=1e-2, total_steps=100, warmup_steps=0)
+    tx, _ = optimisers.create(learning_rate=1e-2, total_steps=100, warmup_steps=0)
     target = steps.state_shapes(model, tx, mesh, image_size=(side, side))
     train_step = steps.make_train_step(
         model, tx, mesh, target, loss="softmax_xent", seed=0
