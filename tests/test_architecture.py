@@ -47,7 +47,7 @@ LAYERS = (
     ),
     ("steps", "evaluators", "pretrained"),
     # What the programs share.
-    ("program", "runs"),
+    ("program", "runs", "experiment"),
     ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

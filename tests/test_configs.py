@@ -83,14 +83,14 @@ def test_every_section_is_accepted_by_its_function(root, name, argument, monkeyp
         config.optim.learning_rate
     )
     evals = evaluators.create(
-        recipe.evaluations(config, ["all"]),
+        evaluators.sections(config, ["all"]),
         predict=steps.make_predict(model, mesh),
         mesh=mesh,
         image_size=size,
         data_dir=None,
     )
     # Training needs its own data set and no other.
-    watched = recipe.evaluations(config)
+    watched = evaluators.sections(config)
     assert watched
     for section in watched.values():
         assert section["type"] == "accuracy"
