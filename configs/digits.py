@@ -11,7 +11,7 @@ from mlp_mixer import recipe
 
 
 def get_config(argument: str = ""):
-    """The recipe; it knows no words."""
+    """The recipe; it has no options."""
     recipe.words(argument, [])
     config = recipe.base()
     config.dataset.name = "digits"

@@ -1,7 +1,8 @@
 """Mixer-S/32, pretrained from scratch as in arXiv 2105.01601, Table 4.
 
-Words: imagenet21k, jft300m (ImageNet-1k without a word); short (60 epochs of
-  ImageNet-1k); gpu8 (one host with 8 GPUs: batch 4096 in 2 micro-batches).
+Options, comma-separated after a colon: imagenet21k or jft300m, the data set (default:
+  ImageNet-1k); short, 60 epochs of ImageNet-1k; gpu8, for one host with 8 GPUs (batch
+  4096 in 2 micro-batches).
 
 Expected:
   ImageNet-1k    not trained in the paper; the settings are Mixer-B's
@@ -12,29 +13,11 @@ Cost: jft300m 0.01k TPUv3 core-days (Table 3); ImageNet-1k: 92,897 steps, not kn
     python -m mlp_mixer.train --config=configs/mixer_s32.py:jft300m
 """
 
-from mlp_mixer import recipe
-
-TABLE_4 = {
-    "imagenet2012": recipe.table_4(
-        epochs=300,
-        learning_rate=0.001,
-        weight_decay=0.1,
-        randaugment=15,
-        mixup=0.5,
-        stochastic_depth=0.1,
-    ),
-    "imagenet21k": recipe.table_4(
-        epochs=300,
-        learning_rate=0.001,
-        weight_decay=0.1,
-        randaugment=10,
-        mixup=0.2,
-        stochastic_depth=0.1,
-    ),
-    "jft300m": recipe.table_4(epochs=5, learning_rate=0.003, weight_decay=0.03),
-}
+from mlp_mixer import paper
 
 
 def get_config(argument: str = ""):
-    """The recipe for the words in `argument`."""
-    return recipe.pretraining("mixer_s32", argument, TABLE_4, gpu8=2)
+    """The recipe for the options in `argument`."""
+    return paper.pretraining(
+        "mixer_s32", argument, imagenet2012="B", imagenet21k="B", jft300m="S", gpu8=2
+    )

@@ -13,7 +13,6 @@ cannot be shown are escaped.
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags
@@ -150,7 +149,10 @@ def _draw(
 
 
 def _table(
-    folder: epath.Path, run: runs.Run, evals: dict[str, evaluators.Evaluator], results: dict[str, dict]
+    folder: epath.Path,
+    run: runs.Run,
+    evals: dict[str, evaluators.Evaluator],
+    results: dict[str, dict],
 ) -> tuple[str, list[str], list[list[str]]]:
     """Title, columns and rows, for people.
 

@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 import mlp_mixer
-from mlp_mixer import metrics, pretrained, program
+from mlp_mixer import known, metrics, pretrained, program
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.text import printable
 
@@ -317,7 +317,7 @@ def _checked(weights: pretrained.Weights) -> pretrained.Weights:
 def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
     """What is known of a model besides its numbers."""
     fields = pretrained.geometry(weights.params)
-    known = {
+    facts = {
         "source": weights.said,
         "exported_by": f"mlp_mixer {mlp_mixer.__version__}",
         "input": "image: RGB, (level - 127.5) / 127.5 of levels 0 ... 255",
@@ -328,7 +328,7 @@ def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
         "preprocess": weights.preprocess,
         "class_names": weights.class_names,
     }
-    return {name: value for name, value in known.items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _outputs(model: Any, params: Any, image: Any) -> dict[str, Any]:
@@ -408,12 +408,9 @@ def main(arguments: list[str]) -> None:
             "Name the weights and the files to write, e.g. runs/digits digits.onnx."
         )
     source, *paths = map(program.path, arguments)
-    for suffix in (pathlib.Path(path).suffix.lower() for path in paths):
-        if suffix not in FORMATS:
-            raise ValueError(
-                f"No file ending in {suffix!r} is written; try {', '.join(FORMATS)}."
-            )
-        _require(*FORMATS[suffix])
+    for path in paths:
+        suffix = pathlib.Path(path).suffix.lower()
+        _require(*known.pick(f"{path}: the ending", suffix, FORMATS))
     weights = pretrained.read(source, dtype=None, step=flags.FLAGS.step)
     dtypes = {str(x.dtype) for _, x in leaves(weights.params)} - {"float32"}
     if dtypes:

@@ -5,10 +5,11 @@ heavy; a test holds them equal to the tables that the names are keys of.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from mlp_mixer import known
 
 # Steps, positions and class numbers are int32 on the device.
 INT32 = 2**31 - 1
@@ -68,10 +69,7 @@ class Row:
         """What the field may be, for people; of a closed set the nearest first."""
         said = self.said
         if self.choices:
-            order = difflib.get_close_matches(
-                str(value), self.choices, len(self.choices), 0
-            )
-            said = ", ".join(order)
+            said = known.nearest(value, self.choices)
         return f"{said}; or None" if self.none else said
 
 
@@ -263,11 +261,8 @@ def _problems(
             yield _line(prefix + field, flat[field], row.expected(flat[field]))
     for field in () if others else flat:
         if field not in rows:
-            near = difflib.get_close_matches(field, rows, 3, 0)
-            yield (
-                f"config.{prefix}{field} is no field of a recipe; try "
-                f"{', '.join(near)}."
-            )
+            near = known.nearest(field, rows, 3)
+            yield f"config.{prefix}{field} is no field of a recipe; try {near}."
 
 
 def _line(field: str, value: Any, expected: str) -> str:

@@ -5,12 +5,13 @@ or momentum) → + decay · param → × learning rate → × −1. Decay is dec
 follows the schedule, so `weight_decay` 0.1 at learning rate 0.001 is big_vision's 1e-4.
 """
 
-import difflib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from mlp_mixer import known
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -56,7 +57,7 @@ def make_schedule(
     Raises:
       ValueError: unknown decay, or not exactly one of the two ends.
     """
-    _known("decay", decay, tuple(DECAYS))
+    known.require("decay", decay, DECAYS)
     if (end_learning_rate is None) == (end_factor is None):
         raise ValueError(
             f"end_learning_rate is {end_learning_rate} and end_factor is {end_factor}; "
@@ -119,8 +120,8 @@ def create(
         "adam": lambda: optax.scale_by_adam(b1, b2, eps),
         "momentum": lambda: optax.trace(momentum, accumulator_dtype=momentum_dtype),
     }
-    _known("optimiser", name, tuple(directions))
-    _known("decayed", decayed, DECAYED)
+    known.require("optimiser", name, directions)
+    known.require("decayed", decayed, DECAYED)
     schedule = make_schedule(
         total_steps=total_steps, learning_rate=learning_rate, **schedule_fields
     )
@@ -153,9 +154,3 @@ def _is_kernel(params):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params
     )
-
-
-def _known(what: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, len(known), 0)
-        raise ValueError(f"{what} {value!r} is unknown; try {', '.join(near)}.")

@@ -243,7 +243,8 @@ def start_saving(
         "metrics": metrics,
     }
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(_with_arrays(state)), meta=ocp.args.JsonSave(_sealed(description))
+        state=ocp.args.PyTreeSave(_with_arrays(state)),
+        meta=ocp.args.JsonSave(_sealed(description)),
     )
     # `force`: it is decided, and Orbax's own decision would be a silent one.
     manager.save(step, args=items, force=True)

@@ -21,6 +21,7 @@ from mlp_mixer import (
     history,
     models,
     ownership,
+    paper,
     pretrained,
     processes,
     recipe,
@@ -466,10 +467,10 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     config.dataset.num_classes = fields.pop("num_classes")
     config.model.name = pretrained.variant(fields) or config.model.name
     config.model.update(fields, gelu=weights.gelu, image_size=size)
-    for name, data in recipe.PRETRAINING.items():
+    for name, data in paper.PRETRAINING.items():
         if data["num_classes"] == config.dataset.num_classes:
             config.dataset.name = name
-            recipe.evaluate_on(config, name)
+            paper.evaluate_on(config, name)
     if weights.preprocess is not None:
         for section in config.evals.values():
             section.preprocess = weights.preprocess

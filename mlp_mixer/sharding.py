@@ -5,7 +5,6 @@ not. Parameters and moments are either on every device ("replicated") or cut ove
 as well ("fsdp"; over `data` where that axis has only one device).
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from mlp_mixer import known
 
 # The axes that cut a batch.
 ROWS = ("data", "fsdp")
@@ -49,7 +50,9 @@ def make_mesh(
     said = f"mesh.data, fsdp and model are {data}, {fsdp} and {model}"
     others = fsdp * model
     if fsdp < 1 or model < 1 or data == 0 or data < -1:
-        raise ValueError(f"{said}; expected numbers from 1 (data: or -1, for the rest).")
+        raise ValueError(
+            f"{said}; expected numbers from 1 (data: or -1, for the rest)."
+        )
     shape = (len(found) // others if data == -1 else data, fsdp, model)
     count = math.prod(shape)
     if not 0 < count <= len(found) or (data == -1 and count < len(found)):
@@ -123,10 +126,8 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
       strategy: "replicated", or "fsdp": every array of `FSDP_MIN_ELEMENTS` or more is
         cut along its largest axis that the devices divide.
     """
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, len(STRATEGIES), 0)
-        raise ValueError(f"sharding {strategy!r} is unknown; try {', '.join(near)}.")
-    return jax.tree.map(lambda leaf: STRATEGIES[strategy](mesh, leaf), tree)
+    cut = known.pick("sharding", strategy, STRATEGIES)
+    return jax.tree.map(lambda leaf: cut(mesh, leaf), tree)
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:

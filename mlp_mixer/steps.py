@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
-from mlp_mixer import losses, sharding
+from mlp_mixer import known, losses, sharding
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -164,9 +164,7 @@ def make_train_step(
     Raises:
       ValueError: unknown loss.
     """
-    if loss not in losses.LOSSES:
-        raise ValueError(f"loss {loss!r} is unknown; try {', '.join(losses.LOSSES)}.")
-    loss_fn = losses.LOSSES[loss]
+    loss_fn = known.pick("loss", loss, losses.LOSSES)
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
     def objective(params, stats, batch, rng):
@@ -251,4 +249,3 @@ def make_predict(
         return {"logits": logits, **{name: out[name] for name in outputs}}
 
     return jax.jit(predict, out_shardings=sharding.batch(mesh))
-

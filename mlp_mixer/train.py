@@ -27,6 +27,7 @@ from mlp_mixer import (
     recipe,
     runs,
     sharding,
+    shipped,
     steps,
 )
 from mlp_mixer.data import pipeline, sources
@@ -200,7 +201,7 @@ def main(arguments: list[str]) -> None:
     program.check_no_words(arguments)
     train(
         flags.FLAGS.config,
-        flags.FLAGS.workdir or recipe.default_workdir(sys.argv),
+        flags.FLAGS.workdir or shipped.default_workdir(sys.argv),
         data_dir=flags.FLAGS.data_dir,
         profile=flags.FLAGS.profile,
         accept_changed_data=flags.FLAGS.accept_changed_data,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import sweep
 
-from mlp_mixer import recipe
+from mlp_mixer import recipe, shipped
 
 RECIPE = "configs/finetune/vtab.py"
 
@@ -58,13 +58,13 @@ def main(argv: list[str]) -> None:
     p.add_argument("--words", default="", help="of the recipe: l16,448")
     p.add_argument("--tasks", default="", help="some of them: svhn,dtd; all if not set")
     args, overrides = sweep.parse(p, argv)
-    shipped = recipe.run_file(recipe.find(RECIPE)[0])
-    classes_and_groups = shipped["TASKS"]
+    defined = recipe.run_file(shipped.find(RECIPE)[0])
+    classes_and_groups = defined["TASKS"]
     names = tasks_of(args.tasks.split(","), list(classes_and_groups))
     words = [word.strip() for word in args.words.split(",") if word.strip()]
     tasks = [
         sweep.open_task(
-            config_of(name, words, shipped["SMALL"]), overrides, args.learning_rates
+            config_of(name, words, defined["SMALL"]), overrides, args.learning_rates
         )
         for name in names
     ]

@@ -42,6 +42,7 @@ from mlp_mixer import (
     program,
     recipe,
     runs,
+    shipped,
     text,
     train,
     visualize,
@@ -101,8 +102,8 @@ def open_task(
       FileNotFoundError: there is no such recipe.
       ValueError: it has no learning rates, or holds out images itself.
     """
-    path, words = recipe.find(value)
-    if "select" in recipe.split(words or ""):
+    path, words = shipped.find(value)
+    if "select" in shipped.split(words or ""):
         raise ValueError(
             f"{value} has the word select, which a sweep adds itself; leave it out."
         )
@@ -113,7 +114,7 @@ def open_task(
                 f"{path} has no LEARNING_RATES; give some: --learning_rates=0.01,0.03."
             )
     return Task(
-        name=recipe.run_name(value),
+        name=shipped.run_name(value),
         select=_config(f"{path}:{words or ''},select", overrides),
         final=_config(f"{path}:{words or ''}", overrides),
         learning_rates=tuple(sorted(set(rates))),

@@ -1,12 +1,11 @@
 """The ledger: what the first steps of a recipe give, recorded for everyone."""
 
 import json
-import runpy
 
 import compare_runs
 import pytest
 
-from mlp_mixer import checkpoint, train
+from mlp_mixer import checkpoint, recipe, train
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def stopping_at_100(monkeypatch):
 def test_the_first_steps_of_the_digits_are_the_recorded_ones(
     root, tmp_path, data_dir, stopping_at_100
 ):
-    config = runpy.run_path(f"{root}/configs/digits.py")["get_config"]()
+    config = recipe.load("configs/digits.py")
     config.mesh.data = 4  # recorded on one device
     config.log_every_steps = 1
     config.evals.test.every_steps = 0

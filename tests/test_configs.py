@@ -5,9 +5,8 @@ import re
 
 import jax
 import pytest
-from test_recipe import load
 
-from mlp_mixer import evaluators, losses, models, optim, recipe, sharding, steps
+from mlp_mixer import evaluators, experiment, losses, recipe, sharding
 from mlp_mixer.data import image_ops, pipeline, preparation, sources
 from mlp_mixer.data.preparation import vtab
 from mlp_mixer.evaluators import fewshot
@@ -67,24 +66,23 @@ class Probe:
 
 
 @pytest.mark.parametrize(("name", "argument"), RECIPES)
-def test_every_section_is_accepted_by_its_function(root, name, argument, monkeypatch):
-    config = load(root, name, argument)
+def test_every_section_is_accepted_by_its_function(name, argument, monkeypatch):
+    config = recipe.load(f"configs/{name}.py:{argument}")
     size = config.model.image_size
     monkeypatch.setattr(sources, "open_source", Probe)
     mesh = sharding.make_mesh(**config.mesh)
     source = sources.open_source(**config.dataset, data_dir=None, image_size=size)
-    model = models.create(**config.model, num_classes=source.num_classes)
-    tx, schedule = optim.create(**config.optim, total_steps=recipe.total_steps(config))
-    target = steps.state_shapes(
-        model, tx, mesh, image_size=size, strategy=config.sharding
-    )
-    assert target.params["head"]["kernel"].shape[1] == source.num_classes
-    assert float(schedule(config.optim.warmup_steps)) == pytest.approx(
+    config = recipe.completed(config, len(source), source.num_classes)
+    example, total_steps = pipeline.example(size), recipe.total_steps(config)
+    built = experiment.build(config, mesh, example, total_steps)
+    head = built.target.params["head"]["kernel"]
+    assert head.shape[1] == source.num_classes
+    assert float(built.schedule(config.optim.warmup_steps)) == pytest.approx(
         config.optim.learning_rate
     )
     evals = evaluators.create(
         evaluators.sections(config, ["all"]),
-        predict=steps.make_predict(model, mesh),
+        predict=built.predict,
         mesh=mesh,
         image_size=size,
         data_dir=None,
@@ -117,6 +115,8 @@ def test_docstrings_state_result_cost_and_command(root, name, argument):
     text = pathlib.Path(root, "configs", f"{name}.py").read_text()
     if "TASKS = {" not in text:  # of which there are many
         text = text.split('"""')[1]
+    if "README.md in this folder" in text:
+        text += pathlib.Path(root, "configs/finetune/README.md").read_text()
     for part in ("Expected:", "Cost:", "python -m mlp_mixer.train --config=configs/"):
         assert part in text
     assert f"configs/{name}.py" in text

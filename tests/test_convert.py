@@ -312,8 +312,8 @@ def test_the_normalisation_may_be_flags(program, source, tmp_path):
     [
         ({"image_size": (8, 8)}, "8x8 image makes 4 tokens"),
         ({"image_size": (17, 19)}, "image_size 17 is not divisible by patch_size 4"),
-        ({"gelu": "relu"}, "gelu 'relu' is unknown; try tanh, exact"),
-        ({"names": "Timm"}, "names 'Timm' are unknown; try ours, timm"),
+        ({"gelu": "relu"}, "gelu 'relu' is unknown; try exact, tanh"),
+        ({"names": "Timm"}, "names 'Timm' is unknown; try timm, ours"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; try float32, bfloat16"),
     ],
 )

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from test_files import DAMAGED, one_line
-from test_recipe import load
 
 from mlp_mixer import pretrained, recipe, runs
 
@@ -17,9 +16,9 @@ def changed(path, change):
 
 
 @pytest.fixture
-def run(root, tmp_path):
+def run(tmp_path):
     """A run that has begun, without a checkpoint."""
-    config = load(root, "mixer_b16")
+    config = recipe.load("configs/mixer_b16.py")
     runs.claim(config, tmp_path, [f"class {i}" for i in range(1000)])
     (tmp_path / "metrics.jsonl").write_text('{"step": 50}\n')
     (tmp_path / "checkpoints").mkdir()
@@ -27,14 +26,14 @@ def run(root, tmp_path):
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_recipe_of_a_run_is_one_line(kind, run, root):
+def test_a_damaged_recipe_of_a_run_is_one_line(kind, run):
     (run / "config.json").write_bytes(DAMAGED[kind])
     for read in (runs.load, runs.open_run, pretrained.read):
         with pytest.raises(ValueError, match=r"config\.json") as error:
             read(run)
         assert one_line(error, "config.json")
     with pytest.raises(ValueError, match=r"config\.json") as error:
-        runs.claim(load(root, "mixer_b16"), run)
+        runs.claim(recipe.load("configs/mixer_b16.py"), run)
     assert one_line(error, "config.json")
 
 
@@ -75,7 +74,7 @@ def test_a_recipe_of_other_fields_is_one_line(change, message, run):
         assert one_line(error, "config.json")
 
 
-def test_a_field_of_a_later_version_has_its_default(run, root, caplog):
+def test_a_field_of_a_later_version_has_its_default(run, caplog):
     """An older version's run opens and goes on, and the log says what is taken."""
 
     def older(tree):
@@ -89,7 +88,7 @@ def test_a_field_of_a_later_version_has_its_default(run, root, caplog):
     assert config.field_of_another_version == 3
     assert "does not say evals.val.ece_bins, input.max_broken_images" in caplog.text
     changed(run / "config.json", lambda tree: tree.pop("field_of_another_version"))
-    runs.check(load(root, "mixer_b16"), run)
+    runs.check(recipe.load("configs/mixer_b16.py"), run)
 
 
 @pytest.mark.parametrize("kind", [k for k in DAMAGED if k != "null"])
@@ -127,13 +126,13 @@ def test_names_that_are_not_there_are_one_line(run):
         pretrained.read(run)
 
 
-def test_a_recipe_of_many_other_fields_is_told_in_20_lines(run, root):
+def test_a_recipe_of_many_other_fields_is_told_in_20_lines(run):
     def many(tree):
         tree["optim"].update({f"x{i}\x1b": i for i in range(5000)})
 
     changed(run / "config.json", many)
     with pytest.raises(ValueError, match="another recipe") as error:
-        runs.claim(load(root, "mixer_b16"), run)
+        runs.claim(recipe.load("configs/mixer_b16.py"), run)
     lines = str(error.value).splitlines()
     assert len(lines) == 20
     assert all(map(str.isprintable, lines))

@@ -2,22 +2,21 @@
 
 import jax
 import pytest
-from test_recipe import load
 from test_train import assert_equal_runs
 
-from mlp_mixer import checkpoint, metrics, pretrained, train
+from mlp_mixer import checkpoint, metrics, pretrained, recipe, train
 
 
 @pytest.mark.slow
 def test_growing_pretrained_digits_beats_training_from_scratch(
-    root, data_dir, tmp_path, monkeypatch
+    data_dir, tmp_path, monkeypatch
 ):
     """On real images, in as many steps of the same recipe; and resuming is bitwise."""
-    config = load(root, "digits")
+    config = recipe.load("configs/digits.py")
     config.epochs = 20.0  # a third of the recipe's
     train.train(config, tmp_path / "pretrained", data_dir=data_dir)
 
-    config = load(root, "finetune/digits")
+    config = recipe.load("configs/finetune/digits.py")
     config.init_from = str(tmp_path / "pretrained")
     config.log_every_steps = 1
     folders = {name: tmp_path / name for name in ("straight", "stopped", "scratch")}

@@ -160,7 +160,7 @@ def test_a_file_that_says_nothing_gets_the_authors_protocol(params, some, tmp_pa
         p, _ = by_hand(params, one.path, protocol or "big_vision")
         np.testing.assert_allclose(one.probabilities, -np.sort(-p), rtol=1e-4)
         assert one.classes == tuple(f"class {k}" for k in one.indices)
-    with pytest.raises(ValueError, match="unknown protocol 'tim'; try one of timm"):
+    with pytest.raises(ValueError, match="protocol 'tim' is unknown; try timm"):
         list(predict.predict(path, some, preprocess="tim"))
 
 

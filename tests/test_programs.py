@@ -349,7 +349,7 @@ def test_predict_names_digits_and_skips_what_is_broken(
         (
             "evaluate",
             ["--workdir={run}", "--only=test", "--preprocess=tim"],
-            "unknown protocol 'tim'; try one of timm",
+            "protocol 'tim' is unknown; try timm",
         ),
         ("predict", ["--weights={run}", "--step=7", "{digits}"], "no checkpoint 7"),
         ("evaluate", ["--workdir={run}", "--only=test", "few"], "'few' is no flag"),

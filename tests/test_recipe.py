@@ -1,19 +1,18 @@
 """The numbers of Table 4, where recipes are found, and how a run explains itself."""
 
-import runpy
 from collections import Counter
 
 import pytest
 
-from mlp_mixer import errors, evaluators, models, recipe
+from mlp_mixer import errors, evaluators, models, recipe, shipped
 from mlp_mixer.data.preparation import vtab
 
 SIZES = ["s32", "s16", "b32", "b16", "l32", "l16", "h14"]
 IMAGENET_STEPS = 92_897  # round(300 · 1,268,355 / 4096)
 
 
-def load(root, name, argument=""):
-    return runpy.run_path(f"{root}/configs/{name}.py")["get_config"](argument)
+def load(name, argument=""):
+    return recipe.load(f"configs/{name}.py:{argument}")
 
 
 # epochs, learning rate, weight decay, RandAugment magnitude, mixup p, stochastic
@@ -44,8 +43,8 @@ TABLE_4 = {
 
 
 @pytest.mark.parametrize(("name", "argument"), TABLE_4)
-def test_recipes_hold_table_4(root, name, argument):
-    config = load(root, name, argument)
+def test_recipes_hold_table_4(name, argument):
+    config = load(name, argument)
     epochs, lr, decay, magnitude, mixup, depth, steps = TABLE_4[name, argument]
     assert config.epochs == epochs
     assert config.optim.learning_rate == lr
@@ -62,8 +61,8 @@ def test_recipes_hold_table_4(root, name, argument):
     ("argument", "classes", "bias"),
     [("", 1000, -6.9), ("imagenet21k", 21_843, -10.0), ("jft300m", 18_291, -10.0)],
 )
-def test_the_common_recipe_is_section_3(root, argument, classes, bias):
-    config = load(root, "mixer_b16", argument)
+def test_the_common_recipe_is_section_3(argument, classes, bias):
+    config = load("mixer_b16", argument)
     assert config.batch_size == 4096
     assert config.model.image_size == (224, 224)
     assert config.dataset.num_classes == classes
@@ -79,16 +78,16 @@ def test_the_common_recipe_is_section_3(root, argument, classes, bias):
     assert (config.input.crop, config.input.flip) == ("inception", True)
 
 
-def test_short_is_the_regression_run_of_60_epochs(root):
-    short, whole = load(root, "mixer_b16", "short"), load(root, "mixer_b16")
+def test_short_is_the_regression_run_of_60_epochs():
+    short, whole = load("mixer_b16", "short"), load("mixer_b16")
     assert recipe.total_steps(short) == 18_579
     whole.epochs = short.epochs
     assert short == whole
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_gpu8_is_the_same_batch_in_micro_batches(root, size):
-    one_host, pod = (load(root, f"mixer_{size}", word) for word in ("gpu8", ""))
+def test_gpu8_is_the_same_batch_in_micro_batches(size):
+    one_host, pod = (load(f"mixer_{size}", word) for word in ("gpu8", ""))
     assert one_host.batch_size == 4096
     assert one_host.accumulate > 1
     assert 4096 % (8 * one_host.accumulate) == 0
@@ -118,10 +117,10 @@ FINETUNING = {
 @pytest.mark.parametrize("name", FINETUNING)
 def test_fine_tuning_is_section_3_and_appendix_c(root, name):
     (dataset, classes, whole, part, test), numbers = FINETUNING[name]
-    path, word = f"{root}/configs/finetune/{name}.py", "svhn" if name == "vtab" else ""
-    config = load(root, f"finetune/{name}", word)
-    select = load(root, f"finetune/{name}", f"{word},select")
-    rates = runpy.run_path(path)["LEARNING_RATES"]
+    word = "svhn" if name == "vtab" else ""
+    config = load(f"finetune/{name}", word)
+    select = load(f"finetune/{name}", f"{word},select")
+    rates = recipe.run_file(f"{root}/configs/finetune/{name}.py")["LEARNING_RATES"]
     optim = config.optim
     assert (config.total_steps, optim.warmup_steps, rates) == numbers
     assert optim.learning_rate in rates
@@ -179,10 +178,10 @@ def images(split, sizes):
     ],
 )
 def test_the_learning_rate_is_chosen_on_what_it_is_not_trained_on(
-    root, name, held_out, sizes
+    name, held_out, sizes
 ):
-    whole = load(root, f"finetune/{name}")
-    select = load(root, f"finetune/{name}", "select")
+    whole = load(f"finetune/{name}")
+    select = load(f"finetune/{name}", "select")
     everything = images(whole.dataset.split, sizes)
     trained = images(select.dataset.split, sizes)
     chosen = images(select.evals.minival.dataset.split, sizes)
@@ -193,10 +192,10 @@ def test_the_learning_rate_is_chosen_on_what_it_is_not_trained_on(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_at_448_token_mixing_is_four_times_as_wide(root, size):
+def test_at_448_token_mixing_is_four_times_as_wide(size):
     _, table = models.MODELS[f"mixer_{size}"]
-    config = load(root, "finetune/cifar10", f"{size},448")
-    usual = load(root, "finetune/cifar10", size)
+    config = load("finetune/cifar10", f"{size},448")
+    usual = load("finetune/cifar10", size)
     assert config.model.image_size == (448, 448)
     assert config.model.tokens_mlp_dim == 4 * table["tokens_mlp_dim"]
     assert (usual.model.image_size, usual.model.tokens_mlp_dim) == ((224, 224), None)
@@ -209,9 +208,9 @@ def test_at_448_token_mixing_is_four_times_as_wide(root, size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("upstream", ["", "imagenet21k", "imagenet1k", "jft300m"])
 def test_fine_tuning_starts_from_published_weights_or_from_a_run_of_ours(
-    root, size, upstream
+    size, upstream
 ):
-    config = load(root, "finetune/pets", f"{size},{upstream}")
+    config = load("finetune/pets", f"{size},{upstream}")
     if size in ("b16", "l16") and upstream != "jft300m":
         file = {"b16": "Mixer-B_16", "l16": "Mixer-L_16"}[size]
         assert config.init_from == f"{upstream or 'imagenet21k'}/{file}"
@@ -219,37 +218,37 @@ def test_fine_tuning_starts_from_published_weights_or_from_a_run_of_ours(
     # The very folder that the pretraining recipe writes.
     word = {"": "imagenet21k", "imagenet1k": ""}.get(upstream, upstream)
     argument = f"--config=configs/mixer_{size}.py:{word}"
-    assert config.init_from == recipe.default_workdir(["train", argument])
-    load(root, f"mixer_{size}", word)
+    assert config.init_from == shipped.default_workdir(["train", argument])
+    load(f"mixer_{size}", word)
 
 
-def test_the_test_images_are_those_of_table_3_or_2(root):
+def test_the_test_images_are_those_of_table_3_or_2():
     for word, protocol in (
         ("", "paper-resmall-crop"),
         ("resize_crop", "paper-resize-crop"),
     ):
-        config = load(root, "finetune/imagenet2012", word)
+        config = load("finetune/imagenet2012", word)
         sections = evaluators.sections(config, ["all"])
         assert set(sections) == {"val", "real", "v2"}
         assert {s["preprocess"] for s in sections.values()} == {protocol}
 
 
 def test_vtab_has_the_19_tasks_and_their_classes(root):
-    shipped = runpy.run_path(f"{root}/configs/finetune/vtab.py")
-    tasks = shipped["TASKS"]
+    defined = recipe.run_file(f"{root}/configs/finetune/vtab.py")
+    tasks = defined["TASKS"]
     assert set(tasks) == set(vtab.TASKS)
     groups = Counter(group for _, group in tasks.values())
     assert groups == {"natural": 7, "specialized": 4, "structured": 8}
     for name, task in vtab.TASKS.items():
         if task.num_classes:
             assert tasks[name][0] == task.num_classes
-    special = {*shipped["SMALL"], *shipped["NO_FLIP"], *shipped["NO_CROP"]}
+    special = {*defined["SMALL"], *defined["NO_FLIP"], *defined["NO_CROP"]}
     assert special < set(tasks)
 
 
-def test_vtabs_exceptions_are_hyperrules(root):
+def test_vtabs_exceptions_are_hyperrules():
     def said(task):
-        config = load(root, "finetune/vtab", task)
+        config = load("finetune/vtab", task)
         preprocess = config.evals.test.preprocess
         return config.input.flip, config.input.crop, preprocess
 
@@ -269,20 +268,20 @@ def test_vtabs_exceptions_are_hyperrules(root):
         assert said(task) == (True, *whole)
 
 
-def test_vtab_is_at_448_for_large_images_alone(root):
+def test_vtab_is_at_448_for_large_images_alone():
     small = {"cifar100", "dsprites_location", "dsprites_orientation", "eurosat", "svhn"}
     for task in vtab.TASKS.keys() - small:
-        config = load(root, "finetune/vtab", f"{task},l16,448")
+        config = load("finetune/vtab", f"{task},l16,448")
         assert config.model.image_size == (448, 448)
     # Below 96x96 pixels: 32, 64, 64, 64 and 32 a side.
     for task in small:
         with pytest.raises(ValueError, match=f"images of {task} are small"):
-            load(root, "finetune/vtab", f"{task},448")
+            load("finetune/vtab", f"{task},448")
 
 
-def test_hyperrule_is_a_staircase_of_500_steps(root):
-    config = load(root, "finetune/vtab", "dtd,hyperrule")
-    usual = load(root, "finetune/vtab", "dtd")
+def test_hyperrule_is_a_staircase_of_500_steps():
+    config = load("finetune/vtab", "dtd,hyperrule")
+    usual = load("finetune/vtab", "dtd")
     assert (config.total_steps, config.optim.decay) == (500, "staircase")
     usual.total_steps = usual.evals.test.every_steps = 500
     usual.optim.warmup_steps, usual.optim.decay = 100, "staircase"
@@ -292,7 +291,7 @@ def test_hyperrule_is_a_staircase_of_500_steps(root):
 @pytest.mark.parametrize(
     ("name", "argument", "message"),
     [
-        ("cifar10", "b16,l16", "b16,l16 exclude each other: .* h14 .b16 if there"),
+        ("cifar10", "b16,l16", "b16,l16 exclude each other: .* h14 .default: b16"),
         ("cifar10", "imagenet1k,jft300m", "exclude each other"),
         ("cifar10", "384", "word '384'; it knows: .*448, jft300m"),
         ("cifar10", "hyperrule", "does not know the word 'hyperrule'"),
@@ -302,28 +301,28 @@ def test_hyperrule_is_a_staircase_of_500_steps(root):
         ("vtab", "dtd,resize_crop", "does not know the word 'resize_crop'"),
     ],
 )
-def test_fine_tunings_words_are_checked(root, name, argument, message):
+def test_fine_tunings_words_are_checked(name, argument, message):
     with pytest.raises(ValueError, match=message):
-        load(root, f"finetune/{name}", argument)
+        load(f"finetune/{name}", argument)
 
 
 @pytest.mark.parametrize("argument", ["imagenet21k,jft300m", "short,imagenet21k"])
-def test_words_that_exclude_each_other_are_refused(root, argument):
+def test_words_that_exclude_each_other_are_refused(argument):
     with pytest.raises(ValueError, match="exclude each other"):
-        load(root, "mixer_b16", argument)
+        load("mixer_b16", argument)
 
 
-def test_words_are_checked(root):
+def test_words_are_checked():
     assert recipe.words("a, b", ["a", "b"]) == ["a", "b"]
     assert recipe.words("", ["a"]) == []
     with pytest.raises(ValueError, match="word 'imagenet'; it knows: imagenet21k"):
-        load(root, "mixer_l16", "imagenet")
+        load("mixer_l16", "imagenet")
     with pytest.raises(ValueError, match="word 'fast'; it knows: none"):
-        load(root, "digits", "fast")
+        load("digits", "fast")
 
 
-def test_evaluators_follow_the_data_set_and_never_move_it(root):
-    config = load(root, "mixer_b16")
+def test_evaluators_follow_the_data_set_and_never_move_it():
+    config = load("mixer_b16")
     config.dataset.name = "folder:/x"
     config.batch_size = 64
     config.evals.minival.batch_size = 8
@@ -338,8 +337,8 @@ def test_evaluators_follow_the_data_set_and_never_move_it(root):
     assert list(evaluators.sections(config)) == ["val"]
 
 
-def test_evaluators_that_training_does_not_run_are_there_by_name(root):
-    config = load(root, "mixer_b16")
+def test_evaluators_that_training_does_not_run_are_there_by_name():
+    config = load("mixer_b16")
     config.dataset.label = "labels"
     assert set(evaluators.sections(config)) == {"minival", "val"}
     everything = evaluators.sections(config, ["all"])
@@ -401,14 +400,14 @@ def test_total_steps_wins_over_epochs_and_needs_a_count():
 
 def test_shipped_recipes_are_found_from_any_folder(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shipped = f"{root}/configs/mixer_b16.py"
-    assert recipe.find("configs/mixer_b16.py:imagenet21k") == (shipped, "imagenet21k")
-    assert recipe.find("configs/mixer_b16.py") == (shipped, None)
+    path = f"{root}/configs/mixer_b16.py"
+    assert shipped.find("configs/mixer_b16.py:imagenet21k") == (path, "imagenet21k")
+    assert shipped.find("configs/mixer_b16.py") == (path, None)
     assert recipe.load("configs/digits.py").dataset.name == "digits"
     # One's own recipe comes first.
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mixer_b16.py").touch()
-    assert recipe.find("configs/mixer_b16.py:a") == ("configs/mixer_b16.py", "a")
+    assert shipped.find("configs/mixer_b16.py:a") == ("configs/mixer_b16.py", "a")
 
 
 def test_an_unknown_recipe_lists_the_shipped():
@@ -433,7 +432,7 @@ def test_the_path_of_a_recipe_may_have_any_letters(name, words, tmp_path, monkey
         "    config.loss = argument\n"
         "    return config\n"
     )
-    assert recipe.find(f"{path}:{words}") == (str(path), words)
+    assert shipped.find(f"{path}:{words}") == (str(path), words)
     assert recipe.load(f"~/c:d/{name}:{words}").loss == words
 
 
@@ -462,6 +461,27 @@ def test_what_is_wrong_in_a_recipe_is_said_with_its_line(text, message, tmp_path
     assert errors.message(caught.value) == str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("recipe.pretraining('mixer_b16', '', {}, gpu8=4)", "paper.pretraining"),
+        ("recipe.FINETUNING['digits']", "paper.FINETUNING"),
+        ("recipe.table_4(epochs=7)", "paper.TABLE_4"),
+    ],
+)
+def test_a_recipe_that_asks_for_a_name_that_has_moved_is_told_where(
+    text, name, tmp_path
+):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        f"from mlp_mixer import recipe\ndef get_config():\n  return {text}\n"
+    )
+    with pytest.raises(AttributeError, match=rf"is now {name}; `from mlp_mi") as caught:
+        recipe.load(str(path))
+    assert errors.message(caught.value) == str(caught.value)
+    assert not hasattr(recipe, "pretraning")
+
+
 def test_a_file_without_get_config_is_no_recipe(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def get_confg(): ...\n")
@@ -474,25 +494,25 @@ def test_a_file_without_get_config_is_no_recipe(tmp_path):
     ["folder:/my/images", "../../elsewhere", "a\nb", "/", "é" * 300, "x" * 300],
 )
 def test_a_runs_name_is_one_folder_whatever_the_words(words, tmp_path):
-    name = recipe.run_name(f"mine.py:{words}")
+    name = shipped.run_name(f"mine.py:{words}")
     (tmp_path / name).mkdir()
     (folder,) = tmp_path.iterdir()
     assert folder.name == name
     assert name.isprintable()
     assert name.startswith("mine-")
     # Another end is another name.
-    assert recipe.run_name(f"mine.py:{words}z") != name
+    assert shipped.run_name(f"mine.py:{words}z") != name
 
 
 def test_a_run_that_lies_further_below_is_found_again(tmp_path, monkeypatch):
     """Before, a word's slash was one in the run's path too."""
     monkeypatch.chdir(tmp_path)
     argv = ["train", "--config=mine.py:folder:/my/images"]
-    assert recipe.default_workdir(argv) == "runs/mine-folder:_my_images"
+    assert shipped.default_workdir(argv) == "runs/mine-folder:_my_images"
     old = tmp_path / "runs/mine-folder:/my/images"
     old.mkdir(parents=True)
     (old / "config.json").touch()
-    assert recipe.default_workdir(argv) == "runs/mine-folder:/my/images"
+    assert shipped.default_workdir(argv) == "runs/mine-folder:/my/images"
 
 
 @pytest.mark.parametrize(
@@ -508,5 +528,5 @@ def test_a_run_that_lies_further_below_is_found_again(tmp_path, monkeypatch):
     ],
 )
 def test_the_workdir_is_named_after_the_recipe(config, workdir):
-    assert recipe.default_workdir(["train", f"--config={config}"]) == workdir
-    assert recipe.default_workdir(["train", "--config", config]) == workdir
+    assert shipped.default_workdir(["train", f"--config={config}"]) == workdir
+    assert shipped.default_workdir(["train", "--config", config]) == workdir

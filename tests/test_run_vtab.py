@@ -7,10 +7,10 @@ import run_vtab
 import sweep
 from test_sweep import result
 
-from mlp_mixer import recipe
+from mlp_mixer import recipe, shipped
 from mlp_mixer.data.preparation import vtab
 
-SHIPPED = recipe.run_file(recipe.find(run_vtab.RECIPE)[0])
+SHIPPED = recipe.run_file(shipped.find(run_vtab.RECIPE)[0])
 GROUPS = {task: group for task, (_, group) in SHIPPED["TASKS"].items()}
 
 

@@ -6,14 +6,13 @@ import shutil
 
 import coloured
 import pytest
-from test_recipe import load
 
-from mlp_mixer import runs
+from mlp_mixer import recipe, runs
 from mlp_mixer.data import sources
 
 
-def test_a_workdir_gives_its_recipe_back(root, tmp_path):
-    config = load(root, "mixer_b16")
+def test_a_workdir_gives_its_recipe_back(tmp_path):
+    config = recipe.load("configs/mixer_b16.py")
     runs.claim(config, tmp_path, ("cat", "dog"))
     assert runs.load(tmp_path).to_dict() == config.to_dict()
     assert runs.load_class_names(tmp_path) == ["cat", "dog"]
@@ -21,9 +20,9 @@ def test_a_workdir_gives_its_recipe_back(root, tmp_path):
         runs.load(tmp_path / "nowhere")
 
 
-def test_another_recipe_may_take_a_folder_until_there_is_a_result(root, tmp_path):
+def test_another_recipe_may_take_a_folder_until_there_is_a_result(tmp_path):
     """A run that could not start, for a wrong path say, is started again corrected."""
-    config = load(root, "mixer_b16")
+    config = recipe.load("configs/mixer_b16.py")
     runs.claim(config, tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
@@ -60,10 +59,10 @@ def resumed(config, folder, name, split="all", **options):
 
 
 @pytest.fixture
-def run(root, tmp_path):
+def run(tmp_path):
     """(its recipe, its folder, its data), begun with images of three classes."""
     name = coloured.write_folder(tmp_path / "images", ("ant", "bee", "cat"))
-    config = load(root, "digits")
+    config = recipe.load("configs/digits.py")
     resumed(config, tmp_path / "run", name)
     begun(tmp_path / "run")
     resumed(config, tmp_path / "run", name)
@@ -114,8 +113,9 @@ def test_a_run_does_not_go_on_with_other_classes(change, accepted, run):
     assert said(folder) == before
 
 
-def test_one_class_more_is_named_and_not_only_counted(root, tmp_path):
-    config, folder, images = load(root, "digits"), tmp_path / "run", tmp_path / "images"
+def test_one_class_more_is_named_and_not_only_counted(tmp_path):
+    config = recipe.load("configs/digits.py")
+    folder, images = tmp_path / "run", tmp_path / "images"
     for count, names in ((3, ("ant", "bee", "cat")), (4, ("dog",))):
         name = coloured.write_folder(images, names)
         config.dataset.num_classes = count
@@ -146,9 +146,9 @@ def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
     assert '"cow"' in said(folder)["data.json"]
 
 
-def test_the_same_classes_in_another_order_keep_the_runs_labels(root, tmp_path, caplog):
+def test_the_same_classes_in_another_order_keep_the_runs_labels(tmp_path, caplog):
     caplog.set_level("INFO")
-    config, folder = load(root, "digits"), tmp_path / "run"
+    config, folder = recipe.load("configs/digits.py"), tmp_path / "run"
     for place, names in (
         ("one", ("ant", "bee", "cat")),
         ("two", ("cat", "ant", "bee")),
@@ -228,8 +228,8 @@ def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, 
     assert (folder / "data.json").exists()
 
 
-def test_the_best_of_no_metric_is_refused_before_anything_is_read(root, tmp_path):
-    config = load(root, "digits")
+def test_the_best_of_no_metric_is_refused_before_anything_is_read(tmp_path):
+    config = recipe.load("configs/digits.py")
     runs.claim(config, tmp_path)
     for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
         with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):

@@ -1,6 +1,6 @@
 """Fine-tuning at twice the resolution in half a minute: digits at 16x16 from 8x8.
 
-Words: select (train on 90 % and evaluate on the rest).
+Option, after a colon: select, which trains on 90 % and evaluates on the rest.
 
 Expected: 98 to 99.3 % top-1 on the 297 held-out images; from scratch, with
   --config.init_from= and the best learning rate for that, 97 to 98 %.
@@ -12,15 +12,15 @@ Weights: the run of configs/digits.py in runs/digits, or --config.init_from.
     python scripts/sweep.py --config=configs/finetune/digits.py --seeds=3
 """
 
-from mlp_mixer import recipe
+from mlp_mixer import paper, recipe
 
-LEARNING_RATES = recipe.FINETUNING["digits"]["learning_rates"]
+LEARNING_RATES = paper.FINETUNING["digits"]["learning_rates"]
 
 
 def get_config(argument: str = ""):
-    """The recipe for the words in `argument`."""
+    """The recipe for the options in `argument`."""
     recipe.words(argument, ["select"])
-    config = recipe.finetuning("digits", argument)
+    config = paper.finetuning("digits", argument)
     config.init_from = "runs/digits"
     config.init_head = "match"  # of the same ten digits
     config.batch_size = 100

@@ -1,10 +1,8 @@
 """Fine-tuning on ImageNet-1k, as in arXiv 2105.01601, Appendix C.
 
-Words: s32, s16, b32, b16 (without a word), l32, l16, h14; imagenet21k (without a
-  word), imagenet1k or jft300m: what the model was pretrained on; 448: at twice the
-  resolution; resize_crop: Table 2's test images instead of Table 3's; select: train on
-  99 % and evaluate on the rest. (ImageNet-21k contains that rest; the rate that wins
-  there is still the paper's kind of choice.)
+Options, comma-separated after a colon: see README.md in this folder; select trains on
+  99 % and evaluates on the rest. (ImageNet-21k contains that rest; the rate that
+  wins there is still the paper's kind of choice.)
 
 Expected: top-1 / ReaL, means of three runs; of Table 3 except where it says Table 2.
   b16                         80.64 / 85.80 %
@@ -23,24 +21,22 @@ Expected: top-1 / ReaL, means of three runs; of Table 3 except where it says Tab
   Which learning rate won, the paper does not say; scripts/sweep.py finds out.
 Cost: 20,000 steps of 512, 10.2 million images or 8 epochs; 0.8 EFLOP with B/16, 2.7
   with L/16, 5.3 times that at 448. On few devices, e.g. --config.accumulate=8.
-Weights: the authors' B/16 and L/16 of ImageNet-21k and ImageNet-1k by name; of other
-  models the run of configs/mixer_*.py in runs/, or --config.init_from.
 
     python -m mlp_mixer.train --config=configs/finetune/imagenet2012.py:l16,448
     python scripts/sweep.py --config=configs/finetune/imagenet2012.py
 """
 
-from mlp_mixer import recipe
+from mlp_mixer import paper, recipe
 
-LEARNING_RATES = recipe.FINETUNING["imagenet2012"]["learning_rates"]
+LEARNING_RATES = paper.FINETUNING["imagenet2012"]["learning_rates"]
 
 
 def get_config(argument: str = ""):
-    """The recipe for the words in `argument`."""
-    config = recipe.finetuning("imagenet2012", argument)
+    """The recipe for the options in `argument`."""
+    config = paper.finetuning("imagenet2012", argument)
     (watched,) = config.evals.values()
     # These need data sets of their own: `evaluate --only=all` runs them.
     for name in ("real", "v2"):
-        fields = recipe.PRETRAINING["imagenet2012"]["evals"][name]
+        fields = paper.PRETRAINING["imagenet2012"]["evals"][name]
         config.evals[name] = recipe.evaluation(**fields, preprocess=watched.preprocess)
     return config

@@ -1,10 +1,10 @@
 """Fine-tuning on a task of VTAB-1k, 1,000 training images each, as in arXiv 2105.01601.
 
-Words: the task, one of the 19 below; s32, s16, b32, b16 (without a word), l32, l16,
-  h14; imagenet21k (without a word), imagenet1k or jft300m: what the model was
-  pretrained on; 448: at twice the resolution, for tasks with large images; select:
-  train on 800 and evaluate on the other 200; hyperrule: 500 steps and BiT-HyperRule's
-  staircase instead of 2,500 steps and a cosine. (The paper can be read either way.)
+Options, comma-separated after a colon: the task, one of the 19 below; those of
+  README.md in this folder but resize_crop, which is always on; 448 is for tasks with
+  large images, and select trains on 800 and evaluates on the other 200; hyperrule, 500
+  steps and BiT-HyperRule's staircase (default: 2,500 steps and a cosine; the paper can
+  be read either way).
 
 Expected: the paper gives the mean over the 19 tasks alone (Table 2; large images at
   448, small ones at 224; means of three runs): 74.95 % for l16, 75.33 % for
@@ -12,17 +12,15 @@ Expected: the paper gives the mean over the 19 tasks alone (Table 2; large image
 Cost: 2,500 steps of 512, 1.3 million images or 1,280 epochs; 97 PFLOP with B/16, 342
   with L/16, 5.3 times that at 448; and up to 74,000 test images, at the end only. On
   few devices, e.g. --config.accumulate=8.
-Weights: the authors' B/16 and L/16 of ImageNet-21k and ImageNet-1k by name; of other
-  models the run of configs/mixer_*.py in runs/, or --config.init_from.
 
     python -m mlp_mixer.train --config=configs/finetune/vtab.py:caltech101
     python -m mlp_mixer.train --config=configs/finetune/vtab.py:caltech101,l16,448
     python scripts/run_vtab.py --words=l16,448
 """
 
-from mlp_mixer import recipe
+from mlp_mixer import paper, recipe
 
-LEARNING_RATES = recipe.FINETUNING["vtab"]["learning_rates"]
+LEARNING_RATES = paper.FINETUNING["vtab"]["learning_rates"]
 # Task → classes, group.
 TASKS = {
     "caltech101": (102, "natural"),
@@ -59,9 +57,8 @@ NO_CROP = (
 
 
 def get_config(argument: str = ""):
-    """The recipe for the words in `argument`."""
-    models, upstreams = recipe.TOKENS_MLP_DIM, recipe.PRETRAINED
-    known = [*TASKS, *models, *upstreams, "448", "select", "hyperrule"]
+    """The recipe for the options in `argument`."""
+    known = [*TASKS, *paper.MIXERS, *paper.PRETRAINED, "448", "select", "hyperrule"]
     given = recipe.words(argument, known)
     tasks = [word for word in given if word in TASKS]
     if len(tasks) != 1:
@@ -73,11 +70,11 @@ def get_config(argument: str = ""):
     if task in SMALL and "448" in given:
         raise ValueError(
             f"The images of {task} are small, and the paper leaves them at 224; "
-            "without the word 448 they are."
+            "without the option 448 they are."
         )
     # VTAB is in Table 2 alone, whose test images are squares before they are cropped.
     common = [word for word in given if word not in (task, "hyperrule")]
-    config = recipe.finetuning("vtab", ",".join([*common, "resize_crop"]))
+    config = paper.finetuning("vtab", ",".join([*common, "resize_crop"]))
     config.dataset.name = f"vtab_{task}"
     config.dataset.num_classes, _ = TASKS[task]
     if "hyperrule" in given:

@@ -7,7 +7,6 @@ TensorFlow kernels they equal bit for bit, without TensorFlow; only
 maps them to [-1, 1].
 """
 
-import difflib
 import math
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, Int64, UInt8
 
+from mlp_mixer import known
 from mlp_mixer.data.decoding import decode as decode
 
 # Many images at once, one thread each, is Grain's business.
@@ -322,12 +322,7 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
         >>> preprocess(decode(data), "big_vision", 224).shape
         (224, 224, 3)
     """
-    if protocol not in PROTOCOLS:
-        nearest = difflib.get_close_matches(protocol, PROTOCOLS, len(PROTOCOLS), 0)
-        raise ValueError(
-            f"unknown protocol {protocol!r}; try one of {', '.join(nearest)}."
-        )
-    return PROTOCOLS[protocol](image, size)
+    return known.pick("protocol", protocol, PROTOCOLS)(image, size)
 
 
 def margin(size: Size) -> tuple[int, int]:

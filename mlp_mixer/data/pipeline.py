@@ -25,6 +25,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
+from mlp_mixer import known
 from mlp_mixer.data import image_ops, randaugment
 from mlp_mixer.data.sources import Label, Source
 from mlp_mixer.text import printable
@@ -90,8 +91,7 @@ def train_batches(
         ValueError: an argument is impossible, at once; or, from `next`, too many
             images are broken.
     """
-    if crop not in CROPS:
-        raise ValueError(f"unknown crop {crop!r}; try one of {', '.join(CROPS)}.")
+    known.require("crop", crop, CROPS)
     for name, value in (("start_step", start_step), ("shift", shift)):
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0.")

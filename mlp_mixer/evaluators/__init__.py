@@ -5,12 +5,12 @@ what it measures, and how that is shown. It receives the compiled `predict` inst
 importing how a step is made.
 """
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlp_mixer import known
 from mlp_mixer.evaluators.accuracy import Accuracy
 from mlp_mixer.evaluators.evaluator import Evaluator
 from mlp_mixer.evaluators.fewshot import FewShot
@@ -25,7 +25,7 @@ def sections(
     only: Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Returns the sections of `recipe.evals`, completed with what they take of training.
+    """Returns the sections of `recipe.evals`, with what they take from training.
 
     Args:
       recipe: the recipe, with every field of training.
@@ -43,8 +43,7 @@ def sections(
     found = {}
     for name in only:
         if name not in evals:
-            known = [*evals, "all"]
-            tries = ", ".join(difflib.get_close_matches(name, known, len(known), 0))
+            tries = known.nearest(name, [*evals, "all"])
             raise ValueError(f"The recipe has no evaluator {name!r}; try {tries}.")
         section = evals[name]
         section["batch_size"] = section["batch_size"] or recipe.batch_size
@@ -68,8 +67,7 @@ def create(
     evaluators = {}
     for name, section in sections.items():
         fields = {key: value for key, value in section.items() if key != "type"}
-        make: Any = _class_of(name, section)
-        evaluators[name] = make(**fields, **shared)
+        evaluators[name] = _class_of(name, section)(**fields, **shared)
     return evaluators
 
 
@@ -100,23 +98,23 @@ def more_is_better(evals: Mapping[str, Mapping[str, Any]], name: str) -> bool:
     Raises:
       ValueError: it is no score of an evaluator that runs in training; lists those.
     """
-    known = {
+    scores = {
         f"{evaluator}/{metric}": more
         for evaluator, section in evals.items()
         if section["every_steps"]
         for metric, more in _class_of(evaluator, section).scores(section).items()
     }
-    if name in known:
-        return known[name]
+    if name in scores:
+        return scores[name]
     evaluator = name.rpartition("/")[0]
     if evaluator in evals and not evals[evaluator]["every_steps"]:
         why = f"{evaluator} never runs in training (its every_steps is 0)"
     else:
         why = "it is none of the recipe's scores"
-    near = difflib.get_close_matches(name, known, len(known) or 1, 0)
+    near = known.nearest(name, scores)
     raise ValueError(
         f"No checkpoint can be the best by {name!r}: {why}; try one of "
-        f"{', '.join(near) or 'none: no evaluator runs in training'}."
+        f"{near or 'none: no evaluator runs in training'}."
     )
 
 
@@ -134,11 +132,5 @@ def warn_if_only_the_last_is_measured(recipe: Any, total_steps: int) -> None:
         )
 
 
-def _class_of(name: str, section: Mapping[str, Any]) -> type[Evaluator]:
-    kind = section["type"]
-    if kind not in EVALUATORS:
-        near = difflib.get_close_matches(kind, EVALUATORS, len(EVALUATORS), 0)
-        raise ValueError(
-            f"evals.{name}.type {kind!r} is unknown; try {', '.join(near)}."
-        )
-    return EVALUATORS[kind]
+def _class_of(name: str, section: Mapping[str, Any]) -> Any:
+    return known.pick(f"evals.{name}.type", section["type"], EVALUATORS)

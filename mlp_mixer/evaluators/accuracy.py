@@ -138,7 +138,7 @@ class Accuracy:
             of=self.data,
             to="the model",
         )
-        self.sources = (self.source,)
+        self.sources: Sequence[sources.Source] = (self.source,)
         self.broken = self.unlabelled = 0
         self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]

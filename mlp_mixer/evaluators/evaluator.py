@@ -1,7 +1,7 @@
 """What every evaluator is, and what they share."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from mlp_mixer.data.sources import Source
 
@@ -29,6 +29,7 @@ class Result(NamedTuple):
     examples: Any = None  # accuracy.Examples, of which a report can be drawn
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """A score of a model on data; one class per kind of score.
 

@@ -295,7 +295,7 @@ class FewShot:
             of=f"{test['name']} {test['split']}",
             to=f"{train['name']} {train['split']}",
         )
-        self.sources = (self._train, self._test)
+        self.sources: Sequence[sources.Source] = (self._train, self._test)
         if self._train.multi_label or self._test.multi_label:
             raise ValueError(f"{self.data}: few-shot needs one label per image.")
         self._shots, self._seeds = tuple(sorted(shots)), seeds
@@ -359,7 +359,12 @@ class FewShot:
         broken = self._unreadable + train.broken + test.broken
         return Result(results | ({"broken": broken} if broken else {}))
 
-    across = staticmethod(choose_l2)
+    @staticmethod
+    def across(
+        results: Mapping[str, Mapping[str, float]],
+    ) -> dict[str, dict[str, float]]:
+        """One value of l2 per number of shots, see `choose_l2`."""
+        return choose_l2(results)
 
     @staticmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:

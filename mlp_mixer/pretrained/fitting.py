@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import processes
+from mlp_mixer import known, processes
 from mlp_mixer.data.class_names import assumed, places
 from mlp_mixer.fingerprints import fingerprint, leaves
 from mlp_mixer.models.mixer import MlpMixer
@@ -54,8 +54,7 @@ def merge(
     Raises:
       ValueError: arrays are unexpected, of another shape or missing; names them.
     """
-    if head not in HEADS:
-        raise ValueError(f"head {head!r} is unknown; try {', '.join(HEADS)}.")
+    known.require("head", head, HEADS)
     given, wanted = dict(leaves(params)), dict(leaves(target))
     heads = [name for name in wanted if name.startswith("head/")]
     same = all(

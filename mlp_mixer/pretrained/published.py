@@ -14,7 +14,6 @@ mirror (https) of the authors' bucket, `SSL_CERT_FILE` the certificates to trust
 
 import contextlib
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import http.client
@@ -37,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from mlp_mixer import files, metrics, models
+from mlp_mixer import files, known, metrics, models
 from mlp_mixer.pretrained import npz
 from mlp_mixer.pretrained.tree import BLOCK, HEAD, layout
 from mlp_mixer.text import brief, listed
@@ -137,8 +136,8 @@ def lookup(name: str) -> Published:
       ValueError: no such name; the nearest are listed first.
     """
     if name not in PUBLISHED:
-        near = difflib.get_close_matches(str(name), PUBLISHED, len(PUBLISHED), 0)
-        raise ValueError(f"No weights {name!r} are published; try {', '.join(near)}.")
+        near = known.nearest(name, PUBLISHED)
+        raise ValueError(f"No weights {name!r} are published; try {near}.")
     return PUBLISHED[name]
 
 

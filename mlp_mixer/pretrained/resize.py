@@ -12,7 +12,6 @@ own, exactly as the old model would. The hidden layer grows with the tokens.
 weights of a hidden unit are read as an image over the grid and resampled like one.
 """
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from mlp_mixer import known
 
 Params = dict[str, Any]
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -43,9 +44,7 @@ def resized(
       ValueError: there is no such method, a grid does not fit the tokens, or `grow`
         cannot make this grid.
     """
-    if how not in METHODS:
-        near = difflib.get_close_matches(str(how), METHODS, len(METHODS), 0)
-        raise ValueError(f"Resizing by {how!r} is unknown; try {', '.join(near)}.")
+    known.require("Resizing by", how, METHODS)
     old = _grid(params, old_grid)
     if new_grid == old:
         return params

@@ -5,7 +5,6 @@ and carries checksums and what else a model needs to know.
 """
 
 import dataclasses
-import difflib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import atomic, checkpoint, files, recipe
+from mlp_mixer import atomic, checkpoint, files, known, recipe
 from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.layers import GELUS
@@ -134,11 +133,10 @@ def read(
         flat, weights = _read_file(published.fetch(name), None)
         weights = dataclasses.replace(weights, said="published")
     else:
-        names = published.PUBLISHED
-        near = difflib.get_close_matches(name, names, len(names), 0)
+        near = known.nearest(name, published.PUBLISHED)
         raise FileNotFoundError(
             f"There are no weights {name}: no run's folder, no file, and not one of "
-            f"the published names {', '.join(near)}."
+            f"the published names {near}."
         )
     params = unflatten_dict(fold(flat, weights.normalisation), sep="/")
     if dtype is not None:
@@ -165,11 +163,7 @@ def check(weights: Weights) -> tuple[int, int]:
       ValueError: the image size is not known or makes other tokens than the parameters
         are for; there is no such GELU; or more or fewer names than classes.
     """
-    if weights.gelu not in GELUS:
-        raise ValueError(
-            f"{weights.called}: gelu {weights.gelu!r} is unknown; "
-            f"try {', '.join(GELUS)}."
-        )
+    known.require(f"{weights.called}: gelu", weights.gelu, GELUS)
     classes, names = tree.geometry(weights.params)["num_classes"], weights.class_names
     if classes and names and len(names) != classes:
         raise ValueError(
@@ -203,9 +197,8 @@ def cast(params: Params, dtype: str) -> Params:
     Raises:
       ValueError: there is no such dtype.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is unknown; try {', '.join(DTYPES)}.")
-    flat = {k: np.asarray(x, DTYPES[dtype]) for k, x in leaves(params)}
+    wanted = known.pick("dtype", dtype, DTYPES)
+    flat = {k: np.asarray(x, wanted) for k, x in leaves(params)}
     return unflatten_dict(flat, sep="/")
 
 
@@ -421,14 +414,13 @@ def write_safetensors(
       path: of the file.
       names: "ours", those of the official tree, or "timm".
     """
-    if names not in NAMES:
-        raise ValueError(f"names {names!r} are unknown; try {', '.join(NAMES)}.")
+    known.require("names", names, NAMES)
     flat = dict(leaves(weights.params))
-    known = {
+    metadata = {
         field: value
         for field in KNOWN
         if (value := getattr(weights, field)) is not None
     }
     flat = timm.theirs(flat) if names == "timm" else flat
     with atomic.writing(path) as file:
-        file.write(safetensors.dumps(flat, {METADATA: json.dumps(known)}))
+        file.write(safetensors.dumps(flat, {METADATA: json.dumps(metadata)}))

@@ -581,5 +581,5 @@ def test_a_rectangle_is_covered(protocol):
 
 
 def test_an_unknown_protocol_lists_the_names_nearest_first():
-    with pytest.raises(ValueError, match=r"'tim'; try one of timm, .*big_vision"):
+    with pytest.raises(ValueError, match=r"'tim' is unknown; try timm, .*big_vision"):
         image_ops.preprocess(photo(9, 9), "tim", 224)

@@ -289,7 +289,7 @@ def test_grey_images_get_three_channels(shape):
     [
         (
             {"crop": "center"},
-            "unknown crop 'center'; try one of inception, resize_crop, resize",
+            "crop 'center' is unknown; try inception, resize",
         ),
         ({"process_count": 3}, "batch_size 8 does not divide among 3 .* try 9"),
         ({"batch_size": 0}, "batch_size 0 .* try 1"),

@@ -1042,7 +1042,7 @@ def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
         ('{"image_size": [16, 20]}', "16x20 image makes 20 tokens .* are for 16"),
         ('{"image_size": null}', "metadata that is not ours"),
         ('["tanh"]', "metadata that is not ours"),
-        ('{"gelu": "relu"}', "gelu 'relu' is unknown; try tanh, exact"),
+        ('{"gelu": "relu"}', "gelu 'relu' is unknown; try exact, tanh"),
         ('{"gelu": ["tanh"]}', "metadata that is not ours: gelu is"),
         ('{"gelu": null}', "metadata that is not ours: gelu is None"),
         ('{"image_size": [16.0, 16]}', "metadata that is not ours: image_size is"),
@@ -1124,7 +1124,7 @@ def test_only_a_run_has_steps_and_only_some_dtypes_exist(weights, tmp_path):
     path = write("npz", weights, tmp_path)
     with pytest.raises(ValueError, match="no run's folder: it has no step 3"):
         pretrained.read(path, step=3)
-    with pytest.raises(ValueError, match="dtype 'float16' is unknown; try float32, bf"):
+    with pytest.raises(ValueError, match="dtype 'float16' is unknown; try bfloat16"):
         pretrained.load(path, dtype="float16")
 
 
