@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/digits
+# The versions that are tested; `make CONSTRAINTS= …` takes the newest that fit.
+CONSTRAINTS ?= --constraint constraints.txt
 
 .PHONY: help quickstart test test-slow test-install lint format clean
 
@@ -20,7 +22,7 @@ help:
 $(VENV)/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 quickstart: $(VENV)/installed
@@ -39,7 +41,7 @@ test-slow: $(VENV)/installed
 test-install: $(VENV)/installed
 	rm -rf build/install && mkdir -p build/install/elsewhere
 	$(BIN)/python -m venv build/install/venv
-	build/install/venv/bin/python -m pip install --quiet --constraint constraints.txt .
+	build/install/venv/bin/python -m pip install --quiet $(CONSTRAINTS) .
 	cd build/install/elsewhere && ../venv/bin/python -m mlp_mixer.train \
 	  --config=configs/digits.py --config.total_steps=60 --data_dir=data
 	cd build/install/elsewhere && ../venv/bin/python -m mlp_mixer.evaluate \

@@ -10,7 +10,6 @@ holds every name exactly; the other ones are for people, and there characters th
 cannot be shown are escaped.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 
@@ -19,15 +18,17 @@ from absl import flags
 from etils import epath
 
 from mlp_mixer import (
+    console,
     evaluators,
+    files,
     metrics,
     processes,
     program,
     runs,
-    text,
     visualize,
 )
 from mlp_mixer.evaluators import accuracy
+from mlp_mixer.workdir import load_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def evaluate(
     evals: dict[str, evaluators.Evaluator] = {}
     missing = {}
     with processes.together():
-        names = runs.load_class_names(workdir)
+        names = load_class_names(workdir)
         sections = evaluators.sections(run.config, only, names)
         if not run.config.evals:
             raise ValueError(
@@ -101,7 +102,7 @@ def evaluate(
     results: dict[str, dict[str, float]] = {}
     drawn: tuple[str, accuracy.Examples] | None = None
     for name, evaluator in evals.items():
-        result = evaluator.run(run.variables, track=metrics.progress(name))
+        result = evaluator.run(run.variables, track=console.progress(name))
         if result is None:  # nothing asks it to stop
             continue
         results[name] = result.metrics
@@ -116,7 +117,7 @@ def evaluate(
                 _draw(workdir, run, *drawn)
         finally:
             # Also where the folder cannot be written; last, since stdout may fail.
-            metrics.table(*table)
+            table.show()
     if missing:
         raise FileNotFoundError(
             "\n".join(f"{name} was not evaluated: {m}" for name, m in missing.items())
@@ -153,8 +154,8 @@ def _table(
     run: runs.Run,
     evals: dict[str, evaluators.Evaluator],
     results: dict[str, dict],
-) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows, for people.
+) -> console.Table:
+    """The results, for people.
 
     Evaluators are side by side: few of them, and many metrics.
     """
@@ -169,7 +170,7 @@ def _table(
     ]
     size = " × ".join(map(str, run.config.model.image_size))
     title = f"{folder} at step {run.step}: {run.config.model.name}, {size}"
-    return title, ["", *results], rows
+    return console.Table(title, ["", *results], rows)
 
 
 def _write(
@@ -177,7 +178,7 @@ def _write(
     run: runs.Run,
     evals: dict[str, evaluators.Evaluator],
     results: dict[str, dict],
-    table: tuple[str, list[str], list[list[str]]],
+    table: console.Table,
 ) -> None:
     """Writes evaluate.json and evaluate.md."""
     said = {
@@ -190,16 +191,8 @@ def _write(
         },
         "results": results,
     }
-    (folder / "evaluate.json").write_text(
-        json.dumps(said, indent=2) + "\n", encoding="utf-8"
-    )
-    title, columns, rows = table
-    head, *body = ([*map(text.markdown, row)] for row in (columns, *rows))
-    lines = [head, ["---", *["---:"] * len(results)], *body]
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (folder / "evaluate.md").write_text(
-        f"# {text.markdown(title)}\n\n{cells}\n", encoding="utf-8"
-    )
+    files.write_json(folder / "evaluate.json", said)
+    files.write_text(folder / "evaluate.md", table.markdown())
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
 
 

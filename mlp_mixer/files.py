@@ -1,17 +1,26 @@
-"""Reading files that anything may have happened to, and saying what is wrong with them.
+"""Reads files that anything may have happened to; writes files whole or not at all.
 
-Of JSON is refused, besides what is none: keys that stand twice, numbers that JSON does
-not have, nesting that no file of ours has, and more bytes than any file of ours has.
+Besides what is no JSON, these are refused: a key that stands twice, a number that JSON
+does not have, and deeper nesting or more bytes than any file of ours has.
 """
 
+import contextlib
+import fcntl
 import json
+import logging
 import math
 import os
-from typing import Any
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any
 
 from etils import epath
 
 from mlp_mixer.text import brief, printable
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 50  # A recipe has five levels.
@@ -111,3 +120,98 @@ def _check(value: object, finite: bool, depth: int) -> None:
         raise ValueError(f"its values are nested deeper than {MAX_DEPTH}")
     for inner in value.values() if isinstance(value, dict) else value:
         _check(inner, finite, depth - 1)
+
+
+@contextlib.contextmanager
+def draft(path: epath.PathLike) -> Iterator[epath.Path]:
+    """A new path beside `path`, which takes its name once the block ends.
+
+    If the block raises, the process is killed or the machine loses power, what was
+    there before is still there, whole. A link stays one. The folder is not made.
+
+    Args:
+      path: the file that is written or replaced; on a bucket too.
+    """
+    is_local = "://" not in os.fspath(path)
+    path = epath.Path(os.path.realpath(path) if is_local else path)
+    # Not the whole name, which may be as long as a name can be.
+    unfinished = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")
+    try:
+        yield unfinished
+        if is_local:
+            with open(unfinished, "rb") as file:
+                os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(
+    path: str | os.PathLike[str], mode: str = "wb", **options: Any
+) -> Iterator[IO[Any]]:
+    """Opens a local file that is written whole or not at all, as `draft` does.
+
+    Args:
+      path: the file; its folder is made. What is no file, e.g. /dev/stdout, is written
+        to and not replaced.
+      mode: "wb" or "w".
+      **options: further arguments of `open`.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        with open(path, mode, **options) as file:
+            yield file
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with draft(path) as unfinished, open(unfinished, mode, **options) as file:
+        yield file
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes UTF-8 whole or not at all, as `draft` does."""
+    with draft(path) as unfinished:
+        unfinished.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes indented JSON whole or not at all, as `draft` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Holds a lock until the block ends; the kernel releases it if the process dies.
+
+    Args:
+      path: a local file that stands for the lock; it stays.
+      busy: what another process does that holds it; logged before waiting for its end.
+    """
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process %s; waiting for it.", busy)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def check_room(folder: pathlib.Path, num_bytes: int, what: str, option: str) -> None:
+    """Passes if a folder's disk has so much room.
+
+    Args:
+      folder: an existing folder.
+      num_bytes: the room that is needed.
+      what: name of the thing that needs it.
+      option: what chooses another disk, e.g. "--data_dir".
+
+    Raises:
+      OSError: there is less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(
+            f"{what} needs {num_bytes / 1e9:,.3f} GB in {folder}, where "
+            f"{free / 1e9:,.3f} GB are free. Make room, or choose another disk with "
+            f"{option}."
+        )

@@ -5,9 +5,7 @@ it, a run whose checkpoints are gone (a disk that is not mounted) looks like one
 was killed before its first save.
 """
 
-import json
 import re
-import uuid
 
 from etils import epath
 
@@ -104,10 +102,7 @@ class Saved:
             self._write()
 
     def _write(self) -> None:
-        # Whole or not at all, also if the process is killed here.
-        partial = self._path.with_name(f".{FILE}.{uuid.uuid4().hex}")
         try:
-            partial.write_text(json.dumps({"saved": self._step}) + "\n")
-            partial.replace(self._path)
+            files.write_json(self._path, {"saved": self._step})
         except OSError as error:  # of a full disk, which names no file
             raise OSError(error.errno, error.strerror, str(self._path)) from error

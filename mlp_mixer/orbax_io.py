@@ -17,7 +17,6 @@ import pathlib
 import re
 import sys
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from mlp_mixer import files
 from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
 
 PyTree = Any
@@ -394,7 +394,7 @@ def add_metrics(folder: epath.Path, step: int, metrics: Mapping[str, float]) -> 
         logger.error("Checkpoint %d: %s; they are replaced", step, damage)
         before = {}
     record = {"step": step, "metrics": {**before, **metrics}}
-    _write_durably(folder / _ADDED, json.dumps(_sealed(record)))
+    files.write_text(folder / _ADDED, json.dumps(_sealed(record)))
 
 
 _ADDED = "added_metrics.json"
@@ -427,20 +427,6 @@ def _unsealed(path: epath.Path) -> dict[str, Any]:
 
 def _checksum(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _write_durably(path: epath.Path, text: str) -> None:
-    """Whole or not at all, also if the machine loses power."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            if hasattr(file, "fileno"):  # not on a bucket
-                os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _below(subtree: str, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32
 
-from mlp_mixer import atomic, metrics, program, runs, sharding, text, visualize
+from mlp_mixer import console, program, runs, sharding, text, visualize
 from mlp_mixer.data import decoding, folders, image_ops, pipeline
+from mlp_mixer.files import writing
 
 logger = logging.getLogger(__name__)
 
@@ -251,9 +252,9 @@ def run(
                 "errors": "surrogateescape",
                 "newline": "",
             }
-            file = stack.enter_context(atomic.writing(out, "w", **options))
+            file = stack.enter_context(writing(out, "w", **options))
         header, line = FORMATS[format](files, model, top)
-        track = metrics.counter("predict", len(files), "images")
+        track = console.counter("predict", len(files), "images")
         # On a terminal the lines themselves show how far it is.
         watched = model.class_names and file.isatty()
         advance = _ignore if watched else stack.enter_context(track)
@@ -276,7 +277,7 @@ def run(
     if out:
         logger.info("Wrote %d predictions to %s.", len(paths), out)
     if features:
-        with atomic.writing(features) as npz:
+        with writing(features) as npz:
             np.savez(npz, path=np.array(paths), features=np.stack(vectors))
         said = (*np.shape(vectors), features)
         logger.info("Wrote the features of %d images, %d each, to %s.", *said)
@@ -400,7 +401,7 @@ def _write_sheet(
         probabilities=[image.probabilities for image in shown],
         title=f"{model.said}, preprocessed by {model.preprocess}; images: {part}",
     )
-    with atomic.writing(path) as file:
+    with writing(path) as file:
         file.write(visualize.png(figure))
     logger.info("Wrote %s; images: %s.", path, part)
 

@@ -31,6 +31,7 @@ from mlp_mixer import (
     steps,
 )
 from mlp_mixer.data import pipeline, sources
+from mlp_mixer.workdir import claimed
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def train(
     runs.check_agreement(config, data, evals)
 
     with (
-        runs.claimed(config, workdir, source.class_names, data, **accept) as (
+        claimed(config, workdir, source.class_names, data, **accept) as (
             note_saved,
             check_owned,
         ),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlp_mixer import convert, evaluate, models, pretrained, runs
+from mlp_mixer import convert, evaluate, models, pretrained, workdir
 from mlp_mixer.fingerprints import leaves
 
 
@@ -109,7 +109,7 @@ def test_a_write_that_goes_wrong_is_noticed(source, tmp_path, monkeypatch):
 def test_growing_and_interpolating(source, tmp_path):
     report = convert.convert(source, tmp_path / "grown", grow=2)
     assert (report["resolution"], report["tokens"]) == ("32 × 32 px", "64")
-    config = runs.load(tmp_path / "grown")
+    config = workdir.load(tmp_path / "grown")
     assert config.model.image_size == (32, 32)
     assert config.model.tokens_mlp_dim == 16
     report = convert.convert(source, tmp_path / "i.safetensors", interpolate=(24, 20))

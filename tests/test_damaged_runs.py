@@ -5,7 +5,7 @@ import json
 import pytest
 from test_files import DAMAGED, one_line
 
-from mlp_mixer import pretrained, recipe, runs
+from mlp_mixer import pretrained, recipe, runs, workdir
 
 
 def changed(path, change):
@@ -19,7 +19,7 @@ def changed(path, change):
 def run(tmp_path):
     """A run that has begun, without a checkpoint."""
     config = recipe.load("configs/mixer_b16.py")
-    runs.claim(config, tmp_path, [f"class {i}" for i in range(1000)])
+    workdir.claim(config, tmp_path, [f"class {i}" for i in range(1000)])
     (tmp_path / "metrics.jsonl").write_text('{"step": 50}\n')
     (tmp_path / "checkpoints").mkdir()
     return tmp_path
@@ -28,12 +28,12 @@ def run(tmp_path):
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_recipe_of_a_run_is_one_line(kind, run):
     (run / "config.json").write_bytes(DAMAGED[kind])
-    for read in (runs.load, runs.open_run, pretrained.read):
+    for read in (workdir.load, runs.open_run, pretrained.read):
         with pytest.raises(ValueError, match=r"config\.json") as error:
             read(run)
         assert one_line(error, "config.json")
     with pytest.raises(ValueError, match=r"config\.json") as error:
-        runs.claim(recipe.load("configs/mixer_b16.py"), run)
+        workdir.claim(recipe.load("configs/mixer_b16.py"), run)
     assert one_line(error, "config.json")
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_recipe_of_a_run_is_one_line(kind, run):
 )
 def test_a_recipe_of_other_fields_is_one_line(change, message, run):
     changed(run / "config.json", change)
-    for read in (runs.load, runs.open_run, pretrained.read):
+    for read in (workdir.load, runs.open_run, pretrained.read):
         with pytest.raises(ValueError, match=message) as error:
             read(run)
         assert one_line(error, "config.json")
@@ -82,20 +82,20 @@ def test_a_field_of_a_later_version_has_its_default(run, caplog):
         tree["field_of_another_version"] = 3
 
     changed(run / "config.json", older)
-    config = runs.load(run)
+    config = workdir.load(run)
     assert config.input.max_broken_images == recipe.base().input.max_broken_images
     assert config.evals.val.ece_bins == 0
     assert config.field_of_another_version == 3
     assert "does not say evals.val.ece_bins, input.max_broken_images" in caplog.text
     changed(run / "config.json", lambda tree: tree.pop("field_of_another_version"))
-    runs.check(recipe.load("configs/mixer_b16.py"), run)
+    workdir.check(recipe.load("configs/mixer_b16.py"), run)
 
 
 @pytest.mark.parametrize("kind", [k for k in DAMAGED if k != "null"])
 def test_damaged_names_of_classes_are_one_line(kind, run):
     (run / "class_names.json").write_bytes(DAMAGED[kind])
     for read in (
-        lambda: runs.load_class_names(run, 1000),
+        lambda: workdir.load_class_names(run, 1000),
         lambda: pretrained.read(run),
     ):
         with pytest.raises(ValueError, match=r"class_names\.json") as error:
@@ -132,7 +132,7 @@ def test_a_recipe_of_many_other_fields_is_told_in_20_lines(run):
 
     changed(run / "config.json", many)
     with pytest.raises(ValueError, match="another recipe") as error:
-        runs.claim(recipe.load("configs/mixer_b16.py"), run)
+        workdir.claim(recipe.load("configs/mixer_b16.py"), run)
     lines = str(error.value).splitlines()
     assert len(lines) == 20
     assert all(map(str.isprintable, lines))

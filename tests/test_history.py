@@ -5,7 +5,7 @@ import json
 import pytest
 from test_ownership import contents
 
-from mlp_mixer import runs
+from mlp_mixer import workdir
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def past(tiny, tmp_path):
 
     def make(last_record=None, checkpoints=(), saved=..., folder="run"):
         run = tmp_path / folder
-        runs.claim(tiny, run)  # saves every 4 steps
+        workdir.claim(tiny, run)  # saves every 4 steps
         (run / "checkpoints").mkdir()
         for name in checkpoints:
             (run / "checkpoints" / name).mkdir()
@@ -66,7 +66,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
         (run / "checkpoints").symlink_to(run / "not mounted")
     before = contents(run)
     with pytest.raises(FileNotFoundError, match=r"checkpoints of the run .* are gone"):
-        runs.claim(tiny, run)
+        workdir.claim(tiny, run)
     assert contents(run) == before
 
 
@@ -86,7 +86,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(
 def test_a_run_that_was_never_saved_begins_again_and_others_go_on(tiny, past, begun):
     run = past(**begun)
     before = contents(run)
-    runs.claim(tiny, run)
+    workdir.claim(tiny, run)
     after = contents(run)
     changed = {path.name for path in after if after[path] != before.get(path)}
     assert changed <= {"saved.json"}
@@ -108,7 +108,7 @@ def test_a_run_without_its_recipe_takes_no_other(tiny, past, begun):
     (run / "config.json").unlink()
     before = contents(run)
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        runs.claim(tiny, run)
+        workdir.claim(tiny, run)
     assert contents(run) == before
 
 
@@ -117,4 +117,4 @@ def test_a_damaged_note_of_the_saved_step_is_named(tiny, past, text):
     run = past(last_record=3)
     (run / "saved.json").write_text(text)
     with pytest.raises(ValueError, match=r"saved\.json .*remove it"):
-        runs.claim(tiny, run)
+        workdir.claim(tiny, run)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from golden import record_run
 
-from mlp_mixer import metrics, pretrained, runs, train
+from mlp_mixer import metrics, pretrained, train, workdir
 from mlp_mixer.fingerprints import leaves
 
 # {commit: what it was recorded with}
@@ -71,7 +71,7 @@ def resumed(config, old, data_dir):
 
 
 def test_a_run_of_an_older_version_goes_on_to_where_that_version_went(old, data_dir):
-    config = runs.load(old / "run")
+    config = workdir.load(old / "run")
     config.mesh.data = 4  # recorded on one device
     moved = [
         x - arrays(old / "weights.npz")[k] for k, x in arrays(old / "end.npz").items()

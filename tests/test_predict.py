@@ -21,7 +21,7 @@ import pytest
 import safetensors.numpy
 from odd_names import NAMES as ODD_NAMES
 
-from mlp_mixer import checkpoint, predict, pretrained, recipe, runs, text
+from mlp_mixer import checkpoint, predict, pretrained, recipe, runs, text, workdir
 from mlp_mixer.data import image_ops
 from mlp_mixer.models.mixer import MlpMixer
 
@@ -128,7 +128,7 @@ def test_a_run_is_a_source_and_its_evaluation_says_the_protocol(
     tiny.model.update(num_blocks=1, hidden_dim=16, tokens_mlp_dim=8)
     tiny.model.channels_mlp_dim = 64
     tiny.evals.val = recipe.evaluation("val", preprocess="paper-resize-crop")
-    runs.claim(tiny, tmp_path, NAMES)
+    workdir.claim(tiny, tmp_path, NAMES)
     folder = tmp_path / "checkpoints"
     for step, factor in ((1, 1.0), (2, 0.0)):
         with checkpoint.Checkpointer(folder, every_steps=1) as saver:

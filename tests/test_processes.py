@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_train import state_of, told
 
-from mlp_mixer import pretrained, runs
+from mlp_mixer import pretrained, workdir
 
 RUN = [
     "--config=configs/digits.py",
@@ -91,7 +91,7 @@ def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
     assert results[0]["fewshot"]["count"] == 297
     for name in ("test", "fewshot"):
         assert results[1][name] == pytest.approx(results[0][name], rel=0.02)
-    config = runs.load(one)
+    config = workdir.load(one)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3),
         *(state_of(config, run).params["head"] for run in (one, two)),

@@ -25,11 +25,11 @@ from mlp_mixer import (
     models,
     pretrained,
     recipe,
-    runs,
     text,
     train,
 )
 from mlp_mixer import program as program_module
+from mlp_mixer.workdir import claim
 
 BEFORE_ANYTHING = {
     "an unknown word": (
@@ -183,7 +183,7 @@ def odd_run(tmp_path_factory):
     config.model.update(channels_mlp_dim=8, scan=False, remat="none")
     config.evals.test = recipe.evaluation("all", preprocess="vision_transformer")
     config = recipe.completed(config, 2 * len(classes), len(classes))
-    runs.claim(config, workdir, classes)
+    claim(config, workdir, classes)
     model = models.create(**config.model, num_classes=len(classes))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     with checkpoint.Checkpointer(workdir / "checkpoints", every_steps=1) as saver:

@@ -7,38 +7,38 @@ import shutil
 import coloured
 import pytest
 
-from mlp_mixer import recipe, runs
+from mlp_mixer import recipe, runs, workdir
 from mlp_mixer.data import sources
 
 
 def test_a_workdir_gives_its_recipe_back(tmp_path):
     config = recipe.load("configs/mixer_b16.py")
-    runs.claim(config, tmp_path, ("cat", "dog"))
-    assert runs.load(tmp_path).to_dict() == config.to_dict()
-    assert runs.load_class_names(tmp_path) == ["cat", "dog"]
+    workdir.claim(config, tmp_path, ("cat", "dog"))
+    assert workdir.load(tmp_path).to_dict() == config.to_dict()
+    assert workdir.load_class_names(tmp_path) == ["cat", "dog"]
     with pytest.raises(FileNotFoundError, match="holds no run"):
-        runs.load(tmp_path / "nowhere")
+        workdir.load(tmp_path / "nowhere")
 
 
 def test_another_recipe_may_take_a_folder_until_there_is_a_result(tmp_path):
     """A run that could not start, for a wrong path say, is started again corrected."""
     config = recipe.load("configs/mixer_b16.py")
-    runs.claim(config, tmp_path)
+    workdir.claim(config, tmp_path)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").touch()
     config.init_from = "corrected.npz"
-    runs.claim(config, tmp_path)
-    assert runs.load(tmp_path).init_from == "corrected.npz"
+    workdir.claim(config, tmp_path)
+    assert workdir.load(tmp_path).init_from == "corrected.npz"
     (tmp_path / "metrics.jsonl").write_text('{"step": 50}\n')
     config.init_from = "other.npz"
     with pytest.raises(
         ValueError, match=r"init_from: corrected\.npz there, other\.npz"
     ):
-        runs.claim(config, tmp_path)
+        workdir.claim(config, tmp_path)
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "checkpoints" / "00000010").mkdir()
     with pytest.raises(ValueError, match="holds a run of another recipe"):
-        runs.claim(config, tmp_path)
+        workdir.claim(config, tmp_path)
 
 
 # --- The classes and the data of a run ------------------------------------------------
@@ -54,7 +54,7 @@ def resumed(config, folder, name, split="all", **options):
     data = sources.fingerprint(source)
     config.dataset.num_examples = len(source)
     source = runs.training_data(source, config, folder, data, **options)
-    runs.claim(config, folder, source.class_names, data, **options)
+    workdir.claim(config, folder, source.class_names, data, **options)
     return source
 
 
@@ -109,7 +109,7 @@ def test_a_run_does_not_go_on_with_other_classes(change, accepted, run):
     with pytest.raises(ValueError, match=OTHER_CLASSES[change]):
         resumed(config, folder, f"folder:{images}", accept_changed_data=accepted)
     with pytest.raises(ValueError, match="Only"):
-        runs.claim(config, folder, ("ant", "cow", "cat"))
+        workdir.claim(config, folder, ("ant", "cow", "cat"))
     assert said(folder) == before
 
 
@@ -132,8 +132,8 @@ def test_one_class_more_is_named_and_not_only_counted(tmp_path):
 @pytest.mark.parametrize("names", [("cat", "ant", "bee"), ("0", "1", "2"), None])
 def test_the_names_of_a_run_that_has_begun_are_not_written_again(names, run):
     config, folder, _ = run
-    runs.claim(config, folder, names)
-    assert runs.load_class_names(folder) == ["ant", "bee", "cat"]
+    workdir.claim(config, folder, names)
+    assert workdir.load_class_names(folder) == ["ant", "bee", "cat"]
 
 
 def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
@@ -142,7 +142,7 @@ def test_a_run_that_has_not_begun_takes_the_names_of_today(run):
     (folder / "saved.json").unlink()
     rename_a_class(images)
     resumed(config, folder, f"folder:{images}")
-    assert runs.load_class_names(folder) == ["ant", "cat", "cow"]
+    assert workdir.load_class_names(folder) == ["ant", "cat", "cow"]
     assert '"cow"' in said(folder)["data.json"]
 
 
@@ -230,7 +230,7 @@ def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, 
 
 def test_the_best_of_no_metric_is_refused_before_anything_is_read(tmp_path):
     config = recipe.load("configs/digits.py")
-    runs.claim(config, tmp_path)
+    workdir.claim(config, tmp_path)
     for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
         with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
             runs.open_run(tmp_path, best=name)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import sweep
 
-from mlp_mixer import checkpoint, errors, evaluate, metrics, runs, train
+from mlp_mixer import checkpoint, errors, evaluate, metrics, train, workdir
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -199,7 +199,7 @@ def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""
     config = sweep.open_task(value).final
     assert sweep.finished(config, tmp_path) is None
-    said = {"config": runs.to_json(config), "top1": top1}
+    said = {"config": workdir.to_json(config), "top1": top1}
     (tmp_path / "result.json").write_text(json.dumps(said))
     score = sweep.finished(config, tmp_path)
     assert score == 0.5 if top1 else math.isnan(score)
@@ -248,7 +248,7 @@ FIVE = {
 
 
 def test_the_table_has_mean_and_deviation_over_seeds():
-    (row,) = sweep.rows([result("cifar10", "", 0.97, 0.98, 0.99)], {})
+    (row,) = sweep.table("", [result("cifar10", "", 0.97, 0.98, 0.99)], {}).rows
     assert dict(zip(sweep.COLUMNS, row, strict=True)) == {
         "": "finetune-cifar10",
         "top-1": "98.00 %",
@@ -275,7 +275,7 @@ def test_avg_5_is_the_mean_of_the_five_sets_of_one_model():
     assert sweep.average_5([*five[1:], other]) == {}
     both = sweep.average_5([*five, *large, result("vtab_svhn", "l16", 0.1)])
     assert list(both) == [f"Avg 5 of {b16}", f"Avg 5 of {l16}"]
-    (*_, last) = sweep.rows(five, sweep.average_5(five))
+    (*_, last) = sweep.table("", five, sweep.average_5(five)).rows
     assert last[:2] == [f"Avg 5 of {b16}", "91.80 %"]
 
 
@@ -319,7 +319,7 @@ def test_the_shipped_recipes_bring_their_grids():
 
 
 def test_one_learning_rate_needs_no_choice(value, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "complete", lambda config, workdir, **_: 0.5)
+    monkeypatch.setattr(sweep, "complete", lambda *_, **__: 0.5)
     found = sweep.run(sweep.open_task(value, rates=[0.2]), tmp_path, seeds=2)
     assert (found.grid, found.learning_rate, found.seeds) == ({}, 0.2, {0: 0.5, 1: 0.5})
     sweep.write(tmp_path, [found], {})

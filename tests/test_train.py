@@ -26,6 +26,8 @@ from mlp_mixer import (
 )
 from mlp_mixer.data import pipeline
 from mlp_mixer.evaluators import accuracy
+from mlp_mixer.evaluators.evaluator import Result
+from mlp_mixer.workdir import load, load_class_names
 
 
 def state_of(config, workdir):
@@ -82,7 +84,7 @@ def test_a_run_records_evaluates_and_checkpoints(tiny, straight):
     assert 0 <= evaluated[12]["val/top1"] <= evaluated[12]["val/top5"] <= 1
     assert sorted(os.listdir(f"{straight}/checkpoints")) == ["00000008", "00000012"]
     assert any(pathlib.Path(straight, "tensorboard").iterdir())
-    assert runs.load(straight).to_dict() == tiny.to_dict()
+    assert load(straight).to_dict() == tiny.to_dict()
 
 
 def test_training_runs_few_shot_evaluation_too(tiny, tmp_path):
@@ -264,7 +266,7 @@ def test_a_run_killed_at_a_random_step_ends_bitwise_equal(
     again = program("train", *arguments, f"--workdir={folders['killed']}")
     said, _ = again.communicate(timeout=200)
     assert again.returncode == 0, said
-    assert_equal_runs(runs.load(str(folders["killed"])), *map(str, folders.values()))
+    assert_equal_runs(load(str(folders["killed"])), *map(str, folders.values()))
 
 
 def stop_in_the_middle(process, workdir, moment):
@@ -473,7 +475,7 @@ def test_a_run_goes_on_with_the_same_classes_in_another_order_as_if_in_its_own(
     one, other = (pretrained.load(workdir) for workdir in (straight, moved))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     assert told(straight) == told(moved)
-    assert runs.load_class_names(moved) == ["ant", "bee", "cat"]
+    assert load_class_names(moved) == ["ant", "bee", "cat"]
 
 
 def test_a_run_whose_data_has_changed_stops_before_its_next_step(
@@ -543,7 +545,7 @@ def test_the_best_by_a_metric_is_kept_and_opened(
     monkeypatch.setattr(
         accuracy.Accuracy,
         "run",
-        lambda self, *_, **__: {k: float(v.pop(0)) for k, v in scores.items()},
+        lambda self, *_, **__: Result({k: float(v.pop(0)) for k, v in scores.items()}),
     )
     coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
     few.evals.val.every_steps = few.checkpoint.every_steps = 1

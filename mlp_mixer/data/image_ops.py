@@ -33,8 +33,8 @@ def resize(image: Image, size: Size) -> Resized:
     clip and truncation, as in big_vision `pp/ops_image.py`; float32 stays unrounded.
 
     Args:
-        image: uint8 or float32.
-        size: the side of a square, or (height, width).
+      image: uint8 or float32.
+      size: the side of a square, or (height, width).
     """
     sides = _pair(size)
     return _bilinear(image, sides, sides)
@@ -84,13 +84,13 @@ def resize_small(image: Image, size: Size, method: str = "area") -> Resized:
     `pp/ops_image.py`. Values as in `resize`.
 
     Args:
-        image: uint8 or float32.
-        size: the new shorter side, or the (height, width) to cover.
-        method: "area" (box average, `tf.image.resize(method="area")` bit for bit) or
-            "bilinear" (as `resize`).
+      image: uint8 or float32.
+      size: the new shorter side, or the (height, width) to cover.
+      method: "area" (box average, `tf.image.resize(method="area")` bit for bit) or
+        "bilinear" (as `resize`).
 
     Raises:
-        ValueError: `method` is neither.
+      ValueError: `method` is neither.
     """
     if method not in ("area", "bilinear"):
         raise ValueError(f"method is {method!r}; it must be 'area' or 'bilinear'.")
@@ -148,7 +148,7 @@ def central_crop(image: Image, size: Size) -> Resized:
     The offset is (n - size) // 2, as in big_vision `pp/ops_image.py`.
 
     Raises:
-        ValueError: the image is smaller than `size`.
+      ValueError: the image is smaller than `size`.
     """
     height, width = _pair(size)
     y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
@@ -161,7 +161,7 @@ def crop_and_resize(
     """Cuts out `box` = (y, x, height, width) and resizes it as `resize` does.
 
     Raises:
-        ValueError: the box leaves the image.
+      ValueError: the box leaves the image.
     """
     return resize(_cut(image, box), size)
 
@@ -169,13 +169,13 @@ def crop_and_resize(
 def crop_and_resize_fast(
     image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], size: Size
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """As `crop_and_resize`, but OpenCV's, in an eighth of the time: for training.
+    """Does what `crop_and_resize` does, by OpenCV, in an eighth of the time.
 
-    Within about 0.01 levels before the truncation: of 224x224 pixels one value in five
-    thousand differs, by one level.
+    For training. It is within about 0.01 levels before the truncation: of 224x224
+    pixels, one value in five thousand differs, by one level.
 
     Raises:
-        ValueError: the box leaves the image.
+      ValueError: the box leaves the image.
     """
     height, width = _pair(size)
     levels = cv2.resize(_cut(image, box).astype(np.float32), (width, height))
@@ -284,7 +284,7 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
 
 
 def _span(start: int, n: int, scale: float, n_in: int) -> tuple[float, float, int, int]:
-    """Where n output pixels lie in the input, and what a bicubic sees around that."""
+    """Returns where n output pixels lie in the input, and what a bicubic reads."""
     low, high = start * scale, (start + n) * scale
     around = 3 * max(1, math.ceil(scale))
     return low, high, max(0, int(low) - around), min(n_in, math.ceil(high) + around)
@@ -308,25 +308,21 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
     box, then crop the middle.
 
     Args:
-        image: decoded with `dct="accurate"` for "timm", "fast" for the others.
-        protocol: a key of `PROTOCOLS`.
-        size: the side of a square, or (height, width).
+      image: decoded with `dct="accurate"` for "timm", "fast" for the others.
+      protocol: a key of `PROTOCOLS`.
+      size: the side of a square, or (height, width).
 
     Returns:
-        uint8, or for "vision_transformer" float32, in levels 0..255.
+      uint8, or for "vision_transformer" float32, in levels 0..255.
 
     Raises:
-        ValueError: the protocol is unknown.
-
-    Example:
-        >>> preprocess(decode(data), "big_vision", 224).shape
-        (224, 224, 3)
+      ValueError: the protocol is unknown.
     """
     return known.pick("protocol", protocol, PROTOCOLS)(image, size)
 
 
 def margin(size: Size) -> tuple[int, int]:
-    """What an image is resized to before `size` is cut out of it: 256 for 224.
+    """Returns the sides to resize to before `size` is cut out: 256 for 224.
 
     At another resolution R it is round(R·256/224), 512 for 448 (our choice), on both
     sides of a rectangle.

@@ -6,21 +6,21 @@ over the lengths finds them all.
 
 import contextlib
 import mmap
-import os
 import pathlib
 import struct
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from mlp_mixer.files import writing
 
 
 class TFRecords:
     """The records of TFRecord files, as TFDS's split instructions cut them.
 
     Args:
-        files: objects with `filename, skip, take, examples_in_shard`.
+      files: objects with `filename, skip, take, examples_in_shard`.
     """
 
     def __init__(self, files: Sequence[Any]):
@@ -79,11 +79,7 @@ def _record_offsets(filename: str) -> np.ndarray:
             " it is cut off or damaged: copy or prepare it again."
         )
     index = np.asarray([*stamp, *offsets], np.int64)
-    partial = cache.with_name(f".{uuid.uuid4().hex}.npy")
-    with contextlib.suppress(OSError):  # a read-only data set: the next start scans
-        try:
-            np.save(partial, index)
-            os.replace(partial, cache)
-        finally:
-            partial.unlink(missing_ok=True)
+    # Of a read-only data set the next start scans again.
+    with contextlib.suppress(OSError), writing(cache) as unfinished:
+        np.save(unfinished, index)
     return index[2:]

@@ -14,7 +14,6 @@ mirror (https) of the authors' bucket, `SSL_CERT_FILE` the certificates to trust
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import http.client
 import io
@@ -24,29 +23,23 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import socket
 import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlp_mixer import files, known, metrics, models
+from mlp_mixer import console, files, known, models
 from mlp_mixer.pretrained import npz
 from mlp_mixer.pretrained.tree import BLOCK, HEAD, layout
 from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
-
-# (what, total, unit, done) → a context that gives `advance(amount)`.
-Progress = Callable[
-    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
-]
 
 URL = "https://storage.googleapis.com/mixer_models"
 # Names and headers of the largest file's 294 arrays; the listed sizes need 0.085 MiB.
@@ -62,7 +55,7 @@ class Published:
     """One published file: float32 parameters for 224 px, without optimiser state.
 
     Attributes:
-      model: a key of `models.MODELS`.
+      model: name of a size of `models.mixer`.
       num_classes: of its head.
       overrides: fields of the model that differ from the table's.
       note: what a user should know before comparing it with the paper.
@@ -168,7 +161,7 @@ def fetch(
     name: str,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: Progress = metrics.counter,
+    progress: console.Progress = console.counter,
     waits_s: Sequence[float] = (1.0, 4.0, 16.0),
 ) -> pathlib.Path:
     """Returns the verified local file of published weights, downloaded if need be.
@@ -201,7 +194,8 @@ def fetch(
             _verify(path, path, entry)  # No lock: a cache may be read-only.
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path):
+        lock = path.with_name(f".{path.name}.lock")
+        with files.locked(lock, f"downloads {path}"):
             if path.exists():  # Put there by hand, or by the process that had the lock.
                 _verify(path, path, entry)
             else:
@@ -221,18 +215,6 @@ def _record(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-@contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
-    # The kernel releases this lock when its holder dies, however it dies.
-    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process downloads %s; waiting for it.", path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
     """Compares `file` with what is recorded for `path`, or checks and records it.
 
@@ -247,9 +229,7 @@ def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
     record = _record(path)
     if not record.exists():
         _check_content(file, entry)
-        unfinished = record.with_name(f".{record.name}")
-        unfinished.write_text(f"{found}  {path.name}\n")
-        unfinished.replace(record)
+        files.write_text(record, f"{found}  {path.name}\n")
         logger.info("%s: recorded its SHA-256 %s", path, found)
         return
     expected = _recorded(record, path)
@@ -383,7 +363,7 @@ def _download(
     name: str,
     path: pathlib.Path,
     entry: Published,
-    progress: Progress,
+    progress: console.Progress,
     waits_s: Sequence[float],
 ) -> None:
     """Downloads to `path`, which has its name once it is complete and recorded."""
@@ -418,7 +398,7 @@ def _download(
 
 
 def _attempt(
-    name: str, url: str, part: _Part, sizes: range, progress: Progress
+    name: str, url: str, part: _Part, sizes: range, progress: console.Progress
 ) -> None:
     """Asks once for what is missing, and appends what comes.
 
@@ -447,7 +427,8 @@ def _attempt(
                 )
             _check_size(url, size, sizes, "that is not the published file")
             part.begin(response.headers["ETag"], size)
-        _check_disk(name, part.path.parent, size - have)
+        folder = part.path.parent
+        files.check_room(folder, size - have, name, "MLP_MIXER_CACHE")
         with (
             open(part.path, "ab") as file,
             progress(f"{name}: download", size, "bytes", have) as advance,
@@ -555,13 +536,3 @@ def _read(response: Any, most: int) -> bytes:
         return response.read1(most)
     except (OSError, http.client.HTTPException) as error:
         raise _Failed(repr(error), again=True) from error
-
-
-def _check_disk(name: str, folder: pathlib.Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(
-            f"{name} needs {num_bytes / 1e9:,.3f} GB in {folder}, where "
-            f"{free / 1e9:,.3f} GB are free. Make room, or choose another disk with "
-            "MLP_MIXER_CACHE."
-        )

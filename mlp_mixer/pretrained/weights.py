@@ -18,11 +18,11 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import atomic, checkpoint, files, known, recipe
+from mlp_mixer import files, known
 from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.layers import GELUS
-from mlp_mixer.models.mixer import check_divisible
+from mlp_mixer.models.derivatives import GELUS
+from mlp_mixer.models.model import check_divisible
 from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,
@@ -217,6 +217,9 @@ def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
             f"{folder} holds no run (no config.json and checkpoints). Name a folder "
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
+    # Here, not above: `import mlp_mixer.pretrained` must not load Orbax.
+    from mlp_mixer import checkpoint, recipe
+
     config = recipe.read(folder / "config.json")
     names = class_names.of_run(folder / "class_names.json", config.dataset.num_classes)
     step, params = checkpoint.restore_params(folder / "checkpoints", step=step)
@@ -400,7 +403,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
     """Writes the published layout, float32, which the authors' code loads as it is."""
-    with atomic.writing(path) as file:
+    with files.writing(path) as file:
         npz.write(file, dict(leaves(weights.params)))
 
 
@@ -422,5 +425,5 @@ def write_safetensors(
         if (value := getattr(weights, field)) is not None
     }
     flat = timm.theirs(flat) if names == "timm" else flat
-    with atomic.writing(path) as file:
+    with files.writing(path) as file:
         file.write(safetensors.dumps(flat, {METADATA: json.dumps(metadata)}))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mlp_mixer import workdir
 from mlp_mixer.data import class_names, folders, image_ops, sources
 from mlp_mixer.data.preparation import digits
 
@@ -489,7 +490,7 @@ def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
         before = sources.fingerprint(sources.open_source(name, split))
         change()
         return "\n".join(
-            sources.changes(
+            workdir.changes(
                 json.loads(json.dumps(before)),
                 sources.fingerprint(sources.open_source(name, split)),
             )
@@ -510,12 +511,12 @@ def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
     shard = min(one["shards"])
     other["shards"][shard]["bytes"] += 1
     size = one["shards"][shard]["bytes"]
-    version, of_shard = sources.changes(one, other)
+    version, of_shard = workdir.changes(one, other)
     assert version == "version: 1.0.0 there, 1.0.1 here"
     assert of_shard.startswith(f"{shard}: ")
     assert f"{size} bytes there" in of_shard
     many = {"shards": {f"{i:02}": {"bytes": 1} for i in range(99)}}
-    assert sources.changes(many, {"shards": {}})[11:] == [
+    assert workdir.changes(many, {"shards": {}})[11:] == [
         "11: 1 bytes there, nothing here",
         "and 87 more",
     ]
@@ -524,8 +525,8 @@ def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
     turned = folders.FolderSource(
         source.paths[::-1], source.labels[::-1], source.class_names
     )
-    assert sources.changes(
+    assert workdir.changes(
         sources.fingerprint(source), sources.fingerprint(turned)
     ) == ["the same files, in another order"]
     # Names are compared elsewhere, by name.
-    assert sources.changes({"class_names": ["a"]}, {"class_names": ["b"]}) == []
+    assert workdir.changes({"class_names": ["a"]}, {"class_names": ["b"]}) == []

@@ -262,7 +262,7 @@ def test_classes_with_too_few_examples_give_what_they_have_and_it_is_said_once(
     monkeypatch, caplog
 ):
     evaluator, _ = make(monkeypatch, shots=(5, 1000), seeds=1)
-    again = [evaluator.run(ONE) for _ in range(2)]
+    again = [evaluator.run(ONE).metrics for _ in range(2)]
     assert again[0] == again[1]
     everything = direct_accuracy(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, CLASSES, 1024)
     assert again[0]["1000shot"] == pytest.approx(everything)

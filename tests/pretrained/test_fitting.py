@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlp_mixer import checkpoint, models, pretrained, runs, train
+from mlp_mixer import checkpoint, models, pretrained, runs, train, workdir
 from mlp_mixer.fingerprints import leaves
 
 
@@ -316,7 +316,7 @@ def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
     params = make_params(num_classes=1000)
     weights = pretrained.Weights(params, "made", image_size=(16, 16), preprocess="timm")
     runs.write(weights, tmp_path / "run")
-    config = runs.load(tmp_path / "run")
+    config = workdir.load(tmp_path / "run")
     assert config.dataset.name == "imagenet2012"
     assert {"minival", "val", "real", "v2", "fewshot"} == set(config.evals)
     assert {e.preprocess for e in config.evals.values()} == {"timm"}

@@ -6,7 +6,6 @@ prepared by TFDS's own builder.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import logging
 import os
@@ -17,9 +16,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
+from mlp_mixer import files
+from mlp_mixer.console import Progress
 from mlp_mixer.data.preparation import imagenet, imagenet21k, stock, vtab
 from mlp_mixer.data.preparation.digits import prepare_digits
-from mlp_mixer.data.preparation.writing import Job, Progress
+from mlp_mixer.data.preparation.writing import Job
 
 __all__ = [
     "PREPARABLE",
@@ -40,11 +41,11 @@ class Preparable:
 
     Attributes:
       write: does it.
-      gigabytes: of disk it takes, downloads included but not what is put by hand.
+      gigabytes: disk space that it takes, with downloads, without files put by hand.
       manual: what a person has to put into the manual folder.
       base: the TFDS data set that it is made from.
       tensorflow: whether TFDS's own builder does it.
-      version: of what this project writes itself.
+      version: version of the data that this project writes itself.
     """
 
     write: Callable[[Job], None]
@@ -161,7 +162,8 @@ def prepare(
     Args:
       name: in PREPARABLE, or of TFDS.
       data_dir: where TFDS data lives; None is TFDS's own default.
-      manual_dir: of files put there by hand; None is `<data_dir>/downloads/manual`.
+      manual_dir: folder of files put there by hand; None is
+        `<data_dir>/downloads/manual`.
       verify: whether to compare those with their published checksums.
       progress: (what, total, unit, done) → a context that gives `advance(amount)`.
 
@@ -189,13 +191,8 @@ def prepare(
             progress=progress,
         )
     root.mkdir(parents=True, exist_ok=True)
-    # The kernel releases this lock when its holder dies, however it dies.
-    with open(root / f".{name.replace('/', '_')}.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process prepares %s; waiting for it.", name)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = root / f".{name.replace('/', '_')}.lock"
+    with files.locked(lock, f"prepares {name}"):
         if not (there := find(name, root)):
             job = Job(name, recipe.version, root, manual, verify, progress)
             recipe.write(job)

@@ -6,7 +6,6 @@ the package so that the first run needs neither a download nor TensorFlow.
 """
 
 import contextlib
-import fcntl
 import gzip
 import io
 import logging
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+
+from mlp_mixer import files
 
 _CSV = pathlib.Path(__file__).parents[1] / "digits.csv.gz"
 _TRAIN_EXAMPLES = 1500  # of 1,797; the other 297 are the test split.
@@ -81,20 +82,18 @@ def prepare_digits(
     Any number of processes may call this at once: one prepares, the others wait.
 
     Args:
-        data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
+      data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
+        ~/tensorflow_datasets).
 
     Returns:
-        A builder whose data is on disk.
+      A builder whose data is on disk.
     """
     builder = MixerDigits(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():  # TFDS renames it there when it is complete.
         return builder
     root = pathlib.Path(builder.data_dir_root)
     root.mkdir(parents=True, exist_ok=True)
-    # The kernel releases this lock when its holder dies, however it dies.
-    with open(root / ".mixer_digits.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.locked(root / ".mixer_digits.lock", "prepares the digits"):
         if not builder.data_path.exists():
             _prepare(builder)
     # Read again: this one was made before the data was.

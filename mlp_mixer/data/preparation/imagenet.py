@@ -226,10 +226,8 @@ def _download(url: str, path: pathlib.Path, sha256: str | None) -> None:
             f"{url} gave {len(data):,} bytes that are not the published {path.name}"
             f" (sha256), and nothing was kept: try again later, or {by_hand}"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.writing")
-    unfinished.write_bytes(data)
-    unfinished.rename(path)
+    with files.writing(path) as file:
+        file.write(data)
 
 
 def _fetched(url: str) -> bytes:

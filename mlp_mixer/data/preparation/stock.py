@@ -36,7 +36,7 @@ def prepare_stock(job: Job, gigabytes: float = 0.0) -> None:
     """
     _check_name(job.name)
     if gigabytes:
-        writing.check_disk(job, int(gigabytes * 1e9) - _downloaded(job))
+        writing.check_room(job, int(gigabytes * 1e9) - _downloaded(job))
     _check_tensorflow(job.name)
     builder = tfds.builder(job.name, data_dir=job.data_dir, file_format="array_record")
     for leftover in pathlib.Path(builder.data_dir).parent.glob("incomplete.*"):

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from mlp_mixer import files
 from mlp_mixer.data import folders
 from mlp_mixer.data.folders import LeftOut
 from mlp_mixer.data.preparation.writing import Job
@@ -223,10 +224,8 @@ def index(
     folders.say_left_out(f"the tars of {job.name} {split}", left_out)
     arrays = {field: np.concatenate(part) for field, part in parts.items()}
     images = TarImages(paths, **arrays).shuffled(split)
-    unfinished = job.partial / ".writing"
-    with open(unfinished, "wb") as file:
+    with files.writing(cache) as file:
         np.savez(file, **{field: getattr(images, field) for field in _ARRAYS})
-    unfinished.rename(cache)
     return images
 
 

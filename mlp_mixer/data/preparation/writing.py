@@ -5,7 +5,6 @@ shards, features.json and dataset_info.json. Until all are complete they lie in 
 hidden folder beside it, where a shard has its name only once it is whole.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -18,12 +17,11 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters
 from tensorflow_datasets.core.utils import shard_utils
 
+from mlp_mixer import files
+from mlp_mixer.console import Progress
+
 logger = logging.getLogger(__name__)
 
-# (what, total, unit, completed) → a context that gives `advance(amount)`.
-Progress = Callable[
-    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
-]
 SHARDS = shard_utils.ShardConfig()  # TFDS's: 64 MiB to 1 GiB, 1,024 where possible.
 
 
@@ -32,8 +30,8 @@ class Job:
     """One data set to prepare.
 
     Attributes:
-      name: of TFDS, a config included: "eurosat/rgb".
-      version: of what is written, e.g. "5.1.0".
+      name: name in TFDS, a config included: "eurosat/rgb".
+      version: version of the data that is written, e.g. "5.1.0".
       data_dir: where TFDS data lives.
       manual_dir: where files lie that a person has to download.
       verify: whether to compare them with published checksums.
@@ -64,7 +62,7 @@ class Split:
 
     Attributes:
       num_examples: how many.
-      num_bytes: of their images, all together.
+      num_bytes: size of all images together.
       read: (start, stop) → those examples, as their features take them.
     """
 
@@ -90,8 +88,10 @@ def begin(job: Job, sources: Iterable[pathlib.Path], num_bytes: int) -> None:
     resumed = recorded.exists() and recorded.read_text() == stamp
     if job.partial.exists() and not resumed:
         shutil.rmtree(job.partial)
+    for unfinished in job.partial.glob(".*"):
+        unfinished.unlink()
     done = sum(path.stat().st_size for path in job.partial.glob("*array_record*"))
-    check_disk(job, num_bytes - done)
+    check_room(job, num_bytes - done)
     if resumed:
         logger.info("%s: going on from %.1f GB.", job.name, done / 1e9)
         return
@@ -99,16 +99,10 @@ def begin(job: Job, sources: Iterable[pathlib.Path], num_bytes: int) -> None:
     recorded.write_text(stamp)
 
 
-def check_disk(job: Job, num_bytes: int) -> None:
+def check_room(job: Job, num_bytes: int) -> None:
     """Raises OSError if the data folder has less room than so many bytes."""
     job.data_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(job.data_dir).free
-    if free < num_bytes:
-        raise OSError(
-            f"{job.name} needs {num_bytes / 1e9:,.3f} GB in {job.data_dir}, where"
-            f" {free / 1e9:,.3f} GB are free. Make room, or choose another disk with"
-            " --data_dir."
-        )
+    files.check_room(job.data_dir, num_bytes, job.name, "--data_dir")
 
 
 def write(
@@ -121,7 +115,7 @@ def write(
 
     Args:
       job: the data set, after `begin`.
-      features: as in TFDS.
+      features: features, in the form of TFDS.
       splits: by name.
       **info: description, homepage and the like for `tfds.core.DatasetInfo`.
 
@@ -181,12 +175,11 @@ def _records(
 
 
 def _write_shard(path: pathlib.Path, records: Iterator[tuple[int, bytes]]) -> None:
-    unfinished = path.with_name(".writing")
     try:
-        file_adapters.ArrayRecordFileAdapter.write_examples(unfinished, records)
+        with files.draft(path) as unfinished:
+            file_adapters.ArrayRecordFileAdapter.write_examples(unfinished, records)
     except RuntimeError as error:  # array_record's name for a full disk
         raise OSError(
             f"{path} could not be written: {error}. What was complete is kept: make"
             " room and start again."
         ) from error
-    unfinished.rename(path)
