@@ -56,5 +56,5 @@ def build(
 def create_model(config: Any, mesh: Mesh, num_classes: int | None = None) -> nn.Module:
     """Returns the recipe's model, computed as these devices do it fastest."""
     return models.create(
-        **config.model, num_classes=num_classes, run=models.Run(mesh=mesh)
+        **config.model, num_classes=num_classes, run=models.Run.on(mesh, **config.run)
     )

@@ -15,7 +15,6 @@ The parameter tree is the official one, so published files load by identity.
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlp_mixer import known
@@ -122,12 +121,7 @@ class MlpMixer(Model):
             noise=noise,
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
-        pre_logits = y.mean(0, dtype=jnp.float32)
-        out = {f"block_{i}": jnp.swapaxes(z, 0, 1) for i, z in enumerate(states)}
-        out |= {"stem": jnp.swapaxes(x, 0, 1), "pre_logits": pre_logits}
-        if self.num_classes is None:
-            return pre_logits, out
-        return layers.head(pre_logits, self.num_classes, self.head_bias), out
+        return layers.readout(y, [x, *states], self.num_classes, bias=self.head_bias)
 
 
 MODEL = MlpMixer
