@@ -190,7 +190,7 @@ class FewShot:
     """Accuracy of ridge regressions on the features of a few images per class.
 
     Attributes:
-      every_steps: of training, between two evaluations.
+      every_steps: training steps between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, of both splits.
       sources: both splits.
@@ -234,7 +234,7 @@ class FewShot:
           mesh: mesh of `sharding.make_mesh`.
           image_size: height and width in pixels.
           train: arguments of `data.sources.open_source`: where shots are drawn.
-          test: the same of the images that are classified.
+          test: arguments of `open_source` for the images that are classified.
           shots: examples per class; each number is an evaluation.
           seeds: draws 0 … seeds − 1, over which accuracies are averaged; 0: one draw,
             the first of each class as they stand (the 2021 protocol).
@@ -242,7 +242,7 @@ class FewShot:
             as `5shot_l2_10`: see `choose_l2`.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           batch_size: images at once over all devices; made a multiple of them.
-          every_steps: see above.
+          every_steps: training steps between two evaluations.
           data_dir: where data sets are; TFDS's own folder by default.
 
         Raises:
