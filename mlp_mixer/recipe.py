@@ -353,7 +353,7 @@ def read(path: epath.PathLike) -> ConfigDict:
     return from_json(files.read_json(path), printable(os.fspath(path)))
 
 
-def from_json(tree: Any, origin: str) -> ConfigDict:
+def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     """Returns the recipe that `to_json` of this or of an older version gave.
 
     Every field of the model is in it. A field that an older version has not written has
@@ -366,26 +366,24 @@ def from_json(tree: Any, origin: str) -> ConfigDict:
     Raises:
       ValueError: it is no recipe, or has a later format.
     """
-    config = base()
-    try:
-        tree = _tuples(tree)
-        number = tree.pop("format", 1)
-        if number in range(1, FORMAT + 1):
-            rename(tree)
-            missing = _take(config, tree)
-            if wrong := fields.problems(config.to_dict(), others=True):
-                raise ValueError(" ".join(wrong))
-            unsaid = models.declared(config.model.name).keys() - tree["model"].keys()
-            missing += _unless_needed(f"model.{field}" for field in unsaid)
-            config = completed(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = brief(error)
-        raise ValueError(f"{origin} is no recipe of a run: {what}") from error
+    config, tree = base(), _tuples(tree)
+    number = tree.pop("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ValueError(
             f"{origin} has the format {brief(number, 60)}, and this version reads the "
             f"formats 1 to {FORMAT}; open it with the version that wrote it."
         )
+    try:
+        rename(tree)
+        missing = _take(config, tree)
+        if wrong := fields.problems(config.to_dict(), others=True):
+            raise ValueError(" ".join(wrong))
+        unsaid = models.declared(config.model.name).keys() - tree["model"].keys()
+        missing += _unless_needed(f"model.{field}" for field in unsaid)
+        config = completed(config)
+    except (TypeError, ValueError) as error:
+        what = brief(error)
+        raise ValueError(f"{origin} is no recipe of a run: {what}") from error
     if missing:
         logger.warning(
             "%s does not say %s, as if an older version had written it; each has its "
@@ -415,6 +413,7 @@ def rename(tree: Any) -> list[str]:
 
 
 def _unless_needed(missing: Iterable[str]) -> list[str]:
+    """Returns the fields, or raises ValueError if every version has written one."""
     missing = list(missing)
     if lost := sorted(_NEEDED.intersection(missing)):
         raise ValueError(f"it does not say {', '.join(lost)}.")
