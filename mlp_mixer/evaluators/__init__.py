@@ -93,7 +93,7 @@ def more_is_better(evals: Mapping[str, Mapping[str, Any]], name: str) -> bool:
 
     Args:
       evals: a recipe's `evals`: name → section.
-      name: the metric with its evaluator, e.g. "val/top1".
+      name: name of the metric, with its evaluator: "val/top1".
 
     Raises:
       ValueError: it is no score of an evaluator that runs in training; lists those.

@@ -117,10 +117,10 @@ class Accuracy:
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           batch_size: images at once over all devices; made a multiple of them.
           every_steps: training steps between two evaluations.
-          ece_bins: bins of the expected calibration error; 0 leaves it out.
+          ece_bins: number of bins of the expected calibration error; 0 leaves it out.
           num_classes: number of the model's classes; by default the split's.
-          class_names: names of the model's classes, by label; the split's labels are
-            mapped to them by name. None: they have no names.
+          class_names: names of the model's classes, by which the split's labels are
+            mapped to them; None if they have none.
           data_dir: where data sets are; TFDS's own folder by default.
 
         Raises:

@@ -234,7 +234,7 @@ class FewShot:
           mesh: mesh of `sharding.make_mesh`.
           image_size: height and width in pixels.
           train: arguments of `data.sources.open_source`: where shots are drawn.
-          test: arguments of it for the images that are classified.
+          test: arguments of `open_source` for the images that are classified.
           shots: examples per class; each number is an evaluation.
           seeds: draws 0 … seeds − 1, over which accuracies are averaged; 0: one draw,
             the first of each class as they stand (the 2021 protocol).
