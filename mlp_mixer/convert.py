@@ -24,7 +24,7 @@ from absl import flags
 
 from mlp_mixer import metrics, pretrained, program, runs
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.mixer import check_divisible
+from mlp_mixer.models.model import check_divisible
 from mlp_mixer.pretrained import resize
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlp_mixer import models, recipe
+from mlp_mixer import recipe
+from mlp_mixer.models import mixer
 
 # The models of Table 1: word of a recipe → name.
-MIXERS = {name.removeprefix("mixer_"): name for name in models.MODELS}
+MIXERS = {name.removeprefix("mixer_"): name for name in mixer.SIZES}
 
 # --- Pretraining ----------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ def pretraining(
     does training with, say, --config.evals.real.every_steps=2500.
 
     Args:
-      model: name of the model, a key of `models.MODELS`.
+      model: name of the model, a key of `models.mixer.SIZES`.
       argument: options, comma-separated: imagenet21k or jft300m, the data set (default:
         ImageNet-1k); short, 60 epochs of ImageNet-1k, big_vision's regression test;
         gpu8, for one host with 8 GPUs.
@@ -266,7 +267,7 @@ def finetuning(name: str, argument: str) -> ConfigDict:
     if "448" in given:
         config.model.image_size = (448, 448)
         # As many times as wide as there are more tokens (Appendix C).
-        _, sizes = models.MODELS[config.model.name]
+        sizes = mixer.SIZES[config.model.name]
         config.model.tokens_mlp_dim = 4 * sizes["tokens_mlp_dim"]
 
     config.batch_size = 512

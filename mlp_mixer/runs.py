@@ -76,7 +76,7 @@ def open_run(
         model = models.create(
             **config.model,
             num_classes=config.dataset.num_classes,
-            flat=sharding.is_one_cpu(mesh),
+            run=models.Run(mesh=mesh),
         )
         image = jnp.zeros((1, *config.model.image_size, 3))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
@@ -144,7 +144,7 @@ def open_model(
         raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
     names = naming.choose(weights.class_names, count, labels=labels) if count else ()
     mesh = sharding.make_mesh()
-    model = pretrained.create_model(weights, flat=sharding.is_one_cpu(mesh))
+    model = pretrained.create_model(weights, run=models.Run(mesh=mesh))
     protocol = preprocess or weights.preprocess or "big_vision"
     height, width = size
     said = weights.called

@@ -125,20 +125,3 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, shardings)
-
-
-def is_one_cpu(mesh: Mesh) -> bool:
-    """Whether products may be flattened: faster on one CPU device, wrong elsewhere."""
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-
-
-def formulation(mesh: Mesh) -> dict[str, Any]:
-    """Returns the fields of `MlpMixer` with which these devices train fastest.
-
-    A GPU: unrolled blocks that keep everything train B/16 1.27 times as fast as one
-    scanned block, in 1.9 times its temporary memory (H200, docs/benchmarks). Elsewhere:
-    one scanned block, which also compiles in a time that hardly grows with depth.
-    """
-    if mesh.devices.flat[0].platform == "gpu":
-        return {"scan": False, "remat": "none", "flat": False}
-    return {"scan": True, "remat": "pre_gelu", "flat": is_one_cpu(mesh)}

@@ -41,7 +41,8 @@ import numpy as np
 import optax
 
 from mlp_mixer import errors, models, optim, sharding, steps
-from mlp_mixer.models.mixer import REMAT_POLICIES, MlpMixer
+from mlp_mixer.models.mixer import MlpMixer
+from mlp_mixer.models.trunk import REMAT_POLICIES
 
 # Table 4's pretraining; decayed and clipped as in the recipes.
 OPTIM = {"total_steps": 100_000, "learning_rate": 1e-3, "weight_decay": 0.1}
@@ -89,16 +90,18 @@ def job_of(args: argparse.Namespace) -> Job:
     return job
 
 
-def fields_of(model: MlpMixer, of: type = MlpMixer) -> dict[str, Any]:
+def fields_of(model: Any, of: type) -> dict[str, Any]:
     """The values that `model` has for the fields of a module class."""
     names = [f.name for f in dataclasses.fields(of)]
-    return {f: getattr(model, f) for f in names if f not in ("parent", "name")}
+    others = ("parent", "name", "run", "dtype")
+    return {name: getattr(model, name) for name in names if name not in others}
 
 
 def literal_of(model: MlpMixer) -> literal_mixer.LiteralMixer:
     """The literal model of the same sizes, hence of the same parameter tree."""
     literal = literal_mixer.LiteralMixer
-    return literal(**fields_of(model, literal))
+    fields = fields_of(model, literal) | {"dtype": model.run.dtype}
+    return literal(**fields)
 
 
 def flops(model: Any, image_size: tuple[int, int]) -> dict[str, int]:
@@ -141,9 +144,7 @@ class Bench:
 
     def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
         self.mesh = sharding.make_mesh(devices)
-        ours: Any = models.create(
-            **job.model, formulation=sharding.formulation(self.mesh)
-        )
+        ours: Any = models.create(**job.model, run=models.Run(mesh=self.mesh))
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])
@@ -190,7 +191,8 @@ class Bench:
         if memory := executable.memory_analysis():
             for field in ("temp", "argument", "output", "alias"):
                 result[f"{field}_bytes"] = getattr(memory, f"{field}_size_in_bytes")
-        looped = kind == "train" and getattr(self.models[name], "scan", False)
+        run = getattr(self.models[name], "run", models.Run())
+        looped = kind == "train" and run.scan
         # XLA counts the body of a loop once, whatever its number of turns.
         cost = None if looped else lowered.cost_analysis()
         result["xla_flops_per_image"] = cost and cost["flops"] / self.batch
@@ -220,7 +222,7 @@ class Bench:
         # Sizes at which the rate no longer grows.
         n = 2048 if jax.default_backend() == "cpu" else 8192
         a, b = jax.random.normal(jax.random.key(0), (2, n, n)).astype(
-            self.models["ours"].dtype
+            self.models["ours"].run.dtype
         )
         multiply = jax.jit(jnp.matmul).lower(a, b).compile()
         return lambda: multiply(a, b), 2 * n**3
@@ -453,15 +455,16 @@ def main(argv: list[str] | None = None) -> None:
         "cpu_threads": threads,
         "flags": {k: os.environ.get(k) for k in ("XLA_FLAGS", "NPROC")},
         "batch": batch,
-        "model": fields_of(ours)
-        | {"image_size": bench.size, "dtype": jnp.dtype(ours.dtype).name},
+        "model": fields_of(ours, type(ours))
+        | {"image_size": bench.size, "dtype": jnp.dtype(ours.run.dtype).name}
+        | {"scan": ours.run.scan, "remat": ours.run.remat},
         "optim": job.optim,
         "loss": job.loss,
         "mixup": job.mixup,
         "compared_by": "cpu_s" if on_cpu else "wall_s",
         "notes": [
             f"note: the literal model has no {field}; here it is {value}"
-            for field, value in fields_of(ours).items()
+            for field, value in fields_of(ours, type(ours)).items()
             if args.peer and field in ("gelu", "dropout", "stochastic_depth")
             if value not in ("tanh", 0)
         ],

@@ -16,7 +16,7 @@ from mlp_mixer import (
     train,
 )
 from mlp_mixer.data import image_ops, pipeline, randaugment
-from mlp_mixer.models import layers, mixer
+from mlp_mixer.models import derivatives, trunk
 from mlp_mixer.pretrained import fitting, resize
 
 
@@ -66,9 +66,9 @@ def test_the_names_of_closed_sets_are_the_keys_of_the_tables():
         "init_resize": resize.METHODS,
         "sharding": sharding.STRATEGIES,
         "input.crop": pipeline.CROPS,
-        "model.name": models.MODELS,
-        "model.gelu": layers.GELUS,
-        "model.remat": mixer.REMAT_POLICIES,
+        "model.name": models.names(),
+        "model.gelu": derivatives.GELUS,
+        "model.remat": trunk.REMAT_POLICIES,
         "optim.decay": optim.DECAYS,
         "optim.decayed": optim.DECAYED,
     }

@@ -193,7 +193,7 @@ def test_the_learning_rate_is_chosen_on_what_it_is_not_trained_on(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_at_448_token_mixing_is_four_times_as_wide(size):
-    _, table = models.MODELS[f"mixer_{size}"]
+    table = models.mixer.SIZES[f"mixer_{size}"]
     config = load("finetune/cifar10", f"{size},448")
     usual = load("finetune/cifar10", size)
     assert config.model.image_size == (448, 448)

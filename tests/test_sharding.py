@@ -1,12 +1,9 @@
 """Laws of the mesh and of where arrays live."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from mlp_mixer import models, optim, sharding, steps
 
@@ -57,7 +54,7 @@ def train_state(name, strategy, num_classes=1000):
     )
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", models.mixer.SIZES)
 def test_fsdp_cuts_every_kernel_of_table_1_eight_ways(name):
     """Token mixing's included, of whatever shape; only vectors stay whole."""
     # 21,843 classes: the head's kernel can only be cut along its other axis.
@@ -135,25 +132,3 @@ def test_a_batch_that_the_devices_do_not_divide_is_explained(rows, near):
     message = f"A batch of {rows} does not divide among 8 devices; try {near}"
     with pytest.raises(ValueError, match=message):
         sharding.put({"label": np.zeros(rows)}, sharding.make_mesh())
-
-
-def test_one_cpu_is_one_device_and_a_cpu():
-    assert sharding.is_one_cpu(sharding.make_mesh(1))
-    assert not sharding.is_one_cpu(sharding.make_mesh(2))
-    # The only one of its kind, but no CPU.
-    assert not sharding.is_one_cpu(mesh_of("gpu"))
-
-
-def mesh_of(platform):
-    device = mock.Mock(platform=platform, id=0, process_index=0)
-    return Mesh(np.array([device]), ("data",))
-
-
-def test_a_gpu_trains_unrolled_and_a_recipe_can_say_otherwise():
-    found = sharding.formulation(mesh_of("gpu"))
-    assert found == {"scan": False, "remat": "none", "flat": False}
-    assert sharding.formulation(mesh_of("tpu")) == {
-        "scan": True, "remat": "pre_gelu", "flat": False,
-    }  # fmt: skip
-    model = models.create("mixer_s32", formulation=found, scan=True, remat=None)
-    assert (model.scan, model.remat, model.num_blocks) == (True, "none", 8)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlp_mixer import optim, sharding, steps
+from mlp_mixer.models import Run
 from mlp_mixer.models.mixer import MlpMixer
 
 # Large enough that "fsdp" cuts every kernel but the head's, and that no batch of
@@ -64,7 +65,7 @@ class Program:
         **fields,
     ):
         self.mesh = sharding.make_mesh(devices)
-        self.model, self.tx = MlpMixer(**FIELDS | fields), optimiser(**optim)
+        self.model, self.tx = model_of(**fields), optimiser(**optim)
         self.target = steps.state_shapes(
             self.model, self.tx, self.mesh, image_size=SIZE, strategy=strategy
         )
@@ -103,6 +104,12 @@ class Program:
             state, scalars = self.step(state, self.batch(i))
             metrics.append(scalars)
         return jax.device_get((state, metrics))
+
+
+def model_of(*, flat=False, scan=False, remat="none", **fields):
+    """`flat` as on one CPU, whatever devices the step is for."""
+    mesh = sharding.make_mesh(1) if flat else None
+    return MlpMixer(**FIELDS | fields, run=Run(scan=scan, remat=remat, mesh=mesh))
 
 
 compiled = functools.cache(Program)
@@ -233,7 +240,7 @@ def travels(program):
 
 def flops(program):
     """Of one device. The program is unrolled: a scan's body would count once."""
-    assert not program.model.scan
+    assert not program.model.run.scan
     return program.step.cost_analysis()["flops"]
 
 
@@ -245,7 +252,7 @@ def test_a_device_computes_an_eighth(strategy):
 
 
 def test_merging_a_sharded_axis_is_seen():
-    """`flat` is for one device: here, eight devices gather the batch and each does the
+    """Flat products are for one device: here, eight gather the batch and each does the
     work of all. Results are right, so only these two numbers tell."""
     bad = compiled(8, "replicated", flat=True)
     assert 8 * flops(bad) > 3 * flops(compiled(1))

@@ -1,92 +1,144 @@
-"""Models by name: Table 1 of the MLP-Mixer paper (arXiv 2105.01601).
+"""Models by name.
 
-model = models.create("mixer_b16", num_classes=1000)
-params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
-logits, out = model.apply({"params": params}, image)
+    model = models.create("mixer_b16", num_classes=1000)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+    logits, out = model.apply({"params": params}, image)
+
+An architecture is one file of this package and one entry of `FAMILIES`; `model` says
+what such a file declares.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
 from numbers import Integral
+from types import ModuleType
 from typing import Any
 
-import flax.linen as nn
+from mlp_mixer import known
+from mlp_mixer.models import mixer
+from mlp_mixer.models.model import Model, Run
 
-from mlp_mixer.models.mixer import MlpMixer, check_divisible
+__all__ = [
+    "FAMILIES",
+    "Model",
+    "Run",
+    "create",
+    "families",
+    "family",
+    "fields",
+    "names",
+]
+
+FAMILIES: tuple[ModuleType, ...] = (mixer,)
 
 
-def _mixer(patch, blocks, hidden, tokens, channels):
-    return MlpMixer, {
-        "patch_size": (patch, patch),
-        "num_blocks": blocks,
-        "hidden_dim": hidden,
-        "tokens_mlp_dim": tokens,
-        "channels_mlp_dim": channels,
-    }
+def families() -> dict[str, ModuleType]:
+    """Returns the architectures by their own names: {"mixer": …}."""
+    return {file.__name__.rpartition(".")[2]: file for file in FAMILIES}
 
 
-# Table 1, a row per column of the paper's: patch, layers, C, D_S, D_C.
-MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "mixer_s32": _mixer(32, 8, 512, 256, 2048),
-    "mixer_s16": _mixer(16, 8, 512, 256, 2048),
-    "mixer_b32": _mixer(32, 12, 768, 384, 3072),
-    "mixer_b16": _mixer(16, 12, 768, 384, 3072),
-    "mixer_l32": _mixer(32, 24, 1024, 512, 4096),
-    "mixer_l16": _mixer(16, 24, 1024, 512, 4096),
-    "mixer_h14": _mixer(14, 32, 1280, 640, 5120),
-}
+def names() -> list[str]:
+    """Returns the names of all sizes of all architectures."""
+    return [name for file in FAMILIES for name in file.SIZES]
+
+
+def family(name: str) -> ModuleType:
+    """Returns the file of the architecture that has a size, or is, called `name`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    found = families() | {size: file for file in FAMILIES for size in file.SIZES}
+    if name not in found:
+        tries = known.nearest(str(name).lower(), [*names(), *families()])
+        raise ValueError(f"model {name!r} is unknown; try {tries}.")
+    return found[name]
+
+
+def declared(name: str) -> dict[str, dataclasses.Field]:
+    """Returns the fields that say what a model called `name` computes.
+
+    Its classes are not among them: they follow from the data.
+    """
+    others = ("parent", "name", "num_classes", "run")
+    model = family(name).MODEL
+    return {f.name: f for f in dataclasses.fields(model) if f.name not in others}
+
+
+def fields(name: str, **overrides: Any) -> dict[str, Any]:
+    """Returns all fields that say what a model called `name` computes, with values.
+
+    Args:
+      name: name of a size, or of an architecture whose sizes are all in `overrides`.
+      **overrides: values of fields; None means the table's or the class's.
+
+    Raises:
+      ValueError: there is no such model or field, or a field has no value.
+    """
+    all_fields = declared(name)
+    for field in overrides:
+        if field not in all_fields:
+            tries = known.nearest(field, all_fields)
+            raise ValueError(f"{name} has no field {field!r}; try {tries}.")
+    missing = dataclasses.MISSING
+    values = {f: x.default for f, x in all_fields.items()}
+    values |= family(name).SIZES.get(name, {})
+    values |= {f: value for f, value in overrides.items() if value is not None}
+    if without := [field for field, value in values.items() if value is missing]:
+        raise ValueError(f"{name} needs {', '.join(without)}; give each a value.")
+    return values
 
 
 def create(
     name: str,
     *,
     num_classes: int | None = None,
-    image_size: int | tuple[int, int] = 224,
-    formulation: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+    run: Run = Run(),
     **overrides: Any,
-) -> nn.Module:
-    """Returns the Flax module called `name`, of the sizes that Table 1 gives it.
+) -> Model:
+    """Returns the Flax module called `name`, of the sizes that its paper gives it.
 
     Args:
-      name: a key of `MODELS`, e.g. "mixer_b16".
+      name: name of a size, e.g. "mixer_b16", or of an architecture ("mixer") whose
+        sizes are all in `overrides`.
       num_classes: size of the head; None returns features instead of logits.
-      image_size: side or (height, width) in pixels. Only checked against the patch:
-        the model takes its number of tokens from the image at `init`.
-      formulation: fields that say how the model is computed, e.g. those of
-        `sharding.formulation`; overrides that are not None win.
-      **overrides: fields of the module, e.g. `dtype="bfloat16"` or `num_blocks=2`;
-        None means the formulation's, the table's or the field's default value.
+      image_size: (height, width) in pixels; only checked: the model takes its number
+        of tokens from the image at `init`.
+      run: how it is computed.
+      **overrides: fields of the module, e.g. `num_blocks=2`; None means the table's or
+        the class's value.
 
     Raises:
-      ValueError: unknown name or field, or patches do not tile the image.
+      ValueError: unknown name or field, or the image does not fit the patches.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(str(name).lower(), MODELS, len(MODELS), 0)
-        raise ValueError(f"model {name!r} is unknown; try {', '.join(near)}.")
-    cls, sizes = MODELS[name]
-    known = [
-        f.name for f in dataclasses.fields(cls) if f.name not in ("parent", "name")
-    ]
-    for field in overrides:
-        if field not in known:
-            near = difflib.get_close_matches(field, known, len(known), 0)
-            raise ValueError(f"{name} has no field {field!r}; try {', '.join(near)}.")
-    given = {k: v for k, v in overrides.items() if v is not None}
-    fields = sizes | dict(formulation or {}) | given | {"num_classes": num_classes}
-    for field in (*sizes, "num_classes"):
-        _check_size(field, fields[field])
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    _check_size("image_size", size)
-    check_divisible(size, fields["patch_size"])
-    return cls(**fields)
+    run = _how(overrides, run)
+    values = fields(name, **overrides)
+    for field, declaration in declared(name).items():
+        _check_size(field, values[field], declaration.type)
+    if num_classes is not None:
+        _check_size("num_classes", num_classes, int)
+    model = family(name).MODEL(**values, num_classes=num_classes, run=run)
+    if image_size is not None:
+        _check_size("image_size", image_size, tuple[int, int])
+        model.check_size(image_size)
+    return model
 
 
-def _check_size(field: str, value: Any) -> None:
+def _how(overrides: dict[str, Any], run: Run) -> Run:
+    """Takes what recipes still say under `model`, and `config.run` will say."""
+    keys = [key for key in ("dtype", "scan", "remat") if key in overrides]
+    how = {key: overrides.pop(key) for key in keys}
+    how = {key: value for key, value in how.items() if value is not None}
+    if run.mesh is not None:
+        return Run.on(run.mesh, **how)
+    return dataclasses.replace(run, **how)
+
+
+def _check_size(field: str, value: Any, kind: Any) -> None:
     """Raises ValueError unless a size has values that a model can be made of."""
-    two = field in ("image_size", "patch_size")
-    if value is None and field == "num_classes":
+    if kind not in (int, tuple[int, int]):
         return
+    two = kind is not int
     numbers = value if two and isinstance(value, tuple) else (value,)
     if len(numbers) != 1 + two or not all(map(_is_count, numbers)):
         expected = "(height, width), e.g. (16, 16)" if two else "a whole number from 1"

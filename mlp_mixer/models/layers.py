@@ -6,14 +6,9 @@ are plain matrix products and no transpose is left but the one that cuts the pat
 
 The letters are the same everywhere: `n` images (batch), `h w` image height and width,
 `s` tokens (patches, in raster order), `c` channels, `d` hidden units, `k` classes.
-
-`layer_norm` and `gelu` have closed-form derivatives. Left to automatic
-differentiation, LayerNorm's backward pass is fused by XLA into kernels that grow with
-depth, and GELU's keeps several activations instead of its input alone.
 """
 
-import functools
-from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,229 +18,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-Dtype = jax.typing.DTypeLike
+from mlp_mixer.models.derivatives import GELUS, Dense, add_bias
+from mlp_mixer.models.model import Noise, Run
 
 # The tensor that rematerialisation keeps: a hidden layer before its GELU.
 PRE_GELU = "pre_gelu"
-
-
-def add_bias(x: Float[Array, "..."], bias: Float[Array, " c"], axis: int = -1):
-    """Adds `bias` along `axis` of `x`; written out, so that rank promotion can be
-    forbidden in tests.
-    """
-    return x + lax.broadcast_in_dim(bias, x.shape, (axis % x.ndim,))
-
-
-# --- LayerNorm over channels --------------------------------------------------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(
-    x: Float[Array, "*rows c"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
-    epsilon: float = 1e-6,
-) -> Float[Array, "*rows c"]:
-    """Normalises over the last axis, with statistics in float32.
-
-    The variance is E[x²] − E[x]² and epsilon 1e-6, as in Flax's LayerNorm, which the
-    authors' code uses unchanged.
-    """
-    return _layer_norm_fwd(x, scale, bias, epsilon)[0]
-
-
-def _layer_norm_fwd(x, scale, bias, epsilon):
-    z = x.astype(jnp.float32)
-    mean = z.mean(-1, keepdims=True)
-    variance = jnp.maximum(0.0, (z * z).mean(-1, keepdims=True) - mean * mean)
-    r = lax.rsqrt(variance + epsilon)
-    row = (1,) * (x.ndim - 1) + scale.shape
-    y = add_bias((z - mean) * (r * scale.reshape(row)), bias)
-    return y.astype(x.dtype), (x, mean, r, scale)
-
-
-def _layer_norm_bwd(epsilon, residuals, dy):
-    del epsilon
-    x, mean, r, scale = residuals
-    dy = dy.astype(jnp.float32)
-    normalised = (x.astype(jnp.float32) - mean) * r
-    g = dy * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    along = (g * normalised).mean(-1, keepdims=True)
-    dx = r * (g - g.mean(-1, keepdims=True) - normalised * along)
-    rows = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), (dy * normalised).sum(rows), dy.sum(rows)
-
-
-layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over channels; parameters `scale` and `bias` in float32."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
-        """Returns `x` normalised, in the dtype of `x`."""
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        # Parameters may come from a file, as NumPy arrays.
-        return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
-
-
-# --- GELU ---------------------------------------------------------------------------
-
-# tanh(u) = 2 sigmoid(2u) - 1, so tanh-GELU(x) = x sigmoid(a x + b x³).
-_GELU_A = 1.5957691216057308  # 2 sqrt(2 / pi)
-_GELU_B = 0.044715 * _GELU_A
-
-
-@jax.custom_vjp
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The tanh approximation of GELU: `nn.gelu`'s default, hence the published one."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _gelu_bwd(x, dy):
-    # Written with the logistic function on purpose: it shares no subexpression with
-    # the forward pass, so the compiler has nothing to keep but x itself.
-    z = x.astype(jnp.float32)
-    q = jax.nn.sigmoid(z * (_GELU_A + _GELU_B * z * z))
-    slope = q + z * q * (1 - q) * (_GELU_A + 3 * _GELU_B * z * z)
-    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
-
-GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "tanh": gelu,
-    "exact": functools.partial(jax.nn.gelu, approximate=False),
-}
-
-
-# --- Products -----------------------------------------------------------------------
-
-
-# XLA's CPU products run at half speed when the left operand is transposed, and it folds
-# a plain transpose into the product: the barrier keeps it a copy of its own.
-
-
-def _transposed(x):
-    return lax.optimization_barrier(x.T)
-
-
-@jax.custom_vjp
-def _map_rows(x, kernel):
-    """x (m, c), kernel (c, d) -> (m, d), with a fast weight gradient on CPU."""
-    return x @ kernel
-
-
-_map_rows.defvjp(
-    lambda x, kernel: (x @ kernel, (x, kernel)),
-    lambda kept, dy: (dy @ kept[1].T, _transposed(kept[0]) @ dy),
-)
-
-
-@jax.custom_vjp
-def _map_columns(x, kernel):
-    """x (s, m), kernel (s, d) -> (d, m), fast on CPU."""
-    return _transposed(kernel) @ x
-
-
-_map_columns.defvjp(
-    lambda x, kernel: (_transposed(kernel) @ x, (x, kernel)),
-    lambda kept, dy: (kept[1] @ dy, kept[0] @ dy.T),
-)
-
-
-class Dense(nn.Module):
-    """A linear map along the first (tokens) or the last (channels) axis, with bias.
-
-    Parameters, names and initial values are those of Flax's Dense: `kernel`
-    (in, features), lecun_normal, and `bias` (features,), zeros.
-
-    Attributes:
-      features: size of the axis afterwards.
-      axis: 0 for tokens, -1 for channels.
-      dtype: of the product; None keeps the input's.
-    """
-
-    features: int
-    axis: int = -1
-    dtype: Dtype | None = None
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns `x` with `axis` mapped to `features` entries."""
-        shape = (x.shape[self.axis], self.features)
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), shape, jnp.float32
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if x.ndim == 2:  # flattened by MlpBlock, for one CPU device
-            y = (_map_columns if self.axis == 0 else _map_rows)(x, kernel)
-        elif self.axis == 0:
-            # Weight first: the other operand order transposes the whole result.
-            y = jnp.einsum("sd,s...->d...", kernel, x)
-        else:
-            y = x @ kernel
-        return add_bias(y, bias, self.axis)
-
-
-class MlpBlock(nn.Module):
-    """Dense, GELU, Dense along one axis: the MLP of token and of channel mixing.
-
-    Attributes:
-      mlp_dim: hidden units.
-      axis: 0 mixes tokens, -1 mixes channels.
-      gelu: "tanh" or "exact".
-      dropout: rate after the GELU and after the second Dense (Figure 1 names dropout
-        as a component without placing it; this is where ViT's MLP block has it).
-      dtype: of the products; None keeps the input's.
-      flat: multiply true matrices, with the two other axes merged. Faster on one CPU
-        device. Never under a mesh: merging a sharded batch axis makes every device
-        gather the batch and do everybody's work.
-    """
-
-    mlp_dim: int
-    axis: int = -1
-    gelu: str = "tanh"
-    dropout: float = 0.0
-    dtype: Dtype | None = None
-    flat: bool = False
-
-    @nn.compact
-    def __call__(
-        self, y: Float[Array, "s n c"], rng: jax.Array | None = None
-    ) -> Float[Array, "s n c"]:
-        """Returns the branch's output; `rng` None means no dropout."""
-        shape = y.shape
-        if self.flat:
-            tokens = self.axis == 0
-            y = rearrange(y, "s n c -> s (n c)" if tokens else "s n c -> (s n) c")
-        h = Dense(self.mlp_dim, self.axis, self.dtype, name="Dense_0")(y)
-        h = GELUS[self.gelu](checkpoint_name(h, PRE_GELU))
-        if rng is not None and self.dropout:
-            rng, first = jax.random.split(rng)
-            h = _dropout(first, self.dropout, h)
-        y = Dense(shape[self.axis], self.axis, self.dtype, name="Dense_1")(h)
-        y = y.reshape(shape)
-        if rng is not None and self.dropout:
-            y = _dropout(rng, self.dropout, y)
-        return y
-
-
-def _dropout(rng, rate, x):
-    keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def scale_images(
-    x: Float[Array, "s n c"], factors: Float[Array, " n"]
-) -> Float[Array, "s n c"]:
-    """Multiplies every image's tokens by its factor: stochastic depth's mask."""
-    factors = factors.astype(x.dtype)
-    return x * lax.broadcast_in_dim(factors, x.shape, (1,))
 
 
 class PatchEmbed(nn.Module):
@@ -255,14 +32,14 @@ class PatchEmbed(nn.Module):
     those of Flax's Conv (lecun_normal with fan_in = ph·pw·3).
 
     Attributes:
-      features: channels c.
+      features: number of channels c.
       patch_size: (height, width) of a patch in pixels.
-      dtype: of the product; None keeps the image's.
+      run: the product's dtype.
     """
 
     features: int
     patch_size: tuple[int, int]
-    dtype: Dtype | None = None
+    run: Run = Run()
 
     @nn.compact
     def __call__(self, image: Float[Array, "n h w 3"]) -> Float[Array, "s n c"]:
@@ -274,9 +51,84 @@ class PatchEmbed(nn.Module):
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         image, kernel, bias = nn.dtypes.promote_dtype(
-            image, kernel, bias, dtype=self.dtype
+            image, kernel, bias, dtype=self.run.dtype
         )
         patches = rearrange(
             image, "n (gh ph) (gw pw) x -> (gh gw) n (ph pw x)", ph=ph, pw=pw
         )
         return add_bias(patches @ kernel.reshape(-1, self.features), bias)
+
+
+class MlpBlock(nn.Module):
+    """Dense, GELU, Dense along one axis: the MLP of token and of channel mixing.
+
+    Attributes:
+      mlp_dim: number of hidden units d.
+      axis: 0 mixes tokens, -1 mixes channels.
+      gelu: "tanh" or "exact".
+      dropout: rate after the GELU and after the second Dense (Figure 1 names dropout
+        as a component without placing it; this is where ViT's MLP block has it).
+      run: the products' dtype and form.
+    """
+
+    mlp_dim: int
+    axis: int = -1
+    gelu: str = "tanh"
+    dropout: float = 0.0
+    run: Run = Run()
+
+    @nn.compact
+    def __call__(
+        self, y: Float[Array, "s n c"], noise: Noise = Noise()
+    ) -> Float[Array, "s n c"]:
+        """Returns the output of the branch, with `noise` applied."""
+        shape, dtype = y.shape, self.run.dtype
+        rngs: Any = (None, None)
+        if noise.rng is not None and self.dropout:
+            rngs = jax.random.split(noise.rng)[::-1]
+        if self.run.flat:
+            tokens = self.axis == 0
+            y = rearrange(y, "s n c -> s (n c)" if tokens else "s n c -> (s n) c")
+        h = Dense(self.mlp_dim, self.axis, dtype, name="Dense_0")(y)
+        h = GELUS[self.gelu](checkpoint_name(h, PRE_GELU))
+        h = _dropout(rngs[0], self.dropout, h)
+        y = Dense(shape[self.axis], self.axis, dtype, name="Dense_1")(h)
+        y = _dropout(rngs[1], self.dropout, y.reshape(shape))
+        return y if noise.keep is None else scale_images(y, noise.keep)
+
+
+def _dropout(rng, rate, x):
+    if rng is None:
+        return x
+    keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def scale_images(
+    x: Float[Array, "..."], factors: Float[Array, " n"], axis: int = 1
+) -> Float[Array, "..."]:
+    """Returns `x` times each image's factor: the mask of stochastic depth.
+
+    Args:
+      x: the output of a branch.
+      factors: a factor for each image.
+      axis: the axis of `x` that counts images.
+    """
+    factors = factors.astype(x.dtype)
+    return x * lax.broadcast_in_dim(factors, x.shape, (axis,))
+
+
+def head(
+    pre_logits: Float[Array, "n c"], num_classes: int, bias: float = 0.0
+) -> Float[Array, "n k"]:
+    """Returns logits: a linear map that starts at zero, but for its bias.
+
+    Called in a module's compact method, of which it becomes the part `head`.
+    """
+    dense = nn.Dense(
+        num_classes,
+        kernel_init=nn.initializers.zeros,
+        bias_init=nn.initializers.constant(bias),
+        name="head",
+    )
+    return dense(pre_logits)

@@ -60,7 +60,7 @@ class Published:
     """One published file: float32 parameters for 224 px, without optimiser state.
 
     Attributes:
-      model: a key of `models.MODELS`.
+      model: name of a size of `models.mixer`.
       num_classes: of its head.
       overrides: fields of the model that differ from the table's.
       note: what a user should know before comparing it with the paper.

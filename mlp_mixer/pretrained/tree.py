@@ -155,7 +155,7 @@ def variant(fields: Mapping[str, Any]) -> str | None:
     Token mixing may be K² times as wide: grown to another resolution.
     """
     same = ("patch_size", "num_blocks", "hidden_dim", "channels_mlp_dim")
-    for name, (_, table) in models.MODELS.items():
+    for name, table in models.mixer.SIZES.items():
         if all(fields[field] == table[field] for field in same):
             factor, rest = divmod(fields["tokens_mlp_dim"], table["tokens_mlp_dim"])
             if not rest and math.isqrt(factor) ** 2 == factor:

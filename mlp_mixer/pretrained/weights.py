@@ -21,8 +21,8 @@ from flax.traverse_util import unflatten_dict
 from mlp_mixer import checkpoint, files, known, recipe
 from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.layers import GELUS
-from mlp_mixer.models.mixer import check_divisible
+from mlp_mixer.models.derivatives import GELUS
+from mlp_mixer.models.model import check_divisible
 from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,

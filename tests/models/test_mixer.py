@@ -10,8 +10,10 @@ import literal_mixer
 import numpy as np
 import pytest
 
-from mlp_mixer.models import layers
+from mlp_mixer import sharding
+from mlp_mixer.models import Run, layers
 from mlp_mixer.models.mixer import MlpMixer
+from mlp_mixer.models.model import Noise
 
 SMALL: dict[str, Any] = {
     "patch_size": (4, 4),
@@ -141,7 +143,7 @@ def test_tanh_and_exact_gelu_differ():
 
 def test_initial_values_are_the_literal_flax_models():
     image, fields = images(), SMALL | {"num_blocks": 1}
-    ours = MlpMixer(**fields, scan=True).init(jax.random.key(3), image)
+    ours = MlpMixer(**fields, run=Run(scan=True)).init(jax.random.key(3), image)
     literal = literal_mixer.LiteralMixer(**fields).init(jax.random.key(3), image)
     jax.tree.map(np.testing.assert_array_equal, ours, literal)
 
@@ -245,13 +247,14 @@ def test_permuting_patches_and_token_weights_together_changes_nothing():
     np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
 
 
-FORMULATIONS: dict[str, dict[str, Any]] = {
-    "flat": {"flat": True},
-    "scan": {"scan": True},
-    "scan, keep pre-GELU": {"scan": True, "remat": "pre_gelu"},
-    "scan, keep pre-GELU, flat": {"scan": True, "remat": "pre_gelu", "flat": True},
-    "scan, keep block inputs": {"scan": True, "remat": "full"},
-    "unrolled, keep pre-GELU": {"remat": "pre_gelu"},
+ONE_CPU = sharding.make_mesh(1)  # where products are flat
+FORMULATIONS = {
+    "flat": Run(mesh=ONE_CPU),
+    "scan": Run(scan=True),
+    "scan, keep pre-GELU": Run(scan=True, remat="pre_gelu"),
+    "scan, keep pre-GELU, flat": Run(scan=True, remat="pre_gelu", mesh=ONE_CPU),
+    "scan, keep block inputs": Run(scan=True, remat="full"),
+    "unrolled, keep pre-GELU": Run(remat="pre_gelu"),
 }
 
 
@@ -273,7 +276,7 @@ def plain_result(noise):
 )
 def test_every_formulation_computes_the_same(formulation, noise):
     params, (expected, expected_grads) = plain_result(tuple(noise.items()))
-    model = MlpMixer(**SMALL, **noise, **FORMULATIONS[formulation])
+    model = MlpMixer(**SMALL, **noise, run=FORMULATIONS[formulation])
     result, grads = gradients(model, params, images(), train=True)
 
     def close(x, y):
@@ -284,19 +287,18 @@ def test_every_formulation_computes_the_same(formulation, noise):
 
 
 def test_every_formulation_has_the_same_parameters():
-    def shapes(**fields):
-        model = MlpMixer(**SMALL, **fields)
+    def shapes(run):
+        model = MlpMixer(**SMALL, run=run)
         return jax.eval_shape(model.init, jax.random.key(3), images())
 
-    for fields in FORMULATIONS.values():
-        assert shapes(**fields) == shapes()
+    for run in FORMULATIONS.values():
+        assert shapes(run) == shapes(Run())
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_must(scan):
     image = images()
-    fields = SMALL | {"dtype": "bfloat16", "scan": scan}
-    model = MlpMixer(**fields)
+    model = MlpMixer(**SMALL, run=Run("bfloat16", scan=scan))
     params = random_params(model, image)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     logits, out = forward(model, params, image, train=True)
@@ -312,7 +314,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_must(scan):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_dtype_is_promoted_silently(dtype):
     image = images()
-    model = MlpMixer(**SMALL, dtype=dtype, scan=True, remat="pre_gelu")
+    model = MlpMixer(**SMALL, run=Run(dtype, scan=True, remat="pre_gelu"))
     params = random_params(model, image)
     with jax.numpy_dtype_promotion("strict"):
         gradients(model, params, image, train=True)
@@ -366,8 +368,8 @@ def test_rescaled_stochastic_depth_divides_by_the_probability_to_be_kept():
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_keeps_the_mean_and_follows_its_key(scan):
     image = images(2)
-    fields = SMALL | {"num_blocks": 2, "dropout": 0.3, "scan": scan}
-    model = MlpMixer(**fields)
+    fields = SMALL | {"num_blocks": 2, "dropout": 0.3}
+    model = MlpMixer(**fields, run=Run(scan=scan))
     params = random_params(model, image)
 
     @jax.jit
@@ -385,7 +387,9 @@ def test_dropout_keeps_the_mean_and_follows_its_key(scan):
     layer = layers.MlpBlock(8, 0, dropout=0.3)
     y = jax.random.normal(jax.random.key(1), (4, 3, 5))
     variables = layer.init(jax.random.key(2), y)
-    hidden = jax.jit(jax.vmap(lambda key: layer.apply(variables, y, key)))(keys)
+    hidden = jax.jit(jax.vmap(lambda key: layer.apply(variables, y, Noise(rng=key))))(
+        keys
+    )
     dropped = (hidden == 0).mean()
     assert abs(dropped - 0.3) < 0.02
     np.testing.assert_allclose(hidden.mean(0), layer.apply(variables, y), atol=0.25)
@@ -431,8 +435,11 @@ def test_a_byte_image_is_refused():
         MlpMixer(**SMALL).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3), jnp.uint8))
 
 
-@pytest.mark.parametrize("field", ["gelu", "remat"])
-def test_an_unknown_option_lists_the_known(field):
-    model = MlpMixer(**SMALL, **{field: "tnah"})
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [("gelu", {"gelu": "tnah"}), ("remat", {"run": Run(remat="tnah")})],
+)
+def test_an_unknown_option_lists_the_known(field, options):
+    model = MlpMixer(**SMALL, **options)
     with pytest.raises(ValueError, match=f"{field} 'tnah' is unknown; try"):
         model.init(jax.random.key(0), images())

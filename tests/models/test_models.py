@@ -1,8 +1,12 @@
 """Table 1 of the paper, and the errors of `models.create`."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from mlp_mixer import models
 
@@ -32,7 +36,7 @@ def test_parameter_counts_are_the_papers(name, classes):
 
 
 def test_the_table_holds_the_seven_variants():
-    assert list(models.MODELS) == list(PARAMETERS)
+    assert list(models.mixer.SIZES) == list(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -85,7 +89,7 @@ def test_an_override_of_none_means_the_tables_value():
     [
         ({"name": "mixer_b61"}, "'mixer_b61' is unknown; try mixer_b16"),
         (
-            {"name": "mixer_b16", "image_size": 225},
+            {"name": "mixer_b16", "image_size": (225, 224)},
             "image_size 225 is not divisible by patch_size 16; try 224 or 240",
         ),
         (
@@ -115,3 +119,37 @@ def test_an_override_of_none_means_the_tables_value():
 def test_errors_teach(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.create(**arguments)
+
+
+def on(platform, count=1):
+    devices = [
+        mock.Mock(platform=platform, id=i, process_index=0) for i in range(count)
+    ]
+    return Mesh(np.array(devices), ("data",))
+
+
+def test_products_are_flat_on_one_cpu_and_nowhere_else():
+    assert models.Run(mesh=on("cpu")).flat
+    assert not models.Run(mesh=on("cpu", 2)).flat
+    # The only one of its kind, but no CPU.
+    assert not models.Run(mesh=on("gpu")).flat
+    assert not models.Run().flat
+
+
+def test_a_gpu_trains_unrolled_and_a_recipe_can_say_otherwise():
+    def how(run):
+        return run.scan, run.remat
+
+    assert how(models.Run.on(on("gpu"))) == (False, "none")
+    assert how(models.Run.on(on("tpu"))) == (True, "pre_gelu")
+    assert how(models.Run.on(on("cpu", 8))) == (True, "pre_gelu")
+    assert how(models.Run.on(on("gpu"), scan=True)) == (True, "none")
+    assert how(models.Run.on(on("tpu"), remat="full")) == (True, "full")
+
+
+def test_an_architecture_makes_any_size_of_which_all_is_said():
+    sizes = models.fields("mixer_s16", num_blocks=2)
+    assert models.create("mixer", **sizes) == models.create("mixer_s16", num_blocks=2)
+    del sizes["hidden_dim"], sizes["num_blocks"]
+    with pytest.raises(ValueError, match="mixer needs num_blocks, hidden_dim; give ea"):
+        models.create("mixer", **sizes)

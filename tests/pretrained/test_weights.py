@@ -67,7 +67,7 @@ def test_a_round_trip_is_bitwise(form, weights, tmp_path):
         assert all(getattr(again, f) == getattr(weights, f) for f in known)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", models.mixer.SIZES)
 @pytest.mark.parametrize("num_classes", [None, 1000])
 def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes):
     model = models.create(name, num_classes=num_classes)

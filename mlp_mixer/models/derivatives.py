@@ -1,0 +1,181 @@
+"""Closed-form derivatives and fast products; the mathematics is Flax's own.
+
+`LayerNorm`, `gelu` and `Dense` compute what `nn.LayerNorm`, `nn.gelu` and `nn.Dense`
+do, with the same parameters; a reader of a model may take them for those. Left to
+automatic differentiation, LayerNorm's backward pass is fused by XLA into kernels that
+grow with depth, and GELU's keeps several activations instead of its input alone.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Dtype = jax.typing.DTypeLike
+
+
+def add_bias(x: Float[Array, "..."], bias: Float[Array, " c"], axis: int = -1):
+    """Adds `bias` along `axis` of `x`; written out, so that rank promotion can be
+    forbidden in tests.
+    """
+    return x + lax.broadcast_in_dim(bias, x.shape, (axis % x.ndim,))
+
+
+# --- LayerNorm over channels --------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*rows c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    epsilon: float = 1e-6,
+) -> Float[Array, "*rows c"]:
+    """Normalises over the last axis, with statistics in float32.
+
+    The variance is E[x²] − E[x]² and epsilon 1e-6, as in Flax's LayerNorm, which the
+    authors' code uses unchanged.
+    """
+    return _layer_norm_fwd(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_fwd(x, scale, bias, epsilon):
+    z = x.astype(jnp.float32)
+    mean = z.mean(-1, keepdims=True)
+    variance = jnp.maximum(0.0, (z * z).mean(-1, keepdims=True) - mean * mean)
+    r = lax.rsqrt(variance + epsilon)
+    row = (1,) * (x.ndim - 1) + scale.shape
+    y = add_bias((z - mean) * (r * scale.reshape(row)), bias)
+    return y.astype(x.dtype), (x, mean, r, scale)
+
+
+def _layer_norm_bwd(epsilon, residuals, dy):
+    del epsilon
+    x, mean, r, scale = residuals
+    dy = dy.astype(jnp.float32)
+    normalised = (x.astype(jnp.float32) - mean) * r
+    g = dy * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    along = (g * normalised).mean(-1, keepdims=True)
+    dx = r * (g - g.mean(-1, keepdims=True) - normalised * along)
+    rows = tuple(range(x.ndim - 1))
+    return dx.astype(x.dtype), (dy * normalised).sum(rows), dy.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over channels; parameters `scale` and `bias` in float32."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
+        """Returns `x` normalised, in the dtype of `x`."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        # Parameters may come from a file, as NumPy arrays.
+        return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
+
+
+# --- GELU ---------------------------------------------------------------------------
+
+# tanh(u) = 2 sigmoid(2u) - 1, so tanh-GELU(x) = x sigmoid(a x + b x³).
+_GELU_A = 1.5957691216057308  # 2 sqrt(2 / pi)
+_GELU_B = 0.044715 * _GELU_A
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The tanh approximation of GELU: `nn.gelu`'s default, hence the published one."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_bwd(x, dy):
+    # Written with the logistic function on purpose: it shares no subexpression with
+    # the forward pass, so the compiler has nothing to keep but x itself.
+    z = x.astype(jnp.float32)
+    q = jax.nn.sigmoid(z * (_GELU_A + _GELU_B * z * z))
+    slope = q + z * q * (1 - q) * (_GELU_A + 3 * _GELU_B * z * z)
+    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
+
+GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": gelu,
+    "exact": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+# --- Products -----------------------------------------------------------------------
+
+
+# XLA's CPU products run at half speed when the left operand is transposed, and it folds
+# a plain transpose into the product: the barrier keeps it a copy of its own.
+
+
+def _transposed(x):
+    return lax.optimization_barrier(x.T)
+
+
+@jax.custom_vjp
+def _map_rows(x, kernel):
+    """x (m, c), kernel (c, d) -> (m, d), with a fast weight gradient on CPU."""
+    return x @ kernel
+
+
+_map_rows.defvjp(
+    lambda x, kernel: (x @ kernel, (x, kernel)),
+    lambda kept, dy: (dy @ kept[1].T, _transposed(kept[0]) @ dy),
+)
+
+
+@jax.custom_vjp
+def _map_columns(x, kernel):
+    """x (s, m), kernel (s, d) -> (d, m), fast on CPU."""
+    return _transposed(kernel) @ x
+
+
+_map_columns.defvjp(
+    lambda x, kernel: (_transposed(kernel) @ x, (x, kernel)),
+    lambda kept, dy: (kept[1] @ dy, kept[0] @ dy.T),
+)
+
+
+class Dense(nn.Module):
+    """A linear map along the first (tokens) or the last (channels) axis, with bias.
+
+    Parameters, names and initial values are those of Flax's Dense: `kernel`
+    (in, features), lecun_normal, and `bias` (features,), zeros.
+
+    Attributes:
+      features: size of the axis afterwards.
+      axis: 0 for tokens, -1 for channels.
+      dtype: of the product; None keeps the input's.
+    """
+
+    features: int
+    axis: int = -1
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns `x` with `axis` mapped to `features` entries."""
+        shape = (x.shape[self.axis], self.features)
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), shape, jnp.float32
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if x.ndim == 2:  # flattened by layers.MlpBlock, for one CPU device
+            y = (_map_columns if self.axis == 0 else _map_rows)(x, kernel)
+        elif self.axis == 0:
+            # Weight first: the other operand order transposes the whole result.
+            y = jnp.einsum("sd,s...->d...", kernel, x)
+        else:
+            y = x @ kernel
+        return add_bias(y, bias, self.axis)

@@ -1,0 +1,159 @@
+"""What every architecture is: fields (what), a `Run` (how) and a table of axes.
+
+A file of this package is one paper. It declares
+
+* `MODEL`: a `Model`, called as `model.apply(variables, image, train=…)`, that returns
+  (logits, out). `out["pre_logits"]` (n, c) are the features, also the first result
+  where `num_classes` is None; what else is in `out` is the paper's own.
+* `SIZES`: name → fields, laid out like the paper's table.
+* `AXES`: path of a parameter (`*` for the number of a block) → letters of its axes:
+  `s` tokens, `c` channels, `d…` hidden units, `k` classes, `ph pw rgb` a patch.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a model is computed here. It may differ between two starts of one run.
+
+    Attributes:
+      dtype: dtype of activations and products. Parameters, statistics of norms, pooled
+        features and logits are float32 in any case.
+      scan: whether training compiles one block and scans it over depth. The parameters
+        are stacked where they are used, so tree and checkpoints stay the same.
+      remat: what the backward pass keeps of a block, a key of `trunk.REMAT_POLICIES`.
+      mesh: the devices; None if they are not known.
+    """
+
+    dtype: Any = "float32"
+    scan: bool = False
+    remat: str = "none"
+    mesh: Mesh | None = None
+
+    @classmethod
+    def on(
+        cls,
+        mesh: Mesh,
+        *,
+        dtype: Any = "float32",
+        scan: bool | None = None,
+        remat: str | None = None,
+    ) -> "Run":
+        """Returns the fastest way to train on these devices, but for what is given.
+
+        A GPU: unrolled blocks that keep everything win 5 to 19 % over the literal model
+        and one scanned block loses 8 to 13 %, in half the memory (H200,
+        docs/benchmarks). Elsewhere: one scanned block, which also compiles in a time
+        that hardly grows with depth.
+        """
+        on_gpu = mesh.devices.flat[0].platform == "gpu"
+        scan = not on_gpu if scan is None else scan
+        default = "none" if on_gpu else "pre_gelu"
+        return cls(dtype, scan, default if remat is None else remat, mesh)
+
+    @property
+    def flat(self) -> bool:
+        """Whether products are of true matrices, with the other axes merged.
+
+        It is faster on one CPU device. On several, merging a cut batch axis would make
+        every device gather the batch and do everybody's work.
+        """
+        mesh = self.mesh
+        return (
+            mesh is not None
+            and mesh.size == 1
+            and mesh.devices.flat[0].platform == "cpu"
+        )
+
+
+class Noise(NamedTuple):
+    """What training draws for one branch: of a block, or of all blocks, stacked.
+
+    Attributes:
+      keep: the factor of each image's branch (stochastic depth); None keeps all.
+      rng: the key of dropout; None drops nothing.
+    """
+
+    keep: Float[Array, "*blocks n"] | None = None
+    rng: jax.Array | None = None
+
+    def branches(self, count: int) -> list["Noise"]:
+        """Returns the noise of each of a block's branches."""
+        keep = [None] * count if self.keep is None else self.keep
+        rng = [None] * count if self.rng is None else jax.random.split(self.rng, count)
+        return [Noise(*pair) for pair in zip(keep, rng, strict=True)]
+
+
+class Model(nn.Module):
+    """Base of all architectures.
+
+    Attributes:
+      patch_size: (height, width) in pixels of what becomes one token at the stem.
+    """
+
+    patch_size: tuple[int, int]
+
+    def check_size(self, image_size: tuple[int, int]) -> None:
+        """Raises ValueError unless images of (height, width) pixels fit the model."""
+        check_divisible(image_size, self.patch_size)
+
+    def check_image(self, image: Array, axes: dict[str, str]) -> None:
+        """Raises ValueError unless `image` fits the model and its parameters.
+
+        Args:
+          image: (n, h, w, 3), values in [−1, 1].
+          axes: the file's `AXES`; the letter `s` is compared with the image's tokens.
+        """
+        if image.ndim != 4 or image.shape[-1] != 3:
+            raise ValueError(
+                f"image has shape {image.shape}; expected (n, h, w, 3). A single image "
+                "needs a leading axis, a grey one its channel repeated."
+            )
+        if not jnp.issubdtype(image.dtype, jnp.floating):
+            raise ValueError(
+                f"image has dtype {image.dtype}; expected floats in [-1, 1], "
+                "e.g. of steps.value_range."
+            )
+        h, w = image.shape[1:3]
+        self.check_size((h, w))
+        expected = self._tokens(axes)
+        if expected is None:
+            return
+        ph, pw = self.patch_size
+        tokens = (h // ph) * (w // pw)
+        if tokens != expected:
+            raise ValueError(
+                f"A {h}x{w} image makes {tokens} tokens of {ph}x{pw} pixels, but "
+                f"the parameters are for {expected} tokens: token mixing is tied "
+                "to the resolution. Resize the image to the training resolution."
+            )
+
+    def _tokens(self, axes: dict[str, str]) -> int | None:
+        """The number of tokens that the parameters are for; None if nothing says it."""
+        for path, letters in axes.items():
+            if "s" in letters.split():
+                leaf: Any = self.variables.get("params", {})
+                for key in path.replace("*", "0").split("/"):
+                    leaf = leaf.get(key, {})
+                return leaf.shape[letters.split().index("s")] if len(leaf) else None
+        return None
+
+
+def check_divisible(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """Raises ValueError unless patches tile the image; suggests sizes that they do."""
+    for size, patch in zip(image_size, patch_size, strict=True):
+        if size < 1 or size % patch:
+            below, above = size // patch * patch, (size // patch + 1) * patch
+            tries = f"{below} or {above}" if below > 0 else f"{above}"
+            raise ValueError(
+                f"image_size {size} is not divisible by patch_size {patch}; "
+                f"try {tries}."
+            )

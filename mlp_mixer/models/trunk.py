@@ -1,0 +1,148 @@
+"""Blocks in a row: unrolled or scanned, rematerialised, with the noise of training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mlp_mixer import known
+from mlp_mixer.models.layers import PRE_GELU
+from mlp_mixer.models.model import Noise, Run
+
+# What the backward pass may keep of a block besides its input; the rest is computed
+# again. With closed-form LayerNorm and GELU, "pre_gelu" costs almost no time.
+REMAT_POLICIES = {
+    "none": None,
+    "pre_gelu": jax.checkpoint_policies.save_only_these_names(PRE_GELU),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def blocks(
+    model: nn.Module,
+    block: Callable[..., nn.Module],
+    x: Any,
+    *,
+    name: str,
+    count: int,
+    run: Run,
+    train: bool,
+    noise: Noise = Noise(),
+) -> tuple[Any, list[Any]]:
+    """Returns the last state, and the state after each block.
+
+    It is called in the compact method of `model`, whose parts `name_0`, `name_1`, …
+    the blocks become.
+
+    Args:
+      model: the module whose blocks they are.
+      block: makes one, of `name` and `parent`; it maps (state, Noise) to the next
+        state.
+      x: the first state.
+      name: the blocks' name, before their number.
+      count: number of blocks.
+      run: whether training scans, and what its backward pass keeps.
+      train: whether this is training.
+      noise: of `draw`: an entry for each block.
+    """
+    known.require("remat", run.remat, REMAT_POLICIES)
+    names = [f"{name}_{i}" for i in range(count)]
+    if train and run.scan and not model.is_initializing():
+        return _scan(model, block(parent=None, name=None), x, names, run, noise)
+    states = []
+    for i, one in enumerate(names):
+        call: Any = _call
+        if train and run.remat != "none":
+            call = nn.remat(_call, policy=REMAT_POLICIES[run.remat])
+        x = call(block(name=one), x, jax.tree.map(lambda z, i=i: z[i], noise))
+        states.append(x)
+    return x, states
+
+
+def _call(block: nn.Module, x: Any, noise: Noise) -> Any:
+    return block(x, noise)
+
+
+def _scan(
+    model: nn.Module,
+    block: nn.Module,
+    x: Any,
+    names: list[str],
+    run: Run,
+    noise: Noise,
+) -> tuple[Any, list[Any]]:
+    """The blocks as one scanned body. Statistics go in and come out stacked, too."""
+    given = {
+        kind: [tree[name] for name in names]
+        for kind, tree in model.variables.items()
+        if names[0] in tree
+    }
+    stacked = {
+        kind: jax.tree.map(lambda *leaves: jnp.stack(leaves), *_cast(trees, run))
+        for kind, trees in given.items()
+    }
+    stats = [kind for kind in given if kind != "params"]
+
+    def body(x, layer):
+        variables, noise = layer
+        x, updated = block.apply(variables, x, noise, mutable=stats)
+        return x, (x, updated)
+
+    if run.remat != "none":
+        policy = REMAT_POLICIES[run.remat]
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    x, (states, updated) = lax.scan(body, x, (stacked, noise))
+    for kind, tree in updated.items():
+        for i, name in enumerate(names):
+            model.put_variable(kind, name, jax.tree.map(lambda z, i=i: z[i], tree))
+    return x, list(states)
+
+
+def _cast(trees: list[Any], run: Run) -> list[Any]:
+    """Kernels in the dtype of products, so that those of bfloat16 are stacked in it."""
+
+    def cast(path, leaf):
+        return leaf.astype(run.dtype) if path[-1].key == "kernel" else leaf
+
+    return [jax.tree_util.tree_map_with_path(cast, tree) for tree in trees]
+
+
+def draw(
+    model: nn.Module,
+    count: int,
+    images: int,
+    *,
+    rates: tuple[float, float] = (0.0, 0.0),
+    rescale: bool = False,
+    dropout: float = 0.0,
+    branches: int = 2,
+) -> Noise:
+    """Returns the noise of all blocks for one batch, from the random stream "dropout".
+
+    All at once: one draw compiles and runs faster than one per branch. Every branch of
+    every image has a mask of its own.
+
+    Args:
+      model: the module whose random stream it is.
+      count: number of blocks.
+      images: number of images.
+      rates: the probability with which the first and the last block's branches are
+        dropped; it is linear in between. Equal: it is constant.
+      rescale: whether a branch that is kept is divided by 1 − rate.
+      dropout: rate of dropout; 0 draws no keys.
+      branches: number of branches of a block.
+    """
+    keep = rngs = None
+    if any(rates):
+        dropped = jnp.linspace(*rates, count)
+        dropped = jnp.broadcast_to(dropped[:, None, None], (count, branches, images))
+        kept = jax.random.bernoulli(model.make_rng("dropout"), 1 - dropped)
+        keep = kept.astype(jnp.float32)
+        if rescale:
+            keep = keep / (1 - dropped)
+    if dropout:
+        rngs = jax.random.split(model.make_rng("dropout"), count)
+    return Noise(keep, rngs)
