@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mlp_mixer import metrics, pretrained, program, runs
+from mlp_mixer import console, pretrained, program, runs
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.model import check_divisible
 from mlp_mixer.pretrained import resize
@@ -284,7 +284,7 @@ def main(arguments: list[str]) -> None:
         mean=_levels("mean"),
         std=_levels("std"),
     )
-    metrics.table("", ["", arguments[-1]], [[k, v] for k, v in report.items()])
+    console.Table("", ["", arguments[-1]], [[k, v] for k, v in report.items()]).show()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from absl import flags
 from etils import epath
 
 from mlp_mixer import (
+    console,
     evaluators,
     files,
     metrics,
@@ -26,7 +27,6 @@ from mlp_mixer import (
     program,
     recipe,
     runs,
-    text,
     visualize,
 )
 from mlp_mixer.evaluators import accuracy, fewshot
@@ -103,7 +103,7 @@ def evaluate(
     results: dict[str, dict[str, float]] = {}
     shown: tuple[str, accuracy.Accuracy, accuracy.Examples] | None = None
     for name, evaluator in evals.items():
-        track = metrics.progress(name)
+        track = console.progress(name)
         if shown or not isinstance(evaluator, accuracy.Accuracy):
             results[name] = evaluator.run(run.params, track=track)
         elif examples := evaluator.examples(run.params, track=track):
@@ -119,7 +119,7 @@ def evaluate(
                 _draw(workdir, run, *shown)
         finally:
             # Also where the folder cannot be written; last, since stdout may fail.
-            metrics.table(*table)
+            table.show()
     if missing:
         raise FileNotFoundError(
             "\n".join(f"{name} was not evaluated: {m}" for name, m in missing.items())
@@ -158,8 +158,8 @@ def _draw(
 
 def _table(
     folder: epath.Path, run: runs.Run, evals: dict[str, Any], results: dict[str, dict]
-) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows, for people.
+) -> console.Table:
+    """The results, for people.
 
     Evaluators are side by side: few of them, and many metrics. A sweep's hundred values
     are for evaluate.json; the one that was chosen is here.
@@ -174,7 +174,7 @@ def _table(
     ]
     size = " × ".join(map(str, run.config.model.image_size))
     title = f"{folder} at step {run.step}: {run.config.model.name}, {size}"
-    return title, ["", *results], rows
+    return console.Table(title, ["", *results], rows)
 
 
 def _write(
@@ -182,7 +182,7 @@ def _write(
     run: runs.Run,
     evals: dict[str, Any],
     results: dict[str, dict],
-    table: tuple[str, list[str], list[list[str]]],
+    table: console.Table,
 ) -> None:
     """Writes evaluate.json and evaluate.md."""
     said = {
@@ -196,11 +196,7 @@ def _write(
         "results": results,
     }
     files.write_json(folder / "evaluate.json", said)
-    title, columns, rows = table
-    head, *body = ([*map(text.markdown, row)] for row in (columns, *rows))
-    lines = [head, ["---", *["---:"] * len(results)], *body]
-    cells = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    files.write_text(folder / "evaluate.md", f"# {text.markdown(title)}\n\n{cells}\n")
+    files.write_text(folder / "evaluate.md", table.markdown())
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
 
 

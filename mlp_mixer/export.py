@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 import mlp_mixer
-from mlp_mixer import known, metrics, pretrained, program
+from mlp_mixer import console, known, pretrained, program
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.text import printable
 
@@ -429,14 +429,14 @@ def main(arguments: list[str]) -> None:
                 found[path] = export_stablehlo(weights, path, gradients=gradients)
     finally:  # a stdout that fails costs no file
         for path, differences in found.items():
-            metrics.table(
+            console.Table(
                 f"{path}, verified on random images",
                 ["output", "batch", "largest value", "largest difference", "allowed"],
                 [
                     [d.output, str(d.batch), *(f"{x:.2g}" for x in d[2:])]
                     for d in differences
                 ],
-            )
+            ).show()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""What a run tells: metrics.jsonl and TensorBoard always, and lines for a person.
+"""A run's records: metrics.jsonl, TensorBoard, and traces of its steps.
 
-On a terminal a progress bar shows step, loss, images/s and time left; elsewhere the
-same comes as plain lines. Only the first process writes.
+Only the first process writes them.
 """
 
 import contextlib
@@ -10,57 +9,21 @@ import logging
 import math
 import os
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import rich.console
-import rich.logging
-import rich.progress
 import tensorboardX
-from absl import logging as absl_logging
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mlp_mixer import files, processes, text
+from mlp_mixer import console, files, processes
 from mlp_mixer.text import brief, printable
 
 # Of metrics.jsonl: two million records.
 MAX_BYTES = 2**29
-_CONSOLE = rich.console.Console(stderr=True)
 logger = logging.getLogger(__name__)
-
-
-class _Printable(logging.Formatter):
-    """Shows whatever a name in a message holds, and obeys none of it."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return text.printable(super().format(record), keep="\n\t")
-
-
-def log_to_terminal() -> None:
-    """Sends the programs' own lines to stderr, above the progress bar if there is one.
-
-    Absl's handler would prefix each with its source; what libraries say through absl
-    is shown from warnings on. From here on stdout and stderr print any text.
-    """
-    text.accept_any_text(sys.stdout, sys.stderr)
-    root = logging.getLogger()
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    if _CONSOLE.is_terminal:
-        handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
-        handler.setFormatter(_Printable("%(message)s"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
-    if jax.process_index() > 0:
-        handler.setLevel(logging.WARNING)
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
 
 
 class Writer(contextlib.AbstractContextManager):
@@ -102,27 +65,13 @@ class Writer(contextlib.AbstractContextManager):
         self._mark = (first_step, time.perf_counter())
         self._file: Any = None
         self._board: _Board | None = None
-        self._bar: rich.progress.Progress | None = None
         # What is recorded of the first step; the same on every process.
         self._evaluated: set[str] = set()
         with processes.together():
             if jax.process_index() == 0:
                 self._open(first_step)
         self._evaluated = set(processes.first(sorted(self._evaluated)))
-        if jax.process_index() > 0:
-            return
-        if _CONSOLE.is_terminal:
-            self._bar = rich.progress.Progress(
-                "step {task.completed:.0f}/{task.total:.0f}",
-                rich.progress.BarColumn(None),
-                "{task.fields[said]}",
-                rich.progress.TimeRemainingColumn(),
-                console=_CONSOLE,
-            )
-            self._task = self._bar.add_task(
-                "", total=total_steps, completed=first_step, said="compiling"
-            )
-            self._bar.start()
+        self._shown = console.Steps(total_steps, first_step)
 
     def _open(self, first_step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +149,7 @@ class Writer(contextlib.AbstractContextManager):
                 + f" in {self._path.parent}. {self._what_is_good()} "
                 + "Try a lower learning rate, a longer warm-up, or another seed."
             )
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._shown.reached(step)
         if step % self._every and step != self._total:
             return
         at, since = self._mark
@@ -213,11 +161,7 @@ class Writer(contextlib.AbstractContextManager):
             step, record | {"train/lr": lr, "images_per_second": rate * self._batch}
         )
         said = f"loss {values['loss']:.4f}  {rate * self._batch:,.0f} images/s"
-        if self._bar:
-            self._bar.update(self._task, said=said)
-        else:
-            left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / rate))
-            logger.info("step %d/%d  %s  %s left", step, self._total, said, left)
+        self._shown.tell(step, said, (self._total - step) / rate)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records `scalars` for `step`."""
@@ -244,8 +188,7 @@ class Writer(contextlib.AbstractContextManager):
           OSError: what is recorded could not be written; only where nothing else has
             failed before, which it would hide.
         """
-        if self._bar:
-            self._bar.stop()
+        self._shown.stop()
         failed = []
         for file, path in ((self._file, self._path), (self._board, self._board_path)):
             try:
@@ -380,90 +323,3 @@ class Profiler:
             logger.info(
                 "Wrote a trace of steps %d to %d to %s.", start, step, self._folder
             )
-
-
-def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """Returns `track(items, count)`, which shows a bar on a terminal."""
-
-    def track(items: Iterable[Any], count: int) -> Iterable[Any]:
-        with _bar(
-            rich.progress.BarColumn(),
-            rich.progress.TaskProgressColumn(),
-            rich.progress.TimeRemainingColumn(),
-        ) as bar:
-            yield from bar.track(items, count, description=text.printable(name))
-
-    return track
-
-
-def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
-    """A bar for a while, on a terminal only; brackets in its description are text."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}", markup=False),
-        *columns,
-        console=_CONSOLE,
-        transient=True,
-        disable=not _CONSOLE.is_terminal,
-    )
-
-
-@contextlib.contextmanager
-def counter(
-    what: str, total: int, unit: str, done: int = 0, *, every_seconds: float = 30.0
-) -> Iterator[Callable[[int], None]]:
-    """Shows how far something long is: a bar on a terminal, now and then a line else.
-
-    Args:
-      what: is going on.
-      total: amount.
-      unit: "bytes", shown as GB, or what else is counted.
-      done: of the total, before this began.
-      every_seconds: between two lines.
-
-    Yields:
-      `advance(amount)`, to be called as it goes on.
-    """
-    began = said = time.monotonic()
-    now = done
-
-    def amount(count: int | float) -> str:
-        return f"{count / 1e9:,.2f} GB" if unit == "bytes" else f"{count:,.0f} {unit}"
-
-    def advance(more: int) -> None:
-        nonlocal now, said
-        now += more
-        rate = (now - done) / max(time.monotonic() - began, 1e-9)
-        bar.update(task, completed=now, said=f"{amount(now)}  {amount(rate)}/s")
-        due = time.monotonic() - said >= every_seconds
-        if due and rate and not _CONSOLE.is_terminal:
-            said = time.monotonic()
-            left = time.strftime("%H:%M:%S", time.gmtime((total - now) / rate))
-            logger.info(
-                "%s: %s of %s  %s/s  %s left",
-                *(what, amount(now), amount(total), amount(rate), left),
-            )
-
-    with _bar(
-        rich.progress.BarColumn(None),
-        rich.progress.TextColumn("{task.fields[said]}", markup=False),
-        rich.progress.TimeRemainingColumn(),
-    ) as bar:
-        task = bar.add_task(text.printable(what), total=total, completed=done, said="")
-        yield advance
-    taken = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
-    logger.info("%s: %s in %s", what, amount(now), taken)
-
-
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table to stdout; its texts are shown as they are, without markup.
-
-    Raises:
-      OSError: stdout cannot be written.
-    """
-    drawn = rich.table.Table(title=text.printable(title))
-    for i, column in enumerate(map(text.printable, columns)):
-        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*map(text.printable, row))
-    with text.flushed(sys.stdout):
-        rich.console.Console(markup=False, emoji=False).print(drawn)

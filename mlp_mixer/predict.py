@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32
 
-from mlp_mixer import metrics, program, runs, sharding, text, visualize
+from mlp_mixer import console, program, runs, sharding, text, visualize
 from mlp_mixer.data import decoding, folders, image_ops, pipeline
 from mlp_mixer.files import writing
 
@@ -255,7 +255,7 @@ def run(
             }
             file = stack.enter_context(writing(out, "w", **options))
         header, line = FORMATS[format](files, model, top)
-        track = metrics.counter("predict", len(files), "images")
+        track = console.counter("predict", len(files), "images")
         # On a terminal the lines themselves show how far it is.
         watched = model.class_names and file.isatty()
         advance = _ignore if watched else stack.enter_context(track)

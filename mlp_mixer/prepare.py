@@ -7,7 +7,7 @@ import pathlib
 
 from absl import flags
 
-from mlp_mixer import metrics, program
+from mlp_mixer import console, program
 from mlp_mixer.data import preparation
 
 
@@ -25,11 +25,11 @@ def show(data_dir: pathlib.Path, manual_dir: pathlib.Path) -> None:
                 there.name if there else "",
             ]
         )
-    metrics.table(
+    console.Table(
         f"Files to be put by hand: {manual_dir}. Any other name of TFDS works too.",
         ["data set", "needs", "disk", "prepared"],
         rows,
-    )
+    ).show()
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
             data_dir=data_dir,
             manual_dir=manual_dir,
             verify=flags.FLAGS.verify,
-            progress=metrics.counter,
+            progress=console.counter,
         )
 
 

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
-from mlp_mixer import errors, metrics, processes, recipe
+from mlp_mixer import console, errors, processes, recipe
 from mlp_mixer.text import printable
 
 # --help lists what is defined here as the program's that asked for it.
@@ -45,7 +45,7 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
         )
 
     def start(argv):
-        metrics.log_to_terminal()
+        console.log_to_terminal()
         try:
             main(argv[1:])
         except Exception:

@@ -18,7 +18,6 @@ devices.
 
 import argparse
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -33,6 +32,7 @@ import arguments
 from ml_collections import ConfigDict
 
 from mlp_mixer import (
+    console,
     evaluate,
     evaluators,
     files,
@@ -41,7 +41,6 @@ from mlp_mixer import (
     program,
     recipe,
     shipped,
-    text,
     train,
     visualize,
 )
@@ -407,9 +406,11 @@ def table_of_five(results: Sequence[Result]) -> list[list[str]]:
 COLUMNS = ["", "top-1", "±", "runs", "learning rate", "tried on held-out images", "of"]
 
 
-def rows(results: Sequence[Result], means: Mapping[str, float]) -> list[list[str]]:
+def table(
+    folder: pathlib.Path, results: Sequence[Result], means: Mapping[str, float]
+) -> console.Table:
     """The table, in per cent; ± is the standard deviation over seeds."""
-    table = [
+    rows = [
         [
             result.name,
             _percent(result.mean),
@@ -422,7 +423,8 @@ def rows(results: Sequence[Result], means: Mapping[str, float]) -> list[list[str
         for result in results
     ]
     blank = [""] * (len(COLUMNS) - 2)
-    return table + [[name, _percent(mean), *blank] for name, mean in means.items()]
+    rows += [[name, _percent(mean), *blank] for name, mean in means.items()]
+    return console.Table(str(folder), COLUMNS, rows)
 
 
 def _percent(accuracy: float) -> str:
@@ -439,17 +441,11 @@ def write(
         fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
         said["results"].append(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(
-        json.dumps(said, indent=2) + "\n", encoding="utf-8"
-    )
-    right = ["---", *["---:"] * 4, "---", "---"]
-    tables = _markdown(COLUMNS, right, rows(results, means))
+    files.write_json(folder / "sweep.json", said)
+    tables = [table(folder, results, means)]
     if five := table_of_five(results):
-        columns = ["", *FIVE.values(), "Avg 5"]
-        tables += "\n" + _markdown(columns, ["---", *["---:"] * 6], five)
-    (folder / "sweep.md").write_text(
-        f"# {text.markdown(str(folder))}\n\n{tables}", encoding="utf-8"
-    )
+        tables.append(console.Table("", ["", *FIVE.values(), "Avg 5"], five))
+    files.write_text(folder / "sweep.md", "\n".join(t.markdown() for t in tables))
     curves = {
         result.name: {r: _finite(a) for r, a in result.grid.items()}
         for result in results
@@ -459,13 +455,6 @@ def write(
         chosen = {result.name: result.learning_rate for result in results}
         picture = visualize.png(visualize.learning_rates(curves, chosen))
         (folder / "sweep.png").write_bytes(picture)
-
-
-def _markdown(
-    columns: Sequence[str], right: Sequence[str], lines: Iterable[Sequence[str]]
-) -> str:
-    head, *body = ([*map(text.markdown, line)] for line in (columns, *lines))
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, right, *body))
 
 
 def _finite(accuracy: float) -> float | None:
@@ -510,7 +499,7 @@ def run_all(tasks: Sequence[Task], args: argparse.Namespace, means: Means) -> No
         results.append(result)
         write(folder, results, means(results))
     logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
-    metrics.table(str(folder), COLUMNS, rows(results, means(results)))
+    table(folder, results, means(results)).show()
 
 
 def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
@@ -564,7 +553,7 @@ def parse(
 
 def start(main: Callable[[list[str]], None]) -> None:
     """Runs `main(arguments)` as a program does."""
-    metrics.log_to_terminal()
+    console.log_to_terminal()
     with program.errors_in_one_line("sweep"):
         main(sys.argv[1:])
 

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     # What a leaf may import.
     ("text", "errors", "known", "processes"),
-    ("files", "fields", "shipped"),
+    ("console", "files", "fields", "shipped"),
     (
         "recipe",
         "models",
@@ -69,7 +69,7 @@ DOORS = {
     "absl.app": ("program", *PROGRAMS),
     "cv2": ("data.image_ops", "data.randaugment"),
     "tensorboardX": ("metrics",),
-    "rich": ("metrics",),
+    "rich": ("console",),
     "matplotlib": ("visualize",),
     "safetensors": ("pretrained",),
     "torch": ("pretrained",),
@@ -411,7 +411,7 @@ def test_a_heavy_dependency_at_the_wrong_door_is_found(module, source, path):
         ("data.sources", "import grain\nimport tensorflow_datasets as tfds"),
         ("pretrained.torch", "def f():\n    import torch\nimport safetensors"),
         ("export", "def f():\n    import onnx, onnxruntime, flatbuffers"),
-        ("metrics", "import rich.console\nfrom absl import logging"),
+        ("console", "import rich.console\nfrom absl import logging"),
         ("checkpoint", "import jax\njax.distributed.is_initialized()"),
         ("train", "import jax\njax.distributed.initialize()"),
         # Names that only begin alike.
@@ -448,6 +448,19 @@ def test_a_recipes_wrong_import_is_found(source, expected):
 # --- What is loaded -------------------------------------------------------------------
 
 
+def printed_by(script):
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_training_on_the_device_loads_nothing_heavy():
     """`import mlp_mixer` loads the package alone; models, losses, steps, optimiser and
     sharding add nothing to what JAX, Flax, Optax, einops and jaxtyping load."""
@@ -470,16 +483,21 @@ models.create("mixer_s16", num_classes=10)
 optim.create(total_steps=10, learning_rate=1.0, warmup_steps=1)
 print(*sorted(packages() - before - sys.stdlib_module_names))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["mlp_mixer", ""]
+    assert printed_by(script).splitlines() == ["mlp_mixer", ""]
+
+
+def test_weights_as_a_library_load_nothing_that_only_some_files_need():
+    script = """
+import sys
+import jax, flax.linen
+before = {*sys.modules}
+from mlp_mixer import pretrained
+print(*sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
+"""
+    loaded = printed_by(script).split()
+    assert "mlp_mixer" in loaded
+    heavy = "orbax tensorstore tensorboardX ml_collections grain tensorflow_datasets"
+    assert not {*heavy.split(), "tensorflow", "torch", "cv2", "matplotlib"} & {*loaded}
 
 
 def test_every_door_stands_for_a_module_that_can_exist():

@@ -488,6 +488,17 @@ def test_wrong_links_and_files_are_found():
     assert missing_files(text) == ["docs/no.md"]
 
 
+def test_the_map_has_every_module_and_no_other():
+    named = set(re.findall(r"(\w+)\.py\b", TEXTS["docs/architecture.md"]))
+    named |= set(re.findall(r"\b(\w+)/", TEXTS["docs/architecture.md"]))
+    package = [p for p in (ROOT / "mlp_mixer").iterdir() if "__" not in p.name]
+    modules = {p.stem for p in package if p.suffix == ".py" or p.is_dir()}
+    assert modules - {"configs"} <= named
+    files = {p.stem for top in TOP for p in (ROOT / top).rglob("*.py")}
+    folders = {p.name for top in TOP for p in (ROOT / top).rglob("*") if p.is_dir()}
+    assert named <= files | folders | {top.rstrip("/") for top in TOP}
+
+
 def test_ci_runs_the_jobs_of_its_script_and_no_other():
     script = (ROOT / ".ci/run").read_text()
     workflow = (ROOT / ".github/workflows/ci.yml").read_text()

@@ -1,6 +1,5 @@
 """What a run tells, and what of it survives a kill."""
 
-import io
 import json
 import logging
 import re
@@ -9,12 +8,10 @@ import sys
 
 import jax.numpy as jnp
 import pytest
-import rich.console
-from odd_names import NAMES
 from tensorboardX.proto import event_pb2
 from test_files import DAMAGED, one_line
 
-from mlp_mixer import metrics, text
+from mlp_mixer import metrics
 
 
 def writer(workdir, first_step=0, total_steps=10, every_steps=2, last_good=4):
@@ -95,69 +92,6 @@ def test_progress_is_a_plain_line_without_a_terminal(tmp_path, caplog):
 def test_a_profile_needs_two_steps_in_order(tmp_path, steps):
     with pytest.raises(ValueError, match="expected START:STOP"):
         metrics.Profiler(str(tmp_path), steps, total_steps=60)
-
-
-def test_a_counter_speaks_in_plain_lines_without_a_terminal(caplog):
-    caplog.set_level("INFO")
-    with metrics.counter(
-        "tars", 4 * 10**9, "bytes", 10**9, every_seconds=0.0
-    ) as advance:
-        advance(10**9)
-    with metrics.counter("images", 3000, "examples") as advance:
-        advance(3000)  # within half a minute: no line between
-    first, *others = [record.getMessage() for record in caplog.records]
-    assert re.match(
-        r"tars: 2.00 GB of 4.00 GB  [\d,.]+ GB/s  \d\d:\d\d:\d\d left", first
-    )
-    assert others == ["tars: 2.00 GB in 00:00:00", "images: 3,000 examples in 00:00:00"]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-@pytest.mark.parametrize("columns", ["200", "20"])
-def test_a_table_shows_any_name_in_any_encoding(encoding, columns, monkeypatch):
-    data = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding))
-    monkeypatch.setenv("COLUMNS", columns)
-    text.accept_any_text(sys.stdout)
-    rows = [[kind, name] for kind, name in NAMES.items()]
-    metrics.table("8 × 8 [bold] \udcff :cat:", ["", "[red]"], rows)
-    said = data.getvalue().decode(encoding)
-    assert ("8 × 8" if encoding != "ascii" else "8 x 8") in said
-    if columns == "200":
-        assert "Ba$$in $x_1^{2}$ \\frac{a" in said
-        assert "[bold]red[/] [/] [link=x]" in said
-        assert r"caf\udce9 \udcff" in said
-        assert ":cat:" in said
-    assert "\x1b" not in said
-
-
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_progress_takes_any_name(name, monkeypatch):
-    shown = io.StringIO()
-    console = rich.console.Console(file=shown, force_terminal=True, width=999)
-    monkeypatch.setattr(metrics, "_CONSOLE", console)
-    assert list(metrics.progress(name)(iter([1, 2]), 2)) == [1, 2]
-    with metrics.counter(name, 2, "[images]") as advance:
-        advance(2)
-    assert text.printable(name)[:9] in shown.getvalue()
-    assert "2 [images]" in shown.getvalue()
-
-
-def test_a_line_of_the_log_obeys_nothing_in_a_name(monkeypatch):
-    said, printed = io.StringIO(), io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", said)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "ascii"))
-    root = logging.getLogger()
-    before = root.handlers[:], root.level
-    try:
-        metrics.log_to_terminal()
-        logging.getLogger("any").warning("%s and\n%s", "a\x1b[2J", "\udcff\r")
-    finally:
-        root.handlers[:], level = before
-        root.setLevel(level)
-    print("é ×", end="", flush=True)
-    assert printed.getvalue() == rb"\xe9 x"
-    assert said.getvalue()[9:] == "a\\x1b[2J and\n\\udcff\\r\n"
 
 
 LINES = {

@@ -248,7 +248,7 @@ FIVE = {
 
 
 def test_the_table_has_mean_and_deviation_over_seeds():
-    (row,) = sweep.rows([result("cifar10", "", 0.97, 0.98, 0.99)], {})
+    (row,) = sweep.table("", [result("cifar10", "", 0.97, 0.98, 0.99)], {}).rows
     assert dict(zip(sweep.COLUMNS, row, strict=True)) == {
         "": "finetune-cifar10",
         "top-1": "98.00 %",
@@ -275,7 +275,7 @@ def test_avg_5_is_the_mean_of_the_five_sets_of_one_model():
     assert sweep.average_5([*five[1:], other]) == {}
     both = sweep.average_5([*five, *large, result("vtab_svhn", "l16", 0.1)])
     assert list(both) == [f"Avg 5 of {b16}", f"Avg 5 of {l16}"]
-    (*_, last) = sweep.rows(five, sweep.average_5(five))
+    (*_, last) = sweep.table("", five, sweep.average_5(five)).rows
     assert last[:2] == [f"Avg 5 of {b16}", "91.80 %"]
 
 

@@ -29,22 +29,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlp_mixer import files, known, metrics, models
+from mlp_mixer import console, files, known, models
 from mlp_mixer.pretrained import npz
 from mlp_mixer.pretrained.tree import BLOCK, HEAD, layout
 from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
-
-# (what, total, unit, done) → a context that gives `advance(amount)`.
-Progress = Callable[
-    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
-]
 
 URL = "https://storage.googleapis.com/mixer_models"
 # Names and headers of the largest file's 294 arrays; the listed sizes need 0.085 MiB.
@@ -166,7 +161,7 @@ def fetch(
     name: str,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
-    progress: Progress = metrics.counter,
+    progress: console.Progress = console.counter,
     waits_s: Sequence[float] = (1.0, 4.0, 16.0),
 ) -> pathlib.Path:
     """Returns the verified local file of published weights, downloaded if need be.
@@ -368,7 +363,7 @@ def _download(
     name: str,
     path: pathlib.Path,
     entry: Published,
-    progress: Progress,
+    progress: console.Progress,
     waits_s: Sequence[float],
 ) -> None:
     """Downloads to `path`, which has its name once it is complete and recorded."""
@@ -403,7 +398,7 @@ def _download(
 
 
 def _attempt(
-    name: str, url: str, part: _Part, sizes: range, progress: Progress
+    name: str, url: str, part: _Part, sizes: range, progress: console.Progress
 ) -> None:
     """Asks once for what is missing, and appends what comes.
 

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import checkpoint, files, known, recipe
+from mlp_mixer import files, known
 from mlp_mixer.data import class_names
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.derivatives import GELUS
@@ -217,6 +217,9 @@ def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
             f"{folder} holds no run (no config.json and checkpoints). Name a folder "
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
+    # Here, not above: `import mlp_mixer.pretrained` must not load Orbax.
+    from mlp_mixer import checkpoint, recipe
+
     config = recipe.read(folder / "config.json")
     names = class_names.of_run(folder / "class_names.json", config.dataset.num_classes)
     step, params = checkpoint.restore_params(folder / "checkpoints", step=step)

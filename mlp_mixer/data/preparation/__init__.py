@@ -17,9 +17,10 @@ from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
 from mlp_mixer import files
+from mlp_mixer.console import Progress
 from mlp_mixer.data.preparation import imagenet, imagenet21k, stock, vtab
 from mlp_mixer.data.preparation.digits import prepare_digits
-from mlp_mixer.data.preparation.writing import Job, Progress
+from mlp_mixer.data.preparation.writing import Job
 
 __all__ = [
     "PREPARABLE",

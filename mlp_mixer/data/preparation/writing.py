@@ -5,7 +5,6 @@ shards, features.json and dataset_info.json. Until all are complete they lie in 
 hidden folder beside it, where a shard has its name only once it is whole.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -19,13 +18,10 @@ from tensorflow_datasets.core import example_serializer, file_adapters
 from tensorflow_datasets.core.utils import shard_utils
 
 from mlp_mixer import files
+from mlp_mixer.console import Progress
 
 logger = logging.getLogger(__name__)
 
-# (what, total, unit, completed) → a context that gives `advance(amount)`.
-Progress = Callable[
-    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
-]
 SHARDS = shard_utils.ShardConfig()  # TFDS's: 64 MiB to 1 GiB, 1,024 where possible.
 
 

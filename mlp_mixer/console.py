@@ -1,0 +1,207 @@
+"""What the programs show a person: their log, progress and tables.
+
+On a terminal progress is a bar, elsewhere plain lines.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+import rich.logging
+import rich.progress
+import rich.table
+from absl import logging as absl_logging
+
+from mlp_mixer import text
+
+logger = logging.getLogger(__name__)
+_CONSOLE = rich.console.Console(stderr=True)
+
+# (what, total, unit, done) → a context that gives `advance(amount)`, as `counter` does.
+Progress = Callable[
+    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
+]
+
+
+class _Printable(logging.Formatter):
+    """Shows whatever a name in a message holds, and obeys none of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return text.printable(super().format(record), keep="\n\t")
+
+
+def log_to_terminal() -> None:
+    """Sends the programs' own lines to stderr, above the progress bar if there is one.
+
+    Absl's handler would prefix each with its source; what libraries say through absl
+    is shown from warnings on. From here on stdout and stderr print any text.
+    """
+    text.accept_any_text(sys.stdout, sys.stderr)
+    root = logging.getLogger()
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    if _CONSOLE.is_terminal:
+        handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
+        handler.setFormatter(_Printable("%(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_Printable("%(asctime)s %(message)s", "%H:%M:%S"))
+    if jax.process_index() > 0:
+        handler.setLevel(logging.WARNING)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+class Steps:
+    """How far a run is: a bar on a terminal, lines of the log elsewhere."""
+
+    def __init__(self, total: int, first: int):
+        """Begins after step `first` of `total`."""
+        self._total, self._bar = total, None
+        if _CONSOLE.is_terminal and jax.process_index() == 0:
+            self._bar = rich.progress.Progress(
+                "step {task.completed:.0f}/{task.total:.0f}",
+                rich.progress.BarColumn(None),
+                "{task.fields[said]}",
+                rich.progress.TimeRemainingColumn(),
+                console=_CONSOLE,
+            )
+            self._task = self._bar.add_task(
+                "", total=total, completed=first, said="compiling"
+            )
+            self._bar.start()
+
+    def reached(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def tell(self, step: int, said: str, seconds_left: float) -> None:
+        """Shows a text beside the bar, or in a line with step and time left."""
+        if self._bar:
+            self._bar.update(self._task, said=said)
+        else:
+            logger.info(
+                "step %d/%d  %s  %s left", step, self._total, said, _clock(seconds_left)
+            )
+
+    def stop(self) -> None:
+        """Removes the bar's hold of the terminal."""
+        if self._bar:
+            self._bar.stop()
+
+
+def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
+    """Returns `track(items, count)`, which shows a bar on a terminal."""
+
+    def track(items: Iterable[Any], count: int) -> Iterable[Any]:
+        with _bar(
+            rich.progress.BarColumn(),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+        ) as bar:
+            yield from bar.track(items, count, description=text.printable(name))
+
+    return track
+
+
+def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
+    """A bar for a while, on a terminal only; brackets in its description are text."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        *columns,
+        console=_CONSOLE,
+        transient=True,
+        disable=not _CONSOLE.is_terminal,
+    )
+
+
+@contextlib.contextmanager
+def counter(
+    what: str, total: int, unit: str, done: int = 0, *, every_seconds: float = 30.0
+) -> Iterator[Callable[[int], None]]:
+    """Shows how far something long is: a bar on a terminal, now and then a line else.
+
+    Args:
+      what: name of the task.
+      total: amount of work.
+      unit: "bytes", shown as GB, or the name of what is counted.
+      done: amount of work that an earlier start has done.
+      every_seconds: seconds between two lines.
+
+    Yields:
+      `advance(amount)`, to be called as it goes on.
+    """
+    began = said = time.monotonic()
+    now = done
+
+    def amount(count: int | float) -> str:
+        return f"{count / 1e9:,.2f} GB" if unit == "bytes" else f"{count:,.0f} {unit}"
+
+    def advance(more: int) -> None:
+        nonlocal now, said
+        now += more
+        rate = (now - done) / max(time.monotonic() - began, 1e-9)
+        bar.update(task, completed=now, said=f"{amount(now)}  {amount(rate)}/s")
+        due = time.monotonic() - said >= every_seconds
+        if due and rate and not _CONSOLE.is_terminal:
+            said = time.monotonic()
+            left = _clock((total - now) / rate)
+            logger.info(
+                "%s: %s of %s  %s/s  %s left",
+                *(what, amount(now), amount(total), amount(rate), left),
+            )
+
+    with _bar(
+        rich.progress.BarColumn(None),
+        rich.progress.TextColumn("{task.fields[said]}", markup=False),
+        rich.progress.TimeRemainingColumn(),
+    ) as bar:
+        task = bar.add_task(text.printable(what), total=total, completed=done, said="")
+        yield advance
+    logger.info("%s: %s in %s", what, amount(now), _clock(time.monotonic() - began))
+
+
+class Table(NamedTuple):
+    """A table for people; its texts are shown as they are, without markup.
+
+    Attributes:
+      title: text above the table.
+      columns: titles of the columns.
+      rows: texts of the cells, row by row.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def show(self) -> None:
+        """Prints the table to stdout.
+
+        Raises:
+          OSError: stdout cannot be written.
+        """
+        drawn = rich.table.Table(title=text.printable(self.title))
+        for i, column in enumerate(map(text.printable, self.columns)):
+            drawn.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            drawn.add_row(*map(text.printable, row))
+        with text.flushed(sys.stdout):
+            rich.console.Console(markup=False, emoji=False).print(drawn)
+
+    def markdown(self) -> str:
+        """Returns the table in GitHub's Markdown, its title as a heading."""
+        head, *body = ([*map(text.markdown, row)] for row in (self.columns, *self.rows))
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+        title = f"# {text.markdown(self.title)}\n\n" if self.title else ""
+        return title + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds))
