@@ -344,7 +344,7 @@ class Checkpointer:
         return self._manager.reached_preemption(step)
 
 
-def restore_params(
+def restore_variables(
     directory: str | os.PathLike[str],
     target: PyTree = None,
     *,
@@ -352,9 +352,10 @@ def restore_params(
     best: str | None = None,
     more_is_better: bool = True,
 ) -> tuple[int, PyTree]:
-    """The `params` of one checkpoint, and its step; nothing in the directory changes.
+    """The step of one checkpoint, and the model's variables: {"params": …, …}.
 
-    May be used while a training run writes there. The optimiser state is not read.
+    Nothing in the directory changes. May be used while a training run writes there.
+    The optimiser state is not read.
 
     Args:
         directory: of a `Checkpointer`.
@@ -379,7 +380,7 @@ def restore_params(
     dropped: list[str] = []
     while len(dropped) < 10:
         try:
-            return _restore_params(folder, target, step, best, more_is_better)
+            return _restore_variables(folder, target, step, best, more_is_better)
         except _DroppedError as error:
             if jax.process_count() > 1:  # another process may have read it
                 raise CheckpointError(
@@ -397,7 +398,7 @@ class _DroppedError(Exception):
     """The step of a checkpoint that a training run drops while it is to be read."""
 
 
-def _restore_params(
+def _restore_variables(
     folder: epath.Path,
     target: PyTree,
     step: int | None,
@@ -428,9 +429,9 @@ def _restore_params(
                 )
         for candidate in steps if step is None else [step]:
             try:
-                return candidate, orbax_io.read(
-                    manager, candidate, target, subtree="params"
-                )
+                params = orbax_io.read(manager, candidate, target, subtree="params")
+                stats = orbax_io.read(manager, candidate, None, subtree="stats")
+                return candidate, {"params": params, **stats}
             except Exception as error:
                 if orbax_io.is_dropped(orbax_io.step_folder(folder, candidate)):
                     raise _DroppedError(candidate) from error

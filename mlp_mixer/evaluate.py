@@ -30,7 +30,7 @@ from mlp_mixer import (
     visualize,
 )
 from mlp_mixer.evaluators import accuracy, fewshot
-from mlp_mixer.workdir import load_class_names
+from mlp_mixer.workdir import load, load_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def evaluate(
     best: str | None = None,
     only: Sequence[str] | None = None,
     preprocess: str | None = None,
+    dtype: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Returns {evaluator: {metric: value}} of one checkpoint.
@@ -56,6 +57,7 @@ def evaluate(
         training.
       preprocess: a key of `data.image_ops.PROTOCOLS` for all of them, instead of each
         one's own.
+      dtype: dtype of activations and products, instead of the recipe's.
       data_dir: where data sets are; TFDS's own folder by default.
 
     Raises:
@@ -65,7 +67,8 @@ def evaluate(
       ValueError: the recipe has no such evaluators.
     """
     workdir = epath.Path(workdir).expanduser()
-    run = runs.open_run(workdir, step, best)
+    load(workdir)  # is a run, or the message says what is none
+    run = runs.open_model(workdir, step=step, best=best, dtype=dtype)
     evals: dict[str, Any] = {}
     missing = {}
     with processes.together():
@@ -129,7 +132,7 @@ def evaluate(
 
 def _draw(
     folder: epath.Path,
-    run: runs.Run,
+    run: runs.Opened,
     name: str,
     evaluator: accuracy.Accuracy,
     examples: accuracy.Examples,
@@ -157,7 +160,10 @@ def _draw(
 
 
 def _table(
-    folder: epath.Path, run: runs.Run, evals: dict[str, Any], results: dict[str, dict]
+    folder: epath.Path,
+    run: runs.Opened,
+    evals: dict[str, Any],
+    results: dict[str, dict],
 ) -> console.Table:
     """The results, for people.
 
@@ -179,7 +185,7 @@ def _table(
 
 def _write(
     folder: epath.Path,
-    run: runs.Run,
+    run: runs.Opened,
     evals: dict[str, Any],
     results: dict[str, dict],
     table: console.Table,
@@ -219,6 +225,7 @@ def main(arguments: list[str]) -> None:
         best=flags.FLAGS.best,
         only=flags.FLAGS.only,
         preprocess=flags.FLAGS.preprocess,
+        dtype=flags.FLAGS.dtype,
         data_dir=flags.FLAGS.data_dir,
     )
 
@@ -233,5 +240,6 @@ if __name__ == "__main__":
         "only", None, "Evaluators by name, or all; if not set, those of training."
     )
     flags.DEFINE_string("preprocess", None, "One protocol for all, e.g. timm.")
+    program.define_dtype()
     program.define_path("data_dir", None, "Folder of data sets; TFDS's own if not set.")
     program.run(main, distributed=True)

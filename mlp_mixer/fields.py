@@ -153,6 +153,7 @@ RECIPE: dict[str, Row] = {
     "input.workers": _whole(0, 1024),
     "input.max_broken_images": _whole(0),
     "model.name": _one_of(
+        "mixer",
         *("mixer_s32", "mixer_s16", "mixer_b32", "mixer_b16"),
         *("mixer_l32", "mixer_l16", "mixer_h14"),
     ),

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mlp_mixer import files, history, ownership, processes, recipe
+from mlp_mixer import files, history, models, ownership, processes, recipe
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.text import listed, printable
 
@@ -61,6 +61,18 @@ def load_class_names(
       ValueError: it is damaged, or has other than `count` names.
     """
     return naming.of_run(epath.Path(workdir) / "class_names.json", count)
+
+
+def model(config: ConfigDict) -> dict[str, Any]:
+    """Returns the name and all fields of what the model of a recipe computes."""
+    said, name = config.model, config.model.name
+    given = {field: said[field] for field in models.declared(name) if field in said}
+    return {"name": name, **models.fields(name, **given)}
+
+
+def dtype(config: ConfigDict) -> str:
+    """Returns the dtype that a recipe computes in."""
+    return config.run.dtype if "run" in config else config.model.dtype
 
 
 @contextlib.contextmanager

@@ -203,7 +203,7 @@ def test_the_script_is_a_door_to_the_program(root, source, tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "arrays equal bit for bit" in ran.stdout
     assert "timm computes the exact GELU, these weights are for tanh" in ran.stderr
-    assert pretrained.read(tmp_path / "t.safetensors").gelu == "tanh"
+    assert pretrained.read(tmp_path / "t.safetensors").model["gelu"] == "tanh"
     ran = subprocess.run(
         [*script, "nowhere.npz"],
         cwd=tmp_path,

@@ -45,7 +45,11 @@ def random_weights(model, image_size, **fields):
 
     drawn = {name: draw(name, x.shape) for name, x in leaves(shapes)}
     params = unflatten_dict(drawn, sep="/")
-    known = {"gelu": model.gelu, "image_size": image_size, "said": "random"} | fields
+    known = {
+        "model": {"gelu": model.gelu},
+        "image_size": image_size,
+        "said": "random",
+    } | fields
     return pretrained.Weights(params, **known)
 
 

@@ -233,4 +233,4 @@ def test_the_best_of_no_metric_is_refused_before_anything_is_read(tmp_path):
     workdir.claim(config, tmp_path)
     for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
         with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
-            runs.open_run(tmp_path, best=name)
+            runs.open_model(tmp_path, best=name)

@@ -283,13 +283,13 @@ def test_weights_that_are_not_finite_become_no_run(weights, tmp_path, value):
 
 def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
     runs.write(weights, tmp_path / "run")
-    run = runs.open_run(tmp_path / "run")
+    run = runs.open_model(tmp_path / "run")
     assert (run.step, run.class_names) == (0, list("abcdefghij"))
     assert_equal(jax.device_get(run.params), weights.params)
     assert run.config.model.gelu == "exact"
     with pytest.raises(FileExistsError, match="is not empty; name a new folder"):
         runs.write(weights, tmp_path / "run")
-    _, params = checkpoint.restore_params(tmp_path / "run" / "checkpoints")
+    _, params = checkpoint.restore_variables(tmp_path / "run" / "checkpoints")
     assert_equal(params, weights.params)
 
 
@@ -298,7 +298,7 @@ def test_a_run_of_weights_may_be_of_bfloat16_and_without_a_head(make_params, tmp
     runs.write(
         pretrained.Weights(params, "made", image_size=(16, 16)), tmp_path / "run"
     )
-    run = runs.open_run(tmp_path / "run")
+    run = runs.open_model(tmp_path / "run")
     assert run.class_names == []
     assert_equal(jax.device_get(run.params), pretrained.cast(params, "float32"))
     with pytest.raises(FileExistsError):
@@ -319,7 +319,7 @@ def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
     assert {"minival", "val", "real", "v2", "fewshot"} == set(config.evals)
     assert {e.preprocess for e in config.evals.values()} == {"timm"}
     # Evaluation names them as prediction does.
-    names = runs.open_run(tmp_path / "run").class_names
+    names = runs.open_model(tmp_path / "run").class_names
     assert tuple(names) == runs.open_model(tmp_path / "run").class_names
     assert names[0] == "tench, Tinca tinca"
 
