@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 class Checkpointer:
     """Saves and restores the training state in one directory; a context manager.
 
-    One training run writes to a directory; to read beside it use `restore_params`.
+    One training run writes to a directory; to read beside it use `restore_variables`.
     In a run of several processes every method is to be called by all of them, after
     `jax.distributed.initialize`.
 
@@ -49,12 +49,12 @@ class Checkpointer:
                 checkpointer.save(step, state, force=stop or step == num_steps)
 
     Args:
-        directory: relative, absolute or on a bucket (`gs://…`); created if missing.
-        every_steps: `save` acts on the multiples of it.
-        keep_latest: how many of the newest checkpoints are kept.
-        keep_every_steps: checkpoints at multiples of it are kept for ever.
-        keep_best: the name of a metric; the checkpoint with its best value is kept.
-        more_is_better: whether the best value of that metric is the highest.
+      directory: relative, absolute or on a bucket (`gs://…`); created if missing.
+      every_steps: `save` acts on the multiples of it.
+      keep_latest: how many of the newest checkpoints are kept.
+      keep_every_steps: checkpoints at multiples of it are kept for ever.
+      keep_best: the name of a metric; the checkpoint with its best value is kept.
+      more_is_better: whether the best value of that metric is the highest.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Checkpointer:
         """Waits for the unfinished save and gives the signal handlers back.
 
         Raises:
-            CheckpointError: if the unfinished save failed.
+          CheckpointError: if the unfinished save failed.
         """
         if self._stop:
             self._stop.uninstall()
@@ -162,18 +162,18 @@ class Checkpointer:
         """Starts to save the state; when this returns, its buffers may be donated.
 
         Args:
-            step: the position of the run; a checkpoint is named after it.
-            state: a tree of `jax.Array`, global ones if there are several processes.
-            metrics: kept beside the state; `keep_best` is looked up in them.
-            force: for the last step and before a stop: do not ask whether it is due.
+          step: the position of the run; a checkpoint is named after it.
+          state: a tree of `jax.Array`, global ones if there are several processes.
+          metrics: kept beside the state; `keep_best` is looked up in them.
+          force: for the last step and before a stop: do not ask whether it is due.
 
         Returns:
-            Whether a save was started: not if it is not due or already saved.
+          Whether a save was started: not if it is not due or already saved.
 
         Raises:
-            CheckpointError: this save, or the one before it, failed.
-            FloatingPointError: the state holds inf or nan; nothing is saved.
-            ValueError: the directory holds this or a later step of another run.
+          CheckpointError: this save, or the one before it, failed.
+          FloatingPointError: the state holds inf or nan; nothing is saved.
+          ValueError: the directory holds this or a later step of another run.
         """
         if not (force or self.due(step)) or step == self._position:
             return False
@@ -221,12 +221,13 @@ class Checkpointer:
     def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Adds metrics to a checkpoint that is saved, e.g. of a late evaluation.
 
-        They are on disk when this returns, and `keep_best` and `restore_params(best=)`
-        see them beside those given to `save`; of one name the later value counts.
+        They are on disk when this returns, and `keep_best` and
+        `restore_variables(best=)` see them beside those given to `save`; of one name
+        the later value counts.
 
         Raises:
-            FileNotFoundError: there is no checkpoint of that step.
-            CheckpointError: they, or the last save, could not be written.
+          FileNotFoundError: there is no checkpoint of that step.
+          CheckpointError: they, or the last save, could not be written.
         """
         self.wait()
         if step not in self.all_steps():
@@ -252,7 +253,7 @@ class Checkpointer:
         """Blocks until the last save is complete.
 
         Raises:
-            CheckpointError: if it failed; the checkpoints before it are intact.
+          CheckpointError: if it failed; the checkpoints before it are intact.
         """
         with self._failure_named():
             self._manager.wait_until_finished()
@@ -279,13 +280,13 @@ class Checkpointer:
         the job, because the others wait for them: the next start takes the one before.
 
         Args:
-            target: a tree of `jax.ShapeDtypeStruct` with shardings on the mesh to use,
-                whatever mesh wrote the checkpoint.
+          target: a tree of `jax.ShapeDtypeStruct` with shardings on the mesh to use,
+            whatever mesh wrote the checkpoint.
 
         Raises:
-            ValueError: the checkpoint holds another model, or another step.
-            FileNotFoundError: only damaged checkpoints are left.
-            CheckpointError: damage was found by this process alone.
+          ValueError: the checkpoint holds another model, or another step.
+          FileNotFoundError: only damaged checkpoints are left.
+          CheckpointError: damage was found by this process alone.
         """
         self.wait()
         _check_target(target)
@@ -346,7 +347,6 @@ class Checkpointer:
 
 def restore_variables(
     directory: str | os.PathLike[str],
-    target: PyTree = None,
     *,
     step: int | None = None,
     best: str | None = None,
@@ -354,33 +354,29 @@ def restore_variables(
 ) -> tuple[int, PyTree]:
     """The step of one checkpoint, and the model's variables: {"params": …, …}.
 
-    Nothing in the directory changes. May be used while a training run writes there.
-    The optimiser state is not read.
+    They are NumPy arrays in nested dicts. May be used while a training run writes
+    there: nothing in the directory changes. The optimiser state is not read.
 
     Args:
-        directory: of a `Checkpointer`.
-        target: the tree of `params` as `jax.ShapeDtypeStruct` with shardings; without
-            it whatever model is there, as NumPy arrays in nested dicts.
-        step: which checkpoint; without it the newest intact one.
-        best: instead of a step, the metric whose best value chooses it.
-        more_is_better: whether the best value of that metric is the highest.
+      directory: the folder of a `Checkpointer`.
+      step: which checkpoint; without it the newest intact one.
+      best: instead of a step, the metric whose best value chooses it.
+      more_is_better: whether the best value of that metric is the highest.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or only damaged ones.
-        ValueError: the checkpoint holds another model or step, or none has that metric.
-        CheckpointError: the checkpoint that `step` or `best` names is damaged.
+      FileNotFoundError: there is no such checkpoint, or only damaged ones.
+      ValueError: the checkpoint holds another step, or none has that metric.
+      CheckpointError: the checkpoint that `step` or `best` names is damaged.
     """
     if step is not None and best is not None:
         raise ValueError(f"Got step={step} and best={best!r}; give one of them.")
-    if target is not None:
-        _check_target(target)
     folder = orbax_io.locate(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no directory {folder}.")
     dropped: list[str] = []
     while len(dropped) < 10:
         try:
-            return _restore_variables(folder, target, step, best, more_is_better)
+            return _restore_variables(folder, step, best, more_is_better)
         except _DroppedError as error:
             if jax.process_count() > 1:  # another process may have read it
                 raise CheckpointError(
@@ -400,7 +396,6 @@ class _DroppedError(Exception):
 
 def _restore_variables(
     folder: epath.Path,
-    target: PyTree,
     step: int | None,
     best: str | None,
     more_is_better: bool,
@@ -429,7 +424,7 @@ def _restore_variables(
                 )
         for candidate in steps if step is None else [step]:
             try:
-                params = orbax_io.read(manager, candidate, target, subtree="params")
+                params = orbax_io.read(manager, candidate, None, subtree="params")
                 stats = orbax_io.read(manager, candidate, None, subtree="stats")
                 return candidate, {"params": params, **stats}
             except Exception as error:

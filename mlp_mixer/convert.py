@@ -80,6 +80,8 @@ def convert(
     if grow is not None or interpolate is not None:
         height, width = pretrained.check(weights)
         factor = 1 if grow is None else grow
+        if factor < 1:
+            raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
         to = interpolate or (factor * height, factor * width)
         how = "grow" if interpolate is None else "interpolate"
         weights = pretrained.resized(weights, to, how)

@@ -51,7 +51,7 @@ class Writer(contextlib.AbstractContextManager):
           workdir: folder of the run.
           first_step: what came after it is dropped from metrics.jsonl: those steps
             are done again.
-          total_steps: of the run.
+          total_steps: last step of the run.
           batch_size: images per step.
           every_steps: steps between two records of training metrics.
           learning_rate: update, counted from 0 → its learning rate.

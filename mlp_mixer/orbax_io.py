@@ -93,7 +93,7 @@ def locate(directory: str | os.PathLike[str]) -> epath.Path:
     """The directory as an absolute path, whatever its name; or a bucket's (`gs://…`).
 
     Raises:
-        ValueError: a name that Python or TensorStore cannot pass to the system.
+      ValueError: a name that Python or TensorStore cannot pass to the system.
     """
     name = os.fspath(directory)
     if scheme := re.match(r"\w[\w+.-]*://", name):
@@ -185,11 +185,11 @@ def open_for_writing(
     """Opens a directory, which is made, and removes unfinished saves from it.
 
     Args:
-        directory: of `locate`.
-        keep_latest: number of the newest checkpoints that are kept.
-        keep_every_steps: checkpoints at multiples of it are kept for ever.
-        keep_also: steps → which of them are kept besides.
-        saving: the step that is being saved.
+      directory: folder, as `locate` gives it.
+      keep_latest: number of the newest checkpoints that are kept.
+      keep_every_steps: checkpoints at multiples of it are kept for ever.
+      keep_also: steps → which of them are kept besides.
+      saving: the step that is being saved.
     """
     policies = ocp.checkpoint_managers
     keep: list[Any] = [policies.LatestN(keep_latest), _KeepAlso(keep_also)]
@@ -296,14 +296,14 @@ def read(
     """One checkpoint, or a subtree of it, verified.
 
     Args:
-        manager: of `open_for_…`.
-        step: of the checkpoint.
-        target: a tree of `jax.ShapeDtypeStruct` with shardings; None for NumPy arrays.
-        subtree: the name of a branch of the state, which alone is read.
+      manager: what `open_for_reading` or `open_for_writing` returns.
+      step: the step of the checkpoint.
+      target: a tree of `jax.ShapeDtypeStruct` with shardings; None for NumPy arrays.
+      subtree: the name of a branch of the state, which alone is read.
 
     Raises:
-        DamagedError: it is not what was saved.
-        ValueError: it holds another model, or another step.
+      DamagedError: it is not what was saved.
+      ValueError: it holds another model, or another step.
     """
     folder = step_folder(epath.Path(manager.directory), step)
     with _errors_named(folder):

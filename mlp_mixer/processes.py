@@ -23,7 +23,7 @@ def gather(value: Any) -> list[Any]:
     """Returns the values of all processes, in their order; each calls it.
 
     Args:
-      value: of this process, of what JSON has.
+      value: value of this process, made of what JSON has.
     """
     if jax.process_count() == 1:
         return [value]

@@ -209,7 +209,7 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
       ValueError: they are not finite; a run's checkpoints are.
     """
     _check_empty(epath.Path(workdir))
-    if broken := pretrained.not_finite(weights.variables):
+    if broken := pretrained.not_finite(weights.params | weights.stats):
         raise ValueError(
             f"{weights.called} cannot become a run, whose checkpoints are finite; "
             f"these arrays are not:\n{listed(list(broken))}"

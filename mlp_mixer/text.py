@@ -72,9 +72,9 @@ def shortened(text: str, room: int, end: int = 0) -> str:
         ('a long…', 'a lo…me')
 
     Args:
-      text: see `printable`.
-      room: in columns of a terminal.
-      end: how many of them show the end of a text that is longer.
+      text: any text; what cannot be shown is escaped.
+      room: width in columns of a terminal.
+      end: number of columns that show the end of a text that is longer.
     """
     text = printable(text)
     if width(text) <= room:

@@ -118,13 +118,9 @@ def train(
                 resize_by=config.init_resize,
                 class_names=source.class_names,
             )
+            params = given.get("params")
             state = steps.init_state(
-                model,
-                tx,
-                target,
-                seed=config.seed,
-                image_size=size,
-                params=given.get("params"),
+                model, tx, target, seed=config.seed, image_size=size, params=params
             )
         first_step = int(state.step)
         logger.info(

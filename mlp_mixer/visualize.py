@@ -40,13 +40,13 @@ def report(
     """Curves of a run and what its model makes of a split.
 
     Args:
-      records: of metrics.jsonl.
-      name: the evaluator that saw the split.
+      records: records of metrics.jsonl.
+      name: name of the evaluator that saw the split.
       examples: `evaluators.accuracy.Examples` of the split.
       shown: positions of the examples on the sheet.
-      images: their images, uint8 (h, w, 3).
-      truths: their true classes, one or several each.
-      class_names: of all classes.
+      images: images of these, uint8 (h, w, 3).
+      truths: true classes of these, one or several each.
+      class_names: names of all classes.
     """
     confusion = len(class_names) <= MAX_CONFUSION_CLASSES
     columns = 10
@@ -93,10 +93,10 @@ def sheet(
 
     Args:
       images: uint8 (h, w, 3), of any sizes.
-      captions: what stands above each.
-      classes: of each image the same number, the most likely first.
-      probabilities: theirs, in [0, 1].
-      title: of the whole sheet.
+      captions: text above each image.
+      classes: most likely classes of each image, best first; equally many for all.
+      probabilities: probabilities of these classes, in [0, 1].
+      title: title of the whole sheet.
     """
     columns = min(len(images), 6)
     rows = -(-len(images) // columns)

@@ -125,9 +125,9 @@ def claim(
     Args:
       config: with every field resolved.
       workdir: folder of the run.
-      class_names: of the training data, by label.
+      class_names: names of the training data's classes, by label.
       data: `sources.fingerprint` of the training data; None: it is not recorded.
-      accept_changed_data: see `check`.
+      accept_changed_data: whether other data of the same classes is accepted.
 
     Returns:
       What notes the saved steps there.

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import glob
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -427,11 +428,15 @@ def test_readme_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 140
 
 
-def test_readme_names_every_model():
+def test_readme_names_every_model_and_its_file():
     section = TEXTS["README.md"].partition("## Models")[2].partition("\n## ")[0]
-    for name in models.MODELS:
-        family, _, size = name.partition("_")
-        assert re.search(rf"`{family}_` .*`{size}`", section), name
+    rows = [row for row in section.splitlines() if row.startswith("|")]
+    for file in models.FAMILIES:
+        path = pathlib.Path(file.__file__).relative_to(ROOT)
+        (row,) = [row for row in rows if f"]({path})" in row]
+        for name in file.SIZES:
+            family, _, size = name.partition("_")
+            assert re.search(rf"`{family}_` .*`{size}`", row), name
 
 
 # --- The checkers see what they should ------------------------------------------------
@@ -486,6 +491,17 @@ def test_wrong_links_and_files_are_found():
     text = "# A `b`\n[x](a.md) [y](#a-b) [z](#c) [w](docs/data.md#speed) `docs/no.md`"
     assert broken_links("README.md", text) == ["a.md", "#c"]
     assert missing_files(text) == ["docs/no.md"]
+
+
+@pytest.mark.parametrize(
+    "file", ["cpu_mixer_b16_batch8", "h200_mixer_b16_batch256_unrolled"]
+)
+def test_readmes_figures_of_speed_are_the_recorded_ones(file):
+    text = (ROOT / f"docs/benchmarks/{file}.json").read_text(encoding="utf-8")
+    ratios = json.loads(text)["ratios"]
+    (claim,) = re.findall(r"\*\*Fast\.\*\*.*?\[", TEXTS["README.md"], re.S)
+    for name in ("train_speed", "train_temp_memory"):
+        assert f"{ratios[name]:.2f}×" in claim, name
 
 
 def test_the_map_has_every_module_and_no_other():

@@ -1,6 +1,6 @@
-"""What classes are called, and whose are whose: names are compared, not only counted.
+"""Names of classes, and how those of two sides are matched: by name, not by number.
 
-`places` does that; there are ImageNet-1k's names too, and names from a file.
+`places` matches them. ImageNet-1k's names are here too, and names from a file.
 """
 
 import collections
@@ -26,7 +26,7 @@ _IMAGENET = pathlib.Path(__file__).with_name("imagenet_classes.txt")
 def imagenet() -> dict[str, str]:
     """{synset id: WordNet's words} of ImageNet-1k, in the order of its labels.
 
-    Every name is another one: where two synsets have the same words, the id follows.
+    Names are unique: the synset id is appended where two synsets share their words.
     """
     lines = _IMAGENET.read_text(encoding="utf-8").splitlines()
     words = dict(line.split(" ", 1) for line in lines)
@@ -35,9 +35,9 @@ def imagenet() -> dict[str, str]:
 
 
 def readable(names: Sequence[str]) -> tuple[str, ...]:
-    """The names; WordNet's words if all of them are synset ids of ImageNet-1k.
+    """Returns WordNet's words if all names are ImageNet-1k's synset ids, else `names`.
 
-    Such are those of TFDS's imagenet2012, of its official folders, and of subsets.
+    TFDS's imagenet2012, the official folders and subsets of them use synset ids.
     """
     words = imagenet()
     if all(name in words for name in names):
@@ -46,9 +46,9 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def assumed(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
-    """Names of `count` classes that have none, for data whose classes have `names`.
+    """Returns names for a model's `count` classes that have none, or None.
 
-    They are ImageNet-1k's, as in `choose`, if all of `names` are; else None.
+    They are ImageNet-1k's, as in `choose`, if all `names` of the data are of these.
     """
     known = imagenet()
     if not names or count != len(known) or not {*keys(names)} <= known.keys():
@@ -57,7 +57,7 @@ def assumed(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
 
 
 def canonical(name: str) -> str:
-    """The name in one spelling, however a file system or a locale spells it.
+    """Returns a name in one spelling, however a file system or a locale spells it.
 
     macOS may give "é" as "e" and an accent, and without a UTF-8 locale Python gives its
     bytes as surrogates.
@@ -78,22 +78,22 @@ def places(
     to: str,
     hint: str = "",
 ) -> tuple[int, ...] | None:
-    """Where the classes called `names` stand among those called `known`.
+    """Returns the place of each class of `names` among those of `known`.
 
     The spelling of accents does not matter, and ImageNet-1k's synset ids are its words.
     Numbers ("0", "1", "10", "2", … in a folder) are labels rather than names: each is
     the class with that label, whatever it is called.
 
     Args:
-      names: by label, perhaps not of all classes; None: they have none.
-      known: by label, of all classes.
-      of: what has the `names`, for people.
-      to: what has the `known` ones, for people.
-      hint: end of the message, what to do about different names.
+      names: names by label, perhaps of a part of the classes; None if they have none.
+      known: names by label, of all classes.
+      of: owner of `names`, as a person would call it.
+      to: owner of `known`, as a person would call it.
+      hint: advice at the end of the message about different names.
 
     Returns:
-      For each of `names` its place; None if each stands where it stands in `known`, or
-      if one side has no names.
+      The places; None if each name stands where it stands in `known`, or if one side
+      has no names.
 
     Raises:
       ValueError: `known` lacks some of them; lists what only one side has. Or a name
@@ -189,12 +189,12 @@ def choose(
     *,
     labels: str | os.PathLike[str] | None = None,
 ) -> tuple[str, ...]:
-    """The names of a model's classes, for people; a guess is said in the log.
+    """Returns the names of a model's classes, for people; the log tells of a guess.
 
     Args:
       known: what the weights say they are, if they do.
-      count: of classes.
-      labels: a file to `read` instead: other words for the same classes.
+      count: number of classes.
+      labels: file to `read` instead, with other words for the same classes.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -225,7 +225,7 @@ def choose(
 def _check_same_classes(
     words: Sequence[str], known: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
-    """Passes if no word is another class's name; what is called otherwise is said."""
+    """Raises if a word is another class's name; logs which classes are renamed."""
     given, ours = keys(words), keys(known)
     place = {name: i for i, name in enumerate(ours)}
     other = [i for i, name in enumerate(given) if name != ours[i]]

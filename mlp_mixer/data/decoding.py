@@ -80,14 +80,14 @@ def decode(
     first frame is taken.
 
     Args:
-        data: the bytes of a JPEG, or of anything that Pillow reads.
-        dct: "fast" gives the pixels of TensorFlow's default, on which the published
-            models were trained; "accurate" those of Pillow and OpenCV. Only for JPEG.
-        exif: whether the image is turned as its Exif orientation says.
+      data: the bytes of a JPEG, or of anything that Pillow reads.
+      dct: "fast" gives the pixels of TensorFlow's default, on which the published
+        models were trained; "accurate" those of Pillow and OpenCV. Only for JPEG.
+      exif: whether the image is turned as its Exif orientation says.
 
     Raises:
-        ValueError: `dct` is unknown, or the data are damaged, not an image, or declare
-            more pixels than `MAX_PIXELS`, or than their bytes can be a photograph of.
+      ValueError: `dct` is unknown, or the data are damaged, not an image, or declare
+        more pixels than `MAX_PIXELS`, or than their bytes can be a photograph of.
     """
     if dct not in ("fast", "accurate"):
         raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
@@ -103,7 +103,7 @@ def decode(
 def orientation(data: bytes) -> int:
     """Exif's orientation of an encoded image, 1 ... 8; 1, upright, if it has none.
 
-    Looks at the header alone, except of a PNG.
+    It reads the header alone, except for a PNG.
     """
     if data[:4] == b"\x89PNG" and not any(mark in data for mark in _PNG_EXIF):
         return 1

@@ -55,7 +55,7 @@ class FolderSource:
 
     @property
     def num_classes(self) -> int:
-        """Labels are below it."""
+        """Number of classes; labels are below it."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -66,11 +66,11 @@ class FolderSource:
         return {"image": image, "label": self.label(index)}
 
     def label(self, index: int) -> int:
-        """By the folder it lies in."""
+        """The label of the folder in which the image lies."""
         return int(self.labels[index])
 
     def name_of(self, index: int) -> str:
-        """The path."""
+        """The path of the file."""
         return self.paths[index]
 
 
@@ -80,10 +80,10 @@ def open_folder(path: str, split: str) -> FolderSource:
     Slices ("all[:90%]") are of a fixed permutation, so that each has all classes.
 
     Raises:
-        FileNotFoundError: no such folder, or a link to a class that leads nowhere.
-        OSError: a folder cannot be read.
-        ValueError: it has no such split, splits with different classes, a class without
-            images, or two classes that are one.
+      FileNotFoundError: no such folder, or a link to a class that leads nowhere.
+      OSError: a folder cannot be read.
+      ValueError: it has no such split, splits with different classes, a class without
+        images, or two classes that are one.
     """
     root = pathlib.Path(path).expanduser()
     if not path or not root.is_dir():
@@ -141,16 +141,16 @@ def find_images(path: str) -> list[str]:
     """The image files that a path stands for, sorted.
 
     Args:
-        path: a file of any name; a folder, for the images in it and below it; or a
-            glob ("photos/**/*.jpg"), for the images and folders that match, each file
-            once. What there is is a path: a folder "a[1]" in "a[1]/*.jpg" too. What is
-            hidden (".git", "._0.png") is passed by, and in a folder what lies in
-            folders behind links.
+      path: a file of any name; a folder, for the images in it and below it; or a
+        glob ("photos/**/*.jpg"), for the images and folders that match, each file
+        once. A part that exists is a path and no pattern, such as a folder "a[1]" in
+        "a[1]/*.jpg". Hidden files (".git", "._0.png") are left out, and so are folders
+        behind links inside a folder.
 
     Raises:
-        FileNotFoundError: nothing is there or matches.
-        OSError: a folder cannot be read.
-        ValueError: there is no image in it.
+      FileNotFoundError: nothing is there or matches.
+      OSError: a folder cannot be read.
+      ValueError: there is no image in it.
     """
     if not os.path.exists(path):
         path = os.path.expanduser(path)
@@ -178,7 +178,7 @@ def find_images(path: str) -> list[str]:
 
 
 def _matches(path: str) -> list[str]:
-    """What matches a glob, whose beginning is a path as far as there is one."""
+    """Returns what matches a glob; its beginning is a path as far as that exists."""
     folder = os.path.dirname(path)
     while not os.path.isdir(folder or os.curdir):
         folder = os.path.dirname(folder)
@@ -201,7 +201,7 @@ def _matched(pattern: str, matches: Iterable[str]) -> Iterator[tuple[str, str | 
 def _below(folder: str) -> Iterator[tuple[str, str | None]]:
     """Files in a folder and below it, and why each is left out; None: it is an image.
 
-    What is behind a link to a folder, or in one that is hidden, is counted as one file.
+    A link to a folder counts as one file, and so does a hidden folder.
     """
     waiting = [folder]
     while waiting:
@@ -233,7 +233,7 @@ def is_hidden(name: str) -> bool:
 
 
 def why_left_out(name: str) -> str | None:
-    """The kind that a file of this name is counted under; None if it is an image."""
+    """Returns the kind under which a file is left out; None for an image."""
     return HIDDEN if is_hidden(name) else _kind_of_ending(name)
 
 
@@ -263,7 +263,7 @@ def listed(left_out: LeftOut) -> str:
 
 
 def say_left_out(where: str | os.PathLike[str], left_out: LeftOut) -> None:
-    """Says in one line of the log what is left out; softly if it is merely hidden."""
+    """Logs in one line what is left out; at a lower level if it is merely hidden."""
     if left_out:
         level = logging.INFO if left_out.keys() == {HIDDEN} else logging.WARNING
         where = printable(os.fspath(where))
@@ -278,10 +278,10 @@ class _Contents:
     """What lies in a folder of classes.
 
     Attributes:
-        folder: where they are.
-        images: class → names of its image files, sorted.
-        left_out: class → what else lies in its folder; "" stands for beside them.
-        deeper: class → an image that lies in a folder of its folder.
+      folder: the folder with a folder for each class.
+      images: class → names of its image files, sorted.
+      left_out: class → kinds of other files in its folder; "" is beside them.
+      deeper: class → an image that lies in a folder of its folder.
     """
 
     folder: pathlib.Path
@@ -304,11 +304,11 @@ class _Contents:
         say_left_out(self.folder, total)
 
     def check_all_have_images(self, *, may_be_empty: bool) -> None:
-        """Raises ValueError that says which classes have no images, and why.
+        """Raises ValueError if classes have no images; says which, and why.
 
         Args:
-            may_be_empty: whether a folder may be quite empty: a part that is evaluated
-                need not have all classes.
+          may_be_empty: whether a folder may be empty; data that is evaluated need not
+            have all classes.
         """
         without = [name for name, files in self.images.items() if not files]
         if may_be_empty:
@@ -346,9 +346,9 @@ def _contents(root: pathlib.Path, split: str) -> _Contents:
     """Looks through the folder of a split.
 
     Raises:
-        FileNotFoundError: a link leads nowhere.
-        OSError: a folder cannot be read.
-        ValueError: there is no such folder, or none of classes in it, or two are one.
+      FileNotFoundError: a link leads nowhere.
+      OSError: a folder cannot be read.
+      ValueError: there is no such folder, or none of classes in it, or two are one.
     """
     folder = root if split == "all" else root / split
     found = _Contents(folder, {}, {"": LeftOut()}, {})
@@ -419,9 +419,9 @@ def _check_distinct(folder: pathlib.Path, names: Sequence[str], linked: bool) ->
     """Refuses two folders of the same class, and warns of two that look so.
 
     Args:
-        folder: where they are.
-        names: class names.
-        linked: whether there are links among them.
+      folder: the folder with a folder for each class.
+      names: names of the classes.
+      linked: whether some of them are links.
     """
     for same in _alike(names if linked else (), lambda k: os.path.realpath(folder / k)):
         raise ValueError(
@@ -467,7 +467,7 @@ def _check_same(
 
 
 def _train_folder(root: pathlib.Path) -> str | None:
-    """The name of the folder of the split train, however it is written."""
+    """Returns the name of the folder of the split train, in any case of letters."""
     names = [name for name in subfolders(root) if name.lower() == "train"]
     return max(names, default=None)  # "train" is behind "Train"
 

@@ -26,7 +26,7 @@ from absl import flags
 from jaxtyping import UInt8
 
 from mlp_mixer import known
-from mlp_mixer.data import image_ops, randaugment
+from mlp_mixer.data import decoding, image_ops, randaugment
 from mlp_mixer.data.sources import Label, Source
 from mlp_mixer.text import printable
 
@@ -43,7 +43,7 @@ _GRACE = 30
 def train_batches(
     source: Source,
     *,
-    image_size: int | tuple[int, int],
+    image_size: tuple[int, int],
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -60,31 +60,31 @@ def train_batches(
     """Shuffled, augmented batches for ever; each epoch has its own order and draws.
 
     Args:
-        source: the examples; it repeats, so a batch may be larger.
-        image_size: side of a square or (height, width), in pixels.
-        batch_size: of the global batch; this process yields its rows p·b ... (p+1)·b,
-            b = batch_size / process_count.
-        seed: of order and augmentation, 0 ... 2**32 - 1.
-        start_step: how many batches to skip, at no cost.
-        crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning:
-            the image becomes a square of round(R·256/224), R = image_size, of which a
-            uniformly drawn part of R is taken), or "resize" (the whole image).
-        flip: mirror with probability 1/2.
-        shift: move by a uniform -shift ... shift pixels each way, zeros come in.
-        randaugment_layers: how many random operations are applied; 0 is none.
-        randaugment_magnitude: their strength, 0 ... 20.
-        workers: processes that decode and augment; 0 does so in threads.
-        max_broken_images: an image that is broken, or whose label is none of the
-            classes, is logged by name and replaced by the next good one; one more
-            distinct such image than this, in this process, ends the run.
+      source: examples; they repeat, so a batch may be larger than all of them.
+      image_size: (height, width) in pixels.
+      batch_size: number of rows of the global batch; this process yields rows p·b ...
+        (p+1)·b, b = batch_size / process_count.
+      seed: seed of order and augmentation, 0 ... 2**32 - 1.
+      start_step: number of batches to skip, at no cost.
+      crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning:
+        the image becomes a square of round(R·256/224), R = image_size, of which a
+        uniformly drawn part of R is taken), or "resize" (the whole image).
+      flip: mirror with probability 1/2.
+      shift: move by a uniform -shift ... shift pixels each way, zeros come in.
+      randaugment_layers: number of random operations that are applied; 0 is none.
+      randaugment_magnitude: strength of these, 0 ... 20.
+      workers: processes that decode and augment; 0 does so in threads.
+      max_broken_images: number of distinct images that may be broken, or have a label
+        that is none of the classes, in this process. Each is logged by name and
+        replaced by the next good one; one more ends the run.
 
     Returns:
-        An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`; labels of a
-        source with several classes per image are bool (b, num_classes).
+      An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`; labels of a
+      source with several classes per image are bool (b, num_classes).
 
     Raises:
-        ValueError: an argument is impossible, at once; or, from `next`, too many
-            images are broken.
+      ValueError: an argument is impossible, at once; or, from `next`, too many
+        images are broken.
     """
     known.require("crop", crop, CROPS)
     for name, value in (("start_step", start_step), ("shift", shift)):
@@ -92,7 +92,7 @@ def train_batches(
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     augment = _Augment(
         source=source,
-        size=_pair(image_size),
+        size=image_size,
         crop=crop,
         flip=flip,
         shift=shift,
@@ -111,55 +111,53 @@ def train_batches(
 def eval_batches(
     source: Source,
     *,
-    image_size: int | tuple[int, int],
+    image_size: tuple[int, int],
     batch_size: int,
     preprocess: str = "big_vision",
     exif: bool = False,
-    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Every example once, over all processes, in the order of the source.
+    """Yields every example once, over all processes, in the order of the source.
 
-    All processes get the same number of batches, ceil(len(source) / batch_size); what
-    the last one lacks is padded with rows of zeros.
+    All processes get the same number of batches, ceil(len(source) / batch_size); the
+    last one is filled up with rows of zeros. Threads decode: worker processes would
+    have to start anew for each of a run's evaluations.
 
     Args:
-        source: the examples.
-        image_size: side of a square or (height, width), in pixels.
-        batch_size: of the global batch, shared out as in `train_batches`.
-        preprocess: a key of `image_ops.PROTOCOLS`.
-        exif: whether images are turned as their Exif orientation says.
-        workers: processes that decode; 0 does so in threads.
+      source: the examples.
+      image_size: (height, width) in pixels.
+      batch_size: number of rows of the global batch, cut as in `train_batches`.
+      preprocess: a key of `image_ops.PROTOCOLS`.
+      exif: whether images are turned as their Exif orientation says.
 
     Returns:
-        An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
-        "mask": bool (b,), "index": int32 (b,)}`, images uint8 or float32 as the
-        protocol has it. Padding has index -1. An image that is broken or wrongly
-        labelled is logged by name and has its index, but mask False and zeros; count
-        `~mask & (index >= 0)`.
+      An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
+      "mask": bool (b,), "index": int32 (b,)}`, images uint8 or float32 as the
+      protocol has it. Padding has index -1. An image that is broken or wrongly
+      labelled is logged by name and has its index, but mask False and zeros; count
+      `~mask & (index >= 0)`.
 
     Raises:
-        ValueError: an argument is impossible.
+      ValueError: an argument is impossible.
     """
     rows = _local_batch_size(batch_size, process_index, process_count)
-    size = _pair(image_size)
     # What padding looks like; and an unknown protocol is refused before any work.
-    blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, size)
+    blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, image_size)
     prepare = _Prepare(
-        source=source, size=size, protocol=preprocess, exif=exif, blank=blank
+        source=source, size=image_size, protocol=preprocess, exif=exif, blank=blank
     )
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
-    return _logged(_batches(share, workers), source)
+    return _logged(_batches(share, workers=0), source)
 
 
 def _inception(
     image: Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Cropped:
     box = image_ops.inception_crop_box(rng, *image.shape[:2])
-    return image_ops.crop_and_resize_fast(image, box, size)
+    return image_ops.crop_and_resize(image, box, size)
 
 
 def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cropped:
@@ -169,10 +167,10 @@ def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cr
 def _resize_crop(
     image: Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Cropped:
-    """Fine-tuning's: to a square of 256, of which a random 224 (as in BiT and ViT)."""
+    """Resizes to a square of 256 and cuts out a random 224 (BiT's fine-tuning)."""
     sides = image_ops.margin(size)
     y, x = (int(rng.integers(n - m + 1)) for n, m in zip(sides, size, strict=True))
-    whole = image_ops.crop_and_resize_fast(image, (0, 0, *image.shape[:2]), sides)
+    whole = image_ops.crop_and_resize(image, (0, 0, *image.shape[:2]), sides)
     return whole[y : y + size[0], x : x + size[1]]
 
 
@@ -211,7 +209,7 @@ class _Augment(grain.transforms.RandomMap):
         return {"image": image, "label": target, "broken": np.int32(broken)}
 
     def _read(self, index: int) -> tuple[Image, Label, int]:
-        """The first good example from `index` on, and `index` if that was not it."""
+        """Returns the first good example from `index` on; `index` itself if broken."""
         n = len(self.source)
         tried = [(index + k) % n for k in range(min(n, self.max_broken_images + 1))]
         for at in tried:
@@ -255,7 +253,7 @@ class _Prepare(grain.transforms.Map):
 
 
 def _target(source: Source, label: Label | None) -> np.ndarray | np.generic:
-    """A row's label: the class, or of each class whether it is one; None: blank."""
+    """Returns a row's label: the class, or a bool for each class; blank for None."""
     if not source.multi_label:
         return np.int32(0 if label is None else label)
     classes = np.zeros(source.num_classes, np.bool_)
@@ -270,8 +268,8 @@ def read_image(
     """The decoded image and the label of one example; a grey image gets 3 channels.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not an image, or damaged, or its label is none of the classes.
+      OSError: the file cannot be read.
+      ValueError: it is not an image, or damaged, or its label is none of the classes.
     """
     example = source[index]
     classes = np.asarray(example["label"])
@@ -283,7 +281,7 @@ def read_image(
         )
     image = example["image"]
     if isinstance(image, bytes):
-        image = image_ops.decode(image, dct, exif=exif)
+        image = decoding.decode(image, dct, exif=exif)
     if image.ndim == 2:
         image = image[..., None]
     if image.shape[-1] == 1:
@@ -349,12 +347,12 @@ def _batches(share: _Share, workers: int) -> Iterator[Batch]:
 
 
 def _follow_parent(index: int, count: int) -> None:
-    """Ends this worker process when its parent is gone, and not much before.
+    """Ends this worker process once its parent is gone, and not much earlier.
 
-    What stops a run is sent to all of its processes (by Ctrl-C, by a cluster), while
-    the parent needs some more batches to end well, so it decides: `_running` starts
-    workers with SIGINT and SIGTERM blocked. But Python, too, sends SIGTERM to what is
-    left of its workers at its end, and waits for them.
+    Ctrl-C and a cluster send their signal to all processes of a run, but the parent
+    needs some more batches to end well. So the parent decides: `_running` starts its
+    workers with SIGINT and SIGTERM blocked. Python itself also sends SIGTERM to the
+    workers that are left when it ends, and waits for them.
     """
     del index, count
 
@@ -397,7 +395,7 @@ def _concatenate(chunks: Sequence[Batch]) -> Batch:
 
 
 def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
-    """Counts and names the broken images of a stream, and ends it above `limit`."""
+    """Yields the batches; logs broken images by name, and raises above `limit`."""
     seen: list[int] = []
     with _running(batches):
         for batch in batches:
@@ -451,7 +449,3 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
             f" be 0 ... {process_count - 1}."
         )
     return batch_size // process_count
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size

@@ -30,13 +30,13 @@ def randaugment(
     """Applies `num_layers` ops, each drawn uniformly from the 16, with replacement.
 
     Args:
-        image: (height, width, 3), after crop and resize.
-        rng: draws the ops, the signs (each with probability 1/2) and Cutout's centre.
-        num_layers: how many ops in a row; arXiv 2105.01601 uses 2.
-        magnitude: the same for every op, 0 to 20; Table 4 uses 10, 15 and 20.
+      image: (height, width, 3), after crop and resize.
+      rng: draws the ops, the signs (each with probability 1/2) and Cutout's centre.
+      num_layers: number of ops in a row; arXiv 2105.01601 uses 2.
+      magnitude: strength of every op, 0 to 20; Table 4 uses 10, 15 and 20.
 
     Raises:
-        ValueError: `magnitude` or `num_layers` is out of range.
+      ValueError: `magnitude` or `num_layers` is out of range.
     """
     if not 0 <= magnitude <= 20:
         raise ValueError(f"magnitude is {magnitude}; it must be in 0..20, e.g. 15.")
@@ -243,9 +243,9 @@ class Op:
     Called as `op(image, magnitude, negate=False)`; Cutout also takes `centre=(y, x)`.
 
     Attributes:
-        function: the operation, of the image and its argument, if it has one.
-        argument: maps level = magnitude/10 to the argument; None if there is none.
-        signed: whether `negate` flips the argument's sign; others ignore it.
+      function: the operation, of the image and its argument, if it has one.
+      argument: maps level = magnitude/10 to the argument; None if there is none.
+      signed: whether `negate` flips the argument's sign; others ignore it.
     """
 
     function: Callable[..., Image]

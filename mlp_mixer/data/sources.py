@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Labels are below it."""
+        """Number of classes; labels are below it."""
 
     @property
     def multi_label(self) -> bool:
@@ -50,7 +50,7 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """By label."""
+        """Names of the classes, by label; None if they have none."""
 
     def __len__(self) -> int: ...
 
@@ -71,28 +71,29 @@ def open_source(
     data_dir: str | os.PathLike | None = None,
     num_examples: int | None = None,
     num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: tuple[int, int] = (224, 224),
 ) -> Source:
     """Opens a split by name, e.g. `open_source("imagenet2012", "train[:99%]")`.
 
     Args:
-        name: "digits" (embedded), "synthetic", "folder:/path/to/images", or a prepared
-            TFDS data set ("imagenet2012", "cifar10:3.0.2").
-        split: in TFDS's notation: "train", "train[:99%]", "train+validation". In a
-            folder, "train" means `<path>/train/<class>/*`, and "all" means
-            `<path>/<class>/*`. Synthetic images are the same in every split.
-        label: which feature of TFDS data holds the class (a ClassLabel) or the classes
-            (a Sequence of it: "real_label" of imagenet2012_real).
-        data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
-        num_examples: what the recipe states; checked. For "synthetic", what to make
-            (None: 1,024).
-        num_classes: the same (synthetic: 1,000).
-        image_size: size of synthetic images in pixels (None: 224); else unused.
+      name: "digits" (embedded), "synthetic", "folder:/path/to/images", or a prepared
+        TFDS data set ("imagenet2012", "cifar10:3.0.2").
+      split: in TFDS's notation: "train", "train[:99%]", "train+validation". In a
+        folder, "train" means `<path>/train/<class>/*`, and "all" means
+        `<path>/<class>/*`. Synthetic images are the same in every split.
+      label: feature of TFDS data with the class (a ClassLabel) or the classes (a
+        Sequence of it: "real_label" of imagenet2012_real).
+      data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
+        ~/tensorflow_datasets).
+      num_examples: number of examples that the recipe states; checked. For
+        "synthetic", how many to make (None: 1,024).
+      num_classes: number of classes that the recipe states; checked. For "synthetic",
+        how many to make (None: 1,000).
+      image_size: (height, width) of synthetic images in pixels; else unused.
 
     Raises:
-        FileNotFoundError: there is no such data set on this machine.
-        ValueError: it has no such split, or is not what the recipe states.
+      FileNotFoundError: there is no such data set on this machine.
+      ValueError: it has no such split, or is not what the recipe states.
     """
     kind, _, argument = name.partition(":")
     if kind in DATASETS:
@@ -294,19 +295,20 @@ def with_classes(
     to: str,
     hint: str = "",
 ) -> Source:
-    """The source with its labels mapped by name to the classes of a model, say.
+    """Returns the source with its labels mapped by name to a model's classes.
 
     Args:
-      source: its classes may be a part of the model's.
-      class_names: of the model, by label; None if they have no names (1,000 of them
-        are ImageNet-1k's for data whose classes all are).
-      num_classes: of the model.
-      of: what the source is called, for people.
-      to: what the model is called.
-      hint: see `class_names.places`.
+      source: data whose classes may be a part of the model's.
+      class_names: names of the model's classes, by label; None if they have none. (A
+        thousand without names are ImageNet-1k's, if all of the data's are.)
+      num_classes: number of the model's classes.
+      of: name of the source, for messages.
+      to: name of the model, for messages.
+      hint: advice at the end of the message about different names.
 
     Raises:
-      ValueError: it has other classes; or another number, where one has no names.
+      ValueError: the source has other classes; or, where one side has no names,
+        another number of them.
     """
     class_names = class_names or assumed(source.class_names, num_classes)
     found = places(source.class_names, class_names, of=of, to=to, hint=hint)
@@ -323,7 +325,7 @@ def with_classes(
 
 @dataclasses.dataclass(frozen=True)
 class _Relabelled:
-    """A source with other labels: `label_of` of its own."""
+    """A source with other labels, which `label_of` gives for its own."""
 
     source: Source
     label_of: np.ndarray
@@ -360,11 +362,11 @@ class _Relabelled:
 
 @functools.singledispatch
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What a source holds, in JSON, to be compared with what it held before.
+    """Describes what a source holds, as JSON, to compare it with a later state.
 
-    It takes seconds: names and sizes of files are looked at, not what is in them. It
-    says nothing of the place, so data may be moved, and is equal on processes that see
-    the same data.
+    It takes seconds, because it looks at names and sizes of files, not at contents. It
+    does not depend on where the data lies, so data may be moved, and processes that see
+    the same data get the same.
     """
     return _common(source, type(source).__name__)
 
@@ -436,7 +438,7 @@ def _bytes(text: str) -> bytes:
 
 
 def _sizes(paths: Sequence[str]) -> list[int]:
-    """In bytes; -1 of a file that cannot be looked at. Many at once, for slow disks."""
+    """Returns sizes in bytes, -1 without access; in threads, for slow disks."""
     parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return [size for part in pool.map(_sizes_of, parts) for size in part]
@@ -459,11 +461,10 @@ def _open_digits(_: str, split: str, **options: Any) -> Source:
 
 
 def _open_synthetic(_: str, split: str, **options: Any) -> Source:
-    size = options["image_size"] or 224
     return _SyntheticSource(
         options["num_examples"] or 1024,
         options["num_classes"] or 1000,
-        (size, size) if isinstance(size, int) else size,
+        options["image_size"],
     )
 
 

@@ -20,7 +20,7 @@ class TFRecords:
     """The records of TFRecord files, as TFDS's split instructions cut them.
 
     Args:
-        files: objects with `filename, skip, take, examples_in_shard`.
+      files: objects with `filename, skip, take, examples_in_shard`.
     """
 
     def __init__(self, files: Sequence[Any]):

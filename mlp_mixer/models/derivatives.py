@@ -12,10 +12,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
-Dtype = jax.typing.DTypeLike
+from mlp_mixer.models.model import Run
 
 
 def add_bias(x: Float[Array, "..."], bias: Float[Array, " c"], axis: int = -1):
@@ -71,6 +72,8 @@ layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 class LayerNorm(nn.Module):
     """LayerNorm over channels; parameters `scale` and `bias` in float32."""
 
+    epsilon: float = 1e-6
+
     @nn.compact
     def __call__(self, x: Float[Array, "*rows c"]) -> Float[Array, "*rows c"]:
         """Returns `x` normalised, in the dtype of `x`."""
@@ -78,7 +81,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         # Parameters may come from a file, as NumPy arrays.
-        return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
+        return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.epsilon)
 
 
 # --- GELU ---------------------------------------------------------------------------
@@ -155,24 +158,29 @@ class Dense(nn.Module):
     Attributes:
       features: size of the axis afterwards.
       axis: 0 for tokens, -1 for channels.
-      dtype: of the product; None keeps the input's.
+      run: the product's dtype and form.
+      kernel_init, bias_init: other initial values.
     """
 
     features: int
     axis: int = -1
-    dtype: Dtype | None = None
+    run: Run = Run()
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns `x` with `axis` mapped to `features` entries."""
         shape = (x.shape[self.axis], self.features)
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), shape, jnp.float32
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if x.ndim == 2:  # flattened by layers.MlpBlock, for one CPU device
-            y = (_map_columns if self.axis == 0 else _map_rows)(x, kernel)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, shape[1:], jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.run.dtype)
+        if self.run.flat and self.axis == 0:
+            y = _map_columns(x.reshape(x.shape[0], -1), kernel)
+            y = y.reshape(self.features, *x.shape[1:])
+        elif self.run.flat:
+            y = _map_rows(x.reshape(-1, x.shape[-1]), kernel)
+            y = y.reshape(*x.shape[:-1], self.features)
         elif self.axis == 0:
             # Weight first: the other operand order transposes the whole result.
             y = jnp.einsum("sd,s...->d...", kernel, x)

@@ -8,12 +8,14 @@ The letters are the same everywhere: `n` images (batch), `h w` image height and 
 `s` tokens (patches, in raster order), `c` channels, `d` hidden units, `k` classes.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax.typing import Initializer
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -28,28 +30,28 @@ PRE_GELU = "pre_gelu"
 class PatchEmbed(nn.Module):
     """The stem: one linear map shared by all patches, straight to tokens first.
 
-    `kernel` (ph, pw, 3, c) is a convolution's, as published; its initial values are
-    those of Flax's Conv (lecun_normal with fan_in = ph·pw·3).
+    `kernel` (ph, pw, 3, c) and its initial values are those of Flax's Conv.
 
     Attributes:
       features: number of channels c.
       patch_size: (height, width) of a patch in pixels.
       run: the product's dtype.
+      kernel_init, bias_init: other initial values.
     """
 
     features: int
     patch_size: tuple[int, int]
     run: Run = Run()
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, image: Float[Array, "n h w 3"]) -> Float[Array, "s n c"]:
         """Returns the tokens in raster order, rows first."""
         ph, pw = self.patch_size
         shape = (ph, pw, image.shape[-1], self.features)
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), shape, jnp.float32
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
         image, kernel, bias = nn.dtypes.promote_dtype(
             image, kernel, bias, dtype=self.run.dtype
         )
@@ -69,6 +71,7 @@ class MlpBlock(nn.Module):
       dropout: rate after the GELU and after the second Dense (Figure 1 names dropout
         as a component without placing it; this is where ViT's MLP block has it).
       run: the products' dtype and form.
+      kernel_init, bias_init: initial values of both Dense.
     """
 
     mlp_dim: int
@@ -76,25 +79,29 @@ class MlpBlock(nn.Module):
     gelu: str = "tanh"
     dropout: float = 0.0
     run: Run = Run()
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(
         self, y: Float[Array, "s n c"], noise: Noise = Noise()
     ) -> Float[Array, "s n c"]:
         """Returns the output of the branch, with `noise` applied."""
-        shape, dtype = y.shape, self.run.dtype
         rngs: Any = (None, None)
         if noise.rng is not None and self.dropout:
             rngs = jax.random.split(noise.rng)[::-1]
-        if self.run.flat:
-            tokens = self.axis == 0
-            y = rearrange(y, "s n c -> s (n c)" if tokens else "s n c -> (s n) c")
-        h = Dense(self.mlp_dim, self.axis, dtype, name="Dense_0")(y)
+        dense = functools.partial(
+            Dense,
+            axis=self.axis,
+            run=self.run,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+        )
+        h = dense(self.mlp_dim, name="Dense_0")(y)
         h = GELUS[self.gelu](checkpoint_name(h, PRE_GELU))
         h = _dropout(rngs[0], self.dropout, h)
-        y = Dense(shape[self.axis], self.axis, dtype, name="Dense_1")(h)
-        y = _dropout(rngs[1], self.dropout, y.reshape(shape))
-        return y if noise.keep is None else scale_images(y, noise.keep)
+        y = dense(y.shape[self.axis], name="Dense_1")(h)
+        return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
 
 
 def _dropout(rng, rate, x):
@@ -105,21 +112,26 @@ def _dropout(rng, rate, x):
 
 
 def scale_images(
-    x: Float[Array, "..."], factors: Float[Array, " n"], axis: int = 1
+    x: Float[Array, "..."], factors: Float[Array, " n"] | None, axis: int = 1
 ) -> Float[Array, "..."]:
     """Returns `x` times each image's factor: the mask of stochastic depth.
 
     Args:
       x: the output of a branch.
-      factors: a factor for each image.
+      factors: a factor for each image; None: 1.
       axis: the axis of `x` that counts images.
     """
+    if factors is None:
+        return x
     factors = factors.astype(x.dtype)
     return x * lax.broadcast_in_dim(factors, x.shape, (axis,))
 
 
 def head(
-    pre_logits: Float[Array, "n c"], num_classes: int, bias: float = 0.0
+    pre_logits: Float[Array, "n c"],
+    num_classes: int,
+    bias: float = 0.0,
+    kernel_init: Initializer = nn.initializers.zeros,
 ) -> Float[Array, "n k"]:
     """Returns logits: a linear map that starts at zero, but for its bias.
 
@@ -127,8 +139,31 @@ def head(
     """
     dense = nn.Dense(
         num_classes,
-        kernel_init=nn.initializers.zeros,
+        kernel_init=kernel_init,
         bias_init=nn.initializers.constant(bias),
         name="head",
     )
     return dense(pre_logits)
+
+
+def readout(
+    y: Float[Array, "s n c"],
+    states: list[Float[Array, "s n c"]],
+    num_classes: int | None,
+    **head_fields: Any,
+) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+    """Returns (logits, out) of a model that averages tokens before its `head`.
+
+    Args:
+      y: the last state, normalised.
+      states: the states after the stem and after each block, for `out`.
+      num_classes: None leaves the head out; the first result are the features.
+      **head_fields: arguments of `head`.
+    """
+    pre_logits = y.mean(0, dtype=jnp.float32)
+    names = ["stem", *(f"block_{i}" for i in range(len(states) - 1))]
+    out = {k: jnp.swapaxes(x, 0, 1) for k, x in zip(names, states, strict=True)}
+    out["pre_logits"] = pre_logits
+    if num_classes is None:
+        return pre_logits, out
+    return head(pre_logits, num_classes, **head_fields), out

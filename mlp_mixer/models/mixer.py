@@ -13,16 +13,14 @@ The parameter tree is the official one, so published files load by identity.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import GELUS, LayerNorm
-from mlp_mixer.models.model import Model, Noise, Run
+from mlp_mixer.models.model import Model, Noise, Run, sizes
 
 
 class MixerBlock(nn.Module):
@@ -35,9 +33,7 @@ class MixerBlock(nn.Module):
     run: Run
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "s n c"], noise: Noise = Noise()
-    ) -> Float[Array, "s n c"]:
+    def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
         mlp = functools.partial(
             layers.MlpBlock, gelu=self.gelu, dropout=self.dropout, run=self.run
@@ -86,25 +82,14 @@ class MlpMixer(Model):
     def __call__(
         self, image: Array, *, train: bool = False
     ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
-        """Returns (logits, out).
+        """Returns logits (n, k) of images (n, h, w, 3) in [−1, 1], and outputs within.
 
-        Args:
-          image: (n, h, w, 3), values in [−1, 1]; h, w multiples of the patch's.
-          train: whether dropout and stochastic depth are on (random stream "dropout").
-
-        Returns:
-          logits: (n, k) float32, or the pre-logits if `num_classes` is None.
-          out: the intermediate outputs `stem`, `block_0`, … (n, s, c) and
-            `pre_logits` (n, c).
-
-        Raises:
-          ValueError: the image does not fit the patches or the parameters, or a field
-            has no such value.
+        Those are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
-        known.require("gelu", self.gelu, GELUS)
         self.check_image(image, AXES)
-        x = layers.PatchEmbed(self.hidden_dim, self.patch_size, self.run, name="stem")(
-            image
+        known.require("gelu", self.gelu, GELUS)
+        stem = layers.PatchEmbed(
+            self.hidden_dim, self.patch_size, self.run, name="stem"
         )
         block = functools.partial(
             MixerBlock,
@@ -114,6 +99,17 @@ class MlpMixer(Model):
             dropout=self.dropout,
             run=self.run,
         )
+        noise = Noise()
+        if train:  # linear over depth, one rate for both branches (big_vision)
+            noise = trunk.draw(
+                self,
+                self.num_blocks,
+                len(image),
+                rates=(0.0, self.stochastic_depth),
+                rescale=self.rescale_stochastic_depth,
+                dropout=self.dropout,
+            )
+        x = stem(image)
         y, states = trunk.blocks(
             self,
             block,
@@ -122,49 +118,24 @@ class MlpMixer(Model):
             count=self.num_blocks,
             run=self.run,
             train=train,
-            noise=self._noise(image.shape[0]) if train else Noise(),
+            noise=noise,
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
-        pre_logits = y.mean(0, dtype=jnp.float32)
-        out = {f"block_{i}": jnp.swapaxes(z, 0, 1) for i, z in enumerate(states)}
-        out |= {"stem": jnp.swapaxes(x, 0, 1), "pre_logits": pre_logits}
-        if self.num_classes is None:
-            return pre_logits, out
-        return layers.head(pre_logits, self.num_classes, self.head_bias), out
-
-    def _noise(self, images: int) -> Noise:
-        """The rate rises linearly and is one for both branches (big_vision)."""
-        return trunk.draw(
-            self,
-            self.num_blocks,
-            images,
-            rates=(0.0, self.stochastic_depth),
-            rescale=self.rescale_stochastic_depth,
-            dropout=self.dropout,
-        )
-
-
-def _size(patch, num_blocks, hidden_dim, tokens_mlp_dim, channels_mlp_dim):
-    return {
-        "patch_size": (patch, patch),
-        "num_blocks": num_blocks,
-        "hidden_dim": hidden_dim,
-        "tokens_mlp_dim": tokens_mlp_dim,
-        "channels_mlp_dim": channels_mlp_dim,
-    }
+        return layers.readout(y, [x, *states], self.num_classes, bias=self.head_bias)
 
 
 MODEL = MlpMixer
-# Table 1, a row per column of the paper's: patch, layers, C, D_S, D_C.
-SIZES: dict[str, dict[str, Any]] = {
-    "mixer_s32": _size(32, 8, 512, 256, 2048),
-    "mixer_s16": _size(16, 8, 512, 256, 2048),
-    "mixer_b32": _size(32, 12, 768, 384, 3072),
-    "mixer_b16": _size(16, 12, 768, 384, 3072),
-    "mixer_l32": _size(32, 24, 1024, 512, 4096),
-    "mixer_l16": _size(16, 24, 1024, 512, 4096),
-    "mixer_h14": _size(14, 32, 1280, 640, 5120),
+# Table 1: patch, layers, C, D_S, D_C.
+_ROWS = {
+    "mixer_s32": ((32, 32), 8, 512, 256, 2048),
+    "mixer_s16": ((16, 16), 8, 512, 256, 2048),
+    "mixer_b32": ((32, 32), 12, 768, 384, 3072),
+    "mixer_b16": ((16, 16), 12, 768, 384, 3072),
+    "mixer_l32": ((32, 32), 24, 1024, 512, 4096),
+    "mixer_l16": ((16, 16), 24, 1024, 512, 4096),
+    "mixer_h14": ((14, 14), 32, 1280, 640, 5120),
 }
+SIZES = {name: sizes(MlpMixer, row) for name, row in _ROWS.items()}
 AXES = {
     "stem/kernel": "ph pw rgb c",
     "stem/bias": "c",

@@ -11,6 +11,7 @@ A file of this package is one paper. It declares
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -145,6 +146,12 @@ class Model(nn.Module):
                     leaf = leaf.get(key, {})
                 return leaf.shape[letters.split().index("s")] if len(leaf) else None
         return None
+
+
+def sizes(model: type[Model], row: Sequence[Any]) -> dict[str, Any]:
+    """Returns {field: value} of a table's row, for the first fields of a model."""
+    fields = dataclasses.fields(model)[: len(row)]
+    return {f.name: value for f, value in zip(fields, row, strict=True)}
 
 
 def check_divisible(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:

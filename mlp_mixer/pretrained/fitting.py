@@ -269,9 +269,11 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
 
 def _said(params: Any) -> str:
     """What a person would call them, e.g. mixer_b16, 196 tokens, 1000 classes."""
-    try:
-        name, count = tree.describe(tree.model_of(params)), tree.tokens(params)
-    except ValueError:
+    found = tree.shapes(params)
+    if (file := tree.find(found)) is None:
         return "no whole model"
-    head = f"{len(params['head']['bias'])} classes" if "head" in params else "no head"
-    return ", ".join([name, *([f"{count} tokens"] if count else []), head])
+    fields = {"name": tree.family_name(file), **tree.geometry(found, file)}
+    count, classes = (tree.sizes(found, file).get(letter) for letter in "sk")
+    tokens = f"{count} tokens, " if count else ""
+    head = f"{classes} classes" if classes else "no head"
+    return f"{tree.describe(fields)}, {tokens}{head}"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mlp_mixer import models
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.text import brief
+from mlp_mixer.text import brief, listed
 
 Params = dict[str, Any]
 Shape = tuple[int, ...]
@@ -200,6 +200,10 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
     """
     found = shapes(params)
     file = family(found)
+    if wrong := problems(found, file):
+        raise ValueError(
+            f"These are not the parameters of one {family_name(file)}:\n{listed(wrong)}"
+        )
     told = geometry(found, file) | given
     try:
         fields = models.fields(family_name(file), **told)
@@ -222,7 +226,9 @@ def variant(file: ModuleType, fields: Mapping[str, Any]) -> str | None:
     """
     wide = FIELDS["ds"]
     for name, row in file.SIZES.items():
-        if all(fields[field] == value for field, value in row.items() if field != wide):
+        if all(
+            fields.get(field) == value for field, value in row.items() if field != wide
+        ):
             factor, rest = divmod(fields.get(wide, 1), row.get(wide, 1))
             if not rest and math.isqrt(factor) ** 2 == factor:
                 return name
@@ -243,7 +249,7 @@ def sizes_of(model: Mapping[str, Any]) -> str:
         return " × ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     fields = dict.fromkeys(field for row in rows for field in row)
-    return ", ".join(f"{field} {said(model[field])}" for field in fields)
+    return ", ".join(f"{f} {said(model[f])}" for f in fields if f in model)
 
 
 def tokens(params: Any) -> int | None:

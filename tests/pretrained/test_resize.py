@@ -597,8 +597,8 @@ def test_a_factor_of_one_changes_nothing():
 # --- Errors ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("factor", [1.5, 2.0, 0, -2])
-def test_growing_takes_whole_factors_only(factor):
+@pytest.mark.parametrize("factor", [0, -2])
+def test_growing_takes_factors_from_1_only(factor):
     with pytest.raises(ValueError, match=rf"factor is {factor}.*interpolate"):
         resize.grow(mixer_for((3, 4)), factor, (3, 4))
 
@@ -657,5 +657,5 @@ def test_a_new_grid_has_rows_and_columns():
 
 @every_call
 def test_variables_instead_of_parameters_are_refused(call):
-    with pytest.raises(ValueError, match=r"hold params; expected.*\['params'\]"):
+    with pytest.raises(ValueError, match=r"but params\. Try variables\['params'\]"):
         call({"params": mixer_for((3, 4))}, (3, 4))

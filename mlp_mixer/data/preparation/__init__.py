@@ -41,11 +41,11 @@ class Preparable:
 
     Attributes:
       write: does it.
-      gigabytes: of disk it takes, downloads included but not what is put by hand.
+      gigabytes: disk space that it takes, with downloads, without files put by hand.
       manual: what a person has to put into the manual folder.
       base: the TFDS data set that it is made from.
       tensorflow: whether TFDS's own builder does it.
-      version: of what this project writes itself.
+      version: version of the data that this project writes itself.
     """
 
     write: Callable[[Job], None]
@@ -162,7 +162,8 @@ def prepare(
     Args:
       name: in PREPARABLE, or of TFDS.
       data_dir: where TFDS data lives; None is TFDS's own default.
-      manual_dir: of files put there by hand; None is `<data_dir>/downloads/manual`.
+      manual_dir: folder of files put there by hand; None is
+        `<data_dir>/downloads/manual`.
       verify: whether to compare those with their published checksums.
       progress: (what, total, unit, done) → a context that gives `advance(amount)`.
 

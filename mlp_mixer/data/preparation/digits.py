@@ -82,11 +82,11 @@ def prepare_digits(
     Any number of processes may call this at once: one prepares, the others wait.
 
     Args:
-        data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
-            ~/tensorflow_datasets).
+      data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
+        ~/tensorflow_datasets).
 
     Returns:
-        A builder whose data is on disk.
+      A builder whose data is on disk.
     """
     builder = MixerDigits(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():  # TFDS renames it there when it is complete.

@@ -32,9 +32,10 @@ class Task:
       base: the TFDS data set, its configuration included.
       val200: where the 200 come from: "validation[:200]", or, written "90%", the
         first 200 after so much of the split train.
-      test: in TFDS's notation; "80%:" is what is left of train after that.
-      feature: that holds the label.
-      num_classes: of a derived label; None where `feature` is a ClassLabel as it is.
+      test: split for testing, in TFDS's notation; "80%:" is the rest of train.
+      feature: name of the feature with the label.
+      num_classes: number of classes of a derived label; None where `feature` is a
+        ClassLabel as it is.
       label: value of `feature` → derived label.
       image: encoded image → encoded image, where it is not as it is.
     """

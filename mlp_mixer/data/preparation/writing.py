@@ -30,8 +30,8 @@ class Job:
     """One data set to prepare.
 
     Attributes:
-      name: of TFDS, a config included: "eurosat/rgb".
-      version: of what is written, e.g. "5.1.0".
+      name: name in TFDS, a config included: "eurosat/rgb".
+      version: version of the data that is written, e.g. "5.1.0".
       data_dir: where TFDS data lives.
       manual_dir: where files lie that a person has to download.
       verify: whether to compare them with published checksums.
@@ -62,7 +62,7 @@ class Split:
 
     Attributes:
       num_examples: how many.
-      num_bytes: of their images, all together.
+      num_bytes: size of all images together.
       read: (start, stop) → those examples, as their features take them.
     """
 
@@ -115,7 +115,7 @@ def write(
 
     Args:
       job: the data set, after `begin`.
-      features: as in TFDS.
+      features: features, in the form of TFDS.
       splits: by name.
       **info: description, homepage and the like for `tfds.core.DatasetInfo`.
 
