@@ -16,6 +16,7 @@ import difflib
 import logging
 import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -213,7 +214,7 @@ def _round_trip(
     size = before.image_size or (ph, pw * (pretrained.tokens(before.params) or 1))
     image = jax.random.uniform(jax.random.key(0), (2, *size, 3), minval=-1)
 
-    def outputs(weights):
+    def outputs(weights: pretrained.Weights) -> tuple[Any, Any]:
         apply = jax.jit(pretrained.create_model(weights).apply)
         logits, out = apply(weights.variables, image)
         return logits, out["pre_logits"]

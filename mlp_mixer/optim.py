@@ -6,12 +6,14 @@ follows the schedule, so `weight_decay` 0.1 at learning rate 0.001 is big_vision
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mlp_mixer import known
+from mlp_mixer.fingerprints import PyTree
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -48,7 +50,7 @@ def make_schedule(
     Args:
       total_steps: T.
       learning_rate: base, the peak.
-      warmup_steps: of linear warm-up.
+      warmup_steps: steps of linear warm-up.
       decay: a key of `DECAYS`: "linear", "cosine" or "staircase".
       end_learning_rate: the value at T.
       end_factor: instead of `end_learning_rate`, the value at T as a fraction of
@@ -95,7 +97,7 @@ def create(
     eps: float = 1e-8,
     momentum: float = 0.9,
     momentum_dtype: str = "float32",
-    **schedule_fields,
+    **schedule_fields: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Returns (optimiser, schedule).
 
@@ -106,12 +108,11 @@ def create(
       weight_decay: decoupled, times the learning rate of the moment.
       decayed: "kernels" (the run that is known to reach 76.3 %) or "all" parameters.
       clip_norm: global norm of the gradient; None does not clip.
-      b1: Adam's, like b2 and eps.
-      b2: see b1.
-      eps: see b1.
-      momentum: of "momentum", like momentum_dtype.
-      momentum_dtype: of the accumulator; the authors fine-tune with "bfloat16".
-      **schedule_fields: of `make_schedule`.
+      b1, b2, eps: decay rates of Adam's two moments, and the constant in its
+        denominator.
+      momentum: decay rate of the accumulator of "momentum".
+      momentum_dtype: dtype of that accumulator; the authors fine-tune with "bfloat16".
+      **schedule_fields: arguments of `make_schedule`.
 
     Raises:
       ValueError: unknown optimiser, `decayed` or schedule.
@@ -141,7 +142,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     hundreds: a quarter of the time to compile Mixer-H/14's step.
     """
 
-    def clip(updates, params):
+    def clip(updates: PyTree, params: PyTree) -> PyTree:
         del params
         factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
@@ -149,7 +150,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _is_kernel(params):
+def _is_kernel(params: PyTree) -> PyTree:
     """True where a parameter is the kernel of a product or of the stem."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params

@@ -36,7 +36,6 @@ from mlp_mixer.workdir import (
     load,
     load_class_names,
     sides,
-    to_json,
     trained_classes,
 )
 
@@ -97,7 +96,11 @@ def open_model(
     several = jax.process_count() > 1
     if several and config is not None:
         has = bool(history.checkpoints(source))
-        said = {"recipe": to_json(config), "class_names": names, "checkpoints": has}
+        said = {
+            "recipe": recipe.to_json(config),
+            "class_names": names,
+            "checkpoints": has,
+        }
         processes.compare(**said, step=step, best=best)
     weights = pretrained.read(source, step=step, best=best, more_is_better=more)
     if several:
@@ -149,7 +152,7 @@ def check_agreement(
     if jax.process_count() == 1:
         return
     processes.compare(
-        recipe=to_json(config),
+        recipe=recipe.to_json(config),
         data=data,
         evals=fingerprints(evals),
         jax=jax.__version__,
@@ -218,7 +221,8 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     config = recipe.base()
     config.batch_size = 256
     config.dataset.num_classes = weights.num_classes
-    config.model.update(weights.model, image_size=size, dtype=weights.dtype)
+    config.model.update(weights.model, image_size=size)
+    config.run.dtype = weights.dtype
     for name, data in paper.PRETRAINING.items():
         if data["num_classes"] == config.dataset.num_classes:
             config.dataset.name = name

@@ -34,7 +34,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.data import preparation, sources
 from mlp_mixer.text import listed
-from mlp_mixer.workdir import MAY_CHANGE, differences, load, to_json
+from mlp_mixer.workdir import MAY_CHANGE, differences, load
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Task:
     """A recipe, and how it chooses its learning rate.
 
     Attributes:
-      name: of its folder.
+      name: name of its folder.
       select: trains on a part and evaluates on the rest of the training split.
       final: trains on all of it and evaluates on the test split.
       learning_rates: to choose from.
@@ -180,7 +180,8 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
-    if differing := differences(said["config"], to_json(config), may_change):
+    there = recipe.to_json(recipe.from_json(said["config"], str(path)))
+    if differing := differences(there, recipe.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
@@ -199,7 +200,7 @@ def complete(
     """Trains `config` to its end, unless that is done; returns its top-1 in [0, 1].
 
     Args:
-      config: of a recipe.
+      config: the recipe.
       workdir: folder of the run.
       data_dir: where data sets are; TFDS's own folder by default.
       trial: whether a loss that is not finite is a result, NaN.
@@ -220,7 +221,7 @@ def complete(
         # The same again would diverge again.
         logger.warning("%s", error)
         score = math.nan
-    result = {"config": to_json(config), "top1": _finite(score)}
+    result = {"config": recipe.to_json(config), "top1": _finite(score)}
     files.write_json(workdir / RESULT, result)
     return score
 
@@ -248,7 +249,7 @@ class Result:
     """What a task came to; accuracies are top-1 in [0, 1].
 
     Attributes:
-      name: of the task.
+      name: name of the task.
       model: what was fine-tuned, and at which resolution.
       dataset: what was fine-tuned on.
       data: what was evaluated.
@@ -306,7 +307,7 @@ def run(
     """Chooses the learning rate, trains with it, and returns what came out.
 
     Args:
-      task: see there.
+      task: what to run.
       folder: the runs are below it, in `<task>/`.
       seeds: how many final runs.
       data_dir: where data sets are; TFDS's own folder by default.

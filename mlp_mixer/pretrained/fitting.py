@@ -12,10 +12,9 @@ from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import known, models, processes
 from mlp_mixer.data.class_names import assumed, places
-from mlp_mixer.fingerprints import fingerprint, leaves
+from mlp_mixer.fingerprints import Params, fingerprint, leaves
 from mlp_mixer.models.model import Run, check_divisible
 from mlp_mixer.pretrained import resize, tree
-from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.pretrained.weights import Weights, check, read
 from mlp_mixer.text import listed
 

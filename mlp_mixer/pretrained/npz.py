@@ -16,7 +16,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -149,7 +149,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
 
 
 def write(
-    file: Any, params: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    file: IO[bytes], params: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes {name: array} as the published files are: current layout, float32.
 

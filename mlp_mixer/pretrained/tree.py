@@ -16,7 +16,6 @@ from mlp_mixer import models
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.text import brief, listed
 
-Params = dict[str, Any]
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 

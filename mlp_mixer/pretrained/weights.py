@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 
 import mlp_mixer
 from mlp_mixer import files, known, models
-from mlp_mixer.fingerprints import leaves
+from mlp_mixer.fingerprints import Params, leaves
 from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,
@@ -30,7 +30,6 @@ from mlp_mixer.pretrained.normalisation import (
     fold,
     normalisation,
 )
-from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
@@ -270,17 +269,18 @@ def _read_run(
     at, variables = checkpoint.restore_variables(
         folder / "checkpoints", step=step, best=best, more_is_better=more_is_better
     )
+    model = config.model.to_dict()
     sections = config.evals.values()
     kinds = ((section.type, section.preprocess) for section in sections)
     return Weights(
         variables.pop("params"),
         f"run at step {at}",
-        model=workdir.model(config),
+        image_size=model.pop("image_size"),
+        model=model,
         stats=variables,
-        image_size=config.model.image_size,
         class_names=tuple(names) if names else None,
         preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
-        dtype=workdir.dtype(config),
+        dtype=config.run.dtype,
         step=at,
     )
 
