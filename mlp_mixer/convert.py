@@ -121,7 +121,7 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
         "sizes": pretrained.sizes_of(weights.model),
         "classes": str(weights.num_classes or "no head"),
         "resolution": f"{size[0]} × {size[1]} px" if size else "not said",
-        "tokens": str(pretrained.tokens(weights.params) or "of any number"),
+        "tokens": str(pretrained.tokens(weights.params) or "not said"),
         "parameters": f"{sum(x.size for x in arrays.values()):,}",
         "dtype": ", ".join(sorted({str(x.dtype) for x in arrays.values()})),
         **{k: v for k, v in weights.model.items() if k != "name" and type(v) is str},

@@ -1,5 +1,6 @@
 """What a parameter tree says of its model: every letter of `AXES` stands for a size."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -203,33 +204,33 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
         raise ValueError(
             f"These are not the parameters of one {family_name(file)}:\n{listed(wrong)}"
         )
-    told = geometry(found, file) | given
-    try:
-        fields = models.fields(family_name(file), **told)
-    except ValueError:
-        rows = [
-            row
-            for row in file.SIZES.values()
-            if all(row[field] == told[field] for field in row.keys() & told.keys())
-        ]
-        if not rows:
-            raise
-        fields = models.fields(family_name(file), **rows[0] | told)
-    return {"name": variant(file, fields) or family_name(file), **fields}
+    told, name = geometry(found, file), family_name(file)
+    # What no shape tells and has a default, an initial value say, is the paper's of
+    # this size.
+    row = file.SIZES.get(_nearest(file, told) or "", {})
+    declared = models.declared(name)
+    usual = {f: row[f] for f in row if declared[f].default is not dataclasses.MISSING}
+    fields = models.fields(name, **usual | told | given)
+    return {"name": variant(file, fields) or name, **fields}
 
 
-def variant(file: ModuleType, fields: Mapping[str, Any]) -> str | None:
-    """Returns the name of the size that has these fields, or None.
+def variant(file: ModuleType, model: Mapping[str, Any]) -> str | None:
+    """Returns the name of the size that has the fields of a model, or None.
 
     Token mixing may be K² times as wide: grown to another resolution.
     """
+    name = _nearest(file, model)
+    return name if name and file.SIZES[name].keys() <= model.keys() else None
+
+
+def _nearest(file: ModuleType, told: Mapping[str, Any]) -> str | None:
+    """The name of the first size that contradicts none of the fields."""
     wide = FIELDS["ds"]
     for name, row in file.SIZES.items():
-        if all(
-            fields.get(field) == value for field, value in row.items() if field != wide
-        ):
-            factor, rest = divmod(fields.get(wide, 1), row.get(wide, 1))
-            if not rest and math.isqrt(factor) ** 2 == factor:
+        both = (row.keys() & told.keys()) - {wide}
+        if all(row[field] == told[field] for field in both):
+            factor, rest = divmod(told.get(wide, 1), row.get(wide, 1))
+            if wide not in told or (not rest and math.isqrt(factor) ** 2 == factor):
                 return name
     return None
 
