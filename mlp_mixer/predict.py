@@ -79,10 +79,10 @@ def predict(
     An image that cannot be read is named in the log.
 
     Args:
-      source: of the weights: a run's folder, a file or a published name.
+      source: a run's folder, a file of weights or a published name.
       paths: image files, folders or globs.
-      top: how many classes.
-      step: of a run's checkpoint; the newest by default.
+      top: number of classes that are named.
+      step: step of a run's checkpoint; the newest by default.
       preprocess: a protocol, instead of the one that the run was evaluated with.
       labels: a text file with the names of the classes, one a line.
       dtype: dtype of activations and products, instead of the one that the run's
@@ -133,19 +133,18 @@ def classify(
     """Yields what an open model makes of every readable file, as `predict` does."""
     images = _Files(**vars(folders.open_files(files)))
     turned = 0
-    per_device = -(-min(batch_size, len(images)) // model.mesh.size)
     # Decodes ahead in threads, and names what is broken.
     batches = pipeline.eval_batches(
         images,
         image_size=model.image_size,
-        batch_size=per_device * model.mesh.size,
+        batch_size=sharding.whole_batch(model.mesh, min(batch_size, len(images))),
         preprocess=model.preprocess,
         exif=exif,
     )
     for batch in batches:
-        logits, features = jax.device_get(
-            model.predict(model.params, sharding.put(batch["image"], model.mesh))
-        )
+        cut = sharding.put({"image": batch["image"]}, model.mesh)
+        out = jax.device_get(model.predict(model.variables, cut))
+        logits, features = out["logits"], out["pre_logits"]
         for i in np.flatnonzero(batch["mask"]):
             turned += batch["index"][i] in images.turned
             best, probabilities = _top(logits[i], top if model.class_names else 0)
@@ -205,14 +204,8 @@ def run(
 
     Args:
       images: files, folders, globs, and "-" for paths on stdin, one a line.
-      weights: as `source` in `predict`, which explains step, top, preprocess, labels,
-        dtype, exif.
-      step: see weights.
-      top: see weights.
-      preprocess: see weights.
-      labels: see weights.
-      dtype: see weights.
-      exif: see weights.
+      weights: a run's folder, a file of weights or a published name.
+      step, top, preprocess, labels, dtype, exif: as in `predict`.
       format: a key of `FORMATS`.
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order

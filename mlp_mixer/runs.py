@@ -47,8 +47,8 @@ class Opened(NamedTuple):
 
     said: str  # where they come from, for people
     mesh: Mesh
-    predict: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # steps.make_predict
-    params: Any
+    predict: Callable[[Any, Any], dict[str, jax.Array]]  # steps.make_predict
+    variables: dict[str, Any]  # what predict takes
     image_size: tuple[int, int]  # height and width in pixels
     preprocess: str  # a key of data.image_ops.PROTOCOLS
     class_names: tuple[str, ...]  # none without a head
@@ -68,7 +68,7 @@ def open_model(
     """Opens weights as a model that predicts, and says what they are in the log.
 
     Args:
-      source: source of `pretrained.read`: a run's folder, a file or a published name.
+      source: a run's folder, a file or a published name.
       step: step of a run's checkpoint; the newest intact one by default.
       best: another checkpoint of a run, the best by this metric, e.g. "val/top1".
       preprocess: a key of `data.image_ops.PROTOCOLS`; by default the one that the run
@@ -126,7 +126,7 @@ def open_model(
         mesh,
         steps.make_predict(model, mesh),
         sharding.place(
-            weights.params, sharding.shardings(weights.params, mesh, strategy)
+            weights.variables, sharding.shardings(weights.variables, mesh, strategy)
         ),
         size,
         protocol,
@@ -144,7 +144,7 @@ def check_agreement(
     Args:
       config: with every field resolved.
       data: `sources.fingerprint` of the training data.
-      evals: of `evaluators.create`.
+      evals: evaluators by name.
 
     Raises:
       ValueError: they differ; names each difference, its values and the processes.
@@ -184,7 +184,7 @@ def training_data(
       config: with every field resolved.
       workdir: folder of the run.
       data: `sources.fingerprint(source)`.
-      accept_changed_data: see `check`.
+      accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
       ValueError: as `check`; or the run has other classes.

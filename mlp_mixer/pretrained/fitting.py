@@ -77,7 +77,8 @@ def merge(
         had = "none" if "head/bias" not in given else len(given["head/bias"])
         logger.info(
             "The head is a new one of zeros for %d classes (the weights': %s).",
-            *(wanted["head/bias"].shape[0], had),
+            wanted["head/bias"].shape[0],
+            had,
         )
         given |= {n: np.zeros(wanted[n].shape, wanted[n].dtype) for n in heads}
     if not heads:
@@ -110,15 +111,15 @@ def initial(
     """Returns what a run starts from, for `config.init_from`: {"params", "stats"}.
 
     Args:
-      source: source of `weights.read`; None or "": there is none, and nothing returned.
+      source: a run's folder, a file or a published name; none if it is empty.
       model: the model that they are for.
       target: what has the shapes of its `params` and `stats`.
       image_size: height and width in pixels that it is trained at.
       head: "match" or "zero", as in `merge`.
       resize_by: what to do if the weights are for another grid of patches: "grow"
         (the paper's way, K times as many on each side) or "interpolate".
-      class_names: names of the data's classes, by label; a head that is kept is brought
-        into their order by name. None: they have no names.
+      class_names: names of the data's classes, by label; a head that is kept is
+        brought into their order by name. None: they have no names.
 
     Raises:
       ValueError: they do not fit.
@@ -144,7 +145,7 @@ def initial(
         )
         stats = merge(
             weights.stats,
-            getattr(target, "stats", {}),
+            target.stats,
             called=f"Statistics of {source}",
         )
         count = weights.num_classes

@@ -45,7 +45,7 @@ def read(
     a "/" in their name, which no published file has.
 
     Args:
-      path: of the file.
+      path: the file.
       check: raises if arrays of these names, shapes and dtypes, with such metadata,
         are not wanted. They are stand-ins, from the headers alone, and no other array
         is read before.

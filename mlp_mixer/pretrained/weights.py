@@ -55,7 +55,7 @@ class Weights:
       class_names: names by class; None if they have none.
       preprocess: the evaluation protocol of the run; None if it is not known.
       source: the name that they were read by; None if they were made.
-      normalisation: what the source's images are normalised by, folded into `params`.
+      normalisation: what the source's images were normalised by; folded into `params`.
       dtype: dtype that the run computes in; float32 of any other source.
       step: step of the run's checkpoint.
     """
@@ -120,7 +120,7 @@ def read(
     Args:
       source: a run's folder, a file, or a published name such as
         "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
-      dtype: of the arrays, a key of `DTYPES`; None keeps the file's.
+      dtype: dtype of the arrays, a key of `DTYPES`; None keeps the file's.
       step: step of a run's checkpoint; the newest intact one by default.
       best: instead of a step, the metric whose best value chooses the checkpoint.
       more_is_better: whether the best value of that metric is the highest.
@@ -549,7 +549,7 @@ def write_safetensors(
 
     Args:
       weights: to write.
-      path: of the file.
+      path: the file to write.
       names: "ours", those of our tree, or "timm".
 
     Raises:

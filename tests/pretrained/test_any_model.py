@@ -205,3 +205,10 @@ def test_the_programs_take_it(tmp_path, caplog):
     assert (about["model"], about["num_blocks"]) == ("toy_family", 2)
     with pytest.raises(ValueError, match="no ONNX graph of toy_family, only of mixer"):
         export.export_onnx(weights, tmp_path / "t.onnx")
+    model = runs.open_model(tmp_path / "run")
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 24, 3), np.uint8)
+    out = model.predict(model.variables, {"image": image})
+    expected, _ = pretrained.create_model(weights).apply(
+        weights.variables, (image.astype(np.float32) - 127.5) / 127.5
+    )
+    np.testing.assert_allclose(out["logits"], expected, rtol=1e-5)
