@@ -209,6 +209,6 @@ def test_the_programs_take_it(tmp_path, caplog):
     image = np.random.default_rng(0).integers(0, 256, (8, 16, 24, 3), np.uint8)
     out = model.predict(model.variables, {"image": image})
     expected, _ = pretrained.create_model(weights).apply(
-        weights.variables, (image.astype(np.float32) - 127.5) / 127.5
+        weights.variables, (jnp.float32(image) - 127.5) / 127.5
     )
     np.testing.assert_allclose(out["logits"], expected, rtol=1e-5)
