@@ -178,7 +178,7 @@ def place(tree: Any, shardings: Any) -> Any:
       shardings: as `shardings` gives them, for each.
     """
 
-    def one(x, sharding):
+    def one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, shardings)
