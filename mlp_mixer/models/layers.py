@@ -104,7 +104,7 @@ class MlpBlock(nn.Module):
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
 
 
-def _dropout(rng, rate, x):
+def _dropout(rng: Array | None, rate: float, x: Array) -> Array:
     if rng is None:
         return x
     keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
