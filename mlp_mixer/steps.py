@@ -54,7 +54,7 @@ def state_shapes(
     mesh: Mesh,
     example: Example,
     *,
-    strategy: str = "replicated",
+    strategy: str,
 ) -> TrainState:
     """The state as shapes with shardings: the target of init, restore and compile.
 
@@ -143,8 +143,8 @@ def make_train_step(
     *,
     loss: str,
     seed: int,
-    mixup: float = 0.0,
-    accumulate: int = 1,
+    mixup: float,
+    accumulate: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, donating the state.
 

@@ -101,7 +101,7 @@ class Accuracy:
         preprocess: str,
         batch_size: int,
         every_steps: int,
-        ece_bins: int = 0,
+        ece_bins: int,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         data_dir: str | None = None,

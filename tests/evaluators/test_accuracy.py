@@ -38,6 +38,7 @@ def make(mesh, count, batch_size, loss="softmax_xent", split="test"):
     section = {
         "type": "accuracy",
         "every_steps": 1,
+        "ece_bins": 0,
         "batch_size": batch_size,
         "preprocess": "vision_transformer",
         "dataset": {
@@ -183,7 +184,7 @@ def of_labels(monkeypatch, labels, logits, devices, **fields):
         preprocess="vision_transformer",
         batch_size=4,
         every_steps=1,
-        **fields,
+        **{"ece_bins": 0} | fields,
     )
 
 
@@ -274,6 +275,7 @@ def of_colours(greys, class_names, dataset, data_dir=None):
         preprocess="vision_transformer",
         batch_size=16,
         every_steps=1,
+        ece_bins=0,
         num_classes=len(greys),
         class_names=class_names,
         data_dir=data_dir,
