@@ -97,7 +97,7 @@ def _said(message: str) -> str:
 
 def _stdout_has_no_reader() -> bool:
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # whether it is broken is told in any case
+    poll.register(sys.stdout.fileno(), 0)  # a broken pipe is reported unasked
     return bool(poll.poll(0))
 
 
@@ -107,6 +107,16 @@ def _stdout_has_no_reader() -> bool:
 def define_path(name: str, default: str | None, help: str, **options: Any) -> None:
     """Defines a flag whose value is a path; `~` is the home folder."""
     flags.DEFINE(_Path(), name, default, help, **options)
+
+
+def define_dtype() -> None:
+    """Defines --dtype for programs that predict."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of activations and products; the run's own if not set, else float32.",
+    )
 
 
 class _Path(flags.ArgumentParser):

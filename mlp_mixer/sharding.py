@@ -99,7 +99,7 @@ def gathered(mesh: Mesh, params: Any) -> Any:
     every parameter whole on every device.
     """
 
-    def one(leaf):
+    def one(leaf: Any) -> Any:
         cut = _fsdp(mesh, leaf)
         spec = P(*(axis if axis == "model" else None for axis in cut.spec))
         whole = NamedSharding(mesh, spec)
@@ -135,7 +135,7 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
 
     Args:
       tree: parameters, optimiser state or a whole train state.
-      mesh: of `make_mesh`.
+      mesh: mesh of devices.
       strategy: "replicated", or "fsdp": every array of `FSDP_MIN_ELEMENTS` or more is
         cut along its largest axis that the devices divide.
     """
@@ -143,11 +143,11 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
     return jax.tree.map(lambda leaf: cut(mesh, leaf), tree)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Passes if a batch can be cut evenly.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: mesh of devices.
       batch_size: images of all processes together.
       accumulate: micro-batches that it is cut into first.
 
@@ -176,7 +176,8 @@ def put(tree: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: the devices do not divide the batch.
     """
-    check_batch(mesh, len(jax.tree.leaves(tree)[0]) * jax.process_count())
+    count = len(jax.tree.leaves(tree)[0]) * jax.process_count()
+    check_batch(mesh, count, accumulate=1)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
     )
@@ -186,11 +187,11 @@ def place(tree: Any, shardings: Any) -> Any:
     """Makes global arrays of host arrays that every process has whole.
 
     Args:
-      tree: of NumPy arrays.
+      tree: tree of NumPy arrays.
       shardings: as `shardings` gives them, for each.
     """
 
-    def one(x, sharding):
+    def one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, shardings)

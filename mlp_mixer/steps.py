@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from mlp_mixer import known, losses, sharding
+from mlp_mixer.fingerprints import PyTree
 from mlp_mixer.models import trunk
 
 Batch = dict[str, Any]
@@ -54,7 +55,7 @@ def state_shapes(
     mesh: Mesh,
     example: Example,
     *,
-    strategy: str = "replicated",
+    strategy: str,
 ) -> TrainState:
     """The state as shapes with shardings: the target of init, restore and compile.
 
@@ -112,7 +113,14 @@ def init_state(
     return init(_stream(seed, INIT), given)
 
 
-def _init(model, tx, rng, example, params=None, stats=None):
+def _init(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    rng: Array,
+    example: Example,
+    params: PyTree = None,
+    stats: PyTree = None,
+) -> TrainState:
     variables = model.init(rng, jnp.zeros(example["image"].shape))
     fresh = variables.pop("params")
     params = fresh if params is None else params
@@ -124,7 +132,7 @@ def _init(model, tx, rng, example, params=None, stats=None):
 INIT, TRAIN = range(2)
 
 
-def _stream(seed, name):
+def _stream(seed: int, name: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), name)
 
 
@@ -136,8 +144,8 @@ def make_train_step(
     *,
     loss: str,
     seed: int,
-    mixup: float = 0.0,
-    accumulate: int = 1,
+    mixup: float,
+    accumulate: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, donating the state.
 
@@ -169,7 +177,9 @@ def make_train_step(
     shardings = jax.tree.map(lambda a: a.sharding, target)
     whole = all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
 
-    def objective(params, stats, batch, rng):
+    def objective(
+        params: PyTree, stats: PyTree, batch: Batch, rng: Array
+    ) -> tuple[Array, PyTree]:
         variables = {"params": params} if whole else _gathered(mesh, params)
         (logits, out), stats = model.apply(
             {**variables, **stats},
@@ -182,7 +192,9 @@ def make_train_step(
 
     differentiated = jax.value_and_grad(objective, has_aux=True)
 
-    def gradients(params, stats, batch, rng):
+    def gradients(
+        params: PyTree, stats: PyTree, batch: Batch, rng: Array
+    ) -> tuple[tuple[Array, PyTree], PyTree]:
         """(loss, statistics), gradient."""
         if accumulate == 1:
             return differentiated(params, stats, batch, rng)
@@ -195,7 +207,7 @@ def make_train_step(
             sharding.batch(mesh, axis=1),
         )
 
-        def add(carry, micro):
+        def add(carry: PyTree, micro: PyTree) -> tuple[PyTree, None]:
             total, stats = carry
             (value, stats), grads = differentiated(params, stats, *micro)
             return (jax.tree.map(jnp.add, total, (value, grads)), stats), None
@@ -206,14 +218,15 @@ def make_train_step(
         value, grads = jax.tree.map(lambda x: x / accumulate, total)
         return (value, stats), grads
 
-    def train_step(state, batch):
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sharding.check_batch(mesh, len(batch["image"]), accumulate)
         rng = jax.random.fold_in(_stream(seed, TRAIN), state.step)
         mixup_rng, model_rng = jax.random.split(rng)
         image = value_range(batch["image"])
         label = losses.targets(batch["label"], model.num_classes)
         if mixup:
-            image, label = losses.mixup(mixup_rng, image, label, mixup)
+            mixed = losses.mixup(mixup_rng, image, label, mixup)
+            image, label = sharding.constrained(mixed, sharding.batch(mesh))
         batch = {**batch, "image": image, "label": label}
         (value, stats), grads = gradients(state.params, state.stats, batch, model_rng)
         grads = sharding.constrained(grads, shardings.params)
@@ -230,7 +243,7 @@ def make_train_step(
     )
 
 
-def _gathered(mesh, params):
+def _gathered(mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
     """Parameters that may be cut, for a model: whole, and as they are.
 
     Its blocks take the latter and gather one at a time, so the former are not computed.
@@ -253,7 +266,7 @@ def make_predict(
       outputs: entries of the model's `out` that are returned beside the logits.
     """
 
-    def predict(variables, batch):
+    def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
         variables = {**variables, **_gathered(mesh, variables["params"])}
         logits, out = model.apply(variables, value_range(batch["image"]))
         return {"logits": logits, **{name: out[name] for name in outputs}}

@@ -11,6 +11,7 @@ import literal_mixer
 import numpy as np
 import optimisers
 import pytest
+import set_up
 from jax.sharding import AxisType, Mesh
 
 from mlp_mixer import sharding, steps
@@ -121,18 +122,8 @@ compiled = functools.cache(Program)
 
 @functools.cache
 def random_params():
-    """On the host. All random: a zero head would leave nothing to learn below it."""
-    model = MlpMixer(**FIELDS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        x = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return x / np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
-        return np.float32(path[-1].key == "scale") + np.float32(0.1) * x
-
-    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+    """Without a head of zeros, which would leave nothing to learn below it."""
+    return set_up.random_params(MlpMixer(**FIELDS), SIZE, seed=0)
 
 
 @functools.cache
@@ -319,8 +310,8 @@ def test_unrolled_blocks_are_gathered_again_for_the_backward_pass(remat):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     "fields",
-    [NOISE, NOISE | {"scan": True, "remat": "pre_gelu"}],
-    ids=["unrolled", "scan"],
+    [NOISE, {"scan": True, "remat": "pre_gelu", "accumulate": 2}],
+    ids=["unrolled, noise", "scan, accumulated"],
 )
 def test_a_step_is_the_same_with_a_set_mesh_of_either_type(
     fields, axis_type, strategy, monkeypatch
@@ -329,23 +320,27 @@ def test_a_step_is_the_same_with_a_set_mesh_of_either_type(
     mesh = Mesh(plain.devices, plain.axis_names, axis_types=(axis_type,) * 3)
     monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
     with jax.set_mesh(mesh):
-        trained = Program(8, strategy, **fields).trained
+        this = Program(8, strategy, **fields)
+        trained = this.trained
     monkeypatch.undo()
-    assert_same_training(trained, compiled(1, **NOISE).trained)
+    noise = {name: value for name, value in NOISE.items() if name in fields}
+    assert_same_training(trained, compiled(1, **noise).trained)
+    assert travels(this).get("all-gather", 0) <= LARGEST_PARAMETER
 
 
-@pytest.mark.skipif(
-    not hasattr(jax.config, "jax_remat3"), reason="this JAX has no jax_remat3"
-)
+REMAT3 = "jax_remat3"
+
+
+@pytest.mark.skipif(not hasattr(jax.config, REMAT3), reason=f"JAX without {REMAT3}")
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_step_is_the_same_under_the_next_rematerialisation(scan):
-    before = jax.config.jax_remat3
-    jax.config.update("jax_remat3", True)
+    before = getattr(jax.config, REMAT3)
+    jax.config.update(REMAT3, True)
     try:
         this = Program(8, "fsdp", scan=scan, remat="pre_gelu", **NOISE)
         trained = this.trained
     finally:
-        jax.config.update("jax_remat3", before)
+        jax.config.update(REMAT3, before)
     assert_same_training(trained, compiled(1, **NOISE).trained)
 
 

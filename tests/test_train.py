@@ -11,16 +11,15 @@ import coloured
 import jax
 import numpy as np
 import pytest
+from set_up import assert_equal_runs, told
 
 from mlp_mixer import (
     checkpoint,
-    experiment,
     metrics,
     ownership,
     pretrained,
     recipe,
     runs,
-    sharding,
     steps,
     train,
 )
@@ -28,29 +27,6 @@ from mlp_mixer.data import pipeline
 from mlp_mixer.evaluators import accuracy
 from mlp_mixer.evaluators.evaluator import Result
 from mlp_mixer.workdir import load, load_class_names
-
-
-def state_of(config, workdir):
-    """The newest checkpoint, on one device, as NumPy arrays."""
-    example = pipeline.example(config.model.image_size)
-    mesh, total_steps = sharding.make_mesh(1), recipe.total_steps(config)
-    target = experiment.build(config, mesh, example, total_steps).target
-    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as reader:
-        return jax.tree.map(np.asarray, reader.restore(target))
-
-
-def assert_equal_runs(config, one, other):
-    """Bitwise: parameters, optimiser state, step and every recorded metric."""
-    jax.tree.map(
-        np.testing.assert_array_equal, state_of(config, one), state_of(config, other)
-    )
-    assert told(one) == told(other)
-
-
-def told(workdir):
-    """metrics.jsonl without the times, which no two runs share."""
-    records = metrics.read(workdir)
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
 
 
 @pytest.fixture
@@ -154,7 +130,7 @@ def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
         assert int(train.train(tiny, workdir).step) == 7
     assert recorded(6) == ["train", "val", "val2"]
     assert [r["step"] for r in metrics.read(workdir)] == [*range(1, 7), 6, 6, 7]
-    best, _ = checkpoint.restore_params(
+    best, _ = checkpoint.restore_variables(
         f"{workdir}/checkpoints", best="val2/loss", more_is_better=False
     )
     assert best == 6
@@ -556,7 +532,7 @@ def test_the_best_by_a_metric_is_kept_and_opened(
         best,
         4,
     ]
-    assert runs.open_run(workdir, best=metric).step == best
+    assert runs.open_model(workdir, best=metric).step == best
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 Image = UInt8[np.ndarray, "h w 3"]
 Cropped = UInt8[np.ndarray, "height width 3"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # How long a worker process works on after SIGTERM, in seconds.
 _GRACE = 30
@@ -51,14 +51,14 @@ def train_batches(
     image_size: tuple[int, int],
     batch_size: int,
     seed: int,
+    crop: str,
+    flip: bool,
+    shift: int,
+    randaugment_layers: int,
+    randaugment_magnitude: int | float,
+    workers: int,
+    max_broken_images: int,
     start_step: int = 0,
-    crop: str = "inception",
-    flip: bool = True,
-    shift: int = 0,
-    randaugment_layers: int = 0,
-    randaugment_magnitude: int | float = 0,
-    workers: int = 0,
-    max_broken_images: int = 10,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -118,7 +118,7 @@ def eval_batches(
     *,
     image_size: tuple[int, int],
     batch_size: int,
-    preprocess: str = "big_vision",
+    preprocess: str,
     exif: bool = False,
     process_index: int = 0,
     process_count: int = 1,
@@ -431,7 +431,7 @@ def _warn(source: Source, index: int, consequence: str) -> None:
     except (OSError, ValueError) as error:
         reason = str(error)
     name = printable(source.name_of(index))
-    _log.warning("Broken image %s: %s; %s.", name, reason, consequence)
+    logger.warning("Broken image %s: %s; %s.", name, reason, consequence)
 
 
 def _too_many(source: Source, indices: Iterable[int], limit: int) -> ValueError:

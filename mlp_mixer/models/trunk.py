@@ -52,7 +52,7 @@ def blocks(
       count: number of blocks.
       run: whether training scans, and what its backward pass keeps.
       train: whether this is training.
-      noise: of `draw`: an entry for each block.
+      noise: noise of all blocks, as `draw` returns it.
     """
     known.require("remat", run.remat, REMAT_POLICIES)
     names = [f"{name}_{i}" for i in range(count)]
@@ -98,7 +98,7 @@ def _applied(
     given["params"] = _cast(cut if mesh and cut else given["params"], run)
     changing = [k for k in given if k != "params" and model.is_mutable_collection(k)]
 
-    def body(x, layer):
+    def body(x: Any, layer: Any) -> tuple[Any, Any]:
         variables, noise = layer
         if mesh:
             params = sharding.gathered(mesh, variables["params"])
@@ -141,7 +141,7 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 def _cast(trees: list[Any], run: Run) -> list[Any]:
     """Kernels in the dtype of products, so that those of bfloat16 are stacked in it."""
 
-    def cast(path, leaf):
+    def cast(path: Any, leaf: Any) -> Any:
         return leaf.astype(run.dtype) if path[-1].key == "kernel" else leaf
 
     return [jax.tree_util.tree_map_with_path(cast, tree) for tree in trees]
