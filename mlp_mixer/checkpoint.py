@@ -346,40 +346,36 @@ class Checkpointer:
 
 def restore_params(
     directory: str | os.PathLike[str],
-    target: PyTree = None,
     *,
     step: int | None = None,
     best: str | None = None,
     more_is_better: bool = True,
 ) -> tuple[int, PyTree]:
-    """The `params` of one checkpoint, and its step; nothing in the directory changes.
+    """The step of one checkpoint and its `params`, as NumPy arrays in nested dicts.
 
-    May be used while a training run writes there. The optimiser state is not read.
+    May be used while a training run writes there: nothing in the directory changes. The
+    optimiser state is not read.
 
     Args:
       directory: the folder of a `Checkpointer`.
-      target: the tree of `params` as `jax.ShapeDtypeStruct` with shardings; without
-        it whatever model is there, as NumPy arrays in nested dicts.
       step: which checkpoint; without it the newest intact one.
       best: instead of a step, the metric whose best value chooses it.
       more_is_better: whether the best value of that metric is the highest.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or only damaged ones.
-      ValueError: the checkpoint holds another model or step, or none has that metric.
+      ValueError: the checkpoint holds another step, or none has that metric.
       CheckpointError: the checkpoint that `step` or `best` names is damaged.
     """
     if step is not None and best is not None:
         raise ValueError(f"Got step={step} and best={best!r}; give one of them.")
-    if target is not None:
-        _check_target(target)
     folder = orbax_io.locate(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no directory {folder}.")
     dropped: list[str] = []
     while len(dropped) < 10:
         try:
-            return _restore_params(folder, target, step, best, more_is_better)
+            return _restore_params(folder, step, best, more_is_better)
         except _DroppedError as error:
             if jax.process_count() > 1:  # another process may have read it
                 raise CheckpointError(
@@ -399,7 +395,6 @@ class _DroppedError(Exception):
 
 def _restore_params(
     folder: epath.Path,
-    target: PyTree,
     step: int | None,
     best: str | None,
     more_is_better: bool,
@@ -429,7 +424,7 @@ def _restore_params(
         for candidate in steps if step is None else [step]:
             try:
                 return candidate, orbax_io.read(
-                    manager, candidate, target, subtree="params"
+                    manager, candidate, None, subtree="params"
                 )
             except Exception as error:
                 if orbax_io.is_dropped(orbax_io.step_folder(folder, candidate)):

@@ -390,9 +390,9 @@ def _write_sheet(
         raise ValueError("none of the images chosen for it could be read")
     images = []
     for image in shown:
-        pixels = image_ops.decode(pathlib.Path(image.path).read_bytes(), exif=exif)
+        pixels = decoding.decode(pathlib.Path(image.path).read_bytes(), exif=exif)
         if min(pixels.shape[:2]) > THUMBNAIL:  # sixty photos would take gigabytes
-            pixels = image_ops.resize_small(pixels, THUMBNAIL)
+            pixels = image_ops.resize_small(pixels, (THUMBNAIL, THUMBNAIL))
         images.append(pixels)
     part = f"{count}" if len(shown) == count else f"{len(shown)} of {count}"
     figure = visualize.sheet(

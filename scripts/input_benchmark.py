@@ -31,7 +31,7 @@ import numpy as np
 import simplejpeg
 
 from mlp_mixer import errors
-from mlp_mixer.data import image_ops, pipeline, randaugment
+from mlp_mixer.data import decoding, image_ops, pipeline, randaugment
 
 STAGES = ("decode", "crop and resize", "flip", "RandAugment")
 # The last is big_vision's run of B/16, a whole TPU v3-128.
@@ -120,7 +120,7 @@ def direct(
     rng = np.random.default_rng(0)
     for data in itertools.cycle(jpegs):
         laps = [time.perf_counter()]
-        image = image_ops.decode(data)
+        image = decoding.decode(data)
         laps.append(time.perf_counter())
         image = pipeline.CROPS["inception"](image, rng, (size, size))
         laps.append(time.perf_counter())
@@ -177,7 +177,7 @@ class Bench:
     def _ours(self, layers: int, workers: int) -> Iterator[Any]:
         return pipeline.train_batches(
             Memory(self.jpegs),
-            image_size=self.args.image_size,
+            image_size=(self.args.image_size,) * 2,
             batch_size=self.args.batch,
             seed=0,
             randaugment_layers=layers,
@@ -379,7 +379,7 @@ def main(argv: list[str], cpu_model: str) -> None:
             raise
         parser().error(message)
     found = importlib.util.find_spec("tensorflow") is not None
-    sizes = [image_ops.decode(data).shape[:2] for data in jpegs]
+    sizes = [decoding.decode(data).shape[:2] for data in jpegs]
     report: dict[str, Any] = {
         "command": "python scripts/benchmark.py input " + " ".join(argv),
         "versions": {"python": platform.python_version()}

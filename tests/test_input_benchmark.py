@@ -8,7 +8,7 @@ import input_benchmark
 import numpy as np
 import pytest
 
-from mlp_mixer.data import image_ops
+from mlp_mixer.data import decoding
 
 TINY = "input --count=2 --shape=40x60 --bytes=2000 --image_size=16 --batch=3"
 QUICK = f"{TINY} --workers --no-peer --rounds=2 --seconds=0"
@@ -28,7 +28,7 @@ def test_made_jpegs_are_deterministic_different_and_of_the_size_asked_for():
     assert len(set(jpegs)) == 3
     for data in jpegs:
         assert len(data) == pytest.approx(50_000, rel=0.1)
-        assert image_ops.decode(data).shape == (375, 500, 3)
+        assert decoding.decode(data).shape == (375, 500, 3)
 
 
 def test_the_direct_calls_make_training_images():

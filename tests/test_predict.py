@@ -22,7 +22,7 @@ import safetensors.numpy
 from odd_names import NAMES as ODD_NAMES
 
 from mlp_mixer import checkpoint, predict, pretrained, recipe, runs, text, workdir
-from mlp_mixer.data import image_ops
+from mlp_mixer.data import decoding, image_ops
 from mlp_mixer.models.mixer import MlpMixer
 
 SIZE = (16, 16)
@@ -88,7 +88,7 @@ def applied(gelu):
 
 
 def seen_by_the_model(path, protocol):
-    image = image_ops.decode(pathlib.Path(path).read_bytes())
+    image = decoding.decode(pathlib.Path(path).read_bytes())
     image = image_ops.preprocess(image, protocol, SIZE)
     return jnp.asarray(image[None], jnp.float32) / 127.5 - 1
 
@@ -335,7 +335,7 @@ def test_the_sheet_shows_images_evenly_up_to_its_size(
     assert "images: 5 of 11" in texts["title"]
     assert "preprocessed by vision_transformer" in texts["title"]
     np.testing.assert_array_equal(
-        pictures[1], image_ops.decode((images / "2.png").read_bytes())
+        pictures[1], decoding.decode((images / "2.png").read_bytes())
     )
 
 

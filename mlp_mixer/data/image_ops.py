@@ -1,8 +1,8 @@
-"""Pure image functions: decode, crop, resize, flip, evaluation protocols.
+"""Pure image functions: crop, resize, flip, evaluation protocols.
 
 They follow big_vision's `pp/ops_image.py` (the input code of arXiv 2105.01601), whose
 TensorFlow kernels they equal bit for bit, without TensorFlow; only
-`crop_and_resize_fast` comes near instead, and says how near. Images are
+`crop_and_resize` comes near instead, and says how near. Images are
 (height, width, channels), uint8 or float32 in levels 0..255; the step, not the host,
 maps them to [-1, 1].
 """
@@ -16,14 +16,13 @@ import PIL.Image
 from jaxtyping import Float32, Int64, UInt8
 
 from mlp_mixer import known
-from mlp_mixer.data.decoding import decode as decode
 
 # Many images at once, one thread each, is Grain's business.
 cv2.setNumThreads(1)
 
 Image = UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
 Resized = UInt8[np.ndarray, "height width c"] | Float32[np.ndarray, "height width c"]
-Size = int | tuple[int, int]
+Size = tuple[int, int]  # (height, width)
 
 
 def resize(image: Image, size: Size) -> Resized:
@@ -34,10 +33,10 @@ def resize(image: Image, size: Size) -> Resized:
 
     Args:
       image: uint8 or float32.
-      size: the side of a square, or (height, width).
+      size: (height, width) of the result.
     """
-    sides = _pair(size)
-    return _bilinear(image, sides, sides)
+    _check(size)
+    return _bilinear(image, size, size)
 
 
 def _bilinear(image: Image, sides: tuple[int, int], crop: tuple[int, int]) -> Resized:
@@ -76,34 +75,25 @@ def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
     return out
 
 
-def resize_small(image: Image, size: Size, method: str = "area") -> Resized:
-    """Resizes so that the shorter side becomes `size`; the aspect ratio is kept.
+def resize_small(image: Image, size: Size) -> Resized:
+    """Resizes so that the image just covers `size`; the aspect ratio is kept.
 
-    Given (height, width), resizes so that the image just covers that rectangle. The
-    other side is rounded half to even, from a float32 ratio as in big_vision
-    `pp/ops_image.py`. Values as in `resize`.
+    Averages boxes: equals `tf.image.resize(method="area")` bit for bit, then as
+    `resize`. The longer side is rounded half to even, from a float32 ratio as in
+    big_vision `pp/ops_image.py`.
 
     Args:
       image: uint8 or float32.
-      size: the new shorter side, or the (height, width) to cover.
-      method: "area" (box average, `tf.image.resize(method="area")` bit for bit) or
-        "bilinear" (as `resize`).
-
-    Raises:
-      ValueError: `method` is neither.
+      size: (height, width) to cover; of a square the image's shorter side gets it.
     """
-    if method not in ("area", "bilinear"):
-        raise ValueError(f"method is {method!r}; it must be 'area' or 'bilinear'.")
     sides = _covering(image, size)
-    if method == "bilinear":
-        return _bilinear(image, sides, sides)
     return _area(image, sides, sides)
 
 
 def _covering(image: Image, size: Size) -> tuple[int, int]:
     """The sides of the image scaled so that it just covers `size`."""
     sides = np.array(image.shape[:2], np.float32)
-    ratio = np.max(np.array(_pair(size), np.float32) / sides)
+    ratio = np.max(np.array(size, np.float32) / sides)
     height, width = np.rint(sides * ratio)
     return int(height), int(width)
 
@@ -142,42 +132,19 @@ def _cells(
     return np.minimum(first + k, n_in - 1), weight, scale
 
 
-def central_crop(image: Image, size: Size) -> Resized:
-    """Cuts `size` (a side, or (height, width)) out of the middle.
-
-    The offset is (n - size) // 2, as in big_vision `pp/ops_image.py`.
-
-    Raises:
-      ValueError: the image is smaller than `size`.
-    """
-    height, width = _pair(size)
-    y, x = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
-    return _cut(image, (y, x, height, width))
-
-
 def crop_and_resize(
-    image: Image, box: tuple[int, int, int, int], size: Size
-) -> Resized:
-    """Cuts out `box` = (y, x, height, width) and resizes it as `resize` does.
-
-    Raises:
-      ValueError: the box leaves the image.
-    """
-    return resize(_cut(image, box), size)
-
-
-def crop_and_resize_fast(
     image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], size: Size
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Does what `crop_and_resize` does, by OpenCV, in an eighth of the time.
+    """Cuts out `box` = (y, x, height, width) and resizes it, for training.
 
-    For training. It is within about 0.01 levels before the truncation: of 224x224
-    pixels, one value in five thousand differs, by one level.
+    OpenCV needs an eighth of the time of `resize`, and is within about 0.01 levels of
+    it before the truncation: of 224x224 pixels one value in five thousand differs, by
+    one level.
 
     Raises:
       ValueError: the box leaves the image.
     """
-    height, width = _pair(size)
+    height, width = size
     levels = cv2.resize(_cut(image, box).astype(np.float32), (width, height))
     # Rounding must not take a level from a flat area.
     return np.add(levels, np.float32(2**-15), out=levels).astype(np.uint8)
@@ -242,7 +209,7 @@ def shift(image: Image, dy: int, dx: int) -> Image:
 def _big_vision(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """big_vision's ImageNet configs: resize_small(256), central_crop(224)."""
     # Of a line of pixels the image resized in full would take gigabytes.
-    return _area(image, _covering(image, margin(size)), _pair(size))
+    return _area(image, _covering(image, margin(size)), size)
 
 
 def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
@@ -252,12 +219,12 @@ def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resize
 
 def _paper_resize_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """arXiv 2105.01601 Appendix C, `resize-crop`; bilinear is our choice."""
-    return _bilinear(image, margin(size), _pair(size))
+    return _bilinear(image, margin(size), size)
 
 
 def _paper_resmall_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """arXiv 2105.01601 Appendix C, `resmall-crop`; bilinear is our choice."""
-    return _bilinear(image, _covering(image, margin(size)), _pair(size))
+    return _bilinear(image, _covering(image, margin(size)), size)
 
 
 def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
@@ -265,7 +232,7 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
 
     Sizes are truncated and offsets rounded half to even, as torchvision does.
     """
-    height, width = _pair(size)
+    height, width = size
     box_h, box_w = math.floor(height / 0.875), math.floor(width / 0.875)
     h, w = image.shape[:2]
     new_h, new_w = max(box_h, int(box_w * h / w)), max(box_w, int(box_h * w / h))
@@ -310,7 +277,7 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
     Args:
       image: decoded with `dct="accurate"` for "timm", "fast" for the others.
       protocol: a key of `PROTOCOLS`.
-      size: the side of a square, or (height, width).
+      size: (height, width) of the result.
 
     Returns:
       uint8, or for "vision_transformer" float32, in levels 0..255.
@@ -318,6 +285,7 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
     Raises:
       ValueError: the protocol is unknown.
     """
+    _check(size)
     return known.pick("protocol", protocol, PROTOCOLS)(image, size)
 
 
@@ -327,15 +295,13 @@ def margin(size: Size) -> tuple[int, int]:
     At another resolution R it is round(R·256/224), 512 for 448 (our choice), on both
     sides of a rectangle.
     """
-    height, width = _pair(size)
+    height, width = size
     return round(height * 256 / 224), round(width * 256 / 224)
 
 
-def _pair(size: Size) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
+def _check(size: Size) -> None:
+    if min(size) < 1:
         raise ValueError(f"size is {size}; each side must be at least 1 pixel.")
-    return height, width
 
 
 def _as_dtype(levels: np.ndarray, dtype: np.dtype) -> np.ndarray:

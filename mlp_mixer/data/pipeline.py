@@ -26,7 +26,7 @@ from absl import flags
 from jaxtyping import UInt8
 
 from mlp_mixer import known
-from mlp_mixer.data import image_ops, randaugment
+from mlp_mixer.data import decoding, image_ops, randaugment
 from mlp_mixer.data.sources import Label, Source
 from mlp_mixer.text import printable
 
@@ -43,7 +43,7 @@ _GRACE = 30
 def train_batches(
     source: Source,
     *,
-    image_size: int | tuple[int, int],
+    image_size: tuple[int, int],
     batch_size: int,
     seed: int,
     start_step: int = 0,
@@ -61,7 +61,7 @@ def train_batches(
 
     Args:
       source: examples; they repeat, so a batch may be larger than all of them.
-      image_size: side of a square or (height, width), in pixels.
+      image_size: (height, width) in pixels.
       batch_size: number of rows of the global batch; this process yields rows p·b ...
         (p+1)·b, b = batch_size / process_count.
       seed: seed of order and augmentation, 0 ... 2**32 - 1.
@@ -92,7 +92,7 @@ def train_batches(
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     augment = _Augment(
         source=source,
-        size=_pair(image_size),
+        size=image_size,
         crop=crop,
         flip=flip,
         shift=shift,
@@ -111,26 +111,25 @@ def train_batches(
 def eval_batches(
     source: Source,
     *,
-    image_size: int | tuple[int, int],
+    image_size: tuple[int, int],
     batch_size: int,
     preprocess: str = "big_vision",
     exif: bool = False,
-    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields every example once, over all processes, in the order of the source.
 
     All processes get the same number of batches, ceil(len(source) / batch_size); the
-    last one is filled up with rows of zeros.
+    last one is filled up with rows of zeros. Threads decode: worker processes would
+    have to start anew for each of a run's evaluations.
 
     Args:
       source: the examples.
-      image_size: side of a square or (height, width), in pixels.
+      image_size: (height, width) in pixels.
       batch_size: number of rows of the global batch, cut as in `train_batches`.
       preprocess: a key of `image_ops.PROTOCOLS`.
       exif: whether images are turned as their Exif orientation says.
-      workers: processes that decode; 0 does so in threads.
 
     Returns:
       An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
@@ -143,23 +142,22 @@ def eval_batches(
       ValueError: an argument is impossible.
     """
     rows = _local_batch_size(batch_size, process_index, process_count)
-    size = _pair(image_size)
     # What padding looks like; and an unknown protocol is refused before any work.
-    blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, size)
+    blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, image_size)
     prepare = _Prepare(
-        source=source, size=size, protocol=preprocess, exif=exif, blank=blank
+        source=source, size=image_size, protocol=preprocess, exif=exif, blank=blank
     )
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
-    return _logged(_batches(share, workers), source)
+    return _logged(_batches(share, workers=0), source)
 
 
 def _inception(
     image: Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Cropped:
     box = image_ops.inception_crop_box(rng, *image.shape[:2])
-    return image_ops.crop_and_resize_fast(image, box, size)
+    return image_ops.crop_and_resize(image, box, size)
 
 
 def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cropped:
@@ -172,7 +170,7 @@ def _resize_crop(
     """Resizes to a square of 256 and cuts out a random 224 (BiT's fine-tuning)."""
     sides = image_ops.margin(size)
     y, x = (int(rng.integers(n - m + 1)) for n, m in zip(sides, size, strict=True))
-    whole = image_ops.crop_and_resize_fast(image, (0, 0, *image.shape[:2]), sides)
+    whole = image_ops.crop_and_resize(image, (0, 0, *image.shape[:2]), sides)
     return whole[y : y + size[0], x : x + size[1]]
 
 
@@ -283,7 +281,7 @@ def read_image(
         )
     image = example["image"]
     if isinstance(image, bytes):
-        image = image_ops.decode(image, dct, exif=exif)
+        image = decoding.decode(image, dct, exif=exif)
     if image.ndim == 2:
         image = image[..., None]
     if image.shape[-1] == 1:
@@ -451,7 +449,3 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
             f" be 0 ... {process_count - 1}."
         )
     return batch_size // process_count
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size

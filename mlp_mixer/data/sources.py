@@ -71,7 +71,7 @@ def open_source(
     data_dir: str | os.PathLike | None = None,
     num_examples: int | None = None,
     num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: tuple[int, int] = (224, 224),
 ) -> Source:
     """Opens a split by name, e.g. `open_source("imagenet2012", "train[:99%]")`.
 
@@ -89,7 +89,7 @@ def open_source(
         "synthetic", how many to make (None: 1,024).
       num_classes: number of classes that the recipe states; checked. For "synthetic",
         how many to make (None: 1,000).
-      image_size: size of synthetic images in pixels (None: 224); else unused.
+      image_size: (height, width) of synthetic images in pixels; else unused.
 
     Raises:
       FileNotFoundError: there is no such data set on this machine.
@@ -461,11 +461,10 @@ def _open_digits(_: str, split: str, **options: Any) -> Source:
 
 
 def _open_synthetic(_: str, split: str, **options: Any) -> Source:
-    size = options["image_size"] or 224
     return _SyntheticSource(
         options["num_examples"] or 1024,
         options["num_classes"] or 1000,
-        (size, size) if isinstance(size, int) else size,
+        options["image_size"],
     )
 
 

@@ -86,30 +86,6 @@ class Ridge:
         return right / len(x)
 
 
-def ridge_accuracy(
-    train_x: Features,
-    train_y: Labels,
-    test_x: Float[np.ndarray, "m d"] | Float[jax.Array, "m d"],
-    test_y: Integer[np.ndarray, " m"] | Integer[jax.Array, " m"],
-    num_classes: int,
-    l2: float | int,
-) -> float:
-    """The test accuracy, in [0, 1], of ridge regression on raw features.
-
-    Args:
-      train_x: features of the shots.
-      train_y: their classes.
-      test_x: features, scaled as the shots are.
-      test_y: their classes.
-      num_classes: labels are below it.
-      l2: what is added to the diagonal, as it is.
-
-    Raises:
-      ValueError: `l2` is not above 0.
-    """
-    return Ridge(train_x, train_y, num_classes).accuracy(test_x, test_y, l2)
-
-
 def permuted_by_class(
     labels: Int[np.ndarray, " n"], num_classes: int, seed: int | None
 ) -> list[Int[np.ndarray, " m"]]:

@@ -160,7 +160,6 @@ def default_cache_dir() -> pathlib.Path:
 def fetch(
     name: str,
     *,
-    cache_dir: str | os.PathLike[str] | None = None,
     progress: console.Progress = console.counter,
     waits_s: Sequence[float] = (1.0, 4.0, 16.0),
 ) -> pathlib.Path:
@@ -171,8 +170,6 @@ def fetch(
 
     Args:
       name: a key of `PUBLISHED`.
-      cache_dir: where files are kept, as `<cache_dir>/<name>.npz`; None is
-        `default_cache_dir()`.
       progress: (what, total, unit, done) → a context that gives `advance(amount)`.
       waits_s: seconds before each further attempt, counted anew whenever some of the
         file arrived.
@@ -185,8 +182,7 @@ def fetch(
         recorded when the file first came.
     """
     entry = lookup(name)
-    folder = default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir)
-    path = folder.expanduser() / f"{name}.npz"
+    path = default_cache_dir() / f"{name}.npz"
     if entry.note:
         logger.info("%s is %s.", name, entry.note)
     try:

@@ -13,7 +13,6 @@ weights of a hidden unit are read as an image over the grid and resampled like o
 """
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +62,7 @@ def resized(
     return grow(params, factor, grid=old)
 
 
-def grow(params: Params, factor: int | float, grid: Grid | None = None) -> Params:
+def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
     """Returns the parameters for `factor` times as many patches on each axis.
 
     The paper's procedure (Appendix C). Tokens s and hidden units d of token mixing
@@ -83,15 +82,15 @@ def grow(params: Params, factor: int | float, grid: Grid | None = None) -> Param
       (factor²·s, factor²·d) and so on.
 
     Raises:
-      ValueError: `factor` is not a whole number, or `grid` does not fit the tokens.
+      ValueError: `factor` is below 1, or `grid` does not fit the tokens.
     """
-    if not isinstance(factor, numbers.Integral) or factor < 1:
+    if factor < 1:
         raise ValueError(
             f"factor is {factor!r}; expected a whole number of at least 1. Try "
             "interpolate, which takes any grid."
         )
     h, w = _grid(params, grid)
-    k = int(factor)
+    k = factor
 
     def block_diagonal(kernel: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "S D"]:
         # The tokens of a part are not neighbours in the big image's raster order: row

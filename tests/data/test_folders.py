@@ -8,7 +8,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from mlp_mixer.data import folders, image_ops, pipeline, sources
+from mlp_mixer.data import decoding, folders, pipeline, sources
 
 
 def write_images(root, counts, suffix=".png"):
@@ -149,7 +149,7 @@ def test_every_ending_that_the_decoder_reads_is_an_image(tmp_path):
             data = io.BytesIO()
             try:
                 picture.convert(mode).save(data, form)
-                image_ops.decode(data.getvalue())
+                decoding.decode(data.getvalue())
             except (OSError, ValueError, DeprecationWarning):
                 continue
             read.add(ending)

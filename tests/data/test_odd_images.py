@@ -25,20 +25,20 @@ PNG = cases.encode(PIL.Image.open(io.BytesIO(JPEG)).resize((20, 15)), "PNG")
 )
 def test_an_odd_image_has_the_pixels_that_were_written(name):
     data, written = ODD[name]
-    np.testing.assert_array_equal(image_ops.decode(data), written)
+    np.testing.assert_array_equal(decoding.decode(data), written)
 
 
 @pytest.mark.parametrize(
     "name", ["turned by Exif", "bytes after the end", "stray bytes in the scan"]
 )
 def test_what_is_not_the_image_changes_no_pixel(name):
-    expected = image_ops.decode(cases.PHOTOS["astronaut"])
-    np.testing.assert_array_equal(image_ops.decode(ODD[name][0]), expected)
+    expected = decoding.decode(cases.PHOTOS["astronaut"])
+    np.testing.assert_array_equal(decoding.decode(ODD[name][0]), expected)
 
 
 @pytest.mark.parametrize("name", SUMS["odd"])
 def test_an_odd_image_has_tensorflows_pixels(name):
-    assert cases.checksum(image_ops.decode(ODD[name][0])) == SUMS["odd"][name]
+    assert cases.checksum(decoding.decode(ODD[name][0])) == SUMS["odd"][name]
 
 
 def test_tensorflow_gives_rgb_of_all_but_two():
@@ -75,7 +75,7 @@ EVERYTHING = Files([data for data, _ in ODD.values()] + list(cases.PHOTOS.values
 def test_odd_images_pass_through_training(caplog):
     batches = pipeline.train_batches(
         EVERYTHING,
-        image_size=64,
+        image_size=(64, 64),
         batch_size=len(EVERYTHING),
         seed=0,
         shift=2,
@@ -93,7 +93,10 @@ def test_odd_images_pass_through_training(caplog):
 @pytest.mark.parametrize("protocol", image_ops.PROTOCOLS)
 def test_odd_images_pass_through_evaluation(protocol, caplog):
     (batch,) = pipeline.eval_batches(
-        EVERYTHING, image_size=224, batch_size=len(EVERYTHING), preprocess=protocol
+        EVERYTHING,
+        image_size=(224, 224),
+        batch_size=len(EVERYTHING),
+        preprocess=protocol,
     )
     assert batch["mask"].all()
     assert batch["image"].shape == (len(EVERYTHING), 224, 224, 3)
@@ -109,7 +112,7 @@ def test_of_a_line_the_middle_is_seen(protocol, turned):
     line[:, 9_998:10_002, 0] = 10, 90, 170, 250
     if turned:
         line = line.swapaxes(0, 1)
-    result = image_ops.preprocess(line, protocol, 224).astype(int)
+    result = image_ops.preprocess(line, protocol, (224, 224)).astype(int)
     if turned:
         result = result.swapaxes(0, 1)
     assert (result == result[:1]).all()
@@ -303,14 +306,14 @@ DAMAGED = {
 @pytest.mark.parametrize(("data", "reason"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_says_what_is_wrong(data, reason, dct):
     with pytest.raises(ValueError, match=f"^cannot decode {len(data)} bytes.*{reason}"):
-        image_ops.decode(data, dct)
+        decoding.decode(data, dct)
 
 
 def test_a_photograph_may_have_many_pixels():
     tile = np.random.default_rng(0).integers(0, 256, (500, 400, 3), np.uint8)
     image = np.tile(tile, (10, 10, 1))  # 20 megapixels
     data = cases.encode(PIL.Image.fromarray(image), "JPEG", quality=10)
-    assert image_ops.decode(data).shape == image.shape
+    assert decoding.decode(data).shape == image.shape
 
 
 @pytest.mark.parametrize("limit", [None, 10**12])
@@ -319,13 +322,13 @@ def test_the_number_of_pixels_is_limited_by_ourselves(limit, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
     for data in (bomb(65_000, 65_000), webp_of_one_colour(16_000, 16_000)):
         with pytest.raises(ValueError, match="too many pixels"):
-            image_ops.decode(data)
+            decoding.decode(data)
 
 
 def decoded_or_refused(data):
     """The pixels, or None; any error but the documented one is a fault."""
     try:
-        return image_ops.decode(data)
+        return decoding.decode(data)
     except ValueError as error:
         if not str(error).startswith(f"cannot decode {len(data)} bytes"):
             raise
@@ -338,7 +341,7 @@ WHOLE = cases.PHOTOS | {k: ODD[k][0] for k in ("palette", "GIF", "BMP", "16-bit 
 @pytest.mark.parametrize("name", [*WHOLE, "animated WebP", "animated PNG"])
 def test_wherever_a_file_is_cut_it_is_refused_or_nothing_is_missing(name):
     whole = WHOLE.get(name) or ODD[name][0]
-    expected = image_ops.decode(whole)
+    expected = decoding.decode(whole)
     for kept in np.random.default_rng(0).integers(0, len(whole), 60):
         image = decoded_or_refused(whole[:kept])
         if image is not None:
@@ -378,11 +381,11 @@ def warned(caplog):
 
 
 def test_training_counts_and_names_every_damaged_file(folder, caplog):
-    arguments = {"image_size": 16, "batch_size": 25, "seed": 0, "crop": "resize"}
+    arguments = {"image_size": (16, 16), "batch_size": 25, "seed": 0, "crop": "resize"}
     batches = pipeline.train_batches(
         folder, flip=False, max_broken_images=len(DAMAGED), **arguments
     )
-    good = image_ops.resize(image_ops.decode(JPEG), 16)
+    good = image_ops.resize(decoding.decode(JPEG), (16, 16))
     for _ in range(3):
         assert (next(batches)["image"] == good).all()
     messages = warned(caplog)
@@ -405,7 +408,7 @@ def test_training_counts_and_names_every_damaged_file(folder, caplog):
 @pytest.mark.parametrize("protocol", ["big_vision", "timm"])
 def test_evaluation_counts_and_names_every_damaged_file(folder, protocol, caplog):
     batches = pipeline.eval_batches(
-        folder, image_size=16, batch_size=7, preprocess=protocol
+        folder, image_size=(16, 16), batch_size=7, preprocess=protocol
     )
     rows = [batch["mask"] for batch in batches]
     assert np.concatenate(rows).sum() == 10
@@ -419,7 +422,7 @@ def test_evaluation_counts_and_names_every_damaged_file(folder, protocol, caplog
 def test_a_wrong_label_is_counted_and_named(wrong, caplog):
     source = Files([JPEG] * 4, labels=[0, 1, wrong, 3])
     batches = pipeline.train_batches(
-        source, image_size=16, batch_size=8, seed=0, max_broken_images=1
+        source, image_size=(16, 16), batch_size=8, seed=0, max_broken_images=1
     )
     for _ in range(3):
         assert set(next(batches)["label"]) == {0, 1, 3}
@@ -427,7 +430,7 @@ def test_a_wrong_label_is_counted_and_named(wrong, caplog):
     assert [message in m for m in warned(caplog)] == [True]
 
     caplog.clear()
-    (batch,) = pipeline.eval_batches(source, image_size=16, batch_size=4)
+    (batch,) = pipeline.eval_batches(source, image_size=(16, 16), batch_size=4)
     assert batch["mask"].tolist() == [True, True, False, True]
     assert batch["label"].tolist() == [0, 1, 0, 3]
     assert [message in m for m in warned(caplog)] == [True]
@@ -435,7 +438,7 @@ def test_a_wrong_label_is_counted_and_named(wrong, caplog):
     with pytest.raises(ValueError, match=r"max_broken_images=0 (.|\n)*<file 2>"):
         list(
             pipeline.train_batches(
-                source, image_size=16, batch_size=8, seed=0, max_broken_images=0
+                source, image_size=(16, 16), batch_size=8, seed=0, max_broken_images=0
             )
         )
 
@@ -443,4 +446,4 @@ def test_a_wrong_label_is_counted_and_named(wrong, caplog):
 def test_unlabelled_data_end_a_training_run():
     source = Files([JPEG] * 4, labels=[-1] * 4)
     with pytest.raises(ValueError, match="wrongly labelled"):
-        next(pipeline.train_batches(source, image_size=16, batch_size=4, seed=0))
+        next(pipeline.train_batches(source, image_size=(16, 16), batch_size=4, seed=0))

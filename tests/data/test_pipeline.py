@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlp_mixer.data import image_ops, pipeline, sources
+from mlp_mixer.data import decoding, image_ops, pipeline, sources
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ def with_broken(n, *broken):
 
 def train(source, steps, **kwargs):
     """The first batches of a stream, as one dict of rows."""
-    kwargs = {"image_size": 8, "batch_size": 8, "seed": 0} | kwargs
+    kwargs = {"image_size": (8, 8), "batch_size": 8, "seed": 0} | kwargs
     batches = list(itertools.islice(pipeline.train_batches(source, **kwargs), steps))
     return {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
 
@@ -107,7 +107,7 @@ def test_processes_share_the_same_global_batches(source, count, crop):
 def stream(source, count, index, crop):
     return pipeline.train_batches(
         source,
-        image_size=8,
+        image_size=(8, 8),
         batch_size=8,
         seed=1,
         process_index=index,
@@ -125,12 +125,6 @@ def test_worker_processes_change_nothing_and_report_what_is_broken(tmp_path, cap
     assert_same(none, two)
     assert caplog.text.count("Broken image") == 2  # once in each run
     assert caplog.text.count(str(tmp_path / "1" / "05.png")) == 2
-    evaluated = [
-        list(pipeline.eval_batches(source, image_size=8, batch_size=5, workers=w))
-        for w in (0, 2)
-    ]
-    for a, b in zip(*evaluated, strict=True):
-        assert_same(a, b)
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])
@@ -208,17 +202,18 @@ def test_resize_keeps_an_image_of_the_right_size():
 def test_resize_takes_the_whole_image():
     source = noise(9, 12, 10, 3)
     for image, label in zip(*train(source, 1, **PLAIN).values(), strict=True):
-        np.testing.assert_array_equal(image, image_ops.resize(source.images[label], 8))
+        whole = image_ops.resize(source.images[label], (8, 8))
+        np.testing.assert_array_equal(image, whole)
 
 
 def test_a_resize_crop_is_any_part_of_the_resized_image_equally_often():
     # 8 pixels to 32: weights of an eighth, so that nothing is rounded.
     source = noise(2, 8, 8, 3)
-    rows = train(source, 125, image_size=28, crop="resize_crop", flip=False)
+    rows = train(source, 125, image_size=(28, 28), crop="resize_crop", flip=False)
     positions = list(itertools.product(range(5), repeat=2))
     drawn = np.zeros(25, int)
     for label in range(2):
-        whole = image_ops.resize(source.images[label], 32)
+        whole = image_ops.resize(source.images[label], (32, 32))
         parts = np.stack([whole[y : y + 28, x : x + 28] for y, x in positions])
         images = rows["image"][rows["label"] == label]
         found = (images[:, None] == parts).all((2, 3, 4))
@@ -231,7 +226,7 @@ def test_a_resize_crop_is_any_part_of_the_resized_image_equally_often():
 def test_a_resize_crop_is_the_papers_of_224_and_448():
     (image,) = noise(1, 375, 500, 3).images
     for side, square in ((224, 256), (448, 512)):
-        whole = image_ops.resize(image, square).astype(int)
+        whole = image_ops.resize(image, (square, square)).astype(int)
         rng = np.random.default_rng(1)
         found = pipeline.CROPS["resize_crop"](image, rng, (side, side))
         y, x = np.random.default_rng(1).integers(square - side + 1, size=2)
@@ -299,7 +294,7 @@ def test_grey_images_get_three_channels(shape):
     ],
 )
 def test_impossible_arguments_are_refused_at_once(wrong, message):
-    arguments = {"image_size": 8, "batch_size": 8, "seed": 0} | wrong
+    arguments = {"image_size": (8, 8), "batch_size": 8, "seed": 0} | wrong
     with pytest.raises(ValueError, match=message):
         pipeline.train_batches(noise(9, 8, 8, 3), **arguments)
 
@@ -310,7 +305,7 @@ def test_the_next_good_image_stands_in_for_a_broken_one(caplog):
     for epoch in rows["label"].reshape(9, 9):
         assert Counter(epoch.tolist()) == Counter([0, 0, 1, 2, 5, 5, 5, 6, 7])
     for image, label in zip(rows["image"], rows["label"], strict=True):
-        expected = image_ops.decode(source.images[label])
+        expected = decoding.decode(source.images[label])
         np.testing.assert_array_equal(image, expected)
     assert rows.keys() == {"image", "label"}
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -362,7 +357,7 @@ def test_only_unreadable_images_are_broken_not_faults_of_the_program(caplog):
         return train(source, 8, **PLAIN)["label"]
 
     def evaluate_once(source):
-        return list(pipeline.eval_batches(source, image_size=8, batch_size=8))
+        return list(pipeline.eval_batches(source, image_size=(8, 8), batch_size=8))
 
     for run in (train_once, evaluate_once):
         source = FailsOnce(noise(7, 8, 8, 3).images)
@@ -384,7 +379,7 @@ def test_every_example_is_counted_once(n, batch_size, count):
         list(
             pipeline.eval_batches(
                 source,
-                image_size=8,
+                image_size=(8, 8),
                 batch_size=batch_size,
                 process_index=index,
                 process_count=count,
@@ -411,7 +406,8 @@ def test_every_example_is_counted_once(n, batch_size, count):
         assert not batch["image"][~batch["mask"]].any()
         for image, i in zip(batch["image"], batch["index"], strict=True):
             if i >= 0:
-                expected = image_ops.preprocess(source.images[i], "big_vision", 8)
+                whole = source.images[i]
+                expected = image_ops.preprocess(whole, "big_vision", (8, 8))
                 np.testing.assert_array_equal(image, expected)
         seen += batch["index"][batch["mask"]].tolist()
     assert seen == list(range(n))
@@ -426,7 +422,7 @@ def test_evaluation_follows_its_protocol(protocol):
         Listed([data.getvalue()]), image_size=(8, 12), batch_size=2, preprocess=protocol
     )
     dct = "accurate" if protocol == "timm" else "fast"
-    decoded = image_ops.decode(data.getvalue(), dct)
+    decoded = decoding.decode(data.getvalue(), dct)
     expected = image_ops.preprocess(decoded, protocol, (8, 12))
     assert batch["image"].dtype == expected.dtype
     np.testing.assert_array_equal(batch["image"][0], expected)
@@ -445,7 +441,7 @@ class Several(Listed):
 def test_several_labels_travel_as_one_bool_per_class():
     images = [*noise(7, 8, 8, 3).images, None]
     source = Several(images)
-    (batch,) = pipeline.eval_batches(source, image_size=8, batch_size=10)
+    (batch,) = pipeline.eval_batches(source, image_size=(8, 8), batch_size=10)
     assert (batch["label"].dtype, batch["label"].shape) == (np.bool_, (10, 8))
     expected = [np.arange(8) < i % 3 for i in range(7)]
     np.testing.assert_array_equal(batch["label"][:7], expected)
@@ -460,13 +456,13 @@ def test_several_labels_travel_as_one_bool_per_class():
 def test_an_unknown_protocol_is_refused_at_once():
     with pytest.raises(ValueError, match="big_vision"):
         pipeline.eval_batches(
-            noise(3, 8, 8, 3), image_size=8, batch_size=2, preprocess="bigvision"
+            noise(3, 8, 8, 3), image_size=(8, 8), batch_size=2, preprocess="bigvision"
         )
 
 
 def test_a_broken_image_is_not_counted_but_reported(caplog):
     source = with_broken(9, 3, 8)
-    batches = list(pipeline.eval_batches(source, image_size=8, batch_size=4))
+    batches = list(pipeline.eval_batches(source, image_size=(8, 8), batch_size=4))
     rows = {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
     assert rows["index"].tolist() == [*range(9), -1, -1, -1]
     broken = ~rows["mask"] & (rows["index"] >= 0)
@@ -497,7 +493,7 @@ def main(folder, when, how):
         signal.signal(signum, lambda *_: stop.set())
     source = sources.open_source(f"folder:{folder}", "all")
     batches = pipeline.train_batches(
-        source, image_size=8, batch_size=8, seed=0, workers=2
+        source, image_size=(8, 8), batch_size=8, seed=0, workers=2
     )
     if when == "starting":
         threading.Thread(target=tell, args=[1]).start()

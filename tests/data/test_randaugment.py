@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from golden import cases
 
-from mlp_mixer.data import image_ops, randaugment
+from mlp_mixer.data import decoding, randaugment
 
 F = np.float32
 SIGNED = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
@@ -30,7 +30,7 @@ def one_level():
     return image
 
 
-PORTRAIT = image_ops.decode(cases.PHOTOS["astronaut"])[40:72, 100:128]  # eyes, hair
+PORTRAIT = decoding.decode(cases.PHOTOS["astronaut"])[40:72, 100:128]  # eyes, hair
 
 # Of the 2^24 colours, some whose grey depends on the order of its float32 operations:
 # 47 in all on that of the sum, 71 on dividing by 255 in place of multiplying.
@@ -48,7 +48,7 @@ IMAGES = {
     "constant": np.full((24, 24, 3), 77, np.uint8),
     "one level": one_level(),
     "portrait": PORTRAIT,
-    "grey": image_ops.decode(cases.PHOTOS["rocket-grey"])[60:84, 60:90],
+    "grey": decoding.decode(cases.PHOTOS["rocket-grey"])[60:84, 60:90],
     "two levels": np.where(PORTRAIT > 110, 200, 30).astype(np.uint8),
     "tiny": photo(2, 3),
     "line": photo(1, 6),

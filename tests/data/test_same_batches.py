@@ -9,7 +9,7 @@ from golden import cases
 from mlp_mixer.data import pipeline, sources
 
 EVERYTHING = {
-    "image_size": 48,
+    "image_size": (48, 48),
     "batch_size": 8,
     "crop": "inception",
     "flip": True,

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mlp_mixer import workdir
-from mlp_mixer.data import class_names, folders, image_ops, sources
+from mlp_mixer.data import class_names, decoding, folders, sources
 from mlp_mixer.data.preparation import digits
 
 
@@ -104,7 +104,7 @@ def test_images_stay_encoded_and_examples_have_names(array_record_dir):
         "named_digits", "train[40:]", data_dir=array_record_dir
     )
     assert isinstance(source, sources.Source)
-    assert image_ops.decode(source[3]["image"]).shape == (8, 8, 3)
+    assert decoding.decode(source[3]["image"]).shape == (8, 8, 3)
     assert set(source[3]) == {"image", "label"}
     assert source.name_of(3).startswith("named_digits train[40:][3] (digit_")
 

@@ -61,27 +61,28 @@ def test_ridge_regression_is_the_direct_solution(n, d, l2):
     scale = np.abs(weights).max()
     np.testing.assert_allclose(ridge.weights(l2), weights, rtol=1e-6, atol=1e-7 * scale)
     expected = direct_accuracy(x, y, test_x, test_y, CLASSES, l2)
-    found = fewshot.ridge_accuracy(x, y, test_x, test_y, CLASSES, l2)
+    found = ridge.accuracy(test_x, test_y, l2)
     assert found == expected
     assert isinstance(found, float)
     x, y, test_x, test_y = map(jnp.asarray, (x, y, test_x, test_y))
-    on_device = fewshot.ridge_accuracy(x, y, test_x, test_y, CLASSES, l2)
-    assert on_device == expected
+    on_device = fewshot.Ridge(x, y, CLASSES)
+    assert on_device.accuracy(test_x, test_y, l2) == expected
     if n > 100 and l2 == 1:  # neither chance nor a trivial set
         assert 0.5 < expected < 1
 
 
 def test_large_test_sets_are_scored_in_parts(monkeypatch):
     (x, y), (test_x, test_y) = clusters(30, 8), clusters(50, 8, seed=1)
-    whole = fewshot.ridge_accuracy(x, y, test_x, test_y, CLASSES, 1.0)
+    ridge = fewshot.Ridge(x, y, CLASSES)
+    whole = ridge.accuracy(test_x, test_y, 1.0)
     monkeypatch.setattr(fewshot, "_ROWS", 7)
-    assert fewshot.ridge_accuracy(x, y, test_x, test_y, CLASSES, 1.0) == whole
+    assert ridge.accuracy(test_x, test_y, 1.0) == whole
 
 
 def test_impossible_regressions_are_refused():
     x, y = clusters(10, 4)
     with pytest.raises(ValueError, match="l2 is 0; it must be above 0"):
-        fewshot.ridge_accuracy(x, y, x, y, CLASSES, 0)
+        fewshot.Ridge(x, y, CLASSES).weights(0)
     for wrong in (-1, CLASSES):
         with pytest.raises(ValueError, match=r"expected some of 0 … 3"):
             fewshot.Ridge(x, np.full(10, wrong), CLASSES)

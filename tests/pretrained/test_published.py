@@ -695,7 +695,7 @@ def test_a_record_may_be_written_by_sha256sum_or_by_hand(form, site, path, conte
     assert published.fetch(NAME, waits_s=NEVER) == path
 
 
-def test_a_place_where_nothing_can_be_kept_is_named(site, path, contents):
+def test_a_place_where_nothing_can_be_kept_is_named(site, path, contents, monkeypatch):
     put(path, contents[0])
     beside(path, ".sha256").mkdir()
     with pytest.raises(OSError, match=r"npz\.sha256 cannot be read: Is a directory"):
@@ -705,8 +705,9 @@ def test_a_place_where_nothing_can_be_kept_is_named(site, path, contents):
     beside(path, ".part").mkdir()
     with pytest.raises(OSError, match=r"cannot be kept: .*\.part: Is a directory"):
         published.fetch(NAME, waits_s=NEVER)
+    monkeypatch.setenv("MLP_MIXER_CACHE", str(path.parents[2] / "ca.pem"))
     with pytest.raises(OSError, match=r"cannot be kept: .*ca\.pem.*: Not a directory"):
-        published.fetch(NAME, cache_dir=path.parents[2] / "ca.pem", waits_s=NEVER)
+        published.fetch(NAME, waits_s=NEVER)
 
 
 NOTES = [

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from mlp_mixer.data import image_ops, preparation, sources
+from mlp_mixer.data import decoding, preparation, sources
 from mlp_mixer.data.preparation import digits
 
 PREPARE = """
@@ -51,7 +51,7 @@ def data_dir(tmp_path_factory):
 
 def read(split, data_dir):
     source = sources.open_source("digits", split, data_dir=data_dir)
-    images = [image_ops.decode(source[i]["image"]) for i in range(len(source))]
+    images = [decoding.decode(source[i]["image"]) for i in range(len(source))]
     return np.stack(images), np.array([source[i]["label"] for i in range(len(source))])
 
 

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import toy_imagenet
 from PIL import Image
 
-from mlp_mixer.data import image_ops, preparation, sources
+from mlp_mixer.data import decoding, preparation, sources
 from mlp_mixer.data.preparation import imagenet, tars, writing
 
 ROOT = pathlib.Path(preparation.__file__).parents[3]
@@ -130,7 +130,7 @@ def test_odd_files_decode_right(manual, prepared):
         data = source[i]["image"]
         picture = Image.open(io.BytesIO(data))
         kinds.setdefault((picture.format, picture.mode), []).append(data)
-        found = image_ops.decode(data, dct="accurate").astype(int)
+        found = decoding.decode(data, dct="accurate").astype(int)
         expected = np.asarray(picture.convert("RGB")).astype(int)
         assert abs(found - expected).max() <= 1
         assert np.ptp(found) > 50

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mlp_mixer.data import image_ops, preparation, sources
+from mlp_mixer.data import decoding, preparation, sources
 from mlp_mixer.data.preparation import vtab, writing
 
 VEHICLES = ["Car", "Van", "Truck", "Pedestrian"]
@@ -171,7 +171,7 @@ def test_splits_are_those_of_task_adaptation(task, data_dir):
         for i in {0, 1, count // 2, count - 1}:
             image, expected = found[i]["image"], original[start + i]["image"]
             if task.startswith("dsprites"):
-                image, expected = map(image_ops.decode, (image, expected))
+                image, expected = map(decoding.decode, (image, expected))
                 expected = expected * np.uint8(255)
             np.testing.assert_array_equal(image, expected)
 
@@ -202,7 +202,7 @@ def test_labels_are_those_of_task_adaptation(task, data_dir):
 
 def test_dsprites_are_black_and_white(data_dir):
     source = opened("dsprites_orientation", "test", data_dir)
-    image = image_ops.decode(source[5]["image"])
+    image = decoding.decode(source[5]["image"])
     assert image.shape == (4, 4, 3)
     assert set(image.ravel().tolist()) == {0, 255}
 
