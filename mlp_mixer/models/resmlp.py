@@ -148,7 +148,7 @@ class ResMlp(Model):
 
 
 MODEL = ResMlp
-# Patch, layers, C, D_C, initial scale of branches. The paper's other sizes have no code.
+# Patch, layers, C, D_C, initial value of s1 and s2 (timm's resmlp_12 has 1e-4).
 _ROWS = {
     "resmlp_12": ((16, 16), 12, 384, 1536, 0.1),
     "resmlp_24": ((16, 16), 24, 384, 1536, 1e-5),
