@@ -34,7 +34,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.data import preparation, sources
 from mlp_mixer.text import listed
-from mlp_mixer.workdir import MAY_CHANGE, differences, load, to_json
+from mlp_mixer.workdir import MAY_CHANGE, differences, load
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,8 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
-    if differing := differences(said["config"], to_json(config), may_change):
+    there = recipe.to_json(recipe.from_json(said["config"], str(path)))
+    if differing := differences(there, recipe.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
@@ -220,7 +221,7 @@ def complete(
         # The same again would diverge again.
         logger.warning("%s", error)
         score = math.nan
-    result = {"config": to_json(config), "top1": _finite(score)}
+    result = {"config": recipe.to_json(config), "top1": _finite(score)}
     files.write_json(workdir / RESULT, result)
     return score
 

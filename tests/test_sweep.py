@@ -15,9 +15,9 @@ from mlp_mixer import (
     errors,
     evaluate,
     metrics,
+    recipe,
     sweep,
     train,
-    workdir,
 )
 
 RECIPE = '''
@@ -46,8 +46,8 @@ def get_config(argument=""):
     config.model.tokens_mlp_dim = 16
     config.model.channels_mlp_dim = 128
     config.mesh.data = 1
-    config.model.scan = False
-    config.model.remat = "none"
+    config.run.scan = False
+    config.run.remat = "none"
     config.optim.warmup_steps = 1
     config.evals.seen = recipe.evaluation(
         "train[80%:]" if select else "test",
@@ -209,7 +209,7 @@ def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""
     config = sweep.open_task(value).final
     assert sweep.finished(config, tmp_path) is None
-    said = {"config": workdir.to_json(config), "top1": top1}
+    said = {"config": recipe.to_json(config), "top1": top1}
     (tmp_path / "result.json").write_text(json.dumps(said))
     score = sweep.finished(config, tmp_path)
     assert score == 0.5 if top1 else math.isnan(score)
