@@ -2,14 +2,12 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import record_timm
 
 from mlp_mixer import models, recipe
 from mlp_mixer.fingerprints import leaves
@@ -26,12 +24,10 @@ class Facts:
       counts: size → number of parameters at 224 px with 1,000 classes.
       initial: parameter → mean and standard deviation of its initial values, in the
         first size.
-      recipe: recipe that trains a small one on the digits.
     """
 
     counts: dict[str, int]
     initial: dict[str, tuple[float, float]]
-    recipe: str
 
 
 FACTS = {
@@ -49,7 +45,6 @@ FACTS = {
         },
         # Flax's Dense.
         {"MixerBlock_0/token_mixing/Dense_0/kernel": (0, 49**-0.5)},
-        "configs/digits.py",
     ),
     "resmlp": Facts(
         # timm's counts.
@@ -70,12 +65,17 @@ FACTS = {
             "ResMlpBlock_0/scale_1": (0.1, 0),
             "head/kernel": (0, 0.02),
         },
-        "configs/family/resmlp.py",
     ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_family = pytest.mark.parametrize("name", FACTS)
 RNGS = {"dropout": jax.random.key(7)}
+
+
+def digits(name):
+    """The recipe that trains a small one on the digits."""
+    path = "digits.py" if name == "mixer" else f"family/{name}.py"
+    return recipe.load(f"configs/{path}")
 
 
 def shapes(model, size=(224, 224)):
@@ -86,8 +86,7 @@ def shapes(model, size=(224, 224)):
 @functools.cache
 def small(name, **fields):
     """The model of the digits' recipe, with noise."""
-    model = recipe.load(FACTS[name].recipe).model.to_dict()
-    model = {k: v for k, v in model.items() if k not in ("dtype", "scan", "remat")}
+    model = digits(name).model.to_dict()
     fields = {"num_classes": 10, "stochastic_depth": 0.5} | fields
     return models.create(**model | fields)
 
