@@ -148,6 +148,7 @@ RECIPE: dict[str, Row] = {
     "mesh.data": dataclasses.replace(
         _whole(1), said="a number of devices from 1, or -1 for all", also=-1
     ),
+    "mesh.fsdp": _whole(1),
     **_section("dataset", _DATASET),
     "input.crop": _one_of("inception", "resize_crop", "resize"),
     "input.flip": _SWITCH,
@@ -322,7 +323,10 @@ def _problems(
         if field in MOVED:
             yield f"config.{field} is now config.{MOVED[field]}."
         elif field not in rows and model and field.startswith("model."):
-            yield f"config.{field} is no field of {model}; try {near}, or leave it out."
+            yield (
+                f"config.{field} is no field of {model}; try {near}, or take it out "
+                "(=None on the command line)."
+            )
         elif field not in rows:
             yield f"config.{prefix}{field} is no field of a recipe; try {near}."
 

@@ -49,7 +49,7 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
             "or HOST:PORT,INDEX,COUNT with the address of process 0.",
         )
 
-    def start(argv):
+    def start(argv: list[str]) -> None:
         console.log_to_terminal()
         try:
             main(argv[1:])
