@@ -44,7 +44,8 @@ def base() -> ConfigDict:
     # Weights to start from: a run's folder, a file or a published name such as
     # "imagenet21k/Mixer-B_16"; None, or nothing on the command line: random ones.
     config.init_from = config_dict.placeholder(str)
-    # Their head: "match" keeps one of as many classes, else it is zero; or "zero".
+    # "match" keeps the weights' head if it has as many classes, else starts from zeros;
+    # "zero" always starts from zeros.
     config.init_head = "match"
     # If they are for another grid of patches: "grow" (the paper's) or "interpolate".
     config.init_resize = "grow"
@@ -388,7 +389,8 @@ def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
         logger.warning(
             "%s does not say %s, as if an older version had written it; each has its "
             "default.",
-            *(origin, brief(", ".join(sorted(missing)))),
+            origin,
+            brief(", ".join(sorted(missing))),
         )
     return config
 

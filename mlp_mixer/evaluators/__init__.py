@@ -128,7 +128,9 @@ def warn_if_only_the_last_is_measured(recipe: Any, total_steps: int) -> None:
         logger.warning(
             "No checkpoint but the last can be the best by %s: it is measured every %d "
             "steps, and a checkpoint is saved every %d.",
-            *(best, measured, saved),
+            best,
+            measured,
+            saved,
         )
 
 

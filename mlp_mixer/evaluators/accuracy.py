@@ -35,7 +35,7 @@ class Examples:
 
     source: sources.Source
     index: Int[np.ndarray, " n"]  # position in the source
-    label: Int[np.ndarray, " n"]  # of several: the predicted, else the first
+    label: Int[np.ndarray, " n"]  # of several the predicted, or the first
     prediction: Int[np.ndarray, " n"]  # most likely class
     probability: Float[np.ndarray, " n"]  # softmax, of the prediction
     top1: Bool[np.ndarray, " n"]

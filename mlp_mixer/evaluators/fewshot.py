@@ -31,7 +31,7 @@ from mlp_mixer.evaluators.evaluator import (
 )
 from mlp_mixer.evaluators.inference import Inference, Predict
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Features = Float[np.ndarray, "n d"] | Float[jax.Array, "n d"]
 Labels = Integer[np.ndarray, " n"] | Integer[jax.Array, " n"]
@@ -365,7 +365,7 @@ class FewShot:
                 for s in (range(self._seeds) if self._seeds else [None])
             ]
             if few := sum(len(p) < most for p in self._drawn[0]):
-                _log.warning(
+                logger.warning(
                     "%s: %d of %d classes have fewer than %d examples; all of them are "
                     "used.",
                     self.data,
@@ -383,6 +383,6 @@ class FewShot:
                 labels[i] = self._train.label(i)
             except (OSError, ValueError) as error:
                 name = self._train.name_of(i)
-                _log.warning("Broken image %s: %s; it is not used.", name, error)
+                logger.warning("Broken image %s: %s; it is not used.", name, error)
         self._unreadable = int((labels < 0).sum())
         return labels
