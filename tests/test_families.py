@@ -82,6 +82,18 @@ FACTS = {
             "head/kernel": (0, 0.02),
         },
     ),
+    "gmlp": Facts(
+        # timm's counts and initial values.
+        {"gmlp_ti16": 5_867_328, "gmlp_s16": 19_422_656, "gmlp_b16": 73_075_392},
+        {
+            "stem/bias": (0, 0),
+            "GMlpBlock_0/Dense_0/kernel": (0, (2 / (128 + 768)) ** 0.5),
+            "GMlpBlock_0/Dense_0/bias": (0, 1e-6),
+            "GMlpBlock_0/gating/Dense_0/kernel": (0, 1e-6),
+            "GMlpBlock_0/gating/Dense_0/bias": (1, 0),
+            "head/kernel": (0, 0),
+        },
+    ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_family = pytest.mark.parametrize("name", FACTS)
