@@ -179,15 +179,15 @@ class SmlpNet(Model):
     def check_image(self, image: Array, axes: dict[str, str]) -> None:
         """Raises ValueError unless `image` fits the model and its parameters."""
         super().check_image(image, axes)
-        grid = [a // b for a, b in zip(image.shape[1:3], self.patch_size, strict=True)]
-        expected = [self.size_of(axes, letter) for letter in ("h0", "w0")]
-        if None not in expected and grid != expected:
-            h, w = (a * b for a, b in zip(expected, self.patch_size, strict=True))
-            raise ValueError(
-                f"The image is {image.shape[1]}x{image.shape[2]}, but the parameters "
-                f"are for {h}x{w}: rows and columns are mixed by matrices of their "
-                f"length. Resize the image to {h}x{w}."
-            )
+        sides = zip(("h0", "w0"), image.shape[1:3], self.patch_size, strict=True)
+        for letter, pixels, patch in sides:
+            expected = self.size_of(axes, letter)
+            if expected is not None and pixels != expected * patch:
+                raise ValueError(
+                    f"A side of the image is {pixels} pixels, but the parameters are "
+                    f"for {expected * patch}: rows and columns are mixed by matrices "
+                    "of their length. Resize the image to the training resolution."
+                )
 
     @nn.compact
     def __call__(
@@ -213,7 +213,7 @@ class SmlpNet(Model):
         block = functools.partial(
             SmlpBlock, mlp_ratio=self.mlp_ratio, train=train, run=self.run
         )
-        x, out = image, {}
+        x, out = image, dict[str, Any]()
         for i, depth in enumerate(self.depths):
             size, name = ((2, 2), f"down{i}") if i else (self.patch_size, "stem")
             x = _convolution(

