@@ -202,8 +202,8 @@ class SmlpNet(Model):
 
         Returns:
           logits: (n, k) float32, or the pre-logits if `num_classes` is None.
-          out: the states `stem` and `stage_0` to `stage_3`, after each stage
-            (n, h, w, c), and `pre_logits` (n, c).
+          out: the intermediate outputs `stem`, `block_0`, … (n, h, w, c) of all stages
+            and `pre_logits` (n, c).
 
         Raises:
           ValueError: the image does not fit the strides or the parameters.
@@ -222,7 +222,7 @@ class SmlpNet(Model):
             out |= {} if i else {"stem": x}
             first = sum(self.depths[:i])
             of_stage = slice(first, first + depth)
-            x, _ = trunk.blocks(
+            x, states = trunk.blocks(
                 self,
                 block,
                 x,
@@ -232,7 +232,7 @@ class SmlpNet(Model):
                 train=train,
                 noise=jax.tree.map(lambda z, at=of_stage: z[at], noise),
             )
-            out[f"stage_{i}"] = x
+            out |= {f"block_{first + j}": y for j, y in enumerate(states)}
         y = BatchNorm(train, name="norm")(x)
         pre_logits = y.mean((1, 2), dtype=jnp.float32)
         out["pre_logits"] = pre_logits

@@ -88,8 +88,8 @@ class Numpy:
                 )
                 x = x + first[:, None, None, None] * self.positions(x, p, stats)
                 x = x + second[:, None, None, None] * self.channels(x, p)
+                states[f"block_{block}"] = x
                 block += 1
-            states[f"stage_{stage}"] = x
         x = self.batch_norm(x, self.params["norm"], self.stats["norm"])
         x = states["pre_logits"] = x.mean((1, 2))
         head = self.params["head"]
@@ -322,7 +322,7 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32():
     (expected, _), stats = forward(exact, variables, image, train=True)
     model = SmlpNet(**SMALL, run=Run(dtype="bfloat16", scan=True))
     (logits, out), coarse = forward(model, variables, image, train=True)
-    assert out["stage_3"].dtype == jnp.bfloat16
+    assert out["block_4"].dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves([coarse, logits])} == {jnp.float32.dtype}
     assert_close(logits, expected, 0.1)
     assert_close(coarse, stats, 0.1)
