@@ -38,8 +38,8 @@ def get_config(argument: str = ""):
     config.model.channels_mlp_dim = 256
     # Too small for scanning, and for several devices, to pay.
     config.mesh.data = 1
-    config.model.scan = False
-    config.model.remat = "none"
+    config.run.scan = False
+    config.run.remat = "none"
 
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 50

@@ -11,18 +11,16 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
 from mlp_mixer import orbax_io
-from mlp_mixer.fingerprints import examine, leaves
+from mlp_mixer.fingerprints import PyTree, examine, leaves
 from mlp_mixer.orbax_io import DamagedError
 from mlp_mixer.signals import StopFlag
-
-PyTree = Any
 
 logger = logging.getLogger(__name__)
 

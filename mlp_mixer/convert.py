@@ -238,7 +238,7 @@ def _round_trip(
     size = before.image_size or (ph, pw * pretrained.tokens(before.params))
     image = jax.random.uniform(jax.random.key(0), (2, *size, 3), minval=-1)
 
-    def outputs(weights):
+    def outputs(weights: pretrained.Weights) -> tuple[Any, Any]:
         apply = jax.jit(pretrained.create_model(weights).apply)
         logits, out = apply({"params": weights.params}, image)
         return logits, out["pre_logits"]

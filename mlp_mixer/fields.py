@@ -1,15 +1,17 @@
 """What each field of a recipe may be: a row for every field, in the recipe's order.
 
-The names of closed sets stand here once more, so that reading a recipe loads nothing
-heavy; a test holds them equal to the tables that the names are keys of.
+The names of closed sets stand here once more, since most of their tables are in modules
+that know recipes; a test holds them equal to the tables that the names are keys of.
+A model's own fields have the rows of `MODEL`, or those of their types.
 """
 
 import dataclasses
 import math
+import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mlp_mixer import known
+from mlp_mixer import known, models
 
 # Steps, positions and class numbers are int32 on the device.
 INT32 = 2**31 - 1
@@ -30,6 +32,7 @@ class Row:
       length: how many values a tuple has; 0 for one or more; None for no tuple.
       none: whether the field may be None.
       also: a further value.
+      optional: whether a recipe may be without the field.
     """
 
     said: str
@@ -40,6 +43,7 @@ class Row:
     length: int | None = None
     none: bool = False
     also: int | str | None = None
+    optional: bool = False
 
     def fits(self, value: Any) -> bool:
         """Whether the field may have this value."""
@@ -152,24 +156,11 @@ RECIPE: dict[str, Row] = {
     "input.randaugment_magnitude": _real(0, 20),
     "input.workers": _whole(0, 1024),
     "input.max_broken_images": _whole(0),
-    "model.name": _one_of(
-        *("mixer_s32", "mixer_s16", "mixer_b32", "mixer_b16"),
-        *("mixer_l32", "mixer_l16", "mixer_h14"),
-    ),
+    "model.name": _text("the name of a model"),  # `problems` is told which there are
     "model.image_size": _SIDES,
-    "model.patch_size": dataclasses.replace(_SIDES, none=True),
-    "model.num_blocks": _whole(1, 10_000, none=True),
-    "model.hidden_dim": _whole(1, _SIZE, none=True),
-    "model.tokens_mlp_dim": _whole(1, _SIZE, none=True),
-    "model.channels_mlp_dim": _whole(1, _SIZE, none=True),
-    "model.gelu": _one_of("tanh", "exact"),
-    "model.dropout": _rate(),
-    "model.stochastic_depth": _rate(),
-    "model.rescale_stochastic_depth": _SWITCH,
-    "model.head_bias": _real(-FLOAT32),
-    "model.dtype": _DTYPE,
-    "model.scan": dataclasses.replace(_SWITCH, none=True),
-    "model.remat": _one_of("none", "pre_gelu", "full", none=True),
+    "run.dtype": _DTYPE,
+    "run.scan": dataclasses.replace(_SWITCH, none=True),
+    "run.remat": _one_of("none", "pre_gelu", "full", none=True),
     "optim.name": _one_of("adam", "momentum"),
     "optim.learning_rate": _real(0),
     "optim.warmup_steps": _whole(0),
@@ -218,6 +209,65 @@ EVALUATORS: dict[str, dict[str, Row]] = {
 }
 
 
+# Fields that many models have; of several values where a model has them by stage.
+MODEL: dict[str, Row] = {
+    "patch_size": _SIDES,
+    "num_blocks": _whole(1, 10_000),
+    "hidden_dim": _whole(1, _SIZE),
+    "tokens_mlp_dim": _whole(1, _SIZE),
+    "channels_mlp_dim": _whole(1, _SIZE),
+    "gelu": _one_of("tanh", "exact"),
+    "dropout": _rate(),
+    "stochastic_depth": _rate(),
+}
+_BY_TYPE = {
+    bool: _SWITCH,
+    int: _whole(0),
+    float: _real(-FLOAT32),
+    str: _text("text"),
+}
+
+
+def of_model(name: str) -> dict[str, Row]:
+    """Returns the rows of a model's own fields, which a recipe may leave out.
+
+    None stands for the value that the paper's table or the model's class has.
+
+    Raises:
+      TypeError: nothing says what a field of its type may be.
+    """
+    rows = {}
+    for field, declared in models.declared(name).items():
+        one, length = kind(declared.type)
+        row = MODEL.get(field, _BY_TYPE.get(one))
+        if row is None:
+            raise TypeError(
+                f"{name}'s field {field} is annotated with {declared.type}; expected "
+                f"{', '.join(k.__name__ for k in _BY_TYPE)}, or a tuple of one of them."
+            )
+        if length is not None and row.length is None:
+            said = f"values, each {row.said}"
+            row = dataclasses.replace(row, said=said, length=length)
+        rows[field] = dataclasses.replace(row, none=True, optional=True)
+    return rows
+
+
+def kind(annotation: Any) -> tuple[Any, int | None]:
+    """Returns the type of one value and how many there are, None for no tuple.
+
+    >>> kind(tuple[int, int]), kind(tuple[float, ...]), kind(str | None)
+    ((<class 'int'>, 2), (<class 'float'>, 0), (<class 'str'>, None))
+    """
+    parts = [x for x in typing.get_args(annotation) if x is not type(None)]
+    if typing.get_origin(annotation) is tuple:
+        return parts[0], 0 if parts[1:] == [...] else len(parts)
+    return (parts[0], None) if len(parts) == 1 else (annotation, None)
+
+
+# Old name of a field → the new one.
+MOVED = {f"model.{field}": f"run.{field}" for field in ("dtype", "scan", "remat")}
+
+
 def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
     """Lines for people: the fields of a recipe that have a value they may not have.
 
@@ -225,12 +275,19 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
       tree: the recipe as nested dicts.
       others: whether there may be fields that are not known, of a later version.
     """
-    evals = tree.get("evals")
-    if not isinstance(evals, Mapping):
-        return [_line("evals", evals, "a section of evaluators")]
+    for section, said in (("evals", "evaluators"), ("model", "a model's fields")):
+        if not isinstance(tree.get(section), Mapping):
+            return [_line(section, tree.get(section), f"a section of {said}")]
     rest = {key: value for key, value in tree.items() if key != "evals"}
-    found = [*_problems(rest, RECIPE, others=others)]
-    for name, section in evals.items():
+    names = _one_of(*models.names(), *models.families())
+    name = tree["model"].get("name")
+    rows = RECIPE | {"model.name": names}
+    if names.fits(name):
+        rows |= _section("model", of_model(name))
+    else:  # Nothing says which other fields a model has.
+        rest["model"] = {k: v for k, v in rest["model"].items() if f"model.{k}" in rows}
+    found = [*_problems(rest, rows, model=str(name), others=others)]
+    for name, section in tree["evals"].items():
         where = f"evals.{name}"
         if not isinstance(section, Mapping):
             said = "a section of recipe.evaluation or recipe.fewshot"
@@ -250,17 +307,23 @@ def _problems(
     rows: Mapping[str, Row],
     prefix: str = "",
     *,
+    model: str = "",
     others: bool,
 ) -> Iterator[str]:
     flat = dict(_flat(tree))
     for field, row in rows.items():
         if field not in flat:
-            yield f"config.{prefix}{field} is missing; start from recipe.base()."
+            if not row.optional:
+                yield f"config.{prefix}{field} is missing; start from recipe.base()."
         elif not row.fits(flat[field]):
             yield _line(prefix + field, flat[field], row.expected(flat[field]))
     for field in () if others else flat:
-        if field not in rows:
-            near = known.nearest(field, rows, 3)
+        near = known.nearest(field, rows, 3)
+        if field in MOVED:
+            yield f"config.{field} is now config.{MOVED[field]}."
+        elif field not in rows and model and field.startswith("model."):
+            yield f"config.{field} is no field of {model}; try {near}, or leave it out."
+        elif field not in rows:
             yield f"config.{prefix}{field} is no field of a recipe; try {near}."
 
 

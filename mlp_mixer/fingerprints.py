@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 PyTree = Any
+Params = dict[str, Any]  # nested, of arrays or shapes
 Arrays = dict[str, list[Any]]  # {"params/w": [[64, 32], "float32"]}
 
 

@@ -53,7 +53,7 @@ def mixup(
     mix = jax.random.beta(rng, p, p)
     mix = jnp.maximum(mix, 1.0 - mix)
 
-    def blend(x):
+    def blend(x: jax.Array) -> jax.Array:
         return mix * x + (1.0 - mix) * jnp.roll(x, 1, axis=0)
 
     return blend(image), blend(labels)

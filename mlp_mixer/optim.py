@@ -6,12 +6,14 @@ follows the schedule, so `weight_decay` 0.1 at learning rate 0.001 is big_vision
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mlp_mixer import known
+from mlp_mixer.fingerprints import PyTree
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -95,7 +97,7 @@ def create(
     eps: float = 1e-8,
     momentum: float = 0.9,
     momentum_dtype: str = "float32",
-    **schedule_fields,
+    **schedule_fields: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Returns (optimiser, schedule).
 
@@ -141,7 +143,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     hundreds: a quarter of the time to compile Mixer-H/14's step.
     """
 
-    def clip(updates, params):
+    def clip(updates: PyTree, params: PyTree) -> PyTree:
         del params
         factor = jnp.minimum(1.0, limit / optax.tree.norm(updates))
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
@@ -149,7 +151,7 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _is_kernel(params):
+def _is_kernel(params: PyTree) -> PyTree:
     """True where a parameter is the kernel of a product or of the stem."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key == "kernel", params

@@ -29,9 +29,13 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from mlp_mixer import files
-from mlp_mixer.fingerprints import describe, differences, fingerprint, leaves
-
-PyTree = Any
+from mlp_mixer.fingerprints import (
+    PyTree,
+    describe,
+    differences,
+    fingerprint,
+    leaves,
+)
 
 logger = logging.getLogger(__name__)
 

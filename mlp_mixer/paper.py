@@ -142,7 +142,7 @@ def pretraining(
     if "gpu8" in given:
         config.accumulate = gpu8
         # Less memory than a GPU's fastest formulation.
-        config.model.scan, config.model.remat = True, "pre_gelu"
+        config.run.scan, config.run.remat = True, "pre_gelu"
         config.input.workers = 32  # half the cores of a usual host of 8 GPUs
     return config
 

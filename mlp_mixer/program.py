@@ -1,7 +1,10 @@
 """How a program starts: flags, logging, several processes, errors in one line."""
 
 import contextlib
+import itertools
+import logging
 import os
+import re
 import select
 import signal
 import socket
@@ -18,6 +21,8 @@ from ml_collections.config_flags import tuple_parser
 
 from mlp_mixer import console, errors, processes, recipe
 from mlp_mixer.text import printable
+
+logger = logging.getLogger(__name__)
 
 # --help lists what is defined here as the program's that asked for it.
 flags.disclaim_key_flags()
@@ -44,7 +49,7 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
             "or HOST:PORT,INDEX,COUNT with the address of process 0.",
         )
 
-    def start(argv):
+    def start(argv: list[str]) -> None:
         console.log_to_terminal()
         try:
             main(argv[1:])
@@ -153,12 +158,41 @@ class _Recipe(flags.ArgumentParser):
 
     def parse(self, argument: str) -> ConfigDict:
         """Returns the recipe, closed to further fields."""
-        return recipe.load(argument).lock()
+        config = recipe.load(argument)
+        recipe.open_model(config, _model_name(sys.argv))
+        return config.lock()
+
+
+# `--config.model.name=…`: the name of a field, and what stands behind it.
+_FIELD = re.compile(r"(--?(?:no)?config\.)([\w.]+)(.*)", re.DOTALL)
+
+
+def _model_name(argv: Sequence[str]) -> str | None:
+    """Returns the name that a command line gives the model, if it does."""
+    name = None
+    for word, after in itertools.pairwise([*argv, ""]):
+        if (field := _FIELD.fullmatch(word)) and field[2] == "model.name":
+            name = field[3].removeprefix("=") or after
+    return None if name == "None" else name
+
+
+def _renamed(argv: Sequence[str]) -> list[str]:
+    """Returns the command line with the new names of fields that had another."""
+    words = []
+    for word in argv:
+        field = _FIELD.fullmatch(word)
+        if field and (new := recipe.MOVED.get(field[2])):
+            logger.warning("config.%s is now config.%s.", field[2], new)
+            word = f"{field[1]}{new}{field[3]}"
+        words.append(word)
+    return words
 
 
 def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     """Returns the recipe with `--config.FIELD=VALUE`, of which `words` are, set."""
-    argv, values = ["program", *words], flags.FlagValues()
+    argv, values = ["program", *_renamed(words)], flags.FlagValues()
+    with config.unlocked():
+        recipe.open_model(config, _model_name(argv))
     with wrong_flags_in_one_line():
         config_flags.DEFINE_config_dict(
             *("config", config), flag_values=values, lock_config=True, sys_argv=argv
@@ -166,6 +200,7 @@ def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
         values(argv)
     config = values["config"].value
     _unwrap_none(config)
+    recipe.close_model(config)
     return config
 
 
@@ -232,10 +267,12 @@ def size(flag: str) -> tuple[int, int] | None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    argv[:] = _renamed(argv)  # which is sys.argv, where the recipe's flags are read
     with wrong_flags_in_one_line():
         arguments = flags.FLAGS(argv)
-    if "config" in flags.FLAGS:
-        _unwrap_none(flags.FLAGS["config"].value)
+    if "config" in flags.FLAGS and (config := flags.FLAGS["config"].value):
+        _unwrap_none(config)
+        recipe.close_model(config)
     return arguments
 
 

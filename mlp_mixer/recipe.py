@@ -6,18 +6,20 @@
 so it works wherever it lies. Each section holds the arguments of exactly one function.
 """
 
+import json
 import logging
 import os
 import runpy
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from etils import epath
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from mlp_mixer import fields, files, shipped
+from mlp_mixer import fields, files, models, shipped
+from mlp_mixer.fields import MOVED
 from mlp_mixer.known import nearest
 from mlp_mixer.text import brief, printable
 
@@ -79,24 +81,19 @@ def base() -> ConfigDict:
     config.input.workers = 0  # processes that decode; 0: threads of this one
     config.input.max_broken_images = 10  # distinct; one more ends the run
 
-    # models.create, with dataset.num_classes; None: what Table 1 says of the model
+    # models.create, with dataset.num_classes. A recipe may add any field of the model's
+    # class, e.g. `config.model.num_blocks = 4`; without it, or if it is None, the value
+    # is that of the paper's table or of the class.
     config.model = ConfigDict()
     config.model.name = "mixer_b16"
     config.model.image_size = (224, 224)  # height, width in pixels
-    config.model.patch_size = config_dict.placeholder(tuple)
-    config.model.num_blocks = config_dict.placeholder(int)
-    config.model.hidden_dim = config_dict.placeholder(int)
-    config.model.tokens_mlp_dim = config_dict.placeholder(int)
-    config.model.channels_mlp_dim = config_dict.placeholder(int)
-    config.model.gelu = "tanh"  # or "exact"
-    config.model.dropout = 0.0
-    config.model.stochastic_depth = 0.0  # the last block's rate, linear from 0
-    config.model.rescale_stochastic_depth = False
-    config.model.head_bias = 0.0  # initial value
-    config.model.dtype = "float32"  # of activations and products, or "bfloat16"
-    # How training computes it, which moves no result; None: sharding.formulation.
-    config.model.scan = config_dict.placeholder(bool)
-    config.model.remat = config_dict.placeholder(str)  # "none", "pre_gelu", "full"
+
+    # models.Run.on: how the model is computed; None: as is fastest on the devices
+    config.run = ConfigDict()
+    config.run.dtype = "float32"  # of activations and products, or "bfloat16"
+    config.run.scan = config_dict.placeholder(bool)  # compile one block, not all
+    # Computed again for the backward pass: "none", "pre_gelu" (what is cheap), "full".
+    config.run.remat = config_dict.placeholder(str)
 
     # optim.create
     config.optim = ConfigDict()
@@ -243,14 +240,49 @@ def _follow(dataset: dict[str, Any], training: ConfigDict) -> None:
         dataset["label"] = training.label if same else "label"
 
 
-def completed(config: ConfigDict, num_examples: int, num_classes: int) -> ConfigDict:
-    """The recipe with what its data set has, where it did not say."""
+def completed(
+    config: ConfigDict, num_examples: int | None = None, num_classes: int | None = None
+) -> ConfigDict:
+    """Returns the recipe with every field of its model, and what its data set has.
+
+    What the recipe says itself stays.
+    """
     config = config.copy_and_resolve_references()
     found = {"num_examples": num_examples, "num_classes": num_classes}
     for field, value in found.items():
         if config.dataset[field] is None:
             config.dataset[field] = value
+    own = config.model.to_dict()
+    plain = {field: own.pop(field) for field in ("name", "image_size")}
+    config.model = ConfigDict(plain | models.fields(plain["name"], **own))
     return config
+
+
+def open_model(config: ConfigDict, name: str | None = None) -> None:
+    """Gives every field of the model a place, so that a command line may set it.
+
+    Args:
+      config: with a model of some name.
+      name: name that the command line gives the model; None: it gives none.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    for field, declared in models.declared(name or config.model.name).items():
+        one, length = fields.kind(declared.type)
+        value = config.model.get(field)
+        place = FieldReference(None, field_type=one if length is None else tuple)
+        config.model[field] = place
+        with config.ignore_type():  # for `check` to tell
+            config.model[field] = value
+
+
+def close_model(config: ConfigDict) -> None:
+    """Takes away the fields of the model that have no value of their own."""
+    for field, value in config.model.to_dict().items():
+        if value is None and field not in ("name", "image_size"):
+            with config.unlocked():
+                del config.model[field]
 
 
 def words(argument: str, known: Sequence[str]) -> list[str]:
@@ -291,7 +323,9 @@ def check(config: ConfigDict) -> None:
     Raises:
       ValueError: names each field, what it is and what it may be.
     """
-    wrong = fields.problems(config.to_dict()) or _contradictions(config)
+    wrong = fields.problems(config.to_dict())
+    if not wrong:
+        wrong = _contradictions(config)
     if more := len(wrong) - MOST_NAMED:
         wrong[MOST_NAMED:] = [f"... and {more} more."] * (more > 0)
     if wrong:
@@ -301,6 +335,10 @@ def check(config: ConfigDict) -> None:
 def _contradictions(config: ConfigDict) -> list[str]:
     """Lines for people: the fields that fit each by itself, and not together."""
     found = []
+    try:
+        completed(config)
+    except ValueError as error:  # a size that neither a table nor the recipe says
+        found.append(f"config.model.name: {error}")
     optim, augment = config.optim, config.input
     if (optim.end_learning_rate is None) == (optim.end_factor is None):
         found.append(
@@ -342,6 +380,9 @@ def _contradictions(config: ConfigDict) -> list[str]:
 
 # --- The recipe of a run --------------------------------------------------------------
 
+# The format of config.json. 1, which it did not say: the fields of `config.run` were in
+# `config.model`, where None stood for a value of Table 1.
+FORMAT = 2
 # What every version has written; any other field has its default where it is missing.
 _NEEDED = {
     *("seed", "batch_size", "loss", "model", "optim", "input", "evals", "checkpoint"),
@@ -350,39 +391,93 @@ _NEEDED = {
 }
 
 
-def read(path: epath.PathLike) -> ConfigDict:
-    """Returns the recipe that a run has written, as JSON.
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns the recipe in what JSON has, with every field of its model."""
+    return {"format": FORMAT} | json.loads(completed(config).to_json_best_effort())
 
-    A field that a version before has not written has its default, which the log says.
+
+def read(path: epath.PathLike) -> ConfigDict:
+    """Returns the recipe that a run has written, as `from_json` does.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged, or holds no recipe.
+      ValueError: it is damaged, holds no recipe, or has a later format.
     """
-    said, tree = printable(os.fspath(path)), files.read_json(path)
+    return from_json(files.read_json(path), printable(os.fspath(path)))
+
+
+def from_json(tree: Any, origin: str) -> ConfigDict:
+    """Returns the recipe that `to_json` of this or of an older version gave.
+
+    Every field of the model is in it. A field that an older version has not written has
+    its default, which the log says.
+
+    Args:
+      tree: what JSON has.
+      origin: where it comes from, for messages.
+
+    Raises:
+      ValueError: it is no recipe, or has a later format.
+    """
     config = base()
     try:
-        missing = _take(config, _tuples(tree))
-        if wrong := fields.problems(config.to_dict(), others=True):
-            raise ValueError(" ".join(wrong))
-    except (TypeError, ValueError) as error:
+        tree = _tuples(tree)
+        number = tree.pop("format", 1)
+        if number in range(1, FORMAT + 1):
+            rename(tree)
+            missing = _take(config, tree)
+            if wrong := fields.problems(config.to_dict(), others=True):
+                raise ValueError(" ".join(wrong))
+            unsaid = models.declared(config.model.name).keys() - tree["model"].keys()
+            missing += _unless_needed(f"model.{field}" for field in unsaid)
+            config = completed(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = brief(error)
-        raise ValueError(f"{said} is no recipe of a run: {what}") from error
+        raise ValueError(f"{origin} is no recipe of a run: {what}") from error
+    if number not in range(1, FORMAT + 1):
+        raise ValueError(
+            f"{origin} has the format {brief(number, 60)}, and this version reads the "
+            f"formats 1 to {FORMAT}; open it with the version that wrote it."
+        )
     if missing:
         logger.warning(
-            "%s does not say %s, as if an older version had written it; taken as in "
-            "recipe.base().",
-            *(said, brief(", ".join(sorted(missing)))),
+            "%s does not say %s, as if an older version had written it; each has its "
+            "default.",
+            *(origin, brief(", ".join(sorted(missing)))),
         )
     return config
+
+
+def rename(tree: Any) -> list[str]:
+    """Gives fields with an old name their new one, and returns the old ones.
+
+    Args:
+      tree: a recipe or, of the same structure, dicts.
+    """
+    found = []
+    for old, new in MOVED.items():
+        section, field = old.split(".")
+        to, name = new.split(".")
+        if hasattr(tree.get(section), "keys") and field in tree[section]:
+            if to not in tree:
+                tree[to] = {}
+            tree[to][name] = tree[section][field]
+            del tree[section][field]
+            found.append(old)
+    return found
+
+
+def _unless_needed(missing: Iterable[str]) -> list[str]:
+    missing = list(missing)
+    if lost := sorted(_NEEDED.intersection(missing)):
+        raise ValueError(f"it does not say {', '.join(lost)}.")
+    return missing
 
 
 def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list[str]:
     """Copies values into the fields of their type; returns the fields without one."""
     known = dict(section.items(preserve_field_references=True))
-    missing = [f"{where}{key}" for key in known if key not in tree]
-    if lost := sorted(_NEEDED & {*missing}):
-        raise ValueError(f"it does not say {', '.join(lost)}.")
+    missing = _unless_needed(f"{where}{key}" for key in known if key not in tree)
     for key, value in tree.items():
         there, field = known.get(key), f"{where}{key}"
         if isinstance(there, ConfigDict):
@@ -450,7 +545,12 @@ def load(value: str) -> ConfigDict:
             raise
         said = str(error).strip("'\"")
         raise ValueError(f"{path}, line {lines[-1]}: {said}") from error
-    if not isinstance(config, ConfigDict):
+    if isinstance(config, ConfigDict):
+        with config.ignore_type():  # for `check` to tell
+            for old in rename(config):
+                new = MOVED[old]
+                logger.warning("%s: config.%s is now config.%s.", path, old, new)
+    else:
         raise ValueError(
             f"{path} is no recipe: its get_config returns {type(config).__name__}, not "
             "a ConfigDict of recipe.base()."

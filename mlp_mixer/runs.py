@@ -35,7 +35,6 @@ from mlp_mixer.workdir import (
     load,
     load_class_names,
     sides,
-    to_json,
     trained_classes,
 )
 
@@ -76,7 +75,7 @@ def open_run(
         model = models.create(
             **config.model,
             num_classes=config.dataset.num_classes,
-            run=models.Run(mesh=mesh),
+            run=models.Run.on(mesh, **config.run),
         )
         image = jnp.zeros((1, *config.model.image_size, 3))
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
@@ -86,7 +85,11 @@ def open_run(
     several = jax.process_count() > 1  # each reads for itself
     if several:
         has = bool(history.checkpoints(workdir))
-        said = {"recipe": to_json(config), "class_names": names, "checkpoints": has}
+        said = {
+            "recipe": recipe.to_json(config),
+            "class_names": names,
+            "checkpoints": has,
+        }
         processes.compare(**said, step=step, best=best)
     step, params = checkpoint.restore_params(
         f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
@@ -178,7 +181,7 @@ def check_agreement(
     if jax.process_count() == 1:
         return
     processes.compare(
-        recipe=to_json(config),
+        recipe=recipe.to_json(config),
         data=data,
         evals=fingerprints(evals),
         jax=jax.__version__,

@@ -67,7 +67,7 @@ def train(
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(mesh, config.batch_size, config.accumulate)
         size = config.model.image_size
-        model = models.create(**config.model, run=models.Run(mesh=mesh))
+        model = models.create(**config.model, run=models.Run.on(mesh, **config.run))
         source = sources.open_source(
             **config.dataset, data_dir=data_dir, image_size=size
         )

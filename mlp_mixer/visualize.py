@@ -4,7 +4,7 @@ import io
 import logging
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 # Where it may not keep its fonts it says so twice, and that only here.
@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D  # noqa: E402
 
 from mlp_mixer.text import printable, shortened  # noqa: E402
 
+Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+
 # More classes make a confusion matrix that nobody can read.
 MAX_CONFUSION_CLASSES = 40
 
@@ -28,7 +30,7 @@ def mistakes_first(examples: Any, count: int) -> np.ndarray:
 
 
 def report(
-    records: Sequence[Mapping[str, Any]],
+    records: Records,
     *,
     name: str,
     examples: Any,
@@ -110,7 +112,7 @@ def sheet(
     figure.suptitle(title, y=1 - 0.1 / high, va="top", size=10, parse_math=False)
     room = int(16.5 * cell)  # characters of 7 points that fit side by side
 
-    def place(left, upper, width, height) -> Axes:
+    def place(left: float, upper: float, width: float, height: float) -> Axes:
         lower = high - upper - height
         box = (left / wide, lower / high, width / wide, height / high)
         axis = figure.add_axes(box, xticks=(), yticks=())
@@ -179,16 +181,16 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _curve(records, key):
+def _curve(records: Records, key: str) -> Iterable[tuple[float, ...]]:
     points = [(r["step"], r[key]) for r in records if key in r]
     return zip(*points, strict=True) if points else ((), ())
 
 
-def _keys(records, ending):
+def _keys(records: Records, ending: str) -> list[str]:
     return sorted({k for r in records for k in r if k.endswith(ending)})
 
 
-def _loss(axis: Axes, records) -> None:
+def _loss(axis: Axes, records: Records) -> None:
     (line,) = axis.plot(*_curve(records, "train/loss"), linewidth=0.8)
     lines = {"train": line}
     for key in _keys(records, "/loss"):
@@ -199,13 +201,13 @@ def _loss(axis: Axes, records) -> None:
     _legend(axis, lines)
 
 
-def _learning_rate(axis: Axes, records) -> None:
+def _learning_rate(axis: Axes, records: Records) -> None:
     axis.plot(*_curve(records, "train/lr"))
     axis.set(title="learning rate", xlabel="step")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
-def _accuracy(axis: Axes, records) -> None:
+def _accuracy(axis: Axes, records: Records) -> None:
     lines = {}
     for ending in ("/top1", "/top5"):
         for key in _keys(records, ending):
@@ -223,7 +225,7 @@ def _legend(owner: Axes | Figure, lines: Mapping[str, Line2D], **style: Any) -> 
         said.set_parse_math(False)
 
 
-def _confusion(axis: Axes, examples, class_names) -> None:
+def _confusion(axis: Axes, examples: Any, class_names: Sequence[str]) -> None:
     k = len(class_names)
     counts = np.zeros((k, k), int)
     np.add.at(counts, (examples.label, examples.prediction), 1)

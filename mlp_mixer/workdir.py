@@ -5,7 +5,6 @@ class_names.json the names of its classes by label, data.json what its training 
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,8 +27,8 @@ MAY_CHANGE = (
     "sharding",
     "accumulate",
     "input.workers",
-    "model.scan",
-    "model.remat",
+    "run.scan",
+    "run.remat",
     "log_every_steps",
     "evals",
     "checkpoint",
@@ -129,7 +128,7 @@ def claim(
     begun = history.has_begun(workdir)
     naming.places(class_names, trained_classes(workdir), **sides(config, workdir))
     folder.mkdir(parents=True, exist_ok=True)
-    new: dict[str, Any] = {"config": to_json(config)}
+    new: dict[str, Any] = {"config": recipe.to_json(config)}
     if not begun or not (folder / "class_names.json").exists():
         new["class_names"] = class_names
     if data is not None:
@@ -206,7 +205,7 @@ def check_recipe(
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*may_change, "dataset.num_examples")
     if differing := differences(
-        to_json(recipe.read(path)), to_json(config), may_change
+        recipe.to_json(recipe.read(path)), recipe.to_json(config), may_change
     ):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
@@ -257,7 +256,7 @@ def _say_what_is_recorded(
 def differences(
     there: Any, here: Any, may_change: Sequence[str] = MAY_CHANGE
 ) -> list[str]:
-    """Lines for people: the fields of two recipes' `to_json` that differ."""
+    """Lines for people: the fields of two recipes' `recipe.to_json` that differ."""
     before, now = _flat(there), _flat(here)
     return [
         f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
@@ -298,11 +297,6 @@ def _said(value: Any) -> str:
             f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()
         )
     return "nothing" if value is None else printable(str(value))[:100]
-
-
-def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The recipe in what JSON has."""
-    return json.loads(config.to_json_best_effort())
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

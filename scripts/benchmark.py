@@ -51,10 +51,11 @@ KINDS = ("forward", "train")
 
 @dataclasses.dataclass
 class Job:
-    """What is measured: arguments of `models.create`, `optim.create` and the step."""
+    """What is measured: arguments of `models.create` and of others."""
 
     model: dict[str, Any]
-    optim: dict[str, Any]
+    optim: dict[str, Any]  # optim.create
+    run: dict[str, Any]  # models.Run.on
     loss: str = "sigmoid_xent"
     mixup: float = 0.0
 
@@ -71,14 +72,14 @@ def job_of(args: argparse.Namespace) -> Job:
         # A recipe may leave the classes to its data, which nobody opens here.
         classes = config.dataset.num_classes or 1000
         fields = dict(config.model) | {"num_classes": classes}
-        job = Job(fields, optimiser, config.loss, config.mixup)
+        job = Job(fields, optimiser, dict(config.run), config.loss, config.mixup)
     else:
         fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
-        job = Job(fields, dict(OPTIM))
+        job = Job(fields, dict(OPTIM), {})
     given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
+    job.run |= {key: value for key, value in given.items() if value is not None}
     if args.image_size:
-        given["image_size"] = (args.image_size, args.image_size)
-    job.model |= {key: value for key, value in given.items() if value is not None}
+        job.model["image_size"] = (args.image_size, args.image_size)
     for word in args.override:
         key, equals, value = word.partition("=")
         if not equals:
@@ -144,7 +145,7 @@ class Bench:
 
     def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
         self.mesh = sharding.make_mesh(devices)
-        ours: Any = models.create(**job.model, run=models.Run(mesh=self.mesh))
+        ours: Any = models.create(**job.model, run=models.Run.on(self.mesh, **job.run))
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])

@@ -11,9 +11,9 @@ Stopped, the same command goes on.
 import statistics
 from collections.abc import Sequence
 
-import sweep
+import sweep as command
 
-from mlp_mixer import recipe, shipped
+from mlp_mixer import recipe, shipped, sweep
 
 RECIPE = "configs/finetune/vtab.py"
 
@@ -54,10 +54,10 @@ def means(results: Sequence[sweep.Result], groups: dict[str, str]) -> dict[str, 
 
 def main(argv: list[str]) -> None:
     """The command line."""
-    p = sweep.parser(__doc__, "runs/vtab")
+    p = command.parser(__doc__, "runs/vtab")
     p.add_argument("--words", default="", help="of the recipe: l16,448")
     p.add_argument("--tasks", default="", help="some of them: svhn,dtd; all if not set")
-    args, overrides = sweep.parse(p, argv)
+    args, overrides = command.parse(p, argv)
     defined = recipe.run_file(shipped.find(RECIPE)[0])
     classes_and_groups = defined["TASKS"]
     names = tasks_of(args.tasks.split(","), list(classes_and_groups))
@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
         for name in names
     ]
     groups = {task: group for task, (_, group) in classes_and_groups.items()}
-    sweep.run_all(tasks, args, lambda results: means(results, groups))
+    command.run_all(tasks, args, lambda results: means(results, groups))
 
 
 if __name__ == "__main__":
-    sweep.start(main)
+    command.start(main)

@@ -1090,9 +1090,9 @@ def test_a_full_disk_leaves_the_older_checkpoints_intact(tmp_path):
 FULL_DISK = """
 import pathlib, resource, signal, sys
 import test_checkpoint as cases
-from mlp_mixer import metrics, program
+from mlp_mixer import console, program
 from mlp_mixer.checkpoint import Checkpointer
-metrics.log_to_terminal()
+console.log_to_terminal()
 directory, limit = sys.argv[1], int(sys.argv[2])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with program.errors_in_one_line(), Checkpointer(directory, every_steps=1) as c:

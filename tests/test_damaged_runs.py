@@ -47,7 +47,7 @@ def test_a_damaged_recipe_of_a_run_is_one_line(kind, run):
         (lambda c: c.update(model=None), "model is None; expected a section"),
         (lambda c: c.update(batch_size="64"), "batch_size is 64; expected as in"),
         (lambda c: c.update(batch_size=None), "batch_size is None; expected as in"),
-        (lambda c: c["model"].update(gelu=["tanh"]), "model.gelu is .*; expected as"),
+        (lambda c: c["model"].update(gelu=["tanh"]), "model.gelu is .*; expected tanh"),
         (lambda c: c["model"].update(image_size=16), "model.image_size is 16; exp"),
         (
             lambda c: c["model"].update(hidden_dim=-1),

@@ -1,6 +1,7 @@
 """Every field of a recipe has the values that it may have, and they are checked."""
 
 import math
+import types
 
 import pytest
 
@@ -31,7 +32,7 @@ def flat(tree, prefix=""):
 
 
 def defaults():
-    """{field: (its row, its default)} of all that a recipe may have."""
+    """{field: (its row, its default)} of all that a recipe has."""
     base = flat(recipe.base().to_dict())
     found = {name: (fields.RECIPE[name], value) for name, value in base.items()}
     for section in (recipe.evaluation("val"), recipe.fewshot("train", "val")):
@@ -66,14 +67,13 @@ def test_the_names_of_closed_sets_are_the_keys_of_the_tables():
         "init_resize": resize.METHODS,
         "sharding": sharding.STRATEGIES,
         "input.crop": pipeline.CROPS,
-        "model.name": models.names(),
-        "model.gelu": derivatives.GELUS,
-        "model.remat": trunk.REMAT_POLICIES,
+        "run.remat": trunk.REMAT_POLICIES,
         "optim.decay": optim.DECAYS,
         "optim.decayed": optim.DECAYED,
     }
     for name, known in sets.items():
         assert set(rows[name].choices) == set(known), name
+    assert set(fields.MODEL["gelu"].choices) == set(derivatives.GELUS)
     for row in (accuracy["preprocess"], fewshot["preprocess"]):
         assert set(row.choices) == set(image_ops.PROTOCOLS)
     for name in rows["optim.name"].choices:
@@ -81,7 +81,7 @@ def test_the_names_of_closed_sets_are_the_keys_of_the_tables():
     assert rows["input.randaugment_layers"].high == len(randaugment.OPS)
     # Others that are a closed set are in the list above.
     closed = {name for name, row in rows.items() if row.choices}
-    dtypes = {"model.dtype", "optim.momentum_dtype"}
+    dtypes = {"run.dtype", "optim.momentum_dtype"}
     assert closed == {*sets, "optim.name", *dtypes}
 
 
@@ -100,10 +100,8 @@ def test_a_value_of_another_kind_is_none_of_a_fields_values(name):
     kind = tuple if row.length is not None else row.types[-1]
     right = [w for w in WRONG[kind] if row.fits(w)]
     allowed = [None] * row.none + [row.also] * (row.also == "")
-    # Of the numbers, these two fields may be any, and below 0.
-    allowed += {"model.head_bias": [-1e30], "fewshot.l2_exponents": [(0, 0)]}.get(
-        name, []
-    )
+    # Numbers from below 0.
+    allowed += [(0, 0)] * (name == "fewshot.l2_exponents")
     assert right == allowed
 
 
@@ -129,9 +127,12 @@ def test_a_value_of_another_kind_is_none_of_a_fields_values(name):
         ("model.patch_size", (4, 4, 4), "height and width in pixels"),
         ("model.dropout", 1.0, "a number from 0 to below 1"),
         ("model.stochastic_depth", 1.5, "a number from 0 to below 1"),
-        ("model.head_bias", math.inf, "a number."),
-        ("model.dtype", "float8", "float32, bfloat16"),
-        ("model.remat", "ful", "full, pre_gelu, none; or None"),
+        ("model.head_bias", math.inf, "a number; or None."),
+        ("model.head_bias", "0", "a number; or None"),
+        ("model.gelu", "exactly", "exact, tanh; or None"),
+        ("model.name", "mixer_b61", "mixer_b16, "),
+        ("run.dtype", "float8", "float32, bfloat16"),
+        ("run.remat", "ful", "full, pre_gelu, none; or None"),
         ("optim.clip_norm", 0.0, "a number above 0; or None"),
         ("optim.eps", 0.0, "a number above 0"),
         ("optim.b2", 1.0, "a number from 0 to below 1"),
@@ -234,6 +235,83 @@ def test_a_field_that_nobody_reads_and_one_that_is_missing_are_named(tiny):
     assert len(said) == 3
 
 
+# --- The fields of models -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_what_a_table_and_a_class_say_are_values_that_a_models_fields_may_have(name):
+    rows = fields.of_model(name)
+    for field, value in models.fields(name).items():
+        assert rows[field].fits(value), (field, value)
+        assert rows[field].fits(None)
+        assert not rows[field].fits(b"")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "right", "wrong"),
+    [
+        (int, (0, 3), (-1, 1.5, True, "3", (3,))),
+        (float, (-0.5, 3), (math.inf, math.nan, "3", (3.0,))),
+        (bool, (True,), (1, "true")),
+        (str, ("any",), ("", 3)),
+        (tuple[int, int], ((3, 4),), (3, (3,), (3, 4, 5), (3, -1), [3, 4])),
+        (tuple[int, ...], ((3,), (3, 4, 5)), (3, ())),
+        (tuple[float, ...], ((0.5, 1),), (0.5, ("a",))),
+        (float | None, (0.5,), ("a",)),
+    ],
+)
+def test_a_field_of_which_nothing_is_said_has_the_values_of_its_type(
+    annotation, right, wrong, monkeypatch
+):
+    declared = {"new": types.SimpleNamespace(type=annotation)}
+    monkeypatch.setattr(models, "declared", lambda name: declared)
+    row = fields.of_model("mixer_b16")["new"]
+    assert all(map(row.fits, (None, *right)))
+    assert not any(map(row.fits, wrong))
+
+
+def test_a_well_known_field_may_have_a_value_by_stage(monkeypatch):
+    declared = {"hidden_dim": types.SimpleNamespace(type=tuple[int, ...])}
+    monkeypatch.setattr(models, "declared", lambda name: declared)
+    row = fields.of_model("mixer_b16")["hidden_dim"]
+    assert row.fits((80, 160, 320))
+    assert not row.fits((80, 0))
+    assert not row.fits(80)
+    assert row.expected(80).startswith("values, each a whole number from 1 to ")
+
+
+def test_a_type_that_no_recipe_can_say_is_the_models_mistake(monkeypatch):
+    declared = {"new": types.SimpleNamespace(type=dict)}
+    monkeypatch.setattr(models, "declared", lambda name: declared)
+    with pytest.raises(TypeError, match=r"field new is annotated with .*dict"):
+        fields.of_model("mixer_b16")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("model.num_bloks", "is no field of mixer_s16; try model.num_blocks, "),
+        ("model.scan", r"is now config\.run\.scan\."),
+        ("run.num_blocks", "is no field of a recipe; try model.num_blocks, "),
+    ],
+)
+def test_a_field_that_a_model_does_not_have_is_named(tiny, field, message):
+    section, _, name = field.partition(".")
+    tiny[section][name] = 3
+    with pytest.raises(ValueError, match=rf"^config\.{field} {message}"):
+        recipe.check(tiny)
+
+
+def test_an_architecture_without_a_size_needs_all_of_its_sizes(tiny):
+    tiny.model.name = "mixer"
+    recipe.check(tiny)
+    del tiny.model.hidden_dim
+    with pytest.raises(
+        ValueError, match=r"config\.model\.name: mixer needs hidden_dim"
+    ):
+        recipe.check(tiny)
+
+
 def test_many_wrong_fields_are_counted(tiny):
     for name in "abcdefghijklmnopqrstuvwxyz":
         tiny[name] = 1
@@ -272,6 +350,33 @@ def test_none_is_taken_where_it_may_be_and_refused_by_name_elsewhere(tiny, name)
         recipe.check(config)
 
 
+@pytest.mark.parametrize("field", [*models.declared("mixer_s16")])
+def test_every_field_of_the_model_can_be_set_and_taken_away(tiny, field):
+    """Whether the recipe says it or not."""
+    value = models.fields("mixer_h14", head_bias=0.5)[field]
+    for recipe_says in (True, False):
+        if recipe_says:
+            tiny.model[field] = models.fields("mixer_b32")[field]
+        elif field in tiny.model:
+            del tiny.model[field]
+        config = program.override(tiny, [f"--config.model.{field}={value}"])
+        assert config.model[field] == value
+        assert type(config.model[field]) is type(value)
+        recipe.check(config)
+        config = program.override(tiny, [f"--config.model.{field}=None"])
+        assert field not in config.model
+        recipe.check(config)
+
+
+def test_the_fields_are_those_of_the_model_that_the_command_line_names(tiny):
+    del tiny.model.hidden_dim
+    words = ["--config.model.name=mixer", "--config.model.hidden_dim=24"]
+    config = program.override(tiny, words)
+    assert (config.model.name, config.model.hidden_dim) == ("mixer", 24)
+    with pytest.raises(ValueError, match="'mixr' is unknown; try mixer"):
+        program.override(tiny, ["--config.model.name", "mixr"])
+
+
 @pytest.mark.parametrize(
     ("word", "value"),
     [
@@ -282,12 +387,34 @@ def test_none_is_taken_where_it_may_be_and_refused_by_name_elsewhere(tiny, name)
         ("optim.clip_norm=2", 2.0),
         ("total_steps=0x10", 16),
         ("input.flip=false", False),
+        ("model.dropout=1e-1", 0.1),
         ("input.flip", True),
     ],
 )
 def test_values_are_read_as_they_are_written(tiny, word, value):
     config = program.override(tiny, [f"--config.{word}"])
     assert flat(config.to_dict())[word.partition("=")[0]] == value
+    recipe.check(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--config.model.scan=False"], False),
+        (["--config.model.scan"], True),
+        (["--noconfig.model.scan"], False),
+        (["--config.model.scan", "--config.run.scan=False"], False),
+        (["--config.model.scan=None"], None),
+    ],
+)
+def test_an_old_name_of_a_field_sets_the_new_one_and_is_told(
+    tiny, words, value, caplog
+):
+    tiny.run.scan = None if value is not None else True
+    config = program.override(tiny, words)
+    assert config.run.scan is value
+    assert "scan" not in config.model
+    assert caplog.messages == ["config.model.scan is now config.run.scan."]
     recipe.check(config)
 
 
@@ -306,6 +433,9 @@ def test_a_tuple_may_be_given_number_by_number(tiny):
         ("mixup=", "a number"),
         ("mixup=1,5", "a number"),
         ("input.flip=2", "true or false"),
+        ("model.num_blocks=two", "a whole number"),
+        ("model.dropout=", "a number"),
+        ("model.scan=2", "true or false"),
         ("model.image_size=(1,", "numbers"),
     ],
 )
@@ -313,4 +443,5 @@ def test_a_word_that_is_no_value_is_named_with_its_field(tiny, word, expected):
     with pytest.raises(SystemExit) as caught:
         program.override(tiny, [f"--config.{word}"])
     first, *_ = str(caught.value).splitlines()
+    word = word.replace("model.scan", "run.scan")
     assert first.startswith(f"flag --config.{word}: expected {expected}")

@@ -1,5 +1,6 @@
 """The numbers of Table 4, where recipes are found, and how a run explains itself."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -93,8 +94,8 @@ def test_gpu8_is_the_same_batch_in_micro_batches(size):
     assert 4096 % (8 * one_host.accumulate) == 0
     pod.accumulate, pod.input.workers = one_host.accumulate, one_host.input.workers
     # Cards of 24 GB: the formulation that needs least memory at no extra work.
-    assert (pod.model.scan, pod.model.remat) == (None, None)
-    pod.model.scan, pod.model.remat = True, "pre_gelu"
+    assert (pod.run.scan, pod.run.remat) == (None, None)
+    pod.run.scan, pod.run.remat = True, "pre_gelu"
     assert one_host == pod
 
 
@@ -132,8 +133,9 @@ def test_fine_tuning_is_section_3_and_appendix_c(root, name):
     ends = (optim.end_learning_rate, optim.end_factor)
     assert (optim.decay, *ends, optim.weight_decay) == ("cosine", 0.0, None, 0.0)
     assert (config.loss, config.mixup) == ("softmax_xent", 0.0)
-    assert (config.model.stochastic_depth, config.model.dropout) == (0.0, 0.0)
-    assert (config.init_head, config.model.head_bias) == ("zero", 0.0)
+    model = recipe.completed(config).model
+    assert (model.stochastic_depth, model.dropout) == (0.0, 0.0)
+    assert (config.init_head, model.head_bias) == ("zero", 0.0)
     assert config.input.randaugment_layers == 0
     assert (config.input.crop, config.input.flip) == ("resize_crop", True)
 
@@ -198,7 +200,8 @@ def test_at_448_token_mixing_is_four_times_as_wide(size):
     usual = load("finetune/cifar10", size)
     assert config.model.image_size == (448, 448)
     assert config.model.tokens_mlp_dim == 4 * table["tokens_mlp_dim"]
-    assert (usual.model.image_size, usual.model.tokens_mlp_dim) == ((224, 224), None)
+    assert usual.model.image_size == (224, 224)
+    assert "tokens_mlp_dim" not in usual.model
     assert config.init_resize == "grow"
     usual.model.image_size = config.model.image_size
     usual.model.tokens_mlp_dim = config.model.tokens_mlp_dim
@@ -382,6 +385,20 @@ def test_a_recipe_takes_from_the_data_only_what_it_does_not_state():
     assert config.dataset.num_examples is None
 
 
+def test_a_complete_recipe_has_all_fields_of_its_model():
+    config = recipe.load("configs/digits.py")
+    config.model.name = "mixer_l16"
+    model = recipe.completed(config).model
+    assert model.hidden_dim == 64  # the recipe's own
+    assert model.to_dict() == {
+        "name": "mixer_l16",
+        "image_size": (8, 8),
+        **models.fields("mixer_l16", **DIGITS),
+    }
+    config.model = {"name": "mixer_l16", "image_size": (224, 224), "num_blocks": None}
+    assert recipe.completed(config).model.num_blocks == 24
+
+
 def test_total_steps_wins_over_epochs_and_needs_a_count():
     config = recipe.base()
     config.dataset.num_examples = 1000
@@ -441,7 +458,7 @@ def test_the_path_of_a_recipe_may_have_any_letters(name, words, tmp_path, monkey
     [
         ("config.total_steps = 1.5", "line 4: Could not override field 'total_steps'"),
         ("config.optim.foo.bar = 1", "line 4: .*foo"),
-        ("config.model.update(num_blocks='3')", "line 4: Could not override"),
+        ("config.model.update(image_size='3')", "line 4: Could not override"),
         ("return None", "get_config returns NoneType, not a ConfigDict"),
         ("config.seed = = 1", "line 4: invalid syntax"),
         ("raise ValueError('no such word')", "^no such word$"),
@@ -480,6 +497,97 @@ def test_a_recipe_that_asks_for_a_name_that_has_moved_is_told_where(
         recipe.load(str(path))
     assert errors.message(caught.value) == str(caught.value)
     assert not hasattr(recipe, "pretraning")
+
+
+def test_a_recipe_with_old_names_of_fields_is_read_and_told(tmp_path, caplog):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mlp_mixer import recipe\n"
+        "def get_config():\n"
+        "  config = recipe.base()\n"
+        "  config.model.update(scan=False, dtype='bfloat16', num_blocks=3)\n"
+        "  return config\n"
+    )
+    config = recipe.load(str(path))
+    assert config.run.to_dict() == {"dtype": "bfloat16", "scan": False, "remat": None}
+    assert set(config.model) == {"name", "image_size", "num_blocks"}
+    recipe.check(config)
+    assert caplog.messages == [
+        f"{path}: config.model.{field} is now config.run.{field}."
+        for field in ("dtype", "scan")
+    ]
+
+
+# --- What a run writes ----------------------------------------------------------------
+
+# What configs/digits.py says of its model's own fields.
+DIGITS = {
+    "patch_size": (2, 2),
+    "num_blocks": 4,
+    "hidden_dim": 64,
+    "tokens_mlp_dim": 32,
+    "channels_mlp_dim": 256,
+}
+
+
+def written(config):
+    return json.loads(json.dumps(recipe.to_json(config)))
+
+
+def test_what_is_written_is_read_again():
+    for name in ("configs/digits.py", "configs/finetune/vtab.py:dtd,l16,448"):
+        config = recipe.completed(recipe.load(name))
+        tree = written(config)
+        assert tree["format"] == recipe.FORMAT
+        assert recipe.from_json(tree, "x").to_dict() == config.to_dict()
+
+
+def test_what_an_older_version_wrote_is_the_same_recipe(caplog):
+    config = recipe.completed(recipe.load("configs/digits.py"), 1500, 10)
+    tree = written(config)
+    # As format 1 had it: no number, `run` in `model`, and None for Table 1's sizes.
+    del tree["format"]
+    tree["model"] |= tree.pop("run")
+    assert recipe.to_json(recipe.from_json(tree, "x")) == recipe.to_json(config)
+    for size in DIGITS:
+        tree["model"][size] = None
+    sizes = models.mixer.SIZES["mixer_s16"]
+    assert recipe.from_json(tree, "x").model.to_dict().items() >= sizes.items()
+    assert caplog.messages == []
+
+
+def test_a_model_field_that_is_not_written_has_its_default_but_gelu_has_none(caplog):
+    tree = written(recipe.completed(recipe.load("configs/digits.py")))
+    del tree["model"]["stochastic_depth"]
+    assert recipe.from_json(tree, "x").model.stochastic_depth == 0.0
+    assert "x does not say model.stochastic_depth, " in caplog.text
+    del tree["model"]["gelu"]
+    with pytest.raises(
+        ValueError, match=r"x is no recipe .*: it does not say model\.gel"
+    ):
+        recipe.from_json(tree, "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (3, "x has the format 3, and this version reads the formats 1 to 2; open it"),
+        (0, "x has the format 0"),
+        ("2", "x has the format 2"),
+        (None, "x has the format None"),
+    ],
+)
+def test_a_later_format_is_refused_with_its_number(number, message):
+    tree = written(recipe.completed(recipe.load("configs/digits.py")))
+    with pytest.raises(ValueError, match=message):
+        recipe.from_json(tree | {"format": number}, "x")
+
+
+def test_a_model_field_of_a_later_version_is_not_passed_over():
+    tree = written(recipe.completed(recipe.load("configs/digits.py")))
+    tree["model"]["depthwise"] = True
+    with pytest.raises(ValueError, match="mixer_s16 has no field 'depthwise'"):
+        recipe.from_json(tree, "x")
 
 
 def test_a_file_without_get_config_is_no_recipe(tmp_path):

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import run_vtab
-import sweep
+import sweep as command
 from test_sweep import result
 
 from mlp_mixer import recipe, shipped
@@ -16,13 +16,13 @@ GROUPS = {task: group for task, (_, group) in SHIPPED["TASKS"].items()}
 
 @pytest.fixture
 def swept(monkeypatch):
-    """What would be run: the arguments of `sweep.run_all`, and nothing is."""
+    """What would be run: the arguments of `run_all`, and nothing is."""
     seen = types.SimpleNamespace()
 
     def run_all(tasks, args, means):
         seen.tasks, seen.args, seen.means = tasks, args, means
 
-    monkeypatch.setattr(sweep, "run_all", run_all)
+    monkeypatch.setattr(command, "run_all", run_all)
     return seen
 
 

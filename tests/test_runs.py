@@ -14,7 +14,7 @@ from mlp_mixer.data import sources
 def test_a_workdir_gives_its_recipe_back(tmp_path):
     config = recipe.load("configs/mixer_b16.py")
     workdir.claim(config, tmp_path, ("cat", "dog"))
-    assert workdir.load(tmp_path).to_dict() == config.to_dict()
+    assert workdir.load(tmp_path) == recipe.completed(config)
     assert workdir.load_class_names(tmp_path) == ["cat", "dog"]
     with pytest.raises(FileNotFoundError, match="holds no run"):
         workdir.load(tmp_path / "nowhere")

@@ -3,12 +3,22 @@
 import dataclasses
 import json
 import math
+import pathlib
 import sys
 
 import pytest
-import sweep
+import sweep as command
 
-from mlp_mixer import checkpoint, errors, evaluate, metrics, train, workdir
+from mlp_mixer import (
+    checkpoint,
+    console,
+    errors,
+    evaluate,
+    metrics,
+    recipe,
+    sweep,
+    train,
+)
 
 RECIPE = '''
 """A tiny recipe to sweep: digits, and no hope at one of its learning rates."""
@@ -36,8 +46,8 @@ def get_config(argument=""):
     config.model.tokens_mlp_dim = 16
     config.model.channels_mlp_dim = 128
     config.mesh.data = 1
-    config.model.scan = False
-    config.model.remat = "none"
+    config.run.scan = False
+    config.run.remat = "none"
     config.optim.warmup_steps = 1
     config.evals.seen = recipe.evaluation(
         "train[80%:]" if select else "test",
@@ -95,10 +105,10 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_repeats_nothing(
             lambda self, step: "final" in str(self.directory) and step >= 5,
         )
         with pytest.raises(sweep.StoppedError, match=r"seed-0 was stopped before"):
-            sweep.main([*argv, "--seeds=2"])
+            command.main([*argv, "--seeds=2"])
     assert trained == RUNS[:3]
     trained.clear()
-    sweep.main([*argv, "--seeds=2"])
+    command.main([*argv, "--seeds=2"])
     assert trained == RUNS[2:]
     # Trained to its end once, evaluated there, and started from where it was.
     assert [r["step"] for r in metrics.read(folder / RUNS[2])] == [16, 16]
@@ -107,7 +117,7 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_repeats_nothing(
     # Finished: nothing at all, also without the checkpoints of the grid.
     trained.clear()
     for _ in range(2):
-        sweep.main([*argv, "--seeds=2", "--drop_checkpoints"])
+        command.main([*argv, "--seeds=2", "--drop_checkpoints"])
     assert trained == []
     left = sorted(path.parent.name for path in folder.glob("*/*/checkpoints"))
     assert left == ["final-0.01-seed-0", "final-0.01-seed-1"]
@@ -126,7 +136,7 @@ def test_a_sweep_stopped_in_the_middle_goes_on_and_repeats_nothing(
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
 
     # A seed more is a run more.
-    sweep.main([*argv, "--seeds=3"])
+    command.main([*argv, "--seeds=3"])
     assert trained == ["toy/final-0.01-seed-2"]
     assert len(told(folder)["results"][0]["seeds"]) == 3
 
@@ -199,7 +209,7 @@ def test_another_recipes_run_is_no_result(top1, value, tmp_path):
     """Nor is one that diverged with other fields, or was evaluated otherwise."""
     config = sweep.open_task(value).final
     assert sweep.finished(config, tmp_path) is None
-    said = {"config": workdir.to_json(config), "top1": top1}
+    said = {"config": recipe.to_json(config), "top1": top1}
     (tmp_path / "result.json").write_text(json.dumps(said))
     score = sweep.finished(config, tmp_path)
     assert score == 0.5 if top1 else math.isnan(score)
@@ -248,7 +258,9 @@ FIVE = {
 
 
 def test_the_table_has_mean_and_deviation_over_seeds():
-    (row,) = sweep.table("", [result("cifar10", "", 0.97, 0.98, 0.99)], {}).rows
+    (row,) = sweep.table(
+        pathlib.Path("x"), [result("cifar10", "", 0.97, 0.98, 0.99)], {}
+    ).rows
     assert dict(zip(sweep.COLUMNS, row, strict=True)) == {
         "": "finetune-cifar10",
         "top-1": "98.00 %",
@@ -275,7 +287,7 @@ def test_avg_5_is_the_mean_of_the_five_sets_of_one_model():
     assert sweep.average_5([*five[1:], other]) == {}
     both = sweep.average_5([*five, *large, result("vtab_svhn", "l16", 0.1)])
     assert list(both) == [f"Avg 5 of {b16}", f"Avg 5 of {l16}"]
-    (*_, last) = sweep.table("", five, sweep.average_5(five)).rows
+    (*_, last) = sweep.table(pathlib.Path("x"), five, sweep.average_5(five)).rows
     assert last[:2] == [f"Avg 5 of {b16}", "91.80 %"]
 
 
@@ -330,7 +342,7 @@ def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
     names = ("cifar10", "pets")
     argv = [f"--config=configs/finetune/{name}.py" for name in names]
     with pytest.raises(FileNotFoundError) as caught:
-        sweep.main([*argv, f"--data_dir={tmp_path}", f"--workdir={tmp_path}/runs"])
+        command.main([*argv, f"--data_dir={tmp_path}", f"--workdir={tmp_path}/runs"])
     for name in ("cifar10", "oxford_iiit_pet"):
         assert f"python -m mlp_mixer.prepare {name} --data_dir" in str(caught.value)
     assert trained == []
@@ -369,7 +381,7 @@ def test_missing_data_is_named_before_anything_is_run(tmp_path, trained):
 def test_mistakes_are_explained(arguments, error, message, value, tmp_path, data_dir):
     argv = [argument.format(toy=value) for argument in arguments]
     with pytest.raises(error, match=message):
-        sweep.main([*argv, f"--workdir={tmp_path}/runs", f"--data_dir={data_dir}"])
+        command.main([*argv, f"--workdir={tmp_path}/runs", f"--data_dir={data_dir}"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -392,7 +404,7 @@ def test_mistakes_are_explained(arguments, error, message, value, tmp_path, data
 def test_a_wrong_command_line_is_refused(wrong, value, capsys):
     argv = wrong and [f"--config={value}", *wrong]
     with pytest.raises(SystemExit) as caught:
-        sweep.main(argv)
+        command.main(argv)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
 
@@ -400,7 +412,7 @@ def test_a_wrong_command_line_is_refused(wrong, value, capsys):
 def test_an_early_end_says_how_to_go_on(value, tmp_path, data_dir, monkeypatch, caplog):
     argv = [f"--config={value}", f"--workdir={tmp_path}/a b", f"--data_dir={data_dir}"]
     monkeypatch.setattr(sys, "argv", ["scripts/sweep.py", *argv])
-    monkeypatch.setattr(metrics, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(console, "log_to_terminal", lambda: None)
 
     def stopped(*_, **__):
         raise sweep.StoppedError("It was stopped.")
@@ -408,6 +420,6 @@ def test_an_early_end_says_how_to_go_on(value, tmp_path, data_dir, monkeypatch, 
     monkeypatch.setattr(sweep, "complete", stopped)
     monkeypatch.setattr(errors, "message", lambda error, _: str(error))
     with pytest.raises(SystemExit, match="It was stopped"):
-        sweep.start(sweep.main)
+        command.start(command.main)
     assert "go on with\npython scripts/sweep.py --config=" in caplog.text
     assert f"'--workdir={tmp_path}/a b'" in caplog.text

@@ -36,8 +36,8 @@ def get_config(argument: str = ""):
     config.model.tokens_mlp_dim = 4 * 32
     config.model.channels_mlp_dim = 256
     config.mesh.data = 1
-    config.model.scan = False
-    config.model.remat = "none"
+    config.run.scan = False
+    config.run.remat = "none"
 
     config.checkpoint.every_steps = 100
     return config

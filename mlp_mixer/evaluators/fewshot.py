@@ -66,7 +66,7 @@ class Ridge:
         # Of a Gram matrix none is negative, but for rounding.
         self._eigenvalues = np.maximum(values, 0.0)[:, None]
 
-    def _design(self, features):
+    def _design(self, features: np.ndarray) -> np.ndarray:
         scaled = (features - self._mean) / self._std
         return np.pad(scaled, ((0, 0), (0, 1)), constant_values=CONSTANT)
 

@@ -111,7 +111,6 @@ def create(
     Raises:
       ValueError: unknown name or field, or the image does not fit the patches.
     """
-    run = _how(overrides, run)
     values = fields(name, **overrides)
     for field, declaration in declared(name).items():
         _check_size(field, values[field], declaration.type)
@@ -122,16 +121,6 @@ def create(
         _check_size("image_size", image_size, tuple[int, int])
         model.check_size(image_size)
     return model
-
-
-def _how(overrides: dict[str, Any], run: Run) -> Run:
-    """Takes what recipes still say under `model`, and `config.run` will say."""
-    keys = [key for key in ("dtype", "scan", "remat") if key in overrides]
-    how = {key: overrides.pop(key) for key in keys}
-    how = {key: value for key, value in how.items() if value is not None}
-    if run.mesh is not None:
-        return Run.on(run.mesh, **how)
-    return dataclasses.replace(run, **how)
 
 
 def _check_size(field: str, value: Any, kind: Any) -> None:

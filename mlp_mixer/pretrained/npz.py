@@ -16,7 +16,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -135,7 +135,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     return _typed(np.lib.format.read_array(data, allow_pickle=False))
 
 
-def write(file, params: Mapping[str, np.ndarray]) -> None:
+def write(file: IO[bytes], params: Mapping[str, np.ndarray]) -> None:
     """Writes {name: array} as the published files are: current layout, float32.
 
     Args:

@@ -488,7 +488,9 @@ class _Https(urllib.request.HTTPSHandler):
 class _Redirections(urllib.request.HTTPRedirectHandler):
     """Follows without reading what an answer says besides, which may have no end."""
 
-    def http_error_302(self, req, fp, code, msg, headers):
+    def http_error_302(
+        self, req: Any, fp: Any, code: Any, msg: Any, headers: Any
+    ) -> Any:
         fp.close()
         return super().http_error_302(req, io.BytesIO(), code, msg, headers)
 

@@ -14,14 +14,13 @@ weights of a hidden unit are read as an image over the grid and resampled like o
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from mlp_mixer import known
+from mlp_mixer.fingerprints import Params
 
-Params = dict[str, Any]
 Grid = tuple[int, int]  # (rows, columns) of patches
 
 METHODS = ("grow", "interpolate")
@@ -187,7 +186,7 @@ def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
     """
     frequencies = np.arange(min(old, new))
 
-    def sampled(n):
+    def sampled(n: int) -> np.ndarray:
         return np.cos(np.pi * np.outer((np.arange(n) + 0.5) / n, frequencies))
 
     weights = np.where(frequencies == 0, 1, 2) / old

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlp_mixer import models
-from mlp_mixer.fingerprints import leaves
-
-Params = dict[str, Any]
+from mlp_mixer.fingerprints import Params, leaves
 
 BLOCK = {
     "LayerNorm_0/scale": ("c",),

@@ -33,7 +33,8 @@ def recipe(root: pathlib.Path, **model):
     config.model.dropout = 0.1
     config.model.stochastic_depth = 0.2
     for field, value in model.items():
-        config.model[field] = value
+        section = config.run if field in config.get("run", ()) else config.model
+        section[field] = value
     config.optim.warmup_steps = 5
     config.evals.test.every_steps = STOP
     config.checkpoint.every_steps = STOP

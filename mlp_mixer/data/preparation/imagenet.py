@@ -12,7 +12,8 @@ import pathlib
 import re
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -108,7 +109,7 @@ def prepare_real(job: Job) -> None:
             f" {max(numbers):,}."
         )
 
-    def read(start: int, stop: int):
+    def read(start: int, stop: int) -> Iterator[dict[str, Any]]:
         for example in images.read(start, stop):
             number = _number(example["file_name"])
             example["original_label"] = example.pop("label")

@@ -8,7 +8,7 @@ test split. Once the base lies on disk, nothing here needs TensorFlow.
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -213,7 +213,7 @@ def _split(
     )
     decoders = {"image": tfds.decode.SkipDecoding()}
 
-    def read(start: int, stop: int):
+    def read(start: int, stop: int) -> Iterator[dict[str, Any]]:
         for i in range(start, stop):
             example = features.deserialize_example_np(records[i], decoders=decoders)
             yield {
