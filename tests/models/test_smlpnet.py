@@ -40,7 +40,7 @@ def random_variables(model, size=SIZE, seed=2):
         if kind == "kernel":
             value = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
         elif kind == "var":
-            value = rng.uniform(0.5, 2, leaf.shape)
+            value = rng.uniform(1e-3, 1, leaf.shape)  # epsilon shows
         else:
             value = (kind == "scale") + 0.2 * rng.normal(size=leaf.shape)
         return value.astype(np.float32)
