@@ -50,7 +50,7 @@ def make_schedule(
     Args:
       total_steps: T.
       learning_rate: base, the peak.
-      warmup_steps: of linear warm-up.
+      warmup_steps: steps of linear warm-up.
       decay: a key of `DECAYS`: "linear", "cosine" or "staircase".
       end_learning_rate: the value at T.
       end_factor: instead of `end_learning_rate`, the value at T as a fraction of
@@ -108,12 +108,11 @@ def create(
       weight_decay: decoupled, times the learning rate of the moment.
       decayed: "kernels" (the run that is known to reach 76.3 %) or "all" parameters.
       clip_norm: global norm of the gradient; None does not clip.
-      b1: Adam's, like b2 and eps.
-      b2: see b1.
-      eps: see b1.
-      momentum: of "momentum", like momentum_dtype.
-      momentum_dtype: of the accumulator; the authors fine-tune with "bfloat16".
-      **schedule_fields: of `make_schedule`.
+      b1, b2, eps: decay rates of Adam's two moments, and the constant in its
+        denominator.
+      momentum: decay rate of the accumulator of "momentum".
+      momentum_dtype: dtype of that accumulator; the authors fine-tune with "bfloat16".
+      **schedule_fields: arguments of `make_schedule`.
 
     Raises:
       ValueError: unknown optimiser, `decayed` or schedule.

@@ -198,7 +198,7 @@ def evaluations(
     Args:
       config: with the evaluators.
       only: their names, or "all"; None: those that run in training.
-      class_names: of training; None: its classes have no names.
+      class_names: names of training's classes; None if they have none.
 
     Raises:
       ValueError: an evaluator that the recipe does not have.

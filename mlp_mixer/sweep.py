@@ -61,7 +61,7 @@ class Task:
     """A recipe, and how it chooses its learning rate.
 
     Attributes:
-      name: of its folder.
+      name: name of its folder.
       select: trains on a part and evaluates on the rest of the training split.
       final: trains on all of it and evaluates on the test split.
       learning_rates: to choose from.
@@ -200,7 +200,7 @@ def complete(
     """Trains `config` to its end, unless that is done; returns its top-1 in [0, 1].
 
     Args:
-      config: of a recipe.
+      config: the recipe.
       workdir: folder of the run.
       data_dir: where data sets are; TFDS's own folder by default.
       trial: whether a loss that is not finite is a result, NaN.
@@ -249,7 +249,7 @@ class Result:
     """What a task came to; accuracies are top-1 in [0, 1].
 
     Attributes:
-      name: of the task.
+      name: name of the task.
       model: what was fine-tuned, and at which resolution.
       dataset: what was fine-tuned on.
       data: what was evaluated.
@@ -307,7 +307,7 @@ def run(
     """Chooses the learning rate, trains with it, and returns what came out.
 
     Args:
-      task: see there.
+      task: what to run.
       folder: the runs are below it, in `<task>/`.
       seeds: how many final runs.
       data_dir: where data sets are; TFDS's own folder by default.

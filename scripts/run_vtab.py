@@ -38,7 +38,7 @@ def means(results: Sequence[sweep.Result], groups: dict[str, str]) -> dict[str, 
     """The mean of each group that is complete, and of all.
 
     Args:
-      results: of data sets `vtab_<task>`.
+      results: results on data sets `vtab_<task>`.
       groups: task → group, of all 19.
     """
     found = {result.dataset.removeprefix("vtab_"): result.mean for result in results}
