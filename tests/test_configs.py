@@ -19,6 +19,7 @@ RECIPES = [
     ("mixer_b16", "imagenet21k"),
     ("mixer_h14", "jft300m"),
     ("digits", ""),
+    *((f"family/{name}", "") for name in models.families() if name != "mixer"),
     ("finetune/digits", ""),
     ("finetune/digits", "select"),
     ("finetune/imagenet2012", ""),

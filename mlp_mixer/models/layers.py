@@ -104,6 +104,15 @@ class MlpBlock(nn.Module):
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
 
 
+def uniform(limit: float) -> Initializer:
+    """Returns the initialiser that draws from ±limit, as torch's layers begin."""
+
+    def init(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
 def _dropout(rng, rate, x):
     if rng is None:
         return x

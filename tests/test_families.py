@@ -1,0 +1,237 @@
+"""Laws that every architecture keeps. A new one adds a row to `FACTS`, no test."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlp_mixer import models, recipe
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models import Run
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is known of an architecture from elsewhere.
+
+    Attributes:
+      counts: size → number of parameters at 224 px with 1,000 classes.
+      initial: parameter → mean and standard deviation of its initial values, in the
+        first size.
+    """
+
+    counts: dict[str, int]
+    initial: dict[str, tuple[float, float]]
+
+
+FACTS = {
+    "mixer": Facts(
+        # The counts of B/32, B/16 and L/16 are also in the official code's own test
+        # (vit_jax/models_test.py).
+        {
+            "mixer_s32": 19_104_624,
+            "mixer_s16": 18_528_264,
+            "mixer_b32": 60_293_428,
+            "mixer_b16": 59_880_472,
+            "mixer_l32": 206_939_264,
+            "mixer_l16": 208_196_168,
+            "mixer_h14": 432_350_952,
+        },
+        # Flax's Dense.
+        {"MixerBlock_0/token_mixing/Dense_0/kernel": (0, 49**-0.5)},
+    ),
+    "resmlp": Facts(
+        # timm's counts.
+        {
+            "resmlp_12": 15_350_872,
+            "resmlp_24": 30_020_680,
+            "resmlp_36": 44_690_488,
+            "resmlp_big_24": 129_138_280,
+        },
+        # The authors' resmlp_models.py; its stem is torch's convolution.
+        {
+            "stem/kernel": (0, (3 * 768) ** -0.5),
+            "stem/bias": (0, (3 * 768) ** -0.5),
+            "ResMlpBlock_0/Affine_0/alpha": (1, 0),
+            "ResMlpBlock_0/token_mixing/kernel": (0, 0.02),
+            "ResMlpBlock_0/scale_0": (0.1, 0),
+            "ResMlpBlock_0/channel_mixing/Dense_1/kernel": (0, 0.02),
+            "ResMlpBlock_0/scale_1": (0.1, 0),
+            "head/kernel": (0, 0.02),
+        },
+    ),
+}
+SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
+every_family = pytest.mark.parametrize("name", FACTS)
+RNGS = {"dropout": jax.random.key(7)}
+
+
+def digits(name):
+    """The recipe that trains a small one on the digits."""
+    path = "digits.py" if name == "mixer" else f"family/{name}.py"
+    return recipe.load(f"configs/{path}")
+
+
+def shapes(model, size=(224, 224)):
+    image = jnp.zeros((1, *size, 3))
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+@functools.cache
+def small(name, **fields):
+    """The model of the digits' recipe, with noise."""
+    model = digits(name).model.to_dict()
+    fields = {"num_classes": 10, "stochastic_depth": 0.5} | fields
+    return models.create(**model | fields)
+
+
+def images(n=8):
+    return jax.random.uniform(jax.random.key(1), (n, 8, 8, 3), minval=-1)
+
+
+@functools.cache
+def variables(name):
+    """Of `small`; all parameters are random, so that nothing hides behind a zero."""
+    rng = np.random.default_rng(2)
+
+    def draw(path, leaf):
+        spread = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.5
+        centre = float(path[-1].key in ("scale", "alpha", "var"))
+        return jnp.float32(centre + spread * rng.normal(size=leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes(small(name), (8, 8)))
+
+
+def test_all_families_have_facts():
+    assert set(models.families()) == set(FACTS)
+    assert models.names() == [size for _, size in SIZES]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_parameter_counts_are_the_papers(name, size):
+    tree = shapes(models.create(size, num_classes=1000))["params"]
+    assert sum(x.size for x in jax.tree.leaves(tree)) == FACTS[name].counts[size]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_axes_name_every_axis_of_every_parameter(name, size):
+    """And a letter stands for one number, in all parameters of the model."""
+    params = shapes(models.create(size, num_classes=1000))["params"]
+    axes, found = models.family(name).AXES, {"rgb": 3, "k": 1000}
+    used = set()
+    for path, leaf in leaves(params):
+        pattern = "/".join(
+            key.rpartition("_")[0] + "_*" if i == 0 and key[-1].isdigit() else key
+            for i, key in enumerate(path.split("/"))
+        )
+        used.add(pattern)
+        assert leaf.ndim == len(axes[pattern].split())
+        for letter, length in zip(axes[pattern].split(), leaf.shape, strict=True):
+            assert found.setdefault(letter, length) == length, (path, letter)
+    assert used == set(axes)
+
+
+@every_family
+def test_initial_values_are_the_papers(name):
+    size = next(iter(FACTS[name].counts))
+    model = models.create(size, num_classes=1000, num_blocks=1)
+    init = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 224, 224, 3)))
+    params = dict(leaves(init))
+    for path, (mean, spread) in FACTS[name].initial.items():
+        x = np.asarray(params[f"params/{path}"], np.float64)
+        assert x.mean() == pytest.approx(mean, rel=1e-6, abs=5 * spread / x.size**0.5)
+        assert x.std() == pytest.approx(spread, rel=3 / x.size**0.5, abs=1e-8)
+
+
+@every_family
+def test_the_forward_keeps_the_contract(name):
+    model, given = small(name), variables(name)
+    logits, out = jax.jit(model.apply)(given, images())
+    assert logits.shape == (8, 10)
+    assert logits.dtype == out["pre_logits"].dtype == jnp.float32
+    assert all(x.shape[0] == 8 for x in out.values())
+    assert logits.std() > 0.1
+    # The head is linear in the features.
+    head = given["params"]["head"]
+    expected = out["pre_logits"] @ head["kernel"] + head["bias"][None]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    # Without classes the first result are the features.
+    features, _ = jax.jit(small(name, num_classes=None).apply)(
+        given | {"params": {k: v for k, v in given["params"].items() if k != "head"}},
+        images(),
+    )
+    np.testing.assert_array_equal(features, out["pre_logits"])
+
+
+@every_family
+def test_an_image_that_does_not_fit_is_refused(name):
+    given = variables(name)
+    for size, words in [((8, 9), "not divisible"), ((16, 16), "64 tokens")]:
+        with pytest.raises(ValueError, match=words):
+            small(name).apply(given, jnp.zeros((1, *size, 3)))
+
+
+@every_family
+def test_bfloat16_differs_by_its_rounding(name):
+    exact, _ = jax.jit(small(name).apply)(variables(name), images())
+    model = small(name, run=Run("bfloat16"))
+    found, out = jax.jit(model.apply)(variables(name), images())
+    assert out["stem"].dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32
+    assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@every_family
+def test_stochastic_depth_leaves_out_whole_branches_of_some_images(name):
+    model = small(name)
+    _, out = jax.jit(functools.partial(model.apply, train=True, mutable=["stats"]))(
+        variables(name), images(64), rngs=RNGS
+    )[0]
+    blocks = [k for k in out if k.startswith("block_")]
+    before, after = (out[k].reshape(64, -1) for k in blocks[-2:])
+    still = (before == after).all(1)
+    assert 0 < still.sum() < 64
+
+
+def on_one_cpu():
+    """A mesh on which products are of true matrices."""
+    return jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+
+
+RUNS = (
+    Run(scan=True),
+    Run(remat="pre_gelu"),
+    Run(scan=True, remat="full", mesh=on_one_cpu()),
+)
+
+
+def gradients(name, run):
+    """Loss and gradients of training, with noise."""
+    model, given = small(name, run=run), variables(name)
+    weights = jnp.sin(jnp.arange(80.0)).reshape(8, 10)
+
+    def loss(given):
+        (logits, _), _ = model.apply(
+            given, images(), train=True, rngs=RNGS, mutable=["batch_stats"]
+        )
+        return (weights * logits).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(given)
+
+
+@every_family
+def test_no_way_to_compute_it_moves_a_gradient(name):
+    expected = gradients(name, Run())
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    for run in RUNS:
+        found = gradients(name, run)
+        for (path, a), (_, b) in zip(leaves(found), leaves(expected), strict=True):
+            np.testing.assert_allclose(
+                a, b, rtol=1e-4, atol=1e-6 * largest, err_msg=path
+            )
