@@ -12,7 +12,6 @@ cannot be shown are escaped.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags
@@ -25,11 +24,10 @@ from mlp_mixer import (
     metrics,
     processes,
     program,
-    recipe,
     runs,
     visualize,
 )
-from mlp_mixer.evaluators import accuracy, fewshot
+from mlp_mixer.evaluators import accuracy
 from mlp_mixer.workdir import load_class_names
 
 logger = logging.getLogger(__name__)
@@ -66,10 +64,11 @@ def evaluate(
     """
     workdir = epath.Path(workdir).expanduser()
     run = runs.open_run(workdir, step, best)
-    evals: dict[str, Any] = {}
+    evals: dict[str, evaluators.Evaluator] = {}
     missing = {}
     with processes.together():
-        sections = recipe.evaluations(run.config, only, load_class_names(workdir))
+        names = load_class_names(workdir)
+        sections = evaluators.sections(run.config, only, names)
         if not run.config.evals:
             raise ValueError(
                 f"The recipe of {workdir} has no evaluators, so nothing says which "
@@ -101,22 +100,21 @@ def evaluate(
     if jax.process_count() > 1:
         processes.compare(evaluators=sections, data=runs.fingerprints(evals))
     results: dict[str, dict[str, float]] = {}
-    shown: tuple[str, accuracy.Accuracy, accuracy.Examples] | None = None
+    drawn: tuple[str, accuracy.Examples] | None = None
     for name, evaluator in evals.items():
-        track = console.progress(name)
-        if shown or not isinstance(evaluator, accuracy.Accuracy):
-            results[name] = evaluator.run(run.params, track=track)
-        elif examples := evaluator.examples(run.params, track=track):
-            results[name] = evaluator.summary(examples)
-            shown = name, evaluator, examples
-    for name, chosen in fewshot.choose_l2(results).items():
-        results[name] |= chosen
+        result = evaluator.run(run.variables, track=console.progress(name))
+        if result is None:  # nothing asks it to stop
+            continue
+        results[name] = result.metrics
+        if drawn is None and result.examples is not None:
+            drawn = name, result.examples
+    results = evaluators.across(evals, results)
     if evals and jax.process_index() == 0:
         table = _table(workdir, run, evals, results)
         try:
             _write(workdir, run, evals, results, table)
-            if shown:
-                _draw(workdir, run, *shown)
+            if drawn:
+                _draw(workdir, run, *drawn)
         finally:
             # Also where the folder cannot be written; last, since stdout may fail.
             table.show()
@@ -128,24 +126,19 @@ def evaluate(
 
 
 def _draw(
-    folder: epath.Path,
-    run: runs.Run,
-    name: str,
-    evaluator: accuracy.Accuracy,
-    examples: accuracy.Examples,
+    folder: epath.Path, run: runs.Run, name: str, examples: accuracy.Examples
 ) -> None:
     """report.png; where it cannot be drawn, the log says why."""
     path = folder / "report.png"
     try:
         shown = visualize.mistakes_first(examples, SHEET)
-        indices = [int(examples.index[i]) for i in shown]
         figure = visualize.report(
             metrics.read(folder),
             name=name,
             examples=examples,
             shown=shown,
-            images=[evaluator.image(i) for i in indices],
-            truths=[evaluator.labels(i) for i in indices],
+            images=[examples.image(i) for i in shown],
+            truths=[examples.labels(i) for i in shown],
             class_names=run.class_names,
         )
         path.write_bytes(visualize.png(figure))
@@ -157,20 +150,23 @@ def _draw(
 
 
 def _table(
-    folder: epath.Path, run: runs.Run, evals: dict[str, Any], results: dict[str, dict]
+    folder: epath.Path,
+    run: runs.Run,
+    evals: dict[str, evaluators.Evaluator],
+    results: dict[str, dict],
 ) -> console.Table:
     """The results, for people.
 
-    Evaluators are side by side: few of them, and many metrics. A sweep's hundred values
-    are for evaluate.json; the one that was chosen is here.
+    Evaluators are side by side: few of them, and many metrics.
     """
-    found = dict.fromkeys(k for r in results.values() for k in r if "_l2_" not in k)
+    shown = {name: evals[name].shown(result) for name, result in results.items()}
+    found = dict.fromkeys(metric for texts in shown.values() for metric in texts)
     rows = [
         *(
             [field, *(getattr(evals[k], field) for k in results)]
             for field in ("data", "preprocess")
         ),
-        *([m, *(_said(m, r.get(m)) for r in results.values())] for m in found),
+        *([m, *(texts.get(m, "") for texts in shown.values())] for m in found),
     ]
     size = " × ".join(map(str, run.config.model.image_size))
     title = f"{folder} at step {run.step}: {run.config.model.name}, {size}"
@@ -180,7 +176,7 @@ def _table(
 def _write(
     folder: epath.Path,
     run: runs.Run,
-    evals: dict[str, Any],
+    evals: dict[str, evaluators.Evaluator],
     results: dict[str, dict],
     table: console.Table,
 ) -> None:
@@ -198,16 +194,6 @@ def _write(
     files.write_json(folder / "evaluate.json", said)
     files.write_text(folder / "evaluate.md", table.markdown())
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
-
-
-def _said(metric: str, value: float | int | None) -> str:
-    if value is None:
-        return ""
-    if metric.startswith("top") or metric.endswith("shot"):
-        return f"{100 * value:.2f} %"
-    if metric.endswith("_l2"):
-        return f"{value:g}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def main(arguments: list[str]) -> None:

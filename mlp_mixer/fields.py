@@ -148,6 +148,7 @@ RECIPE: dict[str, Row] = {
     "mesh.data": dataclasses.replace(
         _whole(1), said="a number of devices from 1, or -1 for all", also=-1
     ),
+    "mesh.fsdp": _whole(1),
     **_section("dataset", _DATASET),
     "input.crop": _one_of("inception", "resize_crop", "resize"),
     "input.flip": _SWITCH,

@@ -1,7 +1,12 @@
 """Losses, in nats per example, and mixup. All of it runs on the device.
 
-Labels are rows of class probabilities, not class numbers: mixup makes mixtures.
+A loss gets what the model returned, (logits, out), and the batch that it was given, and
+takes what it needs. There `label` are rows of class probabilities, not class numbers:
+mixup makes mixtures.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +23,24 @@ def targets(
 
 
 def sigmoid_xent(
-    logits: Float[Array, "n k"], labels: Float[Array, "n k"]
+    logits: Float[Array, "n k"], out: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> Float[Array, " n"]:
     """Sigmoid cross-entropy, summed over classes: the pretraining loss.
 
     −Σₖ [y·log σ(z) + (1 − y)·log σ(−z)] (big_vision configs/mlp_mixer_i1k.py).
     """
+    del out
+    labels = batch["label"]
     yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     return -jnp.sum(labels * yes + (1.0 - labels) * no, axis=-1)
 
 
 def softmax_xent(
-    logits: Float[Array, "n k"], labels: Float[Array, "n k"]
+    logits: Float[Array, "n k"], out: Mapping[str, Any], batch: Mapping[str, Any]
 ) -> Float[Array, " n"]:
     """Softmax cross-entropy: the fine-tuning loss."""
-    return -jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1)
+    del out
+    return -jnp.sum(batch["label"] * jax.nn.log_softmax(logits), axis=-1)
 
 
 LOSSES = {"sigmoid_xent": sigmoid_xent, "softmax_xent": softmax_xent}

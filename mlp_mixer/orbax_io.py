@@ -247,7 +247,8 @@ def start_saving(
         "metrics": metrics,
     }
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(_sealed(description))
+        state=ocp.args.PyTreeSave(_with_arrays(state)),
+        meta=ocp.args.JsonSave(_sealed(description)),
     )
     # `force`: it is decided, and Orbax's own decision would be a silent one.
     manager.save(step, args=items, force=True)
@@ -328,7 +329,7 @@ def read(
             f"optimiser; these arrays differ:\n{different}\nUse the recipe that wrote "
             f"it, or another directory."
         )
-    item = {subtree: target} if subtree else target
+    item = {subtree: target} if subtree else _with_arrays(target)
     restore_args = (
         jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         if on_host
@@ -339,7 +340,10 @@ def read(
     )
     with _errors_named(folder):
         state = manager.restore(step, args=ocp.args.Composite(state=args)).state
-        state = state[subtree] if subtree else state
+    if subtree:
+        state = state[subtree]
+    elif item is not target:
+        state = target._replace(**state)
     # A partial restore leaves what it does not find as it was, without a word.
     array = np.ndarray if on_host else jax.Array
     if missing := [n for n, x in leaves(state) if not isinstance(x, array)]:
@@ -349,6 +353,17 @@ def read(
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise DamagedError(f"wrong bits in {wrong[:3]}{more}", agreed=True)
     return state
+
+
+def _with_arrays(state: PyTree) -> PyTree:
+    """A named tuple's fields without those that are {}, which Orbax would note.
+
+    So a model without statistics has the checkpoints that it had before there were any.
+    """
+    if not hasattr(state, "_asdict"):
+        return state
+    fields = state._asdict().items()
+    return {k: v for k, v in fields if not isinstance(v, Mapping) or v}
 
 
 def _check_step(folder: epath.Path, step: int, description: Mapping[str, Any]) -> None:

@@ -128,19 +128,18 @@ def classify(
     """Yields what an open model makes of every readable file, as `predict` does."""
     images = _Files(**vars(folders.open_files(files)))
     turned = 0
-    per_device = -(-min(batch_size, len(images)) // model.mesh.size)
     # Decodes ahead in threads, and names what is broken.
     batches = pipeline.eval_batches(
         images,
         image_size=model.image_size,
-        batch_size=per_device * model.mesh.size,
+        batch_size=sharding.whole_batch(model.mesh, min(batch_size, len(images))),
         preprocess=model.preprocess,
         exif=exif,
     )
     for batch in batches:
-        logits, features = jax.device_get(
-            model.predict(model.params, sharding.put(batch["image"], model.mesh))
-        )
+        cut = sharding.put({"image": batch["image"]}, model.mesh)
+        out = jax.device_get(model.predict(model.variables, cut))
+        logits, features = out["logits"], out["pre_logits"]
         for i in np.flatnonzero(batch["mask"]):
             turned += batch["index"][i] in images.turned
             best, probabilities = _top(logits[i], top if model.class_names else 0)

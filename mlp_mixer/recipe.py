@@ -57,7 +57,8 @@ def base() -> ConfigDict:
 
     # sharding.make_mesh
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices on the batch axis; -1: all
+    config.mesh.data = -1  # devices that cut the batch; -1: as many as there are
+    config.mesh.fsdp = 1  # times so many, which with sharding="fsdp" cut parameters
 
     # data.sources.open_source, for training; evaluators have their own
     config.dataset = ConfigDict()
@@ -115,8 +116,7 @@ def base() -> ConfigDict:
     config.optim.momentum = 0.9
     config.optim.momentum_dtype = "float32"
 
-    # evaluators.create: {name: evaluation(...) or fewshot(...)}, completed by
-    # `evaluations`
+    # evaluators.sections: {name: evaluation(...) or fewshot(...)}
     config.evals = ConfigDict()
 
     # checkpoint.Checkpointer; the last step is kept in any case
@@ -185,59 +185,6 @@ def _dataset(split: str) -> ConfigDict:
     dataset.num_examples = config_dict.placeholder(int)
     dataset.num_classes = config_dict.placeholder(int)
     return dataset
-
-
-def evaluations(
-    config: ConfigDict,
-    only: Sequence[str] | None = None,
-    class_names: Sequence[str] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """The sections of `config.evals` with training's loss and classes, and its batch
-    size and data set where they name none of their own.
-
-    Args:
-      config: with the evaluators.
-      only: their names, or "all"; None: those that run in training.
-      class_names: names of training's classes; None if they have none.
-
-    Raises:
-      ValueError: an evaluator that the recipe does not have.
-    """
-    sections = config.evals.to_dict()
-    if only is None:
-        only = [name for name, section in sections.items() if section["every_steps"]]
-    elif "all" in only:
-        only = list(sections)
-    for name in only:
-        if name not in sections:
-            tries = nearest(name, [*sections, "all"])
-            raise ValueError(f"The recipe has no evaluator {name!r}; try {tries}.")
-    sections = {name: sections[name] for name in only}
-    for section in sections.values():
-        if section["batch_size"] is None:
-            section["batch_size"] = config.batch_size
-        for key in ("dataset", "train", "test"):
-            if key in section:
-                _follow(section[key], config.dataset)
-        if section["type"] == "accuracy":
-            section["loss"] = config.loss
-            # The model's classes; few-shot evaluation has those of its own data.
-            section["num_classes"] = config.dataset.num_classes
-            section["class_names"] = class_names
-            dataset = section["dataset"]
-            same = all(dataset[k] == config.dataset[k] for k in ("name", "label"))
-            if dataset["num_classes"] is None and same:
-                dataset["num_classes"] = config.dataset.num_classes
-    return sections
-
-
-def _follow(dataset: dict[str, Any], training: ConfigDict) -> None:
-    """Fills in what an evaluator's data set does not say."""
-    same = dataset["name"] is None
-    if same:
-        dataset["name"] = training.name
-    if dataset["label"] is None:
-        dataset["label"] = training.label if same else "label"
 
 
 def completed(

@@ -46,8 +46,8 @@ class Run(NamedTuple):
 
     config: ConfigDict
     mesh: Mesh
-    predict: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # steps.make_predict
-    params: Any
+    predict: Callable[[Any, Any], dict[str, jax.Array]]  # steps.make_predict
+    variables: dict[str, Any]  # what predict takes
     step: int
     class_names: list[str]
 
@@ -104,7 +104,8 @@ def open_run(
         processes.compare(step=step, weights=sum(fingerprint(params).values()))
     params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
     logger.info("%s: %s at step %d", workdir, config.model.name, step)
-    return Run(config, mesh, steps.make_predict(model, mesh), params, step, names)
+    variables = {"params": params}
+    return Run(config, mesh, steps.make_predict(model, mesh), variables, step, names)
 
 
 class Opened(NamedTuple):
@@ -112,8 +113,8 @@ class Opened(NamedTuple):
 
     said: str  # where they come from, for people
     mesh: Mesh
-    predict: Callable[[Any, Any], tuple[jax.Array, jax.Array]]  # steps.make_predict
-    params: Any
+    predict: Callable[[Any, Any], dict[str, jax.Array]]  # steps.make_predict
+    variables: dict[str, Any]  # what predict takes
     image_size: tuple[int, int]  # height and width in pixels
     preprocess: str  # a key of data.image_ops.PROTOCOLS
     class_names: tuple[str, ...]  # none without a head
@@ -156,9 +157,11 @@ def open_model(
         said,
         mesh,
         steps.make_predict(model, mesh),
-        sharding.place(
-            weights.params, sharding.shardings(weights.params, mesh, "replicated")
-        ),
+        {
+            "params": sharding.place(
+                weights.params, sharding.shardings(weights.params, mesh, "replicated")
+            )
+        },
         (height, width),
         protocol,
         names,

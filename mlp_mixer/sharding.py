@@ -1,43 +1,77 @@
 """The device mesh, and where arrays live on it.
 
-One axis, `data`: every device has a slice of the batch. Parameters and moments are
-either on every device ("replicated") or cut over the same axis ("fsdp").
+Three axes: `data` and `fsdp` cut a batch, every device has a slice of it; `model` does
+not. Parameters and moments are either on every device ("replicated") or cut over `fsdp`
+as well ("fsdp"; over `data` where that axis has only one device).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlp_mixer import known
+
+# The axes that cut a batch.
+ROWS = ("data", "fsdp")
 
 # Smaller arrays stay replicated: biases and LayerNorms, where a gather would cost more
 # than it saves. Every kernel of Table 1 is larger (token mixing's smallest: 12,544).
 FSDP_MIN_ELEMENTS = 4096
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """Returns a mesh of `data` devices, by default all of them.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    model: int = 1,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Returns a mesh of `data` x `fsdp` x `model` devices.
+
+    Args:
+      data: devices along this axis; -1: as many as the others leave.
+      fsdp: devices along the axis that also cuts parameters.
+      model: devices that share the rows of a batch.
+      devices: the devices to choose from, e.g. those of a machine that is only compiled
+        for; by default all devices here.
 
     Raises:
-      ValueError: fewer devices than asked for, or not all in a run of several
-        processes.
+      ValueError: the devices do not suffice, or would not all be used in a run of
+        several processes.
     """
-    count = jax.device_count() if data == -1 else data
-    if not 0 < count <= jax.device_count():
+    here = devices is None
+    found = list(jax.devices() if devices is None else devices)
+    said = f"mesh.data, fsdp and model are {data}, {fsdp} and {model}"
+    others = fsdp * model
+    if fsdp < 1 or model < 1 or data == 0 or data < -1:
         raise ValueError(
-            f"mesh.data is {data}, but there are {jax.device_count()} devices; "
-            "-1 takes all of them."
+            f"{said}; expected numbers from 1 (data: or -1, for the rest)."
         )
-    if count < jax.device_count() and jax.process_count() > 1:
+    shape = (len(found) // others if data == -1 else data, fsdp, model)
+    count = math.prod(shape)
+    if not 0 < count <= len(found) or (data == -1 and count < len(found)):
         raise ValueError(
-            f"mesh.data is {data} of {jax.device_count()} devices; with "
-            f"{jax.process_count()} processes use all of them (-1)."
+            f"{said}, but there are {len(found)} devices; "
+            + ("fsdp x model must divide them." if data == -1 else "data -1 takes all.")
         )
-    devices = jax.devices()[:count]
-    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices)
+    if here and count < len(found) and jax.process_count() > 1:
+        raise ValueError(
+            f"{said}, which takes {count} of {len(found)} devices; with "
+            f"{jax.process_count()} processes use all of them (mesh.data=-1)."
+        )
+    axes = (*ROWS, "model")
+    return jax.make_mesh(shape, axes, (AxisType.Auto,) * 3, devices=found[:count])
+
+
+def rows(mesh: Mesh) -> int:
+    """The number of parts that a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -45,17 +79,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis cut over the devices."""
-    return NamedSharding(mesh, P("data"))
+def batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """`axis`, by default the leading one, cut into `rows(mesh)` parts."""
+    return NamedSharding(mesh, P(*[None] * axis, ROWS))
+
+
+def constrained(tree: Any, shardings: Any) -> Any:
+    """The arrays of a compiled function where `shardings` (one, or a tree) has them."""
+    types = jax.tree.leaves(shardings)[0].mesh.axis_types
+    explicit = AxisType.Explicit in types  # then a constraint would be an assertion
+    move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+    return move(tree, shardings)
+
+
+def gathered(mesh: Mesh, params: Any) -> Any:
+    """Undoes the cut of parameters over `fsdp` (or `data`), inside a compiled function.
+
+    Left to itself, the compiler may move activations instead.
+    """
+    return constrained(params, replicated(mesh))
 
 
 def _fsdp(mesh: Mesh, leaf: Any) -> NamedSharding:
     spec: list[str | None] = [None] * leaf.ndim
+    name = "fsdp" if mesh.shape["fsdp"] > 1 else "data"
     if leaf.size >= FSDP_MIN_ELEMENTS:
         for axis in np.argsort(leaf.shape)[::-1]:
-            if leaf.shape[axis] % mesh.size == 0:
-                spec[axis] = "data"
+            if leaf.shape[axis] % mesh.shape[name] == 0:
+                spec[axis] = name
                 break
     return NamedSharding(mesh, P(*spec))
 
@@ -90,15 +141,20 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     Raises:
       ValueError: micro-batches and devices do not divide it.
     """
-    parts = mesh.size * accumulate
+    parts = rows(mesh) * accumulate
     if batch_size % parts:
         micro = f"{accumulate} micro-batches on " if accumulate > 1 else ""
         many = jax.process_count()
         where = f" of {many} processes" if many > 1 else ""
         raise ValueError(
-            f"A batch of {batch_size} does not divide among {micro}{mesh.size} "
+            f"A batch of {batch_size} does not divide among {micro}{rows(mesh)} "
             f"devices{where}; try {max(batch_size // parts, 1) * parts}."
         )
+
+
+def whole_batch(mesh: Mesh, batch_size: int) -> int:
+    """The smallest batch of `batch_size` rows or more that can be cut evenly."""
+    return -(-batch_size // rows(mesh)) * rows(mesh)
 
 
 def put(tree: Any, mesh: Mesh) -> Any:

@@ -1,6 +1,6 @@
 """What one step is: pure functions of a TrainState, compiled for a mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,22 +9,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from mlp_mixer import known, losses, sharding
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
+# What has the shapes and dtypes of a batch of one: {"image": (1, h, w, 3), …}.
+Example = Mapping[str, Any]
 
 
 class TrainState(NamedTuple):
-    """Everything that changes during training, and all that a checkpoint holds."""
+    """Everything that changes during training, and all that a checkpoint holds.
+
+    `stats` are the model's other variables by collection, e.g. BatchNorm's running
+    statistics; most models have none.
+    """
 
     step: Int[Array, ""]
     params: Any
+    stats: Mapping[str, Any]
     opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model and `predict` take."""
+        return {"params": self.params, **self.stats}
 
 
 def value_range(image: Shaped[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
@@ -40,16 +51,20 @@ def state_shapes(
     model: nn.Module,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    example: Example,
     *,
-    image_size: tuple[int, int],
     strategy: str = "replicated",
 ) -> TrainState:
-    """The state as shapes with shardings: the target of init, restore and compile."""
+    """The state as shapes with shardings: the target of init, restore and compile.
 
-    def init():
-        return _init(model, tx, jax.random.key(0), image_size)
-
-    shapes = jax.eval_shape(init)
+    Args:
+      model: the model with its head.
+      tx: optimiser of `optim.create`.
+      mesh: mesh of `sharding.make_mesh`.
+      example: the shapes and dtypes of a batch, of `pipeline.example`.
+      strategy: a key of `sharding.STRATEGIES`.
+    """
+    shapes = jax.eval_shape(lambda: _init(model, tx, jax.random.key(0), example))
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         shapes,
@@ -61,44 +76,55 @@ def init_state(
     model: nn.Module,
     tx: optax.GradientTransformation,
     target: TrainState,
+    example: Example,
     *,
     seed: int,
-    image_size: tuple[int, int],
     params: Any = None,
+    stats: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Creates the state of step 0, born in the shardings of `target`.
 
     Args:
-      model: as in `make_train_step`, like tx.
-      tx: see model.
-      target: of `state_shapes`.
-      seed: of the run.
-      image_size: height and width in pixels.
+      model: model that `target` was made of.
+      tx: optimiser that `target` was made of.
+      target: state of `state_shapes`.
+      example: the shapes and dtypes of a batch, as in `state_shapes`.
+      seed: seed of the run.
       params: host arrays to start from, whole on every process; None: random ones.
+      stats: the statistics that belong to `params`; None: a fresh model's.
     """
     shardings = jax.tree.map(lambda a: a.sharding, target)
-    if params is None:
-        init = jax.jit(
-            lambda rng: _init(model, tx, rng, image_size), out_shardings=shardings
+    given = {
+        name: sharding.place(
+            jax.tree.map(lambda x, a: np.asarray(x, a.dtype), value, shapes), where
         )
-        return init(_stream(seed, "init"))
+        for name, value, shapes, where in (
+            ("params", params, target.params, shardings.params),
+            ("stats", stats, target.stats, shardings.stats),
+        )
+        if value is not None
+    }
+    init = jax.jit(
+        lambda rng, given: _init(model, tx, rng, example, **given),
+        out_shardings=shardings,
+    )
+    return init(_stream(seed, INIT), given)
 
-    params = jax.tree.map(lambda x, a: np.asarray(x, a.dtype), params, target.params)
-    begin = jax.jit(lambda params: _begin(tx, params), out_shardings=shardings)
-    return begin(sharding.place(params, shardings.params))
+
+def _init(model, tx, rng, example, params=None, stats=None):
+    variables = model.init(rng, jnp.zeros(example["image"].shape))
+    fresh = variables.pop("params")
+    params = fresh if params is None else params
+    stats = variables if stats is None else stats
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
 
 
-def _init(model, tx, rng, image_size):
-    return _begin(tx, model.init(rng, jnp.zeros((1, *image_size, 3)))["params"])
-
-
-def _begin(tx, params):
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+# Independent random streams of one seed.
+INIT, TRAIN = range(2)
 
 
 def _stream(seed, name):
-    """Independent random streams of one seed."""
-    return jax.random.fold_in(jax.random.key(seed), ("init", "train").index(name))
+    return jax.random.fold_in(jax.random.key(seed), name)
 
 
 def make_train_step(
@@ -115,19 +141,21 @@ def make_train_step(
     """Returns `train_step(state, batch) -> (state, metrics)`, donating the state.
 
     Everything random is a function of (seed, step): a run of any number of devices,
-    stopped and resumed at any step, draws the same.
+    stopped and resumed at any step, draws the same. The model's statistics are those of
+    the global batch.
 
     Args:
-      model: with a head.
-      tx: of `optim.create`.
-      mesh: of `sharding.make_mesh`.
-      target: of `state_shapes`; the state keeps its shardings.
+      model: the model with its head.
+      tx: optimiser of `optim.create`.
+      mesh: mesh of `sharding.make_mesh`.
+      target: state of `state_shapes`, whose shardings the state keeps.
       loss: a key of `losses.LOSSES`.
-      seed: of the run.
+      seed: seed of the run.
       mixup: p of Beta(p, p); 0 does not mix.
       accumulate: micro-batches per step. Their gradients are averaged, so the result
         is the big batch's, with 1/accumulate of its activations. (Dropout and
-        stochastic depth draw anew in each micro-batch.)
+        stochastic depth draw anew in each micro-batch; BatchNorm normalises each by
+        itself, and its running statistics take one after the other.)
 
     The batch holds `image` (n, h, w, 3), 0 … 255, and `label` (n,) class numbers or
     (n, k) bools, both of `sharding.put`; metrics are `loss` (nats) and `grad_norm`
@@ -139,52 +167,58 @@ def make_train_step(
     loss_fn = known.pick("loss", loss, losses.LOSSES)
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
-    def objective(params, image, labels, rng):
-        logits, _ = model.apply(
-            {"params": params}, image, train=True, rngs={"dropout": rng}
+    def objective(params, stats, batch, rng):
+        (logits, out), stats = model.apply(
+            {"params": params, **stats},
+            batch["image"],
+            train=True,
+            rngs={"dropout": rng},
+            mutable=list(stats),
         )
-        return loss_fn(logits, labels).mean()
+        return loss_fn(logits, out, batch).mean(), stats
 
-    def gradients(params, image, labels, rng):
+    differentiated = jax.value_and_grad(objective, has_aux=True)
+
+    def gradients(params, stats, batch, rng):
+        """(loss, statistics), gradient."""
         if accumulate == 1:
-            return jax.value_and_grad(objective)(params, image, labels, rng)
+            return differentiated(params, stats, batch, rng)
         # Micro-batch i is rows i, i + accumulate, …: every device cuts its own rows,
         # so nothing travels.
-        image, labels = (
-            lax.with_sharding_constraint(
-                x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1),
-                NamedSharding(mesh, P(None, "data")),
-            )
-            for x in (image, labels)
+        batch = sharding.constrained(
+            jax.tree.map(
+                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            ),
+            sharding.batch(mesh, axis=1),
         )
 
-        def add(total, micro):
-            image, labels, rng = micro
-            one = jax.value_and_grad(objective)(params, image, labels, rng)
-            return jax.tree.map(jnp.add, total, one), None
+        def add(carry, micro):
+            total, stats = carry
+            (value, stats), grads = differentiated(params, stats, *micro)
+            return (jax.tree.map(jnp.add, total, (value, grads)), stats), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         rngs = jax.random.split(rng, accumulate)
-        total, _ = lax.scan(add, zero, (image, labels, rngs))
-        return jax.tree.map(lambda x: x / accumulate, total)
+        (total, stats), _ = lax.scan(add, (zero, stats), (batch, rngs))
+        value, grads = jax.tree.map(lambda x: x / accumulate, total)
+        return (value, stats), grads
 
     def train_step(state, batch):
-        sharding.check_batch(mesh, len(batch["label"]), accumulate)
-        rng = jax.random.fold_in(_stream(seed, "train"), state.step)
+        sharding.check_batch(mesh, len(batch["image"]), accumulate)
+        rng = jax.random.fold_in(_stream(seed, TRAIN), state.step)
         mixup_rng, model_rng = jax.random.split(rng)
         image = value_range(batch["image"])
-        labels = losses.targets(batch["label"], model.num_classes)
+        label = losses.targets(batch["label"], model.num_classes)
         if mixup:
-            image, labels = losses.mixup(mixup_rng, image, labels, mixup)
-        # Cut parameters are gathered whole for the products: left to itself, the
-        # compiler may move activations instead.
-        params = lax.with_sharding_constraint(state.params, sharding.replicated(mesh))
-        value, grads = gradients(params, image, labels, model_rng)
-        grads = lax.with_sharding_constraint(grads, shardings.params)
+            image, label = losses.mixup(mixup_rng, image, label, mixup)
+        batch = {**batch, "image": image, "label": label}
+        params = sharding.gathered(mesh, state.params)
+        (value, stats), grads = gradients(params, state.stats, batch, model_rng)
+        grads = sharding.constrained(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     return jax.jit(
         train_step,
@@ -195,17 +229,23 @@ def make_train_step(
 
 
 def make_predict(
-    model: nn.Module, mesh: Mesh
-) -> Callable[[Any, Any], tuple[Array, Array]]:
-    """Returns `predict(params, image) -> (logits, features)`.
+    model: nn.Module, mesh: Mesh, outputs: Sequence[str] = ("pre_logits",)
+) -> Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Array]]:
+    """Returns `predict(variables, batch) -> {"logits": (n, k), "pre_logits": (n, c)}`.
 
-    `image` (n, h, w, 3), 0 … 255, uint8 or float, of `sharding.put`; logits (n, k) and
-    features (n, c) are cut over the devices as the images are.
+    `variables` are {"params": …, **stats}, and the batch holds `image` (n, h, w, 3),
+    0 … 255, uint8 or float, of `sharding.put`. The results are cut over the devices as
+    the images are.
+
+    Args:
+      model: the model.
+      mesh: mesh of `sharding.make_mesh`.
+      outputs: entries of the model's `out` that are returned beside the logits.
     """
 
-    def predict(params, image):
-        params = lax.with_sharding_constraint(params, sharding.replicated(mesh))
-        logits, out = model.apply({"params": params}, value_range(image))
-        return logits, out["pre_logits"]
+    def predict(variables, batch):
+        variables = sharding.gathered(mesh, variables)
+        logits, out = model.apply(variables, value_range(batch["image"]))
+        return {"logits": logits, **{name: out[name] for name in outputs}}
 
     return jax.jit(predict, out_shardings=sharding.batch(mesh))

@@ -121,7 +121,7 @@ def watched(config: ConfigDict) -> str:
     Raises:
       ValueError: there is not exactly one, or it has no top-1.
     """
-    names = list(recipe.evaluations(config))
+    names = list(evaluators.sections(config))
     if len(names) != 1:
         raise ValueError(
             f"The recipe evaluates {', '.join(names) or 'nothing'} in training, and "
@@ -141,7 +141,7 @@ def check_data(tasks: Iterable[Task], data_dir: str | None) -> None:
     names: dict[str, None] = {}
     for task in tasks:
         for config in (task.select, task.final):
-            evaluation = recipe.evaluations(config)[watched(config)]
+            evaluation = evaluators.sections(config)[watched(config)]
             names |= dict.fromkeys((config.dataset.name, evaluation["dataset"]["name"]))
     absent = [
         name
@@ -340,7 +340,7 @@ def run(
         config.optim.learning_rate, config.seed = best, seed
         workdir = here / f"final-{best:g}-seed-{seed}"
         scores[seed] = complete(config, workdir, data_dir=data_dir)
-    evaluation = recipe.evaluations(task.final)[watched(task.final)]
+    evaluation = evaluators.sections(task.final)[watched(task.final)]
     dataset = evaluation["dataset"]
     height, width = task.final.model.image_size
     start = task.final.init_from or "nothing"

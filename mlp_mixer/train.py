@@ -9,7 +9,6 @@ metrics.jsonl, saved.json, tensorboard/, checkpoints/; owner.json while it train
 
 import functools
 import logging
-import math
 import sys
 
 import jax
@@ -20,9 +19,8 @@ from ml_collections import ConfigDict
 from mlp_mixer import (
     checkpoint,
     evaluators,
+    experiment,
     metrics,
-    models,
-    optim,
     pretrained,
     processes,
     program,
@@ -66,8 +64,8 @@ def train(
         recipe.check(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(mesh, config.batch_size, config.accumulate)
+        experiment.create_model(config, mesh)  # refused before data is opened
         size = config.model.image_size
-        model = models.create(**config.model, run=models.Run.on(mesh, **config.run))
         source = sources.open_source(
             **config.dataset, data_dir=data_dir, image_size=size
         )
@@ -76,20 +74,18 @@ def train(
         more_is_better = best is None or evaluators.more_is_better(
             config.evals.to_dict(), best
         )
-        _say_if_only_the_last_is_measured(config)
+        total_steps = recipe.total_steps(config)
+        evaluators.warn_if_only_the_last_is_measured(config, total_steps)
         data = sources.fingerprint(source)
         accept = {"accept_changed_data": accept_changed_data}
         source = runs.training_data(source, config, workdir, data, **accept)
-        model = model.clone(num_classes=config.dataset.num_classes)
-        total_steps = recipe.total_steps(config)
         profiler = metrics.Profiler(workdir, profile, total_steps=total_steps)
-        tx, schedule = optim.create(**config.optim, total_steps=total_steps)
-        target = steps.state_shapes(
-            model, tx, mesh, image_size=size, strategy=config.sharding
+        example = pipeline.example(size)
+        model, tx, schedule, target, train_step, predict = experiment.build(
+            config, mesh, example, total_steps
         )
-        predict = steps.make_predict(model, mesh)
         evals = evaluators.create(
-            recipe.evaluations(config, class_names=source.class_names),
+            evaluators.sections(config, class_names=source.class_names),
             predict=predict,
             mesh=mesh,
             image_size=size,
@@ -119,7 +115,7 @@ def train(
                 class_names=source.class_names,
             )
             state = steps.init_state(
-                model, tx, target, seed=config.seed, image_size=size, params=params
+                model, tx, target, example, seed=config.seed, params=params
             )
         first_step = int(state.step)
         logger.info(
@@ -132,16 +128,6 @@ def train(
             total_steps,
             mesh.size,
             jax.default_backend(),
-        )
-        train_step = steps.make_train_step(
-            model,
-            tx,
-            mesh,
-            target,
-            loss=config.loss,
-            seed=config.seed,
-            mixup=config.mixup,
-            accumulate=config.accumulate,
         )
         batches = pipeline.train_batches(
             source,
@@ -179,10 +165,11 @@ def train(
                     if stopping or not writer.is_due(step, name, evaluator.every_steps):
                         continue
                     writer.flush()
-                    scores = None if stop() else evaluator.run(state.params, stop)
-                    if scores is None:
+                    result = None if stop() else evaluator.run(state.variables, stop)
+                    if result is None:
                         stopping = True
                         continue
+                    scores = result.metrics
                     named = {f"{name}/{k}": v for k, v in scores.items()}
                     results |= named
                     if step == first_step:
@@ -208,19 +195,6 @@ def train(
             else:
                 logger.info("%s is trained to step %d.", workdir, total_steps)
     return state
-
-
-def _say_if_only_the_last_is_measured(config: ConfigDict) -> None:
-    best, saved = config.checkpoint.keep_best, config.checkpoint.every_steps
-    if best is None:
-        return
-    measured = config.evals[best.rpartition("/")[0]].every_steps
-    if math.lcm(saved, measured) >= recipe.total_steps(config) > saved:
-        logger.warning(
-            "No checkpoint but the last can be the best by %s: it is measured every %d "
-            "steps, and a checkpoint is saved every %d.",
-            *(best, measured, saved),
-        )
 
 
 def main(arguments: list[str]) -> None:

@@ -149,12 +149,13 @@ class Bench:
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])
+        self.example = {"image": jax.ShapeDtypeStruct((1, *self.size, 3), "uint8")}
         self.flops = flops(ours, self.size)
         self.tx, _ = optim.create(**job.optim)
         self.target = self._target(ours)
 
     def _target(self, model):
-        return steps.state_shapes(model, self.tx, self.mesh, image_size=self.size)
+        return steps.state_shapes(model, self.tx, self.mesh, self.example)
 
     def _jitted(self, kind: str, model: Any) -> tuple[Any, tuple]:
         cut = sharding.batch(self.mesh)
@@ -205,9 +206,7 @@ class Bench:
         A head of zeros would make all logits equal and all gradients below it zero.
         """
         model = self.models["ours"]
-        state = steps.init_state(
-            model, self.tx, self.target, seed=0, image_size=self.size
-        )
+        state = steps.init_state(model, self.tx, self.target, self.example, seed=0)
         rng = np.random.default_rng(0)
         kernel = state.params["head"]["kernel"]
         random = rng.normal(0, kernel.shape[0] ** -0.5, kernel.shape)

@@ -67,9 +67,11 @@ def predict(greys):
     """A model that knows the grey of each of its classes, by label."""
     known = jnp.asarray(greys, jnp.float32)
 
-    def apply(params, images):
+    def apply(variables, batch):
+        images = batch["image"]
         grey = images.astype(jnp.float32).reshape(len(images), -1).mean(-1)
-        return -jnp.abs(grey[:, None] - known[None]), jnp.stack([grey, grey**2], -1)
+        logits = -jnp.abs(grey[:, None] - known[None])
+        return {"logits": logits, "pre_logits": jnp.stack([grey, grey**2], -1)}
 
     return apply
 

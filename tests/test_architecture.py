@@ -48,7 +48,7 @@ LAYERS = (
     ("workdir",),
     ("steps", "evaluators", "pretrained"),
     # What the programs share.
-    ("program", "runs"),
+    ("program", "runs", "experiment"),
     ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),
     # Studies: many runs of programs.
     ("sweep",),

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from mlp_mixer import evaluators, losses, models, optim, recipe, sharding, steps
+from mlp_mixer import evaluators, experiment, losses, recipe, sharding
 from mlp_mixer.data import image_ops, pipeline, preparation, sources
 from mlp_mixer.data.preparation import vtab
 from mlp_mixer.evaluators import fewshot
@@ -73,24 +73,23 @@ def test_every_section_is_accepted_by_its_function(name, argument, monkeypatch):
     monkeypatch.setattr(sources, "open_source", Probe)
     mesh = sharding.make_mesh(**config.mesh)
     source = sources.open_source(**config.dataset, data_dir=None, image_size=size)
-    model = models.create(**config.model, num_classes=source.num_classes)
-    tx, schedule = optim.create(**config.optim, total_steps=recipe.total_steps(config))
-    target = steps.state_shapes(
-        model, tx, mesh, image_size=size, strategy=config.sharding
-    )
-    assert target.params["head"]["kernel"].shape[1] == source.num_classes
-    assert float(schedule(config.optim.warmup_steps)) == pytest.approx(
+    config = recipe.completed(config, len(source), source.num_classes)
+    example, total_steps = pipeline.example(size), recipe.total_steps(config)
+    built = experiment.build(config, mesh, example, total_steps)
+    head = built.target.params["head"]["kernel"]
+    assert head.shape[1] == source.num_classes
+    assert float(built.schedule(config.optim.warmup_steps)) == pytest.approx(
         config.optim.learning_rate
     )
     evals = evaluators.create(
-        recipe.evaluations(config, ["all"]),
-        predict=steps.make_predict(model, mesh),
+        evaluators.sections(config, ["all"]),
+        predict=built.predict,
         mesh=mesh,
         image_size=size,
         data_dir=None,
     )
     # Training needs its own data set and no other.
-    watched = recipe.evaluations(config)
+    watched = evaluators.sections(config)
     assert watched
     for section in watched.values():
         assert section["type"] == "accuracy"

@@ -40,17 +40,17 @@ def test_a_loss_is_its_formula_per_example_and_summed_over_classes(name, scale):
     rng = np.random.default_rng(0)
     logits = (scale * rng.normal(size=(64, 11))).astype(np.float32)
     labels = mixed_labels(64, 11, rng)
-    loss = losses.LOSSES[name](jnp.asarray(logits), jnp.asarray(labels))
+    loss = losses.LOSSES[name](jnp.asarray(logits), {}, {"label": jnp.asarray(labels)})
     assert loss.shape == (64,)
     np.testing.assert_allclose(loss, exact(name, logits, labels), rtol=2e-6, atol=1e-5)
 
 
 def test_the_losses_have_the_papers_sizes_at_the_start():
     """Logits 0: ln 2 per class for the sigmoid's sum, ln k for the softmax."""
-    logits, labels = jnp.zeros((2, 1000)), jnp.eye(1000)[:2]
-    sigmoid = losses.sigmoid_xent(logits, labels)
+    logits, batch = jnp.zeros((2, 1000)), {"label": jnp.eye(1000)[:2]}
+    sigmoid = losses.sigmoid_xent(logits, {}, batch)
     np.testing.assert_allclose(sigmoid, 1000 * np.log(2), rtol=1e-6)
-    softmax = losses.softmax_xent(logits, labels)
+    softmax = losses.softmax_xent(logits, {}, batch)
     np.testing.assert_allclose(softmax, np.log(1000), rtol=1e-6)
 
 
@@ -62,7 +62,7 @@ def test_extreme_logits_give_finite_right_losses_and_gradients(name):
     labels = mixed_labels(32, 6, rng)
 
     def total(logits):
-        loss = losses.LOSSES[name](logits, jnp.asarray(labels))
+        loss = losses.LOSSES[name](logits, {}, {"label": jnp.asarray(labels)})
         return loss.sum(), loss
 
     grads, loss = jax.grad(total, has_aux=True)(jnp.asarray(logits))

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from mlp_mixer import errors, models, recipe, shipped
+from mlp_mixer import errors, evaluators, models, recipe, shipped
 from mlp_mixer.data.preparation import vtab
 
 SIZES = ["s32", "s16", "b32", "b16", "l32", "l16", "h14"]
@@ -141,11 +141,11 @@ def test_fine_tuning_is_section_3_and_appendix_c(root, name):
 
     assert (config.dataset.name, config.dataset.num_classes) == (dataset, classes)
     assert (config.dataset.num_examples, select.dataset.num_examples) == (whole, part)
-    ((watched, section),) = recipe.evaluations(config).items()
+    ((watched, section),) = evaluators.sections(config).items()
     assert section["dataset"]["split"] == test
     assert watched == {"test": "test", "validation": "val"}[test]
     # Nothing else changes while the learning rate is chosen.
-    ((_, held_out),) = recipe.evaluations(select).items()
+    ((_, held_out),) = evaluators.sections(select).items()
     assert held_out["dataset"]["split"] != test
     section["dataset"]["split"] = held_out["dataset"]["split"]
     assert held_out == section
@@ -231,7 +231,7 @@ def test_the_test_images_are_those_of_table_3_or_2():
         ("resize_crop", "paper-resize-crop"),
     ):
         config = load("finetune/imagenet2012", word)
-        sections = recipe.evaluations(config, ["all"])
+        sections = evaluators.sections(config, ["all"])
         assert set(sections) == {"val", "real", "v2"}
         assert {s["preprocess"] for s in sections.values()} == {protocol}
 
@@ -330,23 +330,23 @@ def test_evaluators_follow_the_data_set_and_never_move_it():
     config.batch_size = 64
     config.evals.minival.batch_size = 8
     config.evals.minival.dataset.name = "cifar10"
-    sections = recipe.evaluations(config)
+    sections = evaluators.sections(config)
     assert sections["val"]["dataset"]["name"] == "folder:/x"
     assert sections["val"]["dataset"]["num_classes"] == 1000
     assert sections["val"]["batch_size"] == 64
     assert sections["minival"]["batch_size"] == 8
     assert (config.batch_size, config.dataset.name) == (64, "folder:/x")
     config.evals.minival.every_steps = 0
-    assert list(recipe.evaluations(config)) == ["val"]
+    assert list(evaluators.sections(config)) == ["val"]
 
 
 def test_evaluators_that_training_does_not_run_are_there_by_name():
     config = load("mixer_b16")
     config.dataset.label = "labels"
-    assert set(recipe.evaluations(config)) == {"minival", "val"}
-    everything = recipe.evaluations(config, ["all"])
+    assert set(evaluators.sections(config)) == {"minival", "val"}
+    everything = evaluators.sections(config, ["all"])
     assert set(everything) == {"minival", "val", "real", "v2", "fewshot"}
-    assert list(recipe.evaluations(config, ["v2", "val"])) == ["v2", "val"]
+    assert list(evaluators.sections(config, ["v2", "val"])) == ["v2", "val"]
     # Training's label feature goes with its data set alone.
     features = {
         k: v["dataset"]["label"] for k, v in everything.items() if k != "fewshot"
@@ -363,7 +363,7 @@ def test_evaluators_that_training_does_not_run_are_there_by_name():
     assert shots["train"]["num_classes"] is None
     assert (shots["seeds"], shots["l2_exponents"], shots["shots"]) == (3, (10,), (5,))
     with pytest.raises(ValueError, match="no evaluator 'reel'; try real"):
-        recipe.evaluations(config, ["reel"])
+        evaluators.sections(config, ["reel"])
 
 
 def test_few_shot_defaults_are_section_7():

@@ -1,31 +1,60 @@
 """Laws of the mesh and of where arrays live."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlp_mixer import models, optim, sharding, steps
+from mlp_mixer.data import pipeline
 
 
 def test_a_mesh_takes_all_devices_or_the_first_ones():
-    assert sharding.make_mesh().shape == {"data": 8}
+    assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "model": 1}
     mesh = sharding.make_mesh(4)
-    assert mesh.shape == {"data": 4}
-    assert list(mesh.devices) == jax.devices()[:4]
+    assert mesh.shape == {"data": 4, "fsdp": 1, "model": 1}
+    assert list(mesh.devices.flat) == jax.devices()[:4]
 
 
-@pytest.mark.parametrize("data", [0, -2, 9])
-def test_a_mesh_of_devices_that_are_not_there_is_explained(data):
-    message = f"mesh.data is {data}, but there are 8 devices; -1 takes all"
+def test_the_data_axis_takes_what_the_others_leave():
+    mesh = sharding.make_mesh(fsdp=2, model=2)
+    assert mesh.shape == {"data": 2, "fsdp": 2, "model": 2}
+    assert sharding.rows(mesh) == 4
+    assert sharding.make_mesh(1, 2, 3).size == 6
+
+
+def test_a_mesh_can_be_of_devices_that_are_not_here():
+    """Those of a pod that is only compiled for."""
+    there = [mock.Mock(platform="gpu", id=i, slice_index=0) for i in range(32)]
+    mesh = sharding.make_mesh(fsdp=8, devices=there)
+    assert mesh.shape == {"data": 4, "fsdp": 8, "model": 1}
+    assert set(mesh.devices.flat) == set(there)
+    assert sharding.rows(mesh) == 32
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((9,), "are 9, 1 and 1, but there are 8 devices; data -1 takes all"),
+        ((-1, 3), "are -1, 3 and 1, but there are 8 devices; fsdp x model must divide"),
+        ((-1, 16), "are -1, 16 and 1, but there are 8 devices; fsdp x model must di"),
+        ((2, 2, 4), "are 2, 2 and 4, but there are 8 devices"),
+        ((0,), "are 0, 1 and 1; expected numbers from 1"),
+        ((-2,), "are -2, 1 and 1; expected numbers from 1"),
+        ((1, 0), "are 1, 0 and 1; expected numbers from 1"),
+    ],
+)
+def test_a_mesh_of_devices_that_are_not_there_is_explained(sizes, message):
     with pytest.raises(ValueError, match=message):
-        sharding.make_mesh(data)
+        sharding.make_mesh(*sizes)
 
 
 def test_several_processes_use_all_devices(monkeypatch):
     """A process whose devices are not in the mesh could take no part."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="is 4 of 8 devices; with 2 processes"):
+    with pytest.raises(ValueError, match="takes 4 of 8 devices; with 2 processes"):
         sharding.make_mesh(4)
     assert sharding.make_mesh(8).size == sharding.make_mesh().size == 8
 
@@ -50,7 +79,7 @@ def train_state(name, strategy, num_classes=1000):
     model = models.create(name, num_classes=num_classes)
     tx, _ = optim.create(total_steps=100, learning_rate=1e-3, warmup_steps=10)
     return steps.state_shapes(
-        model, tx, sharding.make_mesh(), image_size=(224, 224), strategy=strategy
+        model, tx, sharding.make_mesh(), pipeline.example((224, 224)), strategy=strategy
     )
 
 

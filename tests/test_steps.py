@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlp_mixer import optim, sharding, steps
+from mlp_mixer.data import pipeline
 from mlp_mixer.models import Run
 from mlp_mixer.models.mixer import MlpMixer
 
@@ -26,6 +27,7 @@ FIELDS: dict[str, Any] = {
     "num_classes": 8,
 }
 SIZE, ROWS = (64, 64), 32
+EXAMPLE = pipeline.example(SIZE)
 IMAGE = math.prod(SIZE) * 3
 LARGEST_PARAMETER = 64 * 256
 STEPS = 3
@@ -67,7 +69,7 @@ class Program:
         self.mesh = sharding.make_mesh(devices)
         self.model, self.tx = model_of(**fields), optimiser(**optim)
         self.target = steps.state_shapes(
-            self.model, self.tx, self.mesh, image_size=SIZE, strategy=strategy
+            self.model, self.tx, self.mesh, EXAMPLE, strategy=strategy
         )
         step: Any = steps.make_train_step(
             self.model,
@@ -88,7 +90,7 @@ class Program:
     def state(self, step=0):
         """A state of random parameters and, but for the number, of step 0."""
         params = random_params()
-        state = steps.TrainState(jnp.int32(step), params, self.tx.init(params))
+        state = steps.TrainState(jnp.int32(step), params, {}, self.tx.init(params))
         return jax.tree.map(
             lambda x, a: jax.device_put(x, a.sharding), state, self.target
         )
@@ -358,10 +360,8 @@ def test_the_state_is_donated():
 def init_state(devices, strategy, seed, params=None):
     mesh = sharding.make_mesh(devices)
     model, tx = MlpMixer(**FIELDS | {"num_blocks": 1}), optimiser(**ADAM)
-    target = steps.state_shapes(model, tx, mesh, image_size=SIZE, strategy=strategy)
-    state = steps.init_state(
-        model, tx, target, seed=seed, image_size=SIZE, params=params
-    )
+    target = steps.state_shapes(model, tx, mesh, EXAMPLE, strategy=strategy)
+    state = steps.init_state(model, tx, target, EXAMPLE, seed=seed, params=params)
     for leaf, asked in zip(
         jax.tree.leaves(state), jax.tree.leaves(target), strict=True
     ):
@@ -467,10 +467,11 @@ def test_predict_is_the_model_without_noise(devices, strategy, rows):
         sharding.shardings(random_params(), mesh, strategy),
     )
     image = batches()[0]["image"][:rows]
-    logits, features = steps.make_predict(model, mesh)(
-        params, sharding.put(image, mesh)
+    found = steps.make_predict(model, mesh)(
+        {"params": params}, sharding.put({"image": image}, mesh)
     )
-    for x in (logits, features):
+    assert found.keys() == {"logits", "pre_logits"}
+    for x in found.values():
         assert x.sharding.shard_shape(x.shape) == (rows // devices, x.shape[1])
 
     @jax.jit
@@ -479,5 +480,7 @@ def test_predict_is_the_model_without_noise(devices, strategy, rows):
         return plain.apply({"params": random_params()}, steps.value_range(image))
 
     expected, out = apply(image)
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(features, out["pre_logits"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["logits"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found["pre_logits"], out["pre_logits"], rtol=1e-5, atol=1e-5
+    )

@@ -14,8 +14,8 @@ import pytest
 
 from mlp_mixer import (
     checkpoint,
+    experiment,
     metrics,
-    optim,
     ownership,
     pretrained,
     recipe,
@@ -24,18 +24,17 @@ from mlp_mixer import (
     steps,
     train,
 )
-from mlp_mixer import models as zoo
 from mlp_mixer.data import pipeline
 from mlp_mixer.evaluators import accuracy
+from mlp_mixer.evaluators.evaluator import Result
 from mlp_mixer.workdir import load, load_class_names
 
 
 def state_of(config, workdir):
     """The newest checkpoint, on one device, as NumPy arrays."""
-    mesh = sharding.make_mesh(1)
-    model = zoo.create(**config.model, num_classes=config.dataset.num_classes)
-    tx, _ = optim.create(**config.optim, total_steps=recipe.total_steps(config))
-    target = steps.state_shapes(model, tx, mesh, image_size=config.model.image_size)
+    example = pipeline.example(config.model.image_size)
+    mesh, total_steps = sharding.make_mesh(1), recipe.total_steps(config)
+    target = experiment.build(config, mesh, example, total_steps).target
     with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as reader:
         return jax.tree.map(np.asarray, reader.restore(target))
 
@@ -546,7 +545,7 @@ def test_the_best_by_a_metric_is_kept_and_opened(
     monkeypatch.setattr(
         accuracy.Accuracy,
         "run",
-        lambda self, *_, **__: {k: float(v.pop(0)) for k, v in scores.items()},
+        lambda self, *_, **__: Result({k: float(v.pop(0)) for k, v in scores.items()}),
     )
     coloured.write_prepared(tmp_path, "toys", ("ant", "bee", "cat"))
     few.evals.val.every_steps = few.checkpoint.every_steps = 1

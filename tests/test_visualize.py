@@ -10,6 +10,7 @@ from matplotlib.text import Text
 from odd_names import NAMES
 
 from mlp_mixer import visualize
+from mlp_mixer.data import sources
 from mlp_mixer.evaluators import accuracy
 
 
@@ -18,6 +19,7 @@ def examples(classes=3, n=30):
     label = rng.integers(0, classes, n)
     prediction = np.where(rng.random(n) < 0.8, label, (label + 1) % classes)
     return accuracy.Examples(
+        sources.open_source("synthetic", "test", num_examples=n, num_classes=classes),
         index=np.arange(n),
         label=label,
         prediction=prediction,

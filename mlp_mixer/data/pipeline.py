@@ -40,6 +40,11 @@ _log = logging.getLogger(__name__)
 _GRACE = 30
 
 
+def example(image_size: tuple[int, int]) -> Batch:
+    """A batch of one black image, for the shapes and dtypes of what a model gets."""
+    return {"image": np.zeros((1, *image_size, 3), np.uint8)}
+
+
 def train_batches(
     source: Source,
     *,

@@ -5,7 +5,7 @@ without a label are left out and counted (section 7.1).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,24 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from mlp_mixer import losses
 from mlp_mixer.data import pipeline, sources
-from mlp_mixer.evaluators.inference import Inference, Stop, Track, never, untracked
+from mlp_mixer.evaluators.evaluator import (
+    Result,
+    Stop,
+    Track,
+    following,
+    never,
+    number,
+    percent,
+    untracked,
+)
+from mlp_mixer.evaluators.inference import Inference, Predict
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """What a model makes of each labelled example of a split, on the host."""
 
+    source: sources.Source
     index: Int[np.ndarray, " n"]  # position in the source
     label: Int[np.ndarray, " n"]  # of several: the predicted, else the first
     prediction: Int[np.ndarray, " n"]  # most likely class
@@ -31,6 +42,14 @@ class Examples:
     top5: Bool[np.ndarray, " n"]
     loss: Float[np.ndarray, " n"]  # the recipe's, nats
     nll: Float[np.ndarray, " n"]  # −log softmax of the true classes together, nats
+
+    def image(self, i: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The image of example `i` as it is, for people to look at."""
+        return pipeline.read_image(self.source, int(self.index[i]))[0]
+
+    def labels(self, i: int) -> list[int]:
+        """The true classes of example `i`."""
+        return np.atleast_1d(self.source.label(int(self.index[i]))).tolist()
 
 
 class Accuracy:
@@ -47,6 +66,24 @@ class Accuracy:
     """
 
     @staticmethod
+    def completed(
+        section: Mapping[str, Any], recipe: Any, class_names: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """The section with training's loss and classes, and its data set by default."""
+        training = recipe.dataset
+        dataset = following(section["dataset"], training)
+        same = all(dataset[k] == training[k] for k in ("name", "label"))
+        if dataset["num_classes"] is None and same:
+            dataset["num_classes"] = training.num_classes
+        return {
+            **section,
+            "dataset": dataset,
+            "loss": recipe.loss,
+            "num_classes": training.num_classes,
+            "class_names": class_names,
+        }
+
+    @staticmethod
     def scores(section: Mapping[str, Any]) -> dict[str, bool]:
         """{metric: whether more is better} of a recipe's section; counts are none."""
         return {"top1": True, "top5": True, "loss": False, "nll": False} | (
@@ -56,7 +93,7 @@ class Accuracy:
     def __init__(
         self,
         *,
-        predict: Callable[[Any, Any], tuple[jax.Array, Any]],
+        predict: Predict,
         mesh: Mesh,
         loss: str,
         image_size: tuple[int, int],
@@ -72,8 +109,8 @@ class Accuracy:
         """Opens the split.
 
         Args:
-          predict: of `steps.make_predict`.
-          mesh: of `sharding.make_mesh`.
+          predict: function of `steps.make_predict`.
+          mesh: mesh of `sharding.make_mesh`.
           loss: a key of `losses.LOSSES`.
           image_size: height and width in pixels.
           dataset: arguments of `data.sources.open_source`.
@@ -101,14 +138,14 @@ class Accuracy:
             of=self.data,
             to="the model",
         )
-        self.sources = (self.source,)
+        self.sources: Sequence[sources.Source] = (self.source,)
         self.broken = self.unlabelled = 0
         self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]
 
-        def keep(logits, features, label):
-            del features
-            target = losses.targets(label, logits.shape[-1])
+        def keep(out, batch):
+            logits = out["logits"]
+            target = losses.targets(batch["label"], logits.shape[-1])
             top = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
             hits = jnp.take_along_axis(target, top, axis=-1) > 0
             log_p = jax.nn.log_softmax(logits)
@@ -119,7 +156,7 @@ class Accuracy:
                 "probability": jnp.exp(log_p.max(-1)),
                 "top1": hits[:, 0],
                 "top5": hits.any(-1),
-                "loss": loss_fn(logits, target),
+                "loss": loss_fn(logits, out, {**batch, "label": target}),
                 "nll": -jax.nn.logsumexp(true_log_p, axis=-1),
                 "labelled": target.any(-1),
             }
@@ -134,14 +171,14 @@ class Accuracy:
         )
 
     def examples(
-        self, params: Any, stop: Stop = never, track: Track = untracked
+        self, variables: Any, stop: Stop = never, track: Track = untracked
     ) -> Examples | None:
         """Returns each readable, labelled example once, or None if `stop()` came true.
 
         Raises:
           ValueError: there is none.
         """
-        outputs = self._infer(self.source, params, stop, track)
+        outputs = self._infer(self.source, variables, stop, track)
         if outputs is None:
             return None
         rows, self.broken = outputs
@@ -151,26 +188,21 @@ class Accuracy:
             raise ValueError(
                 f"None of {len(labelled)} images of {self.data} is labelled."
             )
-        return Examples(**{key: value[labelled] for key, value in rows.items()})
-
-    def image(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The image at `index` of the source as it is, for people to look at."""
-        return pipeline.read_image(self.source, index)[0]
-
-    def labels(self, index: int) -> list[int]:
-        """The true classes of the image at `index` of the source."""
-        return np.atleast_1d(self.source.label(index)).tolist()
+        kept = {key: value[labelled] for key, value in rows.items()}
+        return Examples(self.source, **kept)
 
     def run(
-        self, params: Any, stop: Stop = never, track: Track = untracked
-    ) -> dict[str, float] | None:
+        self, variables: Any, stop: Stop = never, track: Track = untracked
+    ) -> Result | None:
         """Returns `top1` and `top5` in [0, 1], `loss` and `nll` in nats, and `count`.
 
         None if `stop()` came true. Also `ece` in [0, 1] where asked, `unlabelled` of
         multi-label data, and `broken`, the images that could not be read, if any.
         """
-        examples = self.examples(params, stop, track)
-        return None if examples is None else self.summary(examples)
+        examples = self.examples(variables, stop, track)
+        if examples is None:
+            return None
+        return Result(self.summary(examples), examples)
 
     def summary(self, examples: Examples) -> dict[str, float]:
         """The metrics of `run` for the examples of the last pass."""
@@ -188,6 +220,22 @@ class Accuracy:
         if self.source.multi_label:
             results["unlabelled"] = self.unlabelled
         return results | ({"broken": self.broken} if self.broken else {})
+
+    @staticmethod
+    def across(
+        results: Mapping[str, Mapping[str, float]],
+    ) -> dict[str, dict[str, float]]:
+        """Nothing: each split speaks for itself."""
+        del results
+        return {}
+
+    @staticmethod
+    def shown(metrics: Mapping[str, float]) -> dict[str, str]:
+        """All metrics; shares of images in per cent."""
+        return {
+            name: (percent if name in ("top1", "top5") else number)(value)
+            for name, value in metrics.items()
+        }
 
 
 def expected_calibration_error(

@@ -10,7 +10,7 @@ they cost little beside the features.
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,17 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Integer
 
 from mlp_mixer.data import sources
-from mlp_mixer.evaluators.inference import Inference, Stop, Track, never, untracked
+from mlp_mixer.evaluators.evaluator import (
+    Result,
+    Stop,
+    Track,
+    following,
+    never,
+    number,
+    percent,
+    untracked,
+)
+from mlp_mixer.evaluators.inference import Inference, Predict
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +197,15 @@ class FewShot:
     """
 
     @staticmethod
+    def completed(
+        section: Mapping[str, Any], recipe: Any, class_names: Sequence[str] | None
+    ) -> dict[str, Any]:
+        """The section with training's data set by default; the classes are its own."""
+        del class_names
+        splits = {k: following(section[k], recipe.dataset) for k in ("train", "test")}
+        return {**section, **splits}
+
+    @staticmethod
     def scores(section: Mapping[str, Any]) -> dict[str, bool]:
         """{metric: whether more is better} of a recipe's section; counts are none."""
         shots, exponents = sorted(section["shots"]), tuple(section["l2_exponents"])
@@ -195,7 +214,7 @@ class FewShot:
     def __init__(
         self,
         *,
-        predict: Callable[[Any, Any], tuple[jax.Array, Any]],
+        predict: Predict,
         mesh: Mesh,
         image_size: tuple[int, int],
         train: Mapping[str, Any],
@@ -211,8 +230,8 @@ class FewShot:
         """Opens the splits.
 
         Args:
-          predict: of `steps.make_predict`; its features are used.
-          mesh: of `sharding.make_mesh`.
+          predict: function of `steps.make_predict`; its features are used.
+          mesh: mesh of `sharding.make_mesh`.
           image_size: height and width in pixels.
           train: arguments of `data.sources.open_source`: where shots are drawn.
           test: the same of the images that are classified.
@@ -252,7 +271,7 @@ class FewShot:
             of=f"{test['name']} {test['split']}",
             to=f"{train['name']} {train['split']}",
         )
-        self.sources = (self._train, self._test)
+        self.sources: Sequence[sources.Source] = (self._train, self._test)
         if self._train.multi_label or self._test.multi_label:
             raise ValueError(f"{self.data}: few-shot needs one label per image.")
         self._shots, self._seeds = tuple(sorted(shots)), seeds
@@ -260,7 +279,10 @@ class FewShot:
         self._drawn: list[list[np.ndarray]] | None = None
         self._unreadable = 0
         self._infer = Inference(
-            lambda logits, features, label: {"feature": features, "label": label},
+            lambda out, batch: {
+                "feature": out["pre_logits"],
+                "label": batch["label"],
+            },
             predict=predict,
             mesh=mesh,
             image_size=image_size,
@@ -269,8 +291,8 @@ class FewShot:
         )
 
     def run(
-        self, params: Any, stop: Stop = never, track: Track = untracked
-    ) -> dict[str, float] | None:
+        self, variables: Any, stop: Stop = never, track: Track = untracked
+    ) -> Result | None:
         """Returns `{shots}shot` in [0, 1] for each number of shots, and `count`.
 
         With several `l2_exponents`, `{shots}shot_l2_{exponent}`. `count` are the test
@@ -279,10 +301,10 @@ class FewShot:
         """
         draws = self._draws()
         needed = np.unique(np.concatenate([p for draw in draws for p in draw]))
-        train = self._infer(_Chosen(self._train, needed), params, stop, track)
+        train = self._infer(_Chosen(self._train, needed), variables, stop, track)
         if train is None:
             return None
-        test = self._infer(self._test, params, stop, track)
+        test = self._infer(self._test, variables, stop, track)
         if test is None:
             return None
         # Position in the training split → row of its features; −1: broken.
@@ -311,7 +333,24 @@ class FewShot:
         }
         results["count"] = len(test.rows["label"])
         broken = self._unreadable + train.broken + test.broken
-        return results | ({"broken": broken} if broken else {})
+        return Result(results | ({"broken": broken} if broken else {}))
+
+    @staticmethod
+    def across(
+        results: Mapping[str, Mapping[str, float]],
+    ) -> dict[str, dict[str, float]]:
+        """One value of l2 per number of shots, see `choose_l2`."""
+        return choose_l2(results)
+
+    @staticmethod
+    def shown(metrics: Mapping[str, float]) -> dict[str, str]:
+        """Without the hundred values of a sweep; the one that was chosen is there."""
+        forms = {"shot": percent, "shot_l2": "{:g}".format}
+        return {
+            name: forms.get(name.lstrip("0123456789"), number)(value)
+            for name, value in metrics.items()
+            if not _SWEPT.fullmatch(name)
+        }
 
     def _draws(self) -> list[list[np.ndarray]]:
         """Per seed and class, the positions of the most shots; found once."""

@@ -4,7 +4,7 @@ The last batch is padded and masked, so the result does not depend on the batch 
 nor on the number of devices and processes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,22 +14,10 @@ from jax.sharding import Mesh
 from mlp_mixer import sharding
 from mlp_mixer.data import pipeline
 from mlp_mixer.data.sources import Source
+from mlp_mixer.evaluators.evaluator import Stop, Track, never, untracked
 
-# Asked before every batch, the same number of times on every process.
-Stop = Callable[[], bool]
-# Wraps the batches, e.g. in a progress bar; gets their number too.
-Track = Callable[[Iterable[Any], int], Iterable[Any]]
-
-
-def never() -> bool:
-    """Does not stop."""
-    return False
-
-
-def untracked(batches: Iterable[Any], count: int) -> Iterable[Any]:
-    """Shows nothing."""
-    del count
-    return batches
+Predict = Callable[[Any, Mapping[str, Any]], dict[str, jax.Array]]
+Keep = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, jax.Array]]
 
 
 class Outputs(NamedTuple):
@@ -44,9 +32,9 @@ class Inference:
 
     def __init__(
         self,
-        keep: Callable[[jax.Array, jax.Array, jax.Array], dict[str, jax.Array]],
+        keep: Keep,
         *,
-        predict: Callable[[Any, Any], tuple[jax.Array, jax.Array]],
+        predict: Predict,
         mesh: Mesh,
         image_size: tuple[int, int],
         preprocess: str,
@@ -55,13 +43,14 @@ class Inference:
         """Compiles nothing yet.
 
         Args:
-          keep: (logits, features, label) of a batch, on the device → arrays (n, …)
-            that travel to the hosts.
-          predict: of `steps.make_predict`.
-          mesh: of `sharding.make_mesh`.
+          keep: (out, batch) → arrays (n, …) that travel to the hosts, on the device;
+            `out` is what `predict` returns.
+          predict: function of `steps.make_predict`.
+          mesh: mesh of `sharding.make_mesh`.
           image_size: height and width in pixels.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
-          batch_size: images at once over all devices; made a multiple of them.
+          batch_size: images at once over all devices, rounded up to a multiple of
+            the parts that they cut it into.
         """
         self._predict, self._mesh, self._batch_size = predict, mesh, batch_size
         self._options: dict[str, Any] = {
@@ -71,15 +60,18 @@ class Inference:
             "process_count": jax.process_count(),
         }
         self._keep = jax.jit(
-            lambda logits, features, batch: (
-                keep(logits, features, batch["label"])
-                | {"index": batch["index"], "mask": batch["mask"]}
+            lambda out, batch: (
+                keep(out, batch) | {"index": batch["index"], "mask": batch["mask"]}
             ),
             out_shardings=sharding.replicated(mesh),
         )
 
     def __call__(
-        self, source: Source, params: Any, stop: Stop = never, track: Track = untracked
+        self,
+        source: Source,
+        variables: Any,
+        stop: Stop = never,
+        track: Track = untracked,
     ) -> Outputs | None:
         """Returns what `keep` and `index`, the position, are for each readable example.
 
@@ -88,16 +80,17 @@ class Inference:
         Raises:
           ValueError: no image could be read.
         """
-        per_device = -(-min(self._batch_size, len(source)) // self._mesh.size)
-        batch_size = per_device * self._mesh.size
+        batch_size = sharding.whole_batch(
+            self._mesh, min(self._batch_size, len(source))
+        )
         batches = pipeline.eval_batches(source, batch_size=batch_size, **self._options)
         parts, broken = [], 0
         for batch in track(batches, -(-len(source) // batch_size)):
             if stop():
                 return None
             batch = sharding.put(batch, self._mesh)
-            outputs = self._predict(params, batch.pop("image"))
-            part = jax.device_get(self._keep(*outputs, batch))
+            out = self._predict(variables, batch)
+            part = jax.device_get(self._keep(out, batch))
             mask = part.pop("mask")
             broken += int((~mask & (part["index"] >= 0)).sum())
             parts.append({key: value[mask] for key, value in part.items()})

@@ -32,14 +32,12 @@ from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm
 from mlp_mixer.models.model import Model, Noise, Run, check_divisible, sizes
 
 gelu = GELUS["exact"]
-# torch's initial values: uniform in ±1/√fan_in, of biases too.
+# torch's initial values of kernels: uniform in ±1/√fan_in, as are those of biases.
 KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _linear(features: int, fan_in: int, run: Run, **fields: Any) -> Dense:
-    def bias(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -1, 1) / fan_in**0.5
-
+    bias = layers.uniform(fan_in**-0.5)
     return Dense(features, run=run, kernel_init=KERNEL, bias_init=bias, **fields)
 
 
@@ -155,7 +153,7 @@ class SmlpNet(Model):
     Attributes:
       patch_size: (height, width) in pixels of a position of the first stage.
       hidden_dim: number of channels of the first stage; each stage has twice as many.
-      depths: number of blocks of each stage.
+      num_blocks: number of blocks of each stage.
       mlp_ratio: number of hidden units of an MLP per channel, α.
       stochastic_depth: the last block's rate; it rises linearly from 0 over all
         stages. A branch that is kept is divided by 1 − rate.
@@ -165,7 +163,7 @@ class SmlpNet(Model):
 
     patch_size: tuple[int, int]
     hidden_dim: int
-    depths: tuple[int, int, int, int]
+    num_blocks: tuple[int, int, int, int]
     mlp_ratio: int = 3
     stochastic_depth: float = 0.0
     num_classes: int | None = None
@@ -173,7 +171,9 @@ class SmlpNet(Model):
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
-        height, width = (side * 2 ** (len(self.depths) - 1) for side in self.patch_size)
+        height, width = (
+            side * 2 ** (len(self.num_blocks) - 1) for side in self.patch_size
+        )
         check_divisible(image_size, (height, width), "the last stage's stride")
 
     def check_image(self, image: Array, axes: dict[str, str]) -> None:
@@ -214,13 +214,13 @@ class SmlpNet(Model):
             SmlpBlock, mlp_ratio=self.mlp_ratio, train=train, run=self.run
         )
         x, out = image, dict[str, Any]()
-        for i, depth in enumerate(self.depths):
+        for i, depth in enumerate(self.num_blocks):
             size, name = ((2, 2), f"down{i}") if i else (self.patch_size, "stem")
             x = _convolution(
                 self.hidden_dim * 2**i, size, self.run, strides=size, name=name
             )(x)
             out |= {} if i else {"stem": x}
-            first = sum(self.depths[:i])
+            first = sum(self.num_blocks[:i])
             of_stage = slice(first, first + depth)
             x, states = trunk.blocks(
                 self,
@@ -244,7 +244,7 @@ class SmlpNet(Model):
     def _noise(self, images: int) -> Noise:
         return trunk.draw(
             self,
-            sum(self.depths),
+            sum(self.num_blocks),
             images,
             rates=(0.0, self.stochastic_depth),
             rescale=True,

@@ -29,12 +29,10 @@ def model():
     )
 
 
-def random_params():
+def random_variables():
     shapes = jax.eval_shape(model().init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda x: jnp.float32(rng.normal(size=x.shape) / 4), shapes["params"]
-    )
+    return jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape) / 4), shapes)
 
 
 def make(mesh, count, batch_size, loss="softmax_xent", split="test"):
@@ -67,18 +65,18 @@ def make(mesh, count, batch_size, loss="softmax_xent", split="test"):
 def test_every_example_is_counted_once(devices, count, batch_size):
     """Batch sizes that divide the split and those that do not, nor the devices."""
     evaluator = make(sharding.make_mesh(devices), count, batch_size)
-    params = random_params()
-    examples = evaluator.examples(params)
+    variables = random_variables()
+    examples = evaluator.examples(variables)
     assert sorted(examples.index) == list(range(count))
     assert evaluator.summary(examples)["count"] == count
     # Against the definition, image by image.
     source = evaluator.source
     images = np.stack([pipeline.read_image(source, i)[0] for i in range(count)])
     labels = np.array([source[i]["label"] for i in range(count)])
-    apply = jax.jit(lambda x: model().apply({"params": params}, x)[0])
+    apply = jax.jit(lambda x: model().apply(variables, x)[0])
     logits = np.asarray(apply(steps.value_range(jnp.asarray(images))), np.float64)
     order = np.argsort(-logits, axis=-1)
-    results = evaluator.run(params)
+    results = evaluator.run(variables).metrics
     assert results["top1"] == pytest.approx((order[:, 0] == labels).mean())
     top5 = (order[:, :5] == labels[:, None]).any(-1)
     assert results["top5"] == pytest.approx(top5.mean())
@@ -91,10 +89,10 @@ def test_every_example_is_counted_once(devices, count, batch_size):
 
 
 def test_the_loss_is_the_recipes():
-    params = random_params()
+    variables = random_variables()
     mesh = sharding.make_mesh(1)
     softmax, sigmoid = (
-        make(mesh, 16, 16, loss).run(params)
+        make(mesh, 16, 16, loss).run(variables).metrics
         for loss in ("softmax_xent", "sigmoid_xent")
     )
     assert sigmoid["loss"] > softmax["loss"] + 1
@@ -109,7 +107,7 @@ def test_a_stop_ends_it_between_batches_without_a_result():
         asked.append(True)
         return len(asked) > 2
 
-    assert evaluator.run(random_params(), stop) is None
+    assert evaluator.run(random_variables(), stop) is None
     assert len(asked) == 3
 
 
@@ -123,11 +121,11 @@ def test_broken_images_are_left_out_and_counted(monkeypatch):
         return read(source, index, dct)
 
     monkeypatch.setattr(pipeline, "read_image", fragile)
-    params = random_params()
-    results = evaluator.run(params)
+    variables = random_variables()
+    results = evaluator.run(variables).metrics
     assert (results["count"], results["broken"]) == (18, 2)
     monkeypatch.setattr(pipeline, "read_image", read)
-    assert "broken" not in evaluator.run(params)
+    assert "broken" not in evaluator.run(variables).metrics
 
 
 # Logits of six images over four classes, and which classes are true.
@@ -172,8 +170,10 @@ def of_labels(monkeypatch, labels, logits, devices, **fields):
     monkeypatch.setattr(sources, "open_source", lambda **_: Labelled(labels))
     table = jnp.asarray(logits, jnp.float32)
 
-    def predict(params, image):
-        return table[image[:, 0, 0, 0].astype(int)], image[:, 0, 0]
+    def predict(variables, batch):
+        image = batch["image"]
+        index = image[:, 0, 0, 0].astype(int)
+        return {"logits": table[index], "pre_logits": image[:, 0, 0]}
 
     return accuracy.Accuracy(
         predict=jax.jit(predict),
@@ -203,12 +203,12 @@ def test_any_of_several_labels_is_right_and_unlabelled_images_are_left_out(
     # The probability of a right answer is that of all true classes.
     likelihoods = [0.7, 0.2, 0.7, 0.9, 0.3]
     np.testing.assert_allclose(np.exp(-examples.nll), likelihoods, rtol=1e-5)
-    results = evaluator.run(None)
+    results = evaluator.run(None).metrics
     assert results["top1"] == pytest.approx(3 / 5)
     assert results["nll"] == pytest.approx(-np.log(likelihoods).mean(), rel=1e-5)
     assert (results["count"], results["unlabelled"]) == (5, 1)
     assert "broken" not in results
-    assert evaluator.labels(4) == [3, 0, 1]
+    assert examples.labels(3) == [3, 0, 1]
 
 
 def test_top_5_is_any_label_among_five(monkeypatch):
@@ -239,10 +239,10 @@ def test_calibration_error_is_its_definition():
 
 
 def test_calibration_error_is_there_where_asked(monkeypatch):
-    results = of_labels(monkeypatch, TRUE, LOGITS, 1, ece_bins=2).run(None)
+    results = of_labels(monkeypatch, TRUE, LOGITS, 1, ece_bins=2).run(None).metrics
     # Up to 1/2: 0.4 right, 0.3 wrong. Above: 0.7 right, wrong, right.
     assert results["ece"] == pytest.approx((abs(1 - 0.7) + abs(2 - 2.1)) / 5, rel=1e-4)
-    assert "ece" not in of_labels(monkeypatch, TRUE, LOGITS, 1).run(None)
+    assert "ece" not in of_labels(monkeypatch, TRUE, LOGITS, 1).run(None).metrics
 
 
 def test_a_split_of_broken_images_is_an_error(monkeypatch):
@@ -253,7 +253,7 @@ def test_a_split_of_broken_images_is_an_error(monkeypatch):
     with pytest.raises(
         ValueError, match=r"None of 20 images could be read, e\.g\. syn"
     ):
-        make(sharding.make_mesh(1), 20, 8).run(random_params())
+        make(sharding.make_mesh(1), 20, 8).run(random_variables())
 
 
 def test_an_unknown_type_lists_the_known():
@@ -266,7 +266,7 @@ def test_an_unknown_type_lists_the_known():
 
 def of_colours(greys, class_names, dataset, data_dir=None):
     """The scores of a model that knows the grey of each of its classes."""
-    evaluator = accuracy.Accuracy(
+    result = accuracy.Accuracy(
         predict=jax.jit(coloured.predict(greys)),
         mesh=sharding.make_mesh(1),
         loss="softmax_xent",
@@ -278,21 +278,20 @@ def of_colours(greys, class_names, dataset, data_dir=None):
         num_classes=len(greys),
         class_names=class_names,
         data_dir=data_dir,
-    )
-    results = evaluator.run(None)
-    assert results is not None
-    return evaluator, results
+    ).run(None)
+    assert result is not None
+    return result
 
 
 @pytest.mark.parametrize("trained", list(itertools.permutations(("ant", "bee", "cat"))))
 def test_the_classes_of_the_data_are_the_models_by_name(trained, tmp_path):
     name = coloured.write_folder(tmp_path, ("ant", "bee", "cat"))
     dataset = {"name": name, "split": "all"}
-    evaluator, results = of_colours(coloured.greys(trained), trained, dataset)
-    assert results["top1"] == 1.0
+    metrics, examples = of_colours(coloured.greys(trained), trained, dataset)
+    assert metrics["top1"] == 1.0
     # Also where its mistakes are drawn.
-    paths = [evaluator.source.name_of(i) for i in range(12)]
-    found = evaluator.labels(paths.index(f"{tmp_path}/bee/0.png"))
+    paths = [examples.source.name_of(int(i)) for i in examples.index]
+    found = examples.labels(paths.index(f"{tmp_path}/bee/0.png"))
     assert [trained[k] for k in found] == ["bee"]
 
 
@@ -304,7 +303,7 @@ def test_prepared_data_may_have_the_classes_in_another_order_or_a_part(
     name = coloured.write_prepared(tmp_path, "toys", names, several=several)
     dataset = {"name": name, "split": "test"}
     greys = coloured.greys(coloured.NAMES)
-    _, results = of_colours(greys, coloured.NAMES, dataset, str(tmp_path))
+    results, _ = of_colours(greys, coloured.NAMES, dataset, str(tmp_path))
     assert (results["top1"], results["count"]) == (1.0, 4 * len(names))
 
 
@@ -317,7 +316,7 @@ def test_a_folder_of_numbers_has_them_as_labels(names, tmp_path):
         Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / str(k) / "0.png")
     known = names and [names.format(k) for k in range(12)]
     dataset = {"name": f"folder:{tmp_path}", "split": "all"}
-    assert of_colours(greys, known, dataset)[1]["top1"] == 1.0
+    assert of_colours(greys, known, dataset).metrics["top1"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -383,7 +382,7 @@ def test_what_cannot_choose_a_checkpoint_lists_what_can(name, message):
 
 def test_the_scores_are_what_the_evaluators_return(monkeypatch):
     evaluator = of_labels(monkeypatch, TRUE, LOGITS, 1, ece_bins=2)
-    results = evaluator.run(None)
+    results = evaluator.run(None).metrics
     scores = evaluator.scores({"ece_bins": 2})
     assert results.keys() - {"count", "unlabelled", "broken"} == scores.keys()
 

@@ -159,9 +159,10 @@ def make(monkeypatch, devices=1, train=None, test=None, **fields):
     monkeypatch.setattr(sources, "open_source", lambda name, split, **_: splits[split])
     table = jnp.asarray(np.concatenate([TRAIN_X, TEST_X]))
 
-    def predict(params, image):
-        features = params * table[image[:, 0, 0, 0].astype(int)]
-        return jnp.zeros((len(image), 3)), features
+    def predict(variables, batch):
+        index = batch["image"][:, 0, 0, 0].astype(int)
+        features = variables * table[index]
+        return {"logits": jnp.zeros((len(index), 3)), "pre_logits": features}
 
     section = {
         "type": "fewshot",
@@ -201,7 +202,7 @@ def expected(shots, seed, l2, without=(), kept=slice(None)):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_score_is_the_mean_over_seeds_of_the_direct_solutions(monkeypatch, devices):
     evaluator, splits = make(monkeypatch, devices)
-    results = evaluator.run(ONE)
+    results = evaluator.run(ONE).metrics
     assert results == {
         "1shot": pytest.approx(np.mean([expected(1, s, 1024) for s in range(3)])),
         "5shot": pytest.approx(np.mean([expected(5, s, 1024) for s in range(3)])),
@@ -223,7 +224,7 @@ def test_the_score_is_the_mean_over_seeds_of_the_direct_solutions(monkeypatch, d
 
 def test_the_sweep_draws_the_first_shots_and_reports_every_l2(monkeypatch):
     evaluator, _ = make(monkeypatch, seeds=0, l2_exponents=(-10, 0, 19))
-    results = evaluator.run(ONE)
+    results = evaluator.run(ONE).metrics
     assert len(results) == 2 * 3 + 1
     for shots in (1, 5):
         for exponent in (-10, 0, 19):
@@ -237,7 +238,7 @@ def test_broken_images_are_left_out_and_counted(monkeypatch, caplog):
     evaluator, _ = make(
         monkeypatch, 8, train, Listed(TEST_Y, 90, broken=(3, 74)), seeds=1, shots=(5,)
     )
-    results = evaluator.run(ONE)
+    results = evaluator.run(ONE).metrics
     assert (results["count"], results["broken"]) == (73, 3)
     assert f"<{first}>" in caplog.text
     kept = np.delete(np.arange(75), (3, 74))
@@ -253,7 +254,7 @@ def test_a_record_without_a_readable_label_is_no_shot(monkeypatch, caplog):
             return super().label(index)
 
     evaluator, splits = make(monkeypatch, train=Damaged(TRAIN_Y, 0), shots=(90,))
-    assert evaluator.run(ONE)["broken"] == 1
+    assert evaluator.run(ONE).metrics["broken"] == 1
     assert 8 not in splits["train"].read
     assert "Broken image <8>: damaged record" in caplog.text
 
@@ -262,7 +263,7 @@ def test_classes_with_too_few_examples_give_what_they_have_and_it_is_said_once(
     monkeypatch, caplog
 ):
     evaluator, _ = make(monkeypatch, shots=(5, 1000), seeds=1)
-    again = [evaluator.run(ONE) for _ in range(2)]
+    again = [evaluator.run(ONE).metrics for _ in range(2)]
     assert again[0] == again[1]
     everything = direct_accuracy(TRAIN_X, TRAIN_Y, TEST_X, TEST_Y, CLASSES, 1024)
     assert again[0]["1000shot"] == pytest.approx(everything)
@@ -333,8 +334,9 @@ def on_colours(train, test, split="all", data_dir=None):
         every_steps=1,
         data_dir=data_dir,
     )
-    results = evaluator.run(None)
-    assert results is not None
+    result = evaluator.run(None)
+    assert result is not None
+    results = result.metrics
     scores = evaluator.scores({"shots": (4,), "l2_exponents": (-10,)})
     assert scores.keys() == results.keys() - {"count"}
     return results["4shot"]

@@ -111,8 +111,8 @@ def test_an_override_of_none_means_the_tables_value():
             r"patch_size is .0, 8.; expected",
         ),
         (
-            {"name": "smlpnet_t", "depths": (2, 8, 14)},
-            r"depths is .2, 8, 14.; expected 4 whole numbers from 1",
+            {"name": "smlpnet_t", "num_blocks": (2, 8, 14)},
+            r"num_blocks is .2, 8, 14.; expected 4 whole numbers from 1",
         ),
         (
             {"name": "smlpnet_t", "image_size": (224, 232)},

@@ -17,7 +17,7 @@ from mlp_mixer.models.smlpnet import BatchNorm, SmlpBlock, SmlpNet
 SMALL: dict[str, Any] = {
     "patch_size": (2, 2),
     "hidden_dim": 6,
-    "depths": (1, 1, 2, 1),
+    "num_blocks": (1, 1, 2, 1),
     "num_classes": 5,
 }
 SIZE = (32, 48)  # 16x24, 8x12, 4x6 and 2x3 positions
@@ -66,17 +66,17 @@ def forward(model, variables, image, train=False):
 class Numpy:
     """sMLPNet in float64, from the paper's equations and torch's documentation."""
 
-    def __init__(self, variables, depths, train=False, keep=None):
+    def __init__(self, variables, num_blocks, train=False, keep=None):
         to64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
         self.params = jax.tree.map(to64, variables["params"])
         self.stats = jax.tree.map(to64, variables["batch_stats"])
-        self.depths, self.train, self.keep = depths, train, keep
+        self.num_blocks, self.train, self.keep = num_blocks, train, keep
 
     def __call__(self, image):
         """Returns (logits, states); `stats` are then those after this batch."""
         x, states = np.asarray(image, np.float64), dict[str, Any]()
         block = 0
-        for stage, depth in enumerate(self.depths):
+        for stage, depth in enumerate(self.num_blocks):
             name = f"down{stage}" if stage else "stem"
             x = self.patches(x, self.params[name]["kernel"])
             states |= {} if stage else {"stem": x}
@@ -164,7 +164,7 @@ def test_the_forward_is_the_papers(train):
     model, image = SmlpNet(**SMALL), images()
     variables = random_variables(model)
     (logits, out), stats = forward(model, variables, image, train)
-    reference = Numpy(variables, SMALL["depths"], train)
+    reference = Numpy(variables, SMALL["num_blocks"], train)
     expected, states = reference(image)
     assert_close(logits, expected)
     assert_close(dict(out), states)
@@ -180,7 +180,7 @@ def test_stochastic_depth_is_linear_over_all_stages_and_rescaled():
         values = [1] if rate == 0 else [0, 1 / (1 - rate)]
         np.testing.assert_allclose(np.unique(keep), values, rtol=1e-6)
     # The masks of each block's branches are those of its place in the whole network.
-    reference = Numpy(variables, SMALL["depths"], True, np.asarray(noise.keep))
+    reference = Numpy(variables, SMALL["num_blocks"], True, np.asarray(noise.keep))
     expected, _ = reference(image)
     (logits, _), _ = forward(model, variables, image, train=True)
     assert_close(logits, expected, 2e-5)
@@ -390,7 +390,7 @@ def test_statistics_after_three_steps_are_numpys():
         params = training.variables()["params"]
         training.train(batch)
         reference = Numpy(
-            {"params": params, "batch_stats": stats}, SMALL["depths"], train=True
+            {"params": params, "batch_stats": stats}, SMALL["num_blocks"], train=True
         )
         reference(batch["image"] / 127.5 - 1)
         stats = reference.stats
@@ -405,7 +405,7 @@ def test_predictions_use_the_running_statistics():
     predict = steps.make_predict(training.model, training.mesh)
     batch = sharding.put({"image": image}, training.mesh)
     logits = predict(training.state.variables, batch)["logits"]
-    expected, _ = Numpy(variables, SMALL["depths"])(image / 127.5 - 1)
+    expected, _ = Numpy(variables, SMALL["num_blocks"])(image / 127.5 - 1)
     assert_close(logits, expected)
     alone = sharding.put({"image": image[:1]}, training.mesh)
     assert_close(predict(training.state.variables, alone)["logits"], expected[:1])
@@ -426,7 +426,7 @@ def test_micro_batches_each_move_the_statistics():
     before = training.variables()
     (batch,) = batches(1)
     training.train(batch)
-    reference = Numpy(before, SMALL["depths"], train=True)
+    reference = Numpy(before, SMALL["num_blocks"], train=True)
     for first in (0, 1):
         reference(batch["image"][first::2] / 127.5 - 1)
     assert_close(training.variables()["batch_stats"], reference.stats, 2e-5)

@@ -285,7 +285,7 @@ def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
     runs.write(weights, tmp_path / "run")
     run = runs.open_run(tmp_path / "run")
     assert (run.step, run.class_names) == (0, list("abcdefghij"))
-    assert_equal(jax.device_get(run.params), weights.params)
+    assert_equal(jax.device_get(run.variables["params"]), weights.params)
     assert run.config.model.gelu == "exact"
     with pytest.raises(FileExistsError, match="is not empty; name a new folder"):
         runs.write(weights, tmp_path / "run")
@@ -300,7 +300,9 @@ def test_a_run_of_weights_may_be_of_bfloat16_and_without_a_head(make_params, tmp
     )
     run = runs.open_run(tmp_path / "run")
     assert run.class_names == []
-    assert_equal(jax.device_get(run.params), pretrained.cast(params, "float32"))
+    assert_equal(
+        jax.device_get(run.variables["params"]), pretrained.cast(params, "float32")
+    )
     with pytest.raises(FileExistsError):
         runs.write(
             pretrained.Weights(params, "made", image_size=(16, 16)),

@@ -12,6 +12,7 @@ import scipy.fft
 from einops import rearrange
 
 from mlp_mixer import models, optim, sharding, steps
+from mlp_mixer.data import pipeline
 from mlp_mixer.models import layers
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.pretrained import resize
@@ -486,7 +487,7 @@ def trained(change):
     model = MlpMixer(patch_size=(2, 2), **SMALL | {"tokens_mlp_dim": wide})
     mesh = sharding.make_mesh(1)
     tx, _ = optim.create(learning_rate=1e-2, total_steps=100, warmup_steps=0)
-    target = steps.state_shapes(model, tx, mesh, image_size=(side, side))
+    target = steps.state_shapes(model, tx, mesh, pipeline.example((side, side)))
     train_step = steps.make_train_step(
         model, tx, mesh, target, loss="softmax_xent", seed=0
     )
@@ -499,7 +500,7 @@ def trained(change):
     params = jax.tree.map(jnp.array, params)
     state = jax.tree.map(
         lambda x, a: jax.device_put(x, a.sharding),
-        steps.TrainState(jnp.int32(0), params, tx.init(params)),
+        steps.TrainState(jnp.int32(0), params, {}, tx.init(params)),
         target,
     )
     losses = []

@@ -1,0 +1,60 @@
+"""From a recipe and a mesh to what is trained: a model, its optimiser and its steps."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh
+
+from mlp_mixer import models, optim, steps
+
+
+class Experiment(NamedTuple):
+    """What training, measuring, planning and the tests share."""
+
+    model: nn.Module
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    target: steps.TrainState  # shapes with shardings
+    train_step: Callable[..., tuple[steps.TrainState, steps.Metrics]]
+    predict: Callable[[Any, Any], dict[str, jax.Array]]
+
+
+def build(
+    config: Any, mesh: Mesh, example: Mapping[str, Any], total_steps: int
+) -> Experiment:
+    """Describes and compiles for a mesh; nothing is on a device yet.
+
+    Args:
+      config: the recipe, with `dataset.num_classes`.
+      mesh: mesh of `sharding.make_mesh`, whose devices need not be here.
+      example: the shapes and dtypes of a batch, of `pipeline.example`.
+      total_steps: updates of the whole run.
+
+    Raises:
+      ValueError: there is no such model, optimiser or loss, or they do not fit.
+    """
+    model = create_model(config, mesh, num_classes=config.dataset.num_classes)
+    tx, schedule = optim.create(**config.optim, total_steps=total_steps)
+    target = steps.state_shapes(model, tx, mesh, example, strategy=config.sharding)
+    train_step = steps.make_train_step(
+        model,
+        tx,
+        mesh,
+        target,
+        loss=config.loss,
+        seed=config.seed,
+        mixup=config.mixup,
+        accumulate=config.accumulate,
+    )
+    predict = steps.make_predict(model, mesh)
+    return Experiment(model, tx, schedule, target, train_step, predict)
+
+
+def create_model(config: Any, mesh: Mesh, num_classes: int | None = None) -> nn.Module:
+    """Returns the recipe's model, computed as these devices do it fastest."""
+    return models.create(
+        **config.model, num_classes=num_classes, run=models.Run.on(mesh, **config.run)
+    )
