@@ -17,8 +17,8 @@ from mlp_mixer.fingerprints import PyTree
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
-# How much is left of the peak, from how far the run is: of what follows the warm-up,
-# and of the whole, both 0 ... 1.
+# Fraction of the peak learning rate, as a function of progress in [0, 1]: after the
+# warm-up, and over the whole run.
 DECAYS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "linear": lambda after, _: 1.0 - after,
     "cosine": lambda after, _: 0.5 * (1.0 + jnp.cos(jnp.pi * after)),
@@ -35,12 +35,12 @@ def make_schedule(
     *,
     total_steps: int,
     learning_rate: float,
-    warmup_steps: int = 10_000,
-    decay: str = "linear",
-    end_learning_rate: float | None = 1e-5,
-    end_factor: float | None = None,
+    warmup_steps: int,
+    decay: str,
+    end_learning_rate: float | None,
+    end_factor: float | None,
 ) -> Schedule:
-    """Linear warm-up times a decay.
+    """Returns the learning rate by step: a linear warm-up times a decay.
 
     lr(t) = [end + (base − end)·decay(p)] · min(1, t/warmup), with
     p = clip((t − warmup)/(total − warmup), 0, 1) and t counted from 0, so the very
@@ -48,7 +48,7 @@ def make_schedule(
     goes by t/total instead of p.
 
     Args:
-      total_steps: T.
+      total_steps: number of updates T.
       learning_rate: base, the peak.
       warmup_steps: steps of linear warm-up.
       decay: a key of `DECAYS`: "linear", "cosine" or "staircase".
@@ -87,16 +87,15 @@ def make_schedule(
 def create(
     *,
     total_steps: int,
-    name: str = "adam",
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    decayed: str = "kernels",
-    clip_norm: float | None = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    momentum: float = 0.9,
-    momentum_dtype: str = "float32",
+    name: str,
+    weight_decay: float,
+    decayed: str,
+    clip_norm: float | None,
+    b1: float,
+    b2: float,
+    eps: float,
+    momentum: float,
+    momentum_dtype: str,
     **schedule_fields: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Returns (optimiser, schedule).
@@ -104,7 +103,6 @@ def create(
     Args:
       total_steps: updates of the whole run.
       name: "adam" (pretraining) or "momentum" (SGD, not Nesterov: fine-tuning).
-      learning_rate: peak of the schedule.
       weight_decay: decoupled, times the learning rate of the moment.
       decayed: "kernels" (the run that is known to reach 76.3 %) or "all" parameters.
       clip_norm: global norm of the gradient; None does not clip.
@@ -112,7 +110,7 @@ def create(
         denominator.
       momentum: decay rate of the accumulator of "momentum".
       momentum_dtype: dtype of that accumulator; the authors fine-tune with "bfloat16".
-      **schedule_fields: arguments of `make_schedule`.
+      **schedule_fields: the other arguments of `make_schedule`.
 
     Raises:
       ValueError: unknown optimiser, `decayed` or schedule.
@@ -123,9 +121,7 @@ def create(
     }
     known.require("optimiser", name, directions)
     known.require("decayed", decayed, DECAYED)
-    schedule = make_schedule(
-        total_steps=total_steps, learning_rate=learning_rate, **schedule_fields
-    )
+    schedule = make_schedule(total_steps=total_steps, **schedule_fields)
     parts = [directions[name](), optax.scale_by_learning_rate(schedule)]
     if clip_norm is not None:
         parts.insert(0, _clip_by_global_norm(clip_norm))

@@ -44,8 +44,24 @@ from mlp_mixer import errors, models, optim, sharding, steps
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.models.trunk import REMAT_POLICIES
 
-# Table 4's pretraining; decayed and clipped as in the recipes.
-OPTIM = {"total_steps": 100_000, "learning_rate": 1e-3, "weight_decay": 0.1}
+# What is measured without a recipe: an update as in pretraining.
+OPTIM = {
+    "total_steps": 100_000,
+    "warmup_steps": 10_000,
+    "learning_rate": 1e-3,
+    "decay": "linear",
+    "end_learning_rate": 1e-5,
+    "end_factor": None,
+    "name": "adam",
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "momentum": 0.9,
+    "momentum_dtype": "float32",
+    "weight_decay": 0.1,
+    "decayed": "kernels",
+    "clip_norm": 1.0,
+}
 KINDS = ("forward", "train")
 
 

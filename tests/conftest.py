@@ -13,9 +13,8 @@ FLAGS = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 import jax  # noqa: E402  (reads the flags)
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from set_up import random_params  # noqa: E402
 
 from mlp_mixer import models, pretrained, recipe, text  # noqa: E402
 
@@ -87,12 +86,7 @@ def make_params():
         model = models.create(
             name, num_classes=num_classes, image_size=image_size, **sizes | fields
         )
-        image = jnp.zeros((1, *image_size, 3))
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
-        rng = np.random.default_rng(seed)
-        return jax.tree.map(
-            lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes
-        )
+        return random_params(model, image_size, seed)
 
     return make
 

@@ -490,7 +490,11 @@ import jax.experimental.multihost_utils
 before = packages()
 from mlp_mixer import losses, models, optim, sharding, steps
 models.create("mixer_s16", num_classes=10)
-optim.create(total_steps=10, learning_rate=1.0, warmup_steps=1)
+optim.create(
+    name="adam", b1=0.9, b2=0.999, eps=1e-8, momentum=0.9, momentum_dtype="float32",
+    weight_decay=0.1, decayed="kernels", clip_norm=1.0, total_steps=10, warmup_steps=1,
+    learning_rate=1.0, decay="linear", end_learning_rate=0.0, end_factor=None,
+)
 print(*sorted(packages() - before - sys.stdlib_module_names))
 """
     assert printed_by(script).splitlines() == ["mlp_mixer", ""]

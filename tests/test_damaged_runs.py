@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_files import DAMAGED, one_line
+from set_up import DAMAGED, one_line
 
 from mlp_mixer import pretrained, recipe, runs, workdir
 

@@ -3,6 +3,7 @@
 import math
 import types
 
+import optimisers
 import pytest
 
 from mlp_mixer import (
@@ -77,7 +78,7 @@ def test_the_names_of_closed_sets_are_the_keys_of_the_tables():
     for row in (accuracy["preprocess"], fewshot["preprocess"]):
         assert set(row.choices) == set(image_ops.PROTOCOLS)
     for name in rows["optim.name"].choices:
-        optim.create(name=name, total_steps=9, learning_rate=1.0, warmup_steps=1)
+        optimisers.create(name=name, total_steps=9, learning_rate=1.0, warmup_steps=1)
     assert rows["input.randaugment_layers"].high == len(randaugment.OPS)
     # Others that are a closed set are in the list above.
     closed = {name for name, row in rows.items() if row.choices}

@@ -6,37 +6,10 @@ import multiprocessing
 import os
 
 import pytest
+from set_up import DAMAGED, one_line
 
 from mlp_mixer import files
 from mlp_mixer.text import brief, listed
-
-DAMAGED = {
-    "empty": b"",
-    "cut": b'{"a": [1, 2',
-    "two values": b"{}{}",
-    "a list": b"[]",
-    "a number": b"3",
-    "null": b"null",
-    "NaN": b'{"a": NaN}',
-    "infinity": b'{"a": [-Infinity]}',
-    "a number beyond any": b'{"a": 1e999}',
-    "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
-    "10 MB of lists": b"[" * 10_000_000,
-    "10 MB of objects": b'{"a":' * 2_000_000,
-    "deep": b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}",
-    "no UTF-8": b'{"a": "\xff"}',
-    "UTF-16": '{"a": 1}'.encode("utf-16"),
-    "a byte order mark": b"\xef\xbb\xbf{}",
-    "zeros": bytes(100),
-    "a key twice": b'{"a": 1, "b": {"c": 1, "\\u0063": 2}}',
-    "a key that commands a terminal": b'{"\\u001b[31m": 1, "\\u001b[31m": 1}',
-    "a key of 100 kB": b'{"%s": 1, "%s": 1}' % (b"a" * 100_000, b"a" * 100_000),
-}
-
-
-def one_line(error, name):
-    said = str(error.value)
-    return name in said and said.isprintable() and len(said) < 400
 
 
 @pytest.mark.parametrize("kind", DAMAGED)

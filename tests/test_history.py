@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_ownership import contents
+from set_up import contents
 
 from mlp_mixer import workdir
 

@@ -8,8 +8,8 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+from set_up import DAMAGED, one_line
 from tensorboardX.proto import event_pb2
-from test_files import DAMAGED, one_line
 
 from mlp_mixer import metrics
 

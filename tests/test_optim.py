@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimisers
 import pytest
 
 from mlp_mixer import optim, recipe
@@ -19,6 +20,11 @@ CONSTANT: dict[str, Any] = {
     "end_learning_rate": None,
     "end_factor": 1.0,
 }
+
+
+def schedule_of(total, **fields):
+    _, schedule = optimisers.create(total_steps=total, learning_rate=PEAK, **fields)
+    return schedule
 
 
 def formula(t, decay, end, peak=PEAK, warmup=WARMUP, total=TOTAL):
@@ -39,13 +45,8 @@ def formula(t, decay, end, peak=PEAK, warmup=WARMUP, total=TOTAL):
     ids=["absolute", "relative", "to zero"],
 )
 def test_the_schedule_is_the_published_formula(decay, ends, end):
-    schedule = optim.make_schedule(
-        total_steps=TOTAL,
-        learning_rate=PEAK,
-        warmup_steps=WARMUP,
-        decay=decay,
-        **ends,
-    )
+    fields = {"warmup_steps": WARMUP, "decay": decay} | ends
+    schedule = schedule_of(TOTAL, **fields)
     assert schedule(0) == 0
     np.testing.assert_allclose(schedule(WARMUP), PEAK, rtol=1e-6)
     np.testing.assert_allclose(schedule(TOTAL), end, rtol=1e-5, atol=1e-12)
@@ -60,13 +61,8 @@ def test_the_schedule_is_the_published_formula(decay, ends, end):
 @pytest.mark.parametrize("total", [500, 10_000, 777])
 def test_the_staircase_is_hyperrules(total):
     """A tenth at 30, 60 and 90 % of the run, whatever the warm-up takes of it."""
-    schedule = optim.make_schedule(
-        total_steps=total,
-        learning_rate=PEAK,
-        warmup_steps=WARMUP,
-        decay="staircase",
-        end_learning_rate=0.0,
-    )
+    fields = {"warmup_steps": WARMUP, "decay": "staircase", "end_learning_rate": 0.0}
+    schedule = schedule_of(total, **fields)
     np.testing.assert_allclose(schedule(WARMUP // 2), PEAK / 2, rtol=1e-6)
     rates = np.asarray(jax.vmap(schedule)(jnp.arange(WARMUP, total + 1)))
     steps = np.flatnonzero(np.diff(rates)) + WARMUP + 1
@@ -76,9 +72,7 @@ def test_the_staircase_is_hyperrules(total):
 
 
 def test_without_warm_up_the_first_update_has_the_peak():
-    schedule = optim.make_schedule(
-        total_steps=TOTAL, learning_rate=PEAK, warmup_steps=0
-    )
+    schedule = schedule_of(TOTAL, warmup_steps=0)
     np.testing.assert_allclose(schedule(0), PEAK, rtol=1e-6)
 
 
@@ -101,16 +95,14 @@ def test_the_default_recipe_has_the_papers_schedule():
 )
 def test_exactly_one_end_must_be_given(ends):
     with pytest.raises(ValueError, match="set exactly one of them"):
-        optim.make_schedule(
-            total_steps=TOTAL, learning_rate=PEAK, warmup_steps=WARMUP, **ends
-        )
+        schedule_of(TOTAL, warmup_steps=WARMUP, **ends)
 
 
 @pytest.mark.parametrize("warmup", [TOTAL, TOTAL + 1, -1])
 def test_a_warm_up_longer_than_the_run_is_explained(warmup):
     message = rf"warmup_steps {warmup} is not below total_steps 1000.*e\.g\. 100"
     with pytest.raises(ValueError, match=message):
-        optim.make_schedule(total_steps=TOTAL, learning_rate=PEAK, warmup_steps=warmup)
+        schedule_of(TOTAL, warmup_steps=warmup)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +115,7 @@ def test_a_warm_up_longer_than_the_run_is_explained(warmup):
 )
 def test_an_unknown_word_lists_the_known(fields, message):
     with pytest.raises(ValueError, match=message):
-        optim.create(**CONSTANT | fields)
+        optimisers.create(**CONSTANT | fields)
 
 
 # --- The chain ------------------------------------------------------------------------
@@ -192,7 +184,7 @@ def test_adam_is_big_visions_chain(decayed):
     """clip → Adam's direction × lr → + wd·param, wd = 0.1·lr → × relative schedule →
     × −1: weight decay 0.1 of the paper is 1e-4 there, at learning rate 0.001."""
     lr, wd, total, warmup, steps = 1e-3, 0.1 * 1e-3, 40, 5, 30
-    tx, _ = optim.create(
+    tx, _ = optimisers.create(
         total_steps=total,
         learning_rate=lr,
         warmup_steps=warmup,
@@ -238,7 +230,7 @@ def test_adam_is_clipping_and_adamw_with_a_mask_of_kernels():
         "learning_rate": 1e-3,
         "warmup_steps": 5,
     }
-    tx, schedule = optim.create(**fields, weight_decay=0.1)
+    tx, schedule = optimisers.create(**fields, weight_decay=0.1)
 
     def mask(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
@@ -258,7 +250,7 @@ def test_adam_is_clipping_and_adamw_with_a_mask_of_kernels():
 @pytest.mark.parametrize("decayed", ["kernels", "all"])
 def test_decay_moves_kernels_only_unless_told_otherwise(name, decayed):
     """With zero gradients nothing but decay is left: −lr · wd · param."""
-    tx, _ = optim.create(**CONSTANT, name=name, weight_decay=0.1, decayed=decayed)
+    tx, _ = optimisers.create(**CONSTANT, name=name, weight_decay=0.1, decayed=decayed)
     params = parameters()
     zero = jax.tree.map(jnp.zeros_like, params)
     (after,), _ = run(tx, params, [zero])
@@ -271,7 +263,7 @@ def test_decay_moves_kernels_only_unless_told_otherwise(name, decayed):
 
 
 def test_without_decay_zero_gradients_move_nothing():
-    tx, _ = optim.create(**CONSTANT)
+    tx, _ = optimisers.create(**CONSTANT)
     params = parameters()
     zero = jax.tree.map(jnp.zeros_like, params)
     (*_, after), _ = run(tx, params, [zero, zero])
@@ -280,7 +272,7 @@ def test_without_decay_zero_gradients_move_nothing():
 
 def test_momentum_is_not_nesterovs():
     """u₁ = g₁, u₂ = 0.9·u₁ + g₂; Nesterov's would begin with 1.9·g₁."""
-    tx, _ = optim.create(**CONSTANT, name="momentum", clip_norm=None)
+    tx, _ = optimisers.create(**CONSTANT, name="momentum", clip_norm=None)
     params = {"kernel": jnp.zeros((2, 3))}
     g1, g2 = jnp.full((2, 3), 2.0), jnp.arange(6.0).reshape(2, 3)
     (one, two), _ = run(tx, params, [{"kernel": g1}, {"kernel": g2}])
@@ -290,7 +282,7 @@ def test_momentum_is_not_nesterovs():
 
 
 def test_the_accumulator_of_momentum_keeps_its_dtype():
-    tx, _ = optim.create(**CONSTANT, name="momentum", momentum_dtype="bfloat16")
+    tx, _ = optimisers.create(**CONSTANT, name="momentum", momentum_dtype="bfloat16")
     params = parameters()
     (*_, after), opt_state = run(tx, params, gradients(params, 3))
     (trace,) = (s.trace for s in opt_state if isinstance(s, optax.TraceState))
@@ -303,7 +295,7 @@ def test_the_accumulator_of_momentum_keeps_its_dtype():
     [(1.0, 50.0, 1.0), (1.0, 0.5, 0.5), (2.0, 50.0, 2.0), (None, 50.0, 50.0)],
 )
 def test_gradients_are_clipped_by_their_global_norm(clip_norm, length, expected):
-    tx, _ = optim.create(**CONSTANT, name="momentum", clip_norm=clip_norm)
+    tx, _ = optimisers.create(**CONSTANT, name="momentum", clip_norm=clip_norm)
     params = parameters()
     (grad,) = gradients(params, 1)
     scale = length / optax.tree.norm(grad)

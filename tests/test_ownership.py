@@ -5,7 +5,6 @@ import errno
 import fcntl
 import json
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -13,14 +12,9 @@ import subprocess
 import sys
 
 import pytest
+from set_up import contents
 
 from mlp_mixer import ownership, runs
-
-
-def contents(folder):
-    """Every file below the folder, with what is in it."""
-    files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
-    return {path: path.read_bytes() for path in files}
 
 
 def without_locks(*_):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from set_up import free_port, run_pair
 from test_train import state_of, told
 
 from mlp_mixer import pretrained, workdir
@@ -31,12 +32,6 @@ RUN = [
 RECIPE = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp"])
 def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
@@ -47,20 +42,8 @@ def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
     said, _ = single.communicate(timeout=300)
     assert single.returncode == 0, said
 
-    port = free_port()
-    pair = [
-        program(
-            "train",
-            *common,
-            f"--distributed=localhost:{port},{i},2",
-            f"--workdir={two}",
-            # More devices than cores may wait for one another's collectives for ever.
-            devices=1,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+    codes, said = run_pair(program, "train", [[*common, f"--workdir={two}"]] * 2)
+    assert codes == [0, 0], "\n".join(said)
     # Only the first one speaks.
     assert "step 12/12" in said[0]
     assert "step 12/12" not in said[1]
@@ -69,20 +52,9 @@ def test_two_processes_equal_one(program, tmp_path, data_dir, strategy):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
     assert told(two)[-1]["test/count"] == 297
     # And so are features, for few-shot evaluation.
-    port = free_port()
     everything = ["--only=all", f"--data_dir={data_dir}"]
-    pair = [
-        program(
-            "evaluate",
-            *everything,
-            f"--distributed=localhost:{port},{i},2",
-            f"--workdir={two}",
-            devices=1,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(said)
+    codes, said = run_pair(program, "evaluate", [[*everything, f"--workdir={two}"]] * 2)
+    assert codes == [0, 0], "\n".join(said)
     single = program("evaluate", *everything, f"--workdir={one}", devices=2)
     assert single.wait(300) == 0
     results = [
@@ -238,19 +210,8 @@ def differing(name, tmp_path):
 )
 def test_processes_that_differ_all_end_at_once_and_say_in_what(program, tmp_path, name):
     arguments, folders, line = differing(name, tmp_path)
-    port = free_port()
-    pair = [
-        program(
-            "train",
-            *arguments[i],
-            f"--distributed=localhost:{port},{i},2",
-            cwd=folders[i],
-            devices=1,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=60)[0] for process in pair]
-    assert [process.returncode for process in pair] == [1, 1], "\n".join(said)
+    codes, said = run_pair(program, "train", arguments, folders, seconds=60)
+    assert codes == [1, 1], "\n".join(said)
     for text in said:
         assert len(re.findall(line, text)) == 1, text
         assert "Traceback" not in text
@@ -263,20 +224,9 @@ def test_an_error_of_one_process_in_training_ends_the_others_too(program, tmp_pa
     arguments, folders, _ = differing("nothing", tmp_path)
     for path in (folders[1] / "images" / "train").rglob("*.png"):
         path.write_bytes(bytes(path.stat().st_size))  # as many bytes, and no image
-    port = free_port()
-    pair = [
-        program(
-            "train",
-            *arguments[i],
-            "--config.input.max_broken_images=3",
-            f"--distributed=localhost:{port},{i},2",
-            cwd=folders[i],
-            devices=1,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=90)[0] for process in pair]
-    assert [process.returncode for process in pair] == [1, 1], "\n".join(said)
+    arguments = [[*one, "--config.input.max_broken_images=3"] for one in arguments]
+    codes, said = run_pair(program, "train", arguments, folders, seconds=90)
+    assert codes == [1, 1], "\n".join(said)
     assert "More than max_broken_images=3 images are broken" in said[1]
 
 
@@ -286,8 +236,8 @@ def test_two_processes_start_from_the_same_weights_or_not_at_all(
     seeds, make_params, program, tmp_path, data_dir
 ):
     """Each reads a file of its own, as from its own disk."""
-    port, pair = free_port(), []
-    for i, seed in enumerate(seeds):
+    folders = [tmp_path / str(i) for i in range(2)]
+    for folder, seed in zip(folders, seeds, strict=True):
         params = make_params(
             seed=seed,
             image_size=(8, 8),
@@ -297,24 +247,16 @@ def test_two_processes_start_from_the_same_weights_or_not_at_all(
             tokens_mlp_dim=32,
             channels_mlp_dim=256,
         )
-        weights = pretrained.Weights(params, "made")
-        (tmp_path / str(i)).mkdir()
-        pretrained.write_npz(weights, tmp_path / str(i) / "made.npz")
-        pair.append(
-            program(
-                "train",
-                *RUN,
-                "--config.sharding=fsdp",
-                "--config.init_from=made.npz",
-                f"--data_dir={data_dir}",
-                f"--distributed=localhost:{port},{i},2",
-                f"--workdir={tmp_path / 'run'}",
-                cwd=tmp_path / str(i),
-                devices=1,
-            )
-        )
-    said = [process.communicate(timeout=300)[0] for process in pair]
-    codes = [process.returncode for process in pair]
+        folder.mkdir()
+        pretrained.write_npz(pretrained.Weights(params, "made"), folder / "made.npz")
+    arguments = [
+        *RUN,
+        "--config.sharding=fsdp",
+        "--config.init_from=made.npz",
+        f"--data_dir={data_dir}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    codes, said = run_pair(program, "train", [arguments] * 2, folders)
     if seeds == (0, 0):
         assert codes == [0, 0], "\n".join(said)
         # A fresh head of zeros would begin at ln 10.

@@ -5,9 +5,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimisers
 import pytest
 
-from mlp_mixer import models, optim, sharding, steps
+from mlp_mixer import models, sharding, steps
 from mlp_mixer.data import pipeline
 
 
@@ -77,7 +78,7 @@ def cut_axes(leaf):
 
 def train_state(name, strategy, num_classes=1000):
     model = models.create(name, num_classes=num_classes)
-    tx, _ = optim.create(total_steps=100, learning_rate=1e-3, warmup_steps=10)
+    tx, _ = optimisers.create(total_steps=100, learning_rate=1e-3, warmup_steps=10)
     return steps.state_shapes(
         model, tx, sharding.make_mesh(), pipeline.example((224, 224)), strategy=strategy
     )

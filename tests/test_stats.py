@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimisers
 import pytest
 
-from mlp_mixer import checkpoint, optim, sharding, steps
+from mlp_mixer import checkpoint, sharding, steps
 from mlp_mixer.data import pipeline
 
 SIZE, ROWS, MOMENTUM = (8, 8), 32, 0.75
@@ -42,7 +43,7 @@ def begin(devices=1, **fields):
     mesh = sharding.make_mesh(devices)
     model, (tx, _) = (
         Normalised(),
-        optim.create(learning_rate=0.1, total_steps=10, warmup_steps=0),
+        optimisers.create(learning_rate=0.1, total_steps=10, warmup_steps=0),
     )
     target = steps.state_shapes(model, tx, mesh, EXAMPLE)
     step = steps.make_train_step(
@@ -99,7 +100,7 @@ def test_a_run_may_begin_with_the_statistics_of_its_weights():
     stats = jax.tree.map(lambda x: x + 1, drawn.stats)
     mesh, (tx, _) = (
         sharding.make_mesh(8),
-        optim.create(learning_rate=0.1, total_steps=9, warmup_steps=0),
+        optimisers.create(learning_rate=0.1, total_steps=9, warmup_steps=0),
     )
     target = steps.state_shapes(Normalised(), tx, mesh, EXAMPLE)
     for given in (None, stats):
@@ -127,7 +128,7 @@ def test_statistics_are_saved_and_no_statistics_leave_no_trace(model, tmp_path):
     """A checkpoint of a model without any is what it was before there were any."""
     mesh, (tx, _) = (
         sharding.make_mesh(8),
-        optim.create(learning_rate=0.1, total_steps=9, warmup_steps=0),
+        optimisers.create(learning_rate=0.1, total_steps=9, warmup_steps=0),
     )
     target = steps.state_shapes(model, tx, mesh, EXAMPLE)
     state = steps.init_state(model, tx, target, EXAMPLE, seed=7)

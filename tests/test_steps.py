@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import literal_mixer
 import numpy as np
+import optimisers
 import pytest
 
-from mlp_mixer import optim, sharding, steps
+from mlp_mixer import sharding, steps
 from mlp_mixer.data import pipeline
 from mlp_mixer.models import Run
 from mlp_mixer.models.mixer import MlpMixer
@@ -47,7 +48,7 @@ GRADIENT: dict[str, Any] = {
 
 
 def optimiser(**fields):
-    return optim.create(**fields, total_steps=100, warmup_steps=0)[0]
+    return optimisers.create(**fields, total_steps=100, warmup_steps=0)[0]
 
 
 class Program:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import literal_mixer
 import numpy as np
 import pytest
+from set_up import random_params
 
 from mlp_mixer import sharding
 from mlp_mixer.models import Run, layers
@@ -28,24 +29,6 @@ RNGS = {"dropout": jax.random.key(7)}
 
 def images(n=3, h=16, w=16):
     return jax.random.uniform(jax.random.key(1), (n, h, w, 3), minval=-1, maxval=1)
-
-
-def random_params(model, image):
-    """Parameters that are all random: a zero head makes any comparison of logits
-    empty, zero biases hide a lost one. Drawn by NumPy: compiling JAX's random bits
-    for every shape would take most of the time."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    rng = np.random.default_rng(2)
-
-    def draw(path, leaf):
-        if path[-1].key == "kernel":
-            fan_in = np.prod(leaf.shape[:-1])
-            return jnp.float32(rng.normal(size=leaf.shape) / np.sqrt(fan_in))
-        return jnp.float32(
-            (path[-1].key == "scale") + 0.1 * rng.normal(size=leaf.shape)
-        )
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def forward(model, params, image, train=False):
@@ -121,7 +104,7 @@ def numpy_mixer(params, image, gelu="tanh"):
 def test_the_forward_is_the_papers(size, patch, gelu):
     model = MlpMixer(**SMALL | {"patch_size": patch, "gelu": gelu})
     image = images(3, *size)
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     logits, out = forward(model, params, image)
     expected, states, features = numpy_mixer(params, image, gelu)
     np.testing.assert_allclose(logits, expected, rtol=2e-5, atol=2e-5)
@@ -133,7 +116,7 @@ def test_the_forward_is_the_papers(size, patch, gelu):
 
 def test_tanh_and_exact_gelu_differ():
     image = images()
-    params = random_params(MlpMixer(**SMALL), image)
+    params = random_params(MlpMixer(**SMALL), image.shape[1:3])
     tanh, exact = (
         forward(MlpMixer(**SMALL, gelu=kind), params, image)[0]
         for kind in ("tanh", "exact")
@@ -150,7 +133,7 @@ def test_initial_values_are_the_literal_flax_models():
 
 def test_the_forward_is_the_literal_flax_models():
     image = images()
-    params = random_params(MlpMixer(**SMALL), image)
+    params = random_params(MlpMixer(**SMALL), image.shape[1:3])
     ours, _ = forward(MlpMixer(**SMALL), params, image)
     literal, _ = forward(literal_mixer.LiteralMixer(**SMALL), params, image)
     np.testing.assert_allclose(ours, literal, rtol=1e-5, atol=1e-5)
@@ -167,7 +150,7 @@ def test_without_classes_features_come_first():
 
 def test_gradients_agree_with_finite_differences():
     model, image = MlpMixer(**SMALL), images()
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     _, grads = gradients(model, params, image)
 
     def exact(params):
@@ -193,7 +176,7 @@ def test_gradients_agree_with_finite_differences():
 def test_the_token_mixing_output_bias_changes_no_logit():
     """It adds one number to all channels of a token; every reader is a LayerNorm."""
     model, image = MlpMixer(**SMALL), images()
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     before, _ = forward(model, params, image)
     for i in range(3):
         dense = params[f"MixerBlock_{i}"]["token_mixing"]["Dense_1"]
@@ -217,7 +200,7 @@ def shuffled_patches(image, order):
 
 def test_without_token_mixing_the_order_of_patches_does_not_matter():
     model, image = MlpMixer(**SMALL), images()
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     order = np.random.default_rng(0).permutation(16)
     shuffled = shuffled_patches(image, order)
     with_mixing = [forward(model, params, x)[0] for x in (image, shuffled)]
@@ -235,7 +218,7 @@ def test_without_token_mixing_the_order_of_patches_does_not_matter():
 def test_permuting_patches_and_token_weights_together_changes_nothing():
     """The exact form of Figure 4's first permutation."""
     model, image = MlpMixer(**SMALL), images()
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     before, _ = forward(model, params, image)
     order = np.random.default_rng(0).permutation(16)
     for i in range(3):
@@ -261,7 +244,7 @@ FORMULATIONS = {
 @functools.cache
 def plain_result(noise):
     model, image = MlpMixer(**SMALL, **dict(noise)), images()
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     return params, gradients(model, params, image, train=True)
 
 
@@ -299,7 +282,7 @@ def test_every_formulation_has_the_same_parameters():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_must(scan):
     image = images()
     model = MlpMixer(**SMALL, run=Run("bfloat16", scan=scan))
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     logits, out = forward(model, params, image, train=True)
     assert out["block_0"].dtype == jnp.bfloat16
@@ -315,7 +298,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_where_it_must(scan):
 def test_no_dtype_is_promoted_silently(dtype):
     image = images()
     model = MlpMixer(**SMALL, run=Run(dtype, scan=True, remat="pre_gelu"))
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
     with jax.numpy_dtype_promotion("strict"):
         gradients(model, params, image, train=True)
 
@@ -325,7 +308,7 @@ def test_stochastic_depth_rises_linearly_from_zero_and_is_not_rescaled():
     for half of the images, and what survives is what it is without dropping."""
     image = images(64)
     plain = MlpMixer(**SMALL)
-    params = random_params(plain, image)
+    params = random_params(plain, image.shape[1:3])
     model = MlpMixer(**SMALL, stochastic_depth=1.0)
     _, out = forward(model, params, image, train=True)
     _, whole = forward(plain, params, image)
@@ -345,7 +328,7 @@ def test_rescaled_stochastic_depth_divides_by_the_probability_to_be_kept():
     image = images(32)
     fields = SMALL | {"num_blocks": 2}
     plain = MlpMixer(**fields)
-    params = random_params(plain, image)
+    params = random_params(plain, image.shape[1:3])
     _, whole = forward(plain, params, image)
     tokens_only = jax.tree.map(lambda x: x, params)
     block = tokens_only["MixerBlock_1"]
@@ -370,7 +353,7 @@ def test_dropout_keeps_the_mean_and_follows_its_key(scan):
     image = images(2)
     fields = SMALL | {"num_blocks": 2, "dropout": 0.3}
     model = MlpMixer(**fields, run=Run(scan=scan))
-    params = random_params(model, image)
+    params = random_params(model, image.shape[1:3])
 
     @jax.jit
     def features(key):
@@ -398,7 +381,7 @@ def test_dropout_keeps_the_mean_and_follows_its_key(scan):
 def test_evaluation_needs_no_random_numbers():
     image = images()
     noisy = MlpMixer(**SMALL, dropout=0.5, stochastic_depth=0.5)
-    params = random_params(noisy, image)
+    params = random_params(noisy, image.shape[1:3])
     a, _ = forward(noisy, params, image)
     b, _ = forward(MlpMixer(**SMALL), params, image)
     np.testing.assert_array_equal(a, b)
@@ -425,7 +408,7 @@ def test_the_head_bias_starts_as_told():
 )
 def test_a_wrong_image_is_explained(shape, message):
     model = MlpMixer(**SMALL)
-    params = random_params(model, images())
+    params = random_params(model, (16, 16))
     with pytest.raises(ValueError, match=message):
         forward(model, params, jnp.zeros(shape))
 

@@ -82,7 +82,7 @@ def test_a_zero_head_may_be_asked_for_and_a_head_left_out(make_params):
     assert np.abs(zero["head"]["kernel"]).max() == 0
     target.pop("head")
     assert "head" not in pretrained.merge(params, target)
-    with pytest.raises(ValueError, match="head 'new' is unknown; try match, zero"):
+    with pytest.raises(ValueError, match="head 'new' is unknown; try zero, match"):
         pretrained.merge(params, target, head="new")
 
 

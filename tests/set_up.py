@@ -1,0 +1,104 @@
+"""What several tests begin with."""
+
+import math
+import pathlib
+import socket
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# JSON that something happened to.
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"a": [1, 2',
+    "two values": b"{}{}",
+    "a list": b"[]",
+    "a number": b"3",
+    "null": b"null",
+    "NaN": b'{"a": NaN}',
+    "infinity": b'{"a": [-Infinity]}',
+    "a number beyond any": b'{"a": 1e999}',
+    "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "10 MB of lists": b"[" * 10_000_000,
+    "10 MB of objects": b'{"a":' * 2_000_000,
+    "deep": b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}",
+    "no UTF-8": b'{"a": "\xff"}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "a byte order mark": b"\xef\xbb\xbf{}",
+    "zeros": bytes(100),
+    "a key twice": b'{"a": 1, "b": {"c": 1, "\\u0063": 2}}',
+    "a key that commands a terminal": b'{"\\u001b[31m": 1, "\\u001b[31m": 1}',
+    "a key of 100 kB": b'{"%s": 1, "%s": 1}' % (b"a" * 100_000, b"a" * 100_000),
+}
+
+
+def one_line(error, name):
+    said = str(error.value)
+    return name in said and said.isprintable() and len(said) < 400
+
+
+def random_params(model, image_size, seed=2, *, writeable=True):
+    """Parameters on the host, every one of them random.
+
+    A head of zeros would make any comparison of logits empty, and biases of zeros hide
+    a lost one. Drawn by NumPy: to compile JAX's random bits for every shape would take
+    most of a test's time.
+    """
+    image = jnp.zeros((1, *image_size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        x = rng.normal(size=leaf.shape)
+        if path[-1].key == "kernel":
+            x /= math.sqrt(math.prod(leaf.shape[:-1]))
+        else:
+            x = (path[-1].key == "scale") + 0.1 * x
+        x = np.float32(x)
+        x.flags.writeable = writeable
+        return x
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def contents(folder):
+    """Every file below the folder, with what is in it."""
+    files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def run_pair(program, name, arguments, folders=(None, None), seconds=300):
+    """Runs two processes of one run, each with one device.
+
+    More devices than cores may wait for one another's collectives for ever.
+
+    Args:
+      program: the fixture.
+      name: name of the program, e.g. "train".
+      arguments: arguments of each of the two.
+      folders: working folder of each.
+      seconds: time that each may take.
+
+    Returns:
+      Exit codes and outputs.
+    """
+    port = free_port()
+    pair = [
+        program(
+            name,
+            *arguments[i],
+            f"--distributed=localhost:{port},{i},2",
+            cwd=folders[i],
+            devices=1,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=seconds)[0] for process in pair]
+    return [process.returncode for process in pair], said
