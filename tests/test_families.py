@@ -5,13 +5,29 @@ import functools
 import pathlib
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
+from golden import record_timm
+from safetensors.numpy import load_file
 
-from mlp_mixer import models, recipe
+from mlp_mixer import (
+    checkpoint,
+    convert,
+    evaluate,
+    export,
+    metrics,
+    models,
+    predict,
+    pretrained,
+    recipe,
+    train,
+)
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import Run
+from mlp_mixer.pretrained import timm
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -235,3 +251,135 @@ def test_no_way_to_compute_it_moves_a_gradient(name):
             np.testing.assert_allclose(
                 a, b, rtol=1e-4, atol=1e-6 * largest, err_msg=path
             )
+
+
+# --- Against timm ---------------------------------------------------------------------
+
+RECORDED = sorted(path.stem for path in GOLDEN.glob("timm_*.npz"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_a_file_of_timms_computes_what_timm_computed(recorded, tmp_path):
+    path = GOLDEN / f"{recorded}.safetensors"
+    weights = pretrained.read(path)
+    model = pretrained.create_model(weights)
+    with np.load(GOLDEN / f"{recorded}.npz") as golden:
+        logits, out = jax.jit(model.apply)(weights.variables, golden["image"])
+        assert np.abs(golden["logits"]).max() > 0.5
+        np.testing.assert_allclose(logits, golden["logits"], atol=1e-5, rtol=0)
+        expected = golden["pre_logits"]
+        np.testing.assert_allclose(out["pre_logits"], expected, atol=1e-5, rtol=0)
+    # And goes back to what it was.
+    pretrained.write_safetensors(weights, tmp_path / "t.safetensors", names="timm")
+    ours, theirs = map(load_file, (tmp_path / "t.safetensors", path))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array)
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_a_published_size_computes_what_timm_computed(recorded):
+    """Both sides make the parameters themselves, from timm's names and shapes."""
+    with np.load(GOLDEN / f"{recorded}.npz") as golden:
+        size, expected = str(golden["seeded"]), golden["seeded_logits"]
+    model = models.create(size.removesuffix("_224"), num_classes=1000)
+    file = models.family(size.removesuffix("_224"))
+    zeros = {k: np.broadcast_to(0, x.shape) for k, x in leaves(shapes(model)["params"])}
+    named = {k: x.shape for k, x in timm.theirs(zeros, file).items()}
+    params = unflatten_dict(timm.ours(record_timm.seeded(named), file), sep="/")
+    image = record_timm.seeded_image(224, 224)
+    logits, _ = jax.jit(model.apply)({"params": params}, image)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+# --- The programs ---------------------------------------------------------------------
+
+
+def stopping_after(monkeypatch, step):
+    """Makes the next run stop as by a signal once `step` is done."""
+    monkeypatch.setattr(
+        checkpoint.Checkpointer, "stop_requested", lambda self, now: now >= step
+    )
+
+
+@pytest.fixture(scope="module", params=FACTS)
+def trained(request, data_dir, tmp_path_factory):
+    """(recipe, folder) of four steps on the digits, with noise."""
+    config = digits(request.param)
+    config.total_steps, config.optim.warmup_steps = 4, 1
+    config.model.stochastic_depth = 0.2
+    config.checkpoint.every_steps = config.evals.test.every_steps = 2
+    config.log_every_steps = 1
+    folder = str(tmp_path_factory.mktemp(request.param) / "run")
+    train.train(config, folder, data_dir=data_dir)
+    return config, folder
+
+
+def variables_of(source):
+    return dict(leaves(pretrained.read(source, dtype=None).variables))
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
+
+
+def test_a_run_learns_and_evaluates(trained, data_dir):
+    _, folder = trained
+    losses = [r["train/loss"] for r in metrics.read(folder) if "train/loss" in r]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    scores = evaluate.evaluate(folder, data_dir=data_dir)["test"]
+    assert scores["count"] == 297
+    (recorded,) = [r for r in metrics.read(folder) if r.get("test/top1")][-1:]
+    assert scores["top1"] == pytest.approx(recorded["test/top1"], abs=1 / 297)
+
+
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    trained, data_dir, tmp_path, monkeypatch
+):
+    config, folder = trained
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        assert int(train.train(config, str(tmp_path), data_dir=data_dir).step) == 2
+    train.train(config, str(tmp_path), data_dir=data_dir)
+    assert_same(variables_of(tmp_path), variables_of(folder))
+
+
+def test_it_predicts_the_same_from_a_file_in_every_form(trained, tmp_path, root):
+    _, folder = trained
+    expected = variables_of(folder)
+    fields = pretrained.read(folder).model
+    source = folder
+    for name in ("w.safetensors", "w.npz", "run"):
+        convert.convert(source, tmp_path / name)
+        source = tmp_path / name
+        assert_same(variables_of(source), expected)
+        assert pretrained.read(source).model == fields
+    photos = [root / "docs" / "digits"]
+    one, other = (list(predict.predict(x, photos)) for x in (folder, source))
+    assert len(one) > 1
+    for a, b in zip(one, other, strict=True):
+        assert a.classes == b.classes
+        np.testing.assert_array_equal(a.features, b.features)
+
+
+def test_fine_tuning_begins_where_a_run_ended(trained, data_dir, tmp_path):
+    config, folder = trained
+    config = config.copy_and_resolve_references()
+    config.init_from = folder
+    config.optim.learning_rate = 0.0
+    train.train(config, str(tmp_path), data_dir=data_dir)
+    begun, ended = (pretrained.read(x, dtype=None).params for x in (tmp_path, folder))
+    assert_same(dict(leaves(begun)), dict(leaves(ended)))
+
+
+def test_an_export_computes_the_model(trained, tmp_path):
+    _, folder = trained
+    weights = pretrained.read(folder)
+    export.export_stablehlo(weights, tmp_path / "m.stablehlo")
+    program = jax.export.deserialize((tmp_path / "m.stablehlo").read_bytes())
+    logits, _ = pretrained.create_model(weights).apply(weights.variables, images(3))
+    found = program.call(images(3))["logits"]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
