@@ -1,6 +1,5 @@
 """sMLPNet is its equations, in NumPy and float64; its statistics are torch's."""
 
-import functools
 import math
 from typing import Any
 
@@ -217,41 +216,13 @@ def test_a_transposed_image_sees_rows_as_columns():
 # --- What it is made of ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("smlpnet_t", 24_123_584),
-        ("smlpnet_s", 48_558_136),
-        ("smlpnet_b", 65_880_408),
-        ("smlpnet_t_star", 19_175_584),
-    ],
-)
-def test_parameter_counts_are_the_authors_codes(name, count):
-    model = models.create(name, num_classes=1000, image_size=(224, 224))
-    image = jnp.zeros((1, 224, 224, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == count
-
-
-def test_initial_values_are_torchs():
-    model = SmlpNet(**SMALL | {"hidden_dim": 32})
-    variables = jax.jit(model.init)(jax.random.key(0), images(1))
-    fans = {"stem": 2 * 2 * 3, "down1": 2 * 2 * 32, "depthwise": 9, "fuse": 3 * 32}
-    fans |= {"mix_w": 24, "mix_h": 16, "Dense_0": 32, "Dense_1": 96, "head": 256}
-    params = variables["params"]
-    for name, part in (params | params["stage0_block_0"]).items():
-        for leaf in part.values() if name in fans else ():
-            bound = fans[name] ** -0.5
-            assert 0.6 * bound < np.abs(leaf).max() <= bound
-            assert leaf.size < 100 or abs(np.std(leaf) / bound - 3**-0.5) < 0.1
-    norms = {"scale": 1.0, "bias": 0.0}
-    for name in ("BatchNorm_0", "BatchNorm_1", "LayerNorm_0"):
-        part = params["stage0_block_0"][name]
-        assert {k: {*np.unique(v)} for k, v in part.items()} == {
-            k: {v} for k, v in norms.items()
-        }
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["batch_stats"]):
-        assert (leaf == (path[-1].key == "var")).all()
+def test_initial_values_are_uniform_up_to_torchs_bounds():
+    block, x = SmlpBlock(3, True, Run()), jnp.zeros((2, 16, 24, 32))
+    params = jax.jit(block.init)(jax.random.key(0), x)["params"]
+    fans = {"depthwise": 9, "mix_w": 24, "mix_h": 16, "fuse": 96, "Dense_0": 32}
+    for name, fan_in in (fans | {"Dense_1": 96}).items():
+        for leaf in params[name].values():
+            assert 0.8 < np.abs(leaf).max() * fan_in**0.5 <= 1
 
 
 def test_images_of_another_resolution_are_refused():
@@ -268,51 +239,6 @@ def test_one_value_has_no_variance():
 
 
 # --- How it is computed ---------------------------------------------------------------
-
-FORMS = {
-    "scan": Run(scan=True),
-    "remat": Run(remat="full"),
-    "both": Run(scan=True, remat="pre_gelu"),
-    "flat": Run(mesh=sharding.make_mesh(1)),
-}
-
-
-@functools.cache
-def gradient_and_stats(run):
-    model = SmlpNet(**SMALL, stochastic_depth=0.5, run=run)
-    variables, image = random_variables(model), images()
-
-    @jax.jit
-    def differentiated(params, stats):
-        def objective(params):
-            (logits, _), updated = model.apply(
-                {"params": params, "batch_stats": stats},
-                image,
-                train=True,
-                rngs=RNGS,
-                mutable=["batch_stats"],
-            )
-            weights = np.sin(np.arange(logits.size)).reshape(logits.shape)
-            return (logits * weights).sum(), updated
-
-        return jax.value_and_grad(objective, has_aux=True)(params)
-
-    return differentiated(variables["params"], variables["batch_stats"])
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_has_the_same_gradient_and_statistics(form):
-    (value, stats), gradient = gradient_and_stats(FORMS[form])
-    (expected, their_stats), theirs = gradient_and_stats(Run())
-    assert abs(value - expected) < 1e-5 * abs(expected)
-    assert_close(stats, their_stats)
-    # BatchNorm divides sums of large terms that cancel: the bound is of the whole tree.
-    largest = max(abs(x).max() for x in jax.tree.leaves(theirs))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest),
-        gradient,
-        theirs,
-    )
 
 
 def test_bfloat16_keeps_statistics_and_logits_in_float32():
