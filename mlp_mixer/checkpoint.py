@@ -195,7 +195,9 @@ class Checkpointer:
             if values and self._keep_best not in values:
                 logger.warning(
                     "Checkpoint %d cannot be the best: it has no %r, only %s",
-                    *(step, self._keep_best, sorted(values)),
+                    step,
+                    self._keep_best,
+                    sorted(values),
                 )
         self._position = self._saving = step
         with self._failure_named():
@@ -315,7 +317,10 @@ class Checkpointer:
                 folder.rename(aside)
                 logger.error(
                     "Checkpoint %d in %s is damaged (%s); set aside as %s",
-                    *(step, self.directory, damage, aside.name),
+                    step,
+                    self.directory,
+                    damage,
+                    aside.name,
                 )
         if damage.agreed and jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {step}")
@@ -431,7 +436,9 @@ def _restore_params(
                     raise
                 logger.error(
                     "Checkpoint %d in %s is damaged (%s); left as it is",
-                    *(candidate, folder, error),
+                    candidate,
+                    folder,
+                    error,
                 )
                 alone = jax.process_count() > 1 and not error.agreed
                 if alone or step is not None:

@@ -155,7 +155,11 @@ def counter(
             left = _clock((total - now) / rate)
             logger.info(
                 "%s: %s of %s  %s/s  %s left",
-                *(what, amount(now), amount(total), amount(rate), left),
+                what,
+                amount(now),
+                amount(total),
+                amount(rate),
+                left,
             )
 
     with _bar(

@@ -30,7 +30,7 @@ from mlp_mixer.pretrained import resize
 logger = logging.getLogger(__name__)
 
 WRITTEN = (".npz", ".safetensors")
-# No endings of folders, nor is anything near.
+# A target that ends so, or nearly, is a file that we cannot write, and no folder.
 FILES = (*pretrained.TORCH_SUFFIXES, ".onnx", ".stablehlo", ".h5", ".msgpack", ".zip")
 
 
@@ -51,7 +51,7 @@ def convert(
     """Converts weights, and returns the report as {what: value}.
 
     Args:
-      source: of `pretrained.read`.
+      source: a run's folder, a file of weights or a published name.
       target: a file ending in .npz or .safetensors, or a new folder for a run; None
         only reports.
       names: in a safetensors file: "ours" or "timm".
@@ -60,7 +60,7 @@ def convert(
       image_size: (height, width) in pixels, where the source does not say it.
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
-      step: of a run's checkpoint.
+      step: step of a run's checkpoint; the newest by default.
       mean, std: what the images that the source is for were normalised by, in levels
         from 0 to 1: one number, or red, green, blue; needed where neither the source
         nor a config.json beside it says so.
@@ -222,7 +222,9 @@ def _write_as(
         if names == "timm" and weights.normalisation != pretrained.CENTRED:
             logger.warning(
                 "%s is for %s in timm, not for the source's %s.",
-                *(target, pretrained.CENTRED, weights.normalisation),
+                target,
+                pretrained.CENTRED,
+                weights.normalisation,
             )
         pretrained.write_safetensors(weights, target, names=names)
     else:

@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
       workdir: folder of the run.
-      step: of the checkpoint; the newest by default.
+      step: step of the checkpoint; the newest by default.
       best: a metric that chooses it instead, e.g. "val/top1".
       only: names of the recipe's evaluators, or "all"; by default those that ran in
         training.

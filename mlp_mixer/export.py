@@ -77,8 +77,8 @@ def export_stablehlo(
     round the operands.
 
     Args:
-      weights: of `pretrained.read`.
-      path: of the file; its folder is made.
+      weights: result of `pretrained.read`.
+      path: the file to write; its folder is made.
       gradients: whether the outputs can be differentiated (once) by the image. The
         derivative's program has its own copy of the parameters: twice the size.
 
@@ -141,8 +141,8 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     """Writes the graph of `to_onnx`; parameters above 2 GB go to PATH.data beside it.
 
     Args:
-      weights: of `pretrained.read`.
-      path: of the file; its folder is made.
+      weights: result of `pretrained.read`.
+      path: the file to write; its folder is made.
 
     Returns:
       How far onnxruntime, on CPU, is from the model.
@@ -217,7 +217,9 @@ def to_onnx(weights: pretrained.Weights) -> Any:
         return node(
             f"{at}/output",
             "LayerNormalization",
-            *(x, f"{at}/scale", f"{at}/bias"),
+            x,
+            f"{at}/scale",
+            f"{at}/bias",
             epsilon=1e-6,
         )
 
@@ -351,7 +353,9 @@ def _keep(
         write(draft)
         logger.info(
             "Comparing %s (%.0f MB) with the model, at batches of %s.",
-            *(path, draft.stat().st_size / 1e6, " and ".join(map(str, BATCHES))),
+            path,
+            draft.stat().st_size / 1e6,
+            " and ".join(map(str, BATCHES)),
         )
         found = _differences(load(draft), weights)
         for one in found:

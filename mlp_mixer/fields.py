@@ -323,7 +323,10 @@ def _problems(
         if field in MOVED:
             yield f"config.{field} is now config.{MOVED[field]}."
         elif field not in rows and model and field.startswith("model."):
-            yield f"config.{field} is no field of {model}; try {near}, or leave it out."
+            yield (
+                f"config.{field} is no field of {model}; try {near}, or take it out "
+                "(=None on the command line)."
+            )
         elif field not in rows:
             yield f"config.{prefix}{field} is no field of a recipe; try {near}."
 

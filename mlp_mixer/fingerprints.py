@@ -15,7 +15,7 @@ Arrays = dict[str, list[Any]]  # {"params/w": [[64, 32], "float32"]}
 
 
 def leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) with paths that are equal for dicts and named tuples."""
+    """(name, leaf); a dict's key and a named tuple's field give the same name."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

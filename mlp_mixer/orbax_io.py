@@ -504,12 +504,12 @@ def brief(error: BaseException) -> str:
 
 
 def _silence_orbax() -> None:
-    """Drops what Orbax says below an error, and nobody else's lines.
+    """Silences Orbax below ERROR, and nobody else.
 
     It logs some hundred lines per save to absl's logger, and a page for each error;
     absl's verbosity is left alone because under `app.run` it is the root logger's,
-    where our own lines pass. After a read or write that failed, the others fail too,
-    unheard, at some later time: each would print another page.
+    where our own lines pass. After one failed read or write the remaining ones fail
+    later, in threads that nobody awaits, and each would print a page of traceback.
     """
     logging.getLogger("absl").addFilter(_is_not_chatter)
     logging.getLogger("asyncio").addFilter(_is_not_late)

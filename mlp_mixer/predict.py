@@ -78,10 +78,10 @@ def predict(
     An image that cannot be read is named in the log.
 
     Args:
-      source: of the weights: a run's folder, a file or a published name.
+      source: a run's folder, a file of weights or a published name.
       paths: image files, folders or globs.
-      top: how many classes.
-      step: of a run's checkpoint; the newest by default.
+      top: number of classes that are named.
+      step: step of a run's checkpoint; the newest by default.
       preprocess: a protocol, instead of the one that the run was evaluated with.
       labels: a text file with the names of the classes, one a line.
       exif: whether images are turned as their Exif orientation says; the authors do
@@ -198,13 +198,8 @@ def run(
 
     Args:
       images: files, folders, globs, and "-" for paths on stdin, one a line.
-      weights: as `source` in `predict`, which explains step, top, preprocess, labels,
-        exif.
-      step: see weights.
-      top: see weights.
-      preprocess: see weights.
-      labels: see weights.
-      exif: see weights.
+      weights: a run's folder, a file of weights or a published name.
+      step, top, preprocess, labels, exif: as in `predict`.
       format: a key of `FORMATS`.
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order

@@ -97,7 +97,7 @@ def _said(message: str) -> str:
 
 def _stdout_has_no_reader() -> bool:
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # whether it is broken is told in any case
+    poll.register(sys.stdout.fileno(), 0)  # a broken pipe is reported unasked
     return bool(poll.poll(0))
 
 

@@ -44,7 +44,8 @@ def base() -> ConfigDict:
     # Weights to start from: a run's folder, a file or a published name such as
     # "imagenet21k/Mixer-B_16"; None, or nothing on the command line: random ones.
     config.init_from = config_dict.placeholder(str)
-    # Their head: "match" keeps one of as many classes, else it is zero; or "zero".
+    # "match" keeps the weights' head if it has as many classes, else starts from zeros;
+    # "zero" always starts from zeros.
     config.init_head = "match"
     # If they are for another grid of patches: "grow" (the paper's) or "interpolate".
     config.init_resize = "grow"
@@ -353,7 +354,7 @@ def read(path: epath.PathLike) -> ConfigDict:
     return from_json(files.read_json(path), printable(os.fspath(path)))
 
 
-def from_json(tree: Any, origin: str) -> ConfigDict:
+def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     """Returns the recipe that `to_json` of this or of an older version gave.
 
     Every field of the model is in it. A field that an older version has not written has
@@ -366,31 +367,30 @@ def from_json(tree: Any, origin: str) -> ConfigDict:
     Raises:
       ValueError: it is no recipe, or has a later format.
     """
-    config = base()
-    try:
-        tree = _tuples(tree)
-        number = tree.pop("format", 1)
-        if number in range(1, FORMAT + 1):
-            rename(tree)
-            missing = _take(config, tree)
-            if wrong := fields.problems(config.to_dict(), others=True):
-                raise ValueError(" ".join(wrong))
-            unsaid = models.declared(config.model.name).keys() - tree["model"].keys()
-            missing += _unless_needed(f"model.{field}" for field in unsaid)
-            config = completed(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = brief(error)
-        raise ValueError(f"{origin} is no recipe of a run: {what}") from error
+    config, tree = base(), _tuples(tree)
+    number = tree.pop("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ValueError(
             f"{origin} has the format {brief(number, 60)}, and this version reads the "
             f"formats 1 to {FORMAT}; open it with the version that wrote it."
         )
+    try:
+        rename(tree)
+        missing = _take(config, tree)
+        if wrong := fields.problems(config.to_dict(), others=True):
+            raise ValueError(" ".join(wrong))
+        unsaid = models.declared(config.model.name).keys() - tree["model"].keys()
+        missing += _unless_needed(f"model.{field}" for field in unsaid)
+        config = completed(config)
+    except (TypeError, ValueError) as error:
+        what = brief(error)
+        raise ValueError(f"{origin} is no recipe of a run: {what}") from error
     if missing:
         logger.warning(
             "%s does not say %s, as if an older version had written it; each has its "
             "default.",
-            *(origin, brief(", ".join(sorted(missing)))),
+            origin,
+            brief(", ".join(sorted(missing))),
         )
     return config
 
@@ -415,6 +415,7 @@ def rename(tree: Any) -> list[str]:
 
 
 def _unless_needed(missing: Iterable[str]) -> list[str]:
+    """Returns the fields, or raises ValueError if every version has written one."""
     missing = list(missing)
     if lost := sorted(_NEEDED.intersection(missing)):
         raise ValueError(f"it does not say {', '.join(lost)}.")

@@ -130,8 +130,8 @@ def open_model(
     """Opens weights for prediction, in float32, and says what they are in the log.
 
     Args:
-      source: of `pretrained.read`: a run's folder, a file or a published name.
-      step: of a run's checkpoint; the newest by default.
+      source: a run's folder, a file or a published name.
+      step: step of a run's checkpoint; the newest by default.
       preprocess: a key of `data.image_ops.PROTOCOLS`; by default the one that the run
         was evaluated with, else "big_vision".
       labels: a text file with the names of the classes, one a line.
@@ -176,7 +176,7 @@ def check_agreement(
     Args:
       config: with every field resolved.
       data: `sources.fingerprint` of the training data.
-      evals: of `evaluators.create`.
+      evals: evaluators by name.
 
     Raises:
       ValueError: they differ; names each difference, its values and the processes.
@@ -216,7 +216,7 @@ def training_data(
       config: with every field resolved.
       workdir: folder of the run.
       data: `sources.fingerprint(source)`.
-      accept_changed_data: see `check`.
+      accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
       ValueError: as `check`; or the run has other classes.

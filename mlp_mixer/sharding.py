@@ -122,7 +122,7 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
 
     Args:
       tree: parameters, optimiser state or a whole train state.
-      mesh: of `make_mesh`.
+      mesh: mesh of devices.
       strategy: "replicated", or "fsdp": every array of `FSDP_MIN_ELEMENTS` or more is
         cut along its largest axis that the devices divide.
     """
@@ -134,7 +134,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Passes if a batch can be cut evenly.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: mesh of devices.
       batch_size: images of all processes together.
       accumulate: micro-batches that it is cut into first.
 
@@ -173,7 +173,7 @@ def place(tree: Any, shardings: Any) -> Any:
     """Makes global arrays of host arrays that every process has whole.
 
     Args:
-      tree: of NumPy arrays.
+      tree: tree of NumPy arrays.
       shardings: as `shardings` gives them, for each.
     """
 

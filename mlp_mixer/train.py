@@ -47,7 +47,7 @@ def train(
     """Runs `config` to its last step, evaluating and checkpointing on the way.
 
     Args:
-      config: of a recipe.
+      config: the recipe.
       workdir: folder of the run; what it holds is resumed.
       data_dir: where data sets are; TFDS's own folder by default.
       profile: "START:STOP", steps of which a trace is written.

@@ -20,8 +20,8 @@ from mlp_mixer.text import listed, printable
 logger = logging.getLogger(__name__)
 
 
-# Fields that may change between two starts of one run: they move no result (beyond
-# the order of float additions), or only what is looked at and kept.
+# Fields that may change between two starts of one run: they do not change results,
+# up to the order of float additions, or only what is looked at and kept.
 MAY_CHANGE = (
     "mesh",
     "sharding",

@@ -1,4 +1,4 @@
-"""Converts weights; the same as `python -m mlp_mixer.convert`, which see."""
+"""Converts weights: the same as `python -m mlp_mixer.convert`, which has the help."""
 
 import runpy
 

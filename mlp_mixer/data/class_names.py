@@ -133,8 +133,11 @@ def places(
         has = f"{len(found)} of the {len(known)} classes of {to}"
     logger.info(
         "%s has %s: they are mapped by name, e.g. %s, %d there, to %d.",
-        *(of, has, _listed([names[moved] if names else str(moved)])),
-        *(moved, found[moved]),
+        of,
+        has,
+        _listed([names[moved] if names else str(moved)]),
+        moved,
+        found[moved],
     )
     return tuple(found)
 
@@ -242,8 +245,11 @@ def _check_same_classes(
         i = other[0]
         logger.info(
             "%s has other words than the weights for %d of %d classes, e.g. %s for %s.",
-            *(path, len(other), len(words)),
-            *(_listed([words[i]]), _listed([known[i]])),
+            path,
+            len(other),
+            len(words),
+            _listed([words[i]]),
+            _listed([known[i]]),
         )
 
 

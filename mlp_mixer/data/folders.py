@@ -127,7 +127,10 @@ def _say_what_is_turned(path: str, split: str, paths: list[str]) -> None:
         logger.info(
             "folder:%s %s: %d of %d images looked at are turned by Exif; they are read "
             "as they are stored, unrotated, as the authors do.",
-            *(path, split, turned, len(looked_at)),
+            path,
+            split,
+            turned,
+            len(looked_at),
         )
 
 
@@ -318,7 +321,9 @@ class _Contents:
                 logger.warning(
                     "%s has no image of %d of its %d classes: %s.",
                     printable(str(self.folder)),
-                    *(len(quite), len(self.images), _some(quite)),
+                    len(quite),
+                    len(self.images),
+                    _some(quite),
                 )
         if not without:
             return
@@ -436,7 +441,8 @@ def _check_distinct(folder: pathlib.Path, names: Sequence[str], linked: bool) ->
     for same in _alike(names, str.casefold):
         logger.warning(
             "The classes %s of %s differ in upper and lower case only.",
-            *(_some(same), printable(str(folder))),
+            _some(same),
+            printable(str(folder)),
         )
 
 

@@ -34,7 +34,7 @@ Batch = dict[str, np.ndarray]
 Image = UInt8[np.ndarray, "h w 3"]
 Cropped = UInt8[np.ndarray, "height width 3"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # How long a worker process works on after SIGTERM, in seconds.
 _GRACE = 30
@@ -431,7 +431,7 @@ def _warn(source: Source, index: int, consequence: str) -> None:
     except (OSError, ValueError) as error:
         reason = str(error)
     name = printable(source.name_of(index))
-    _log.warning("Broken image %s: %s; %s.", name, reason, consequence)
+    logger.warning("Broken image %s: %s; %s.", name, reason, consequence)
 
 
 def _too_many(source: Source, indices: Iterable[int], limit: int) -> ValueError:

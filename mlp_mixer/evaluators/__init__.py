@@ -93,7 +93,7 @@ def more_is_better(evals: Mapping[str, Mapping[str, Any]], name: str) -> bool:
 
     Args:
       evals: a recipe's `evals`: name → section.
-      name: of the metric, with its evaluator: "val/top1".
+      name: name of the metric, with its evaluator: "val/top1".
 
     Raises:
       ValueError: it is no score of an evaluator that runs in training; lists those.
@@ -128,7 +128,9 @@ def warn_if_only_the_last_is_measured(recipe: Any, total_steps: int) -> None:
         logger.warning(
             "No checkpoint but the last can be the best by %s: it is measured every %d "
             "steps, and a checkpoint is saved every %d.",
-            *(best, measured, saved),
+            best,
+            measured,
+            saved,
         )
 
 

@@ -35,7 +35,7 @@ class Examples:
 
     source: sources.Source
     index: Int[np.ndarray, " n"]  # position in the source
-    label: Int[np.ndarray, " n"]  # of several: the predicted, else the first
+    label: Int[np.ndarray, " n"]  # of several the predicted, or the first
     prediction: Int[np.ndarray, " n"]  # most likely class
     probability: Float[np.ndarray, " n"]  # softmax, of the prediction
     top1: Bool[np.ndarray, " n"]
@@ -56,7 +56,7 @@ class Accuracy:
     """How often, and how surely, the model is right.
 
     Attributes:
-      every_steps: of training, between two evaluations.
+      every_steps: training steps between two evaluations.
       data: the split, for people.
       preprocess: the protocol.
       source: the split.
@@ -116,11 +116,11 @@ class Accuracy:
           dataset: arguments of `data.sources.open_source`.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           batch_size: images at once over all devices; made a multiple of them.
-          every_steps: see above.
-          ece_bins: of the expected calibration error; 0 leaves it out.
-          num_classes: of the model; by default the split's.
-          class_names: of the model, by label; the split's labels are mapped to them by
-            name. None: they have no names.
+          every_steps: training steps between two evaluations.
+          ece_bins: number of bins of the expected calibration error; 0 leaves it out.
+          num_classes: number of the model's classes; by default the split's.
+          class_names: names of the model's classes, by which the split's labels are
+            mapped to them; None if they have none.
           data_dir: where data sets are; TFDS's own folder by default.
 
         Raises:

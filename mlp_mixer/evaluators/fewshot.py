@@ -31,7 +31,7 @@ from mlp_mixer.evaluators.evaluator import (
 )
 from mlp_mixer.evaluators.inference import Inference, Predict
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Features = Float[np.ndarray, "n d"] | Float[jax.Array, "n d"]
 Labels = Integer[np.ndarray, " n"] | Integer[jax.Array, " n"]
@@ -190,7 +190,7 @@ class FewShot:
     """Accuracy of ridge regressions on the features of a few images per class.
 
     Attributes:
-      every_steps: of training, between two evaluations.
+      every_steps: training steps between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, of both splits.
       sources: both splits.
@@ -234,7 +234,7 @@ class FewShot:
           mesh: mesh of `sharding.make_mesh`.
           image_size: height and width in pixels.
           train: arguments of `data.sources.open_source`: where shots are drawn.
-          test: the same of the images that are classified.
+          test: arguments of `open_source` for the images that are classified.
           shots: examples per class; each number is an evaluation.
           seeds: draws 0 … seeds − 1, over which accuracies are averaged; 0: one draw,
             the first of each class as they stand (the 2021 protocol).
@@ -242,7 +242,7 @@ class FewShot:
             as `5shot_l2_10`: see `choose_l2`.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           batch_size: images at once over all devices; made a multiple of them.
-          every_steps: see above.
+          every_steps: training steps between two evaluations.
           data_dir: where data sets are; TFDS's own folder by default.
 
         Raises:
@@ -365,7 +365,7 @@ class FewShot:
                 for s in (range(self._seeds) if self._seeds else [None])
             ]
             if few := sum(len(p) < most for p in self._drawn[0]):
-                _log.warning(
+                logger.warning(
                     "%s: %d of %d classes have fewer than %d examples; all of them are "
                     "used.",
                     self.data,
@@ -383,6 +383,6 @@ class FewShot:
                 labels[i] = self._train.label(i)
             except (OSError, ValueError) as error:
                 name = self._train.name_of(i)
-                _log.warning("Broken image %s: %s; it is not used.", name, error)
+                logger.warning("Broken image %s: %s; it is not used.", name, error)
         self._unreadable = int((labels < 0).sum())
         return labels

@@ -46,7 +46,7 @@ def blocks(
       count: number of blocks.
       run: whether training scans, and what its backward pass keeps.
       train: whether this is training.
-      noise: of `draw`: an entry for each block.
+      noise: noise of all blocks, as `draw` returns it.
     """
     known.require("remat", run.remat, REMAT_POLICIES)
     names = [f"{name}_{i}" for i in range(count)]

@@ -27,7 +27,7 @@ def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
     """Returns the model that the parameters are of.
 
     Args:
-      weights: of `weights.read`, or parameters alone, which are taken to be the
+      weights: result of `read`, or parameters alone, which are taken to be the
         authors': tanh GELU.
       **overrides: fields of `MlpMixer`, e.g. `dtype="bfloat16"` or `gelu="exact"`.
     """
@@ -64,7 +64,8 @@ def merge(
         had = "none" if "head/bias" not in given else len(given["head/bias"])
         logger.info(
             "The head is a new one of zeros for %d classes (the weights': %s).",
-            *(wanted["head/bias"].shape[0], had),
+            wanted["head/bias"].shape[0],
+            had,
         )
         given |= {n: np.zeros(wanted[n].shape, wanted[n].dtype) for n in heads}
     if not heads:
@@ -97,15 +98,15 @@ def initial(
     """Returns the parameters that a run starts from, for `config.init_from`.
 
     Args:
-      source: of `weights.read`; None or "": there are none.
+      source: a run's folder, a file or a published name; none if it is empty.
       model: the `MlpMixer` that they are for.
       target: shapes of its parameters.
       image_size: height and width in pixels that it is trained at.
-      head: of `merge`.
+      head: "match" or "zero", as in `merge`.
       resize_by: what to do if the weights are for another grid of patches: "grow"
         (the paper's way, K times as many on each side) or "interpolate".
-      class_names: of the data, by label; a head that is kept is brought into their
-        order by name. None: they have no names.
+      class_names: names of the data's classes, by label; a head that is kept is
+        brought into their order by name. None: they have no names.
 
     Raises:
       ValueError: they do not fit.

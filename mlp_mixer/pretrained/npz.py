@@ -40,7 +40,7 @@ def read(
     """Returns {name in our tree: array}; bfloat16, which npz does not know, is found.
 
     Args:
-      path: of the file.
+      path: the file.
       check: raises if arrays of these names, shapes and dtypes are not wanted. They
         are stand-ins, from the headers alone, and no other array is read before.
 

@@ -56,7 +56,7 @@ class Published:
 
     Attributes:
       model: name of a size of `models.mixer`.
-      num_classes: of its head.
+      num_classes: number of classes of its head.
       overrides: fields of the model that differ from the table's.
       note: what a user should know before comparing it with the paper.
     """
@@ -102,7 +102,7 @@ _ONLY = "pre-trained only, never fine-tuned to ImageNet's 1,000 classes"
 _SAM = "not of the Mixer paper: trained with SAM (arXiv 2106.01548)"
 _GSAM = "not of the Mixer paper: trained with GSAM (arXiv 2203.08065)"
 
-# The listing in vision_transformer's vit_jax.ipynb, whole: no JFT model, no S/32, L/32
+# All that vision_transformer's vit_jax.ipynb lists: no JFT model, no S/32, L/32
 # or H/14 of the paper's, nothing fine-tuned. What timm tags goog_in21k_ft_in1k are the
 # two imagenet1k files, which have seen no other data.
 PUBLISHED: dict[str, Published] = {

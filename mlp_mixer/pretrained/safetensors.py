@@ -26,7 +26,7 @@ def read(
     """Returns ({name: array}, metadata); bfloat16 stays what it is.
 
     Args:
-      path: of the file.
+      path: the file.
       check: raises if arrays of these names and shapes are not wanted. They are
         stand-ins, from the header alone, and no other array is read before.
 

@@ -110,7 +110,7 @@ def read_torch(
     """{name: array} of a torch state dict, bare or beside plain values.
 
     Args:
-      path: of the file.
+      path: the file.
       check: raises if arrays of these names and shapes are not wanted. They are
         stand-ins: a tensor may declare more than the file holds.
 

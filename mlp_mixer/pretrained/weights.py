@@ -55,7 +55,7 @@ class Weights:
       class_names: by class; None if they have no names.
       preprocess: the evaluation protocol of the run; None if it is not known.
       source: the name that they were read by; None if they were made.
-      normalisation: of the images that the source is for, folded into `params`.
+      normalisation: what the source's images were normalised by; folded into `params`.
     """
 
     params: Params
@@ -98,8 +98,8 @@ def read(
     Args:
       source: a run's folder, a file, or a published name such as
         "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
-      dtype: of the arrays, a key of `DTYPES`; None keeps the file's.
-      step: of a run's checkpoint; the newest intact one by default.
+      dtype: dtype of the arrays, a key of `DTYPES`; None keeps the file's.
+      step: step of a run's checkpoint; the newest intact one by default.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
 
@@ -414,7 +414,7 @@ def write_safetensors(
 
     Args:
       weights: to write.
-      path: of the file.
+      path: the file to write.
       names: "ours", those of the official tree, or "timm".
     """
     known.require("names", names, NAMES)

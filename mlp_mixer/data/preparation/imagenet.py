@@ -181,7 +181,10 @@ def _say_counts(job: Job, images: dict[str, tars.TarImages]) -> None:
         if len(part) != (expected := _IMAGES[split]):
             logger.warning(
                 "%s %s has %s images, but ImageNet 2012 has %s.",
-                *(job.name, split, f"{len(part):,}", f"{expected:,}"),
+                job.name,
+                split,
+                f"{len(part):,}",
+                f"{expected:,}",
             )
 
 
