@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimisers
 import pytest
 
-from mlp_mixer import models, optim, sharding, steps
+from mlp_mixer import sharding, steps
 from mlp_mixer.models import Run
 from mlp_mixer.models.model import Noise
 from mlp_mixer.models.smlpnet import BatchNorm, SmlpBlock, SmlpNet
@@ -263,7 +264,7 @@ class Training:
     def __init__(self, devices=1, strategy="replicated", accumulate=1, **fields):
         self.mesh = sharding.make_mesh(devices)
         self.model = SmlpNet(**SMALL | fields)
-        tx, _ = optim.create(
+        tx, _ = optimisers.create(
             name="momentum", learning_rate=0.02, total_steps=100, warmup_steps=0
         )
         target = steps.state_shapes(
