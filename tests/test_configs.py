@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from mlp_mixer import evaluators, experiment, losses, recipe, sharding
+from mlp_mixer import evaluators, experiment, losses, models, recipe, sharding
 from mlp_mixer.data import image_ops, pipeline, preparation, sources
 from mlp_mixer.data.preparation import vtab
 from mlp_mixer.evaluators import fewshot
