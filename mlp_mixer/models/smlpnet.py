@@ -164,7 +164,7 @@ class SmlpNet(Model):
     patch_size: tuple[int, int]
     hidden_dim: int
     num_blocks: tuple[int, int, int, int]
-    mlp_ratio: int = 3
+    mlp_ratio: int
     stochastic_depth: float = 0.0
     num_classes: int | None = None
     run: Run = Run()

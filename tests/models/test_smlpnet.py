@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "patch_size": (2, 2),
     "hidden_dim": 6,
     "num_blocks": (1, 1, 2, 1),
+    "mlp_ratio": 3,
     "num_classes": 5,
 }
 SIZE = (32, 48)  # 16x24, 8x12, 4x6 and 2x3 positions
