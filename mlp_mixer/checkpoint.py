@@ -32,7 +32,7 @@ class CheckpointError(RuntimeError):
 class Checkpointer:
     """Saves and restores the training state in one directory; a context manager.
 
-    One training run writes to a directory; to read beside it use `restore_params`.
+    One training run writes to a directory; to read beside it use `restore_variables`.
     In a run of several processes every method is to be called by all of them, after
     `jax.distributed.initialize`.
 
@@ -221,8 +221,9 @@ class Checkpointer:
     def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Adds metrics to a checkpoint that is saved, e.g. of a late evaluation.
 
-        They are on disk when this returns, and `keep_best` and `restore_params(best=)`
-        see them beside those given to `save`; of one name the later value counts.
+        They are on disk when this returns, and `keep_best` and
+        `restore_variables(best=)` see them beside those given to `save`; of one name
+        the later value counts.
 
         Raises:
           FileNotFoundError: there is no checkpoint of that step.
@@ -347,17 +348,17 @@ class Checkpointer:
         return self._manager.reached_preemption(step)
 
 
-def restore_params(
+def restore_variables(
     directory: str | os.PathLike[str],
     *,
     step: int | None = None,
     best: str | None = None,
     more_is_better: bool = True,
 ) -> tuple[int, PyTree]:
-    """The step of one checkpoint and its `params`, as NumPy arrays in nested dicts.
+    """The step of one checkpoint, and the model's variables: {"params": …, …}.
 
-    May be used while a training run writes there: nothing in the directory changes. The
-    optimiser state is not read.
+    They are NumPy arrays in nested dicts. May be used while a training run writes
+    there: nothing in the directory changes. The optimiser state is not read.
 
     Args:
       directory: the folder of a `Checkpointer`.
@@ -378,7 +379,7 @@ def restore_params(
     dropped: list[str] = []
     while len(dropped) < 10:
         try:
-            return _restore_params(folder, step, best, more_is_better)
+            return _restore_variables(folder, step, best, more_is_better)
         except _DroppedError as error:
             if jax.process_count() > 1:  # another process may have read it
                 raise CheckpointError(
@@ -396,7 +397,7 @@ class _DroppedError(Exception):
     """The step of a checkpoint that a training run drops while it is to be read."""
 
 
-def _restore_params(
+def _restore_variables(
     folder: epath.Path,
     step: int | None,
     best: str | None,
@@ -426,9 +427,9 @@ def _restore_params(
                 )
         for candidate in steps if step is None else [step]:
             try:
-                return candidate, orbax_io.read(
-                    manager, candidate, None, subtree="params"
-                )
+                params = orbax_io.read(manager, candidate, None, subtree="params")
+                stats = orbax_io.read(manager, candidate, None, subtree="stats")
+                return candidate, {"params": params, **stats}
             except Exception as error:
                 if orbax_io.is_dropped(orbax_io.step_folder(folder, candidate)):
                     raise _DroppedError(candidate) from error

@@ -24,8 +24,6 @@ from absl import flags
 
 from mlp_mixer import console, pretrained, program, runs
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.model import check_divisible
-from mlp_mixer.pretrained import resize
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ def convert(
     """
     weights = pretrained.read(source, dtype=None, step=step, mean=mean, std=std)
     if gelu is not None:
-        weights = dataclasses.replace(weights, gelu=gelu)
+        weights = pretrained.with_fields(weights, gelu=gelu)
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
     if weights.image_size is not None:
@@ -81,7 +79,13 @@ def convert(
     if grow is not None and interpolate is not None:
         raise ValueError("Both --grow and --interpolate are given; choose one.")
     if grow is not None or interpolate is not None:
-        weights = _resized(weights, 1 if grow is None else grow, interpolate)
+        height, width = pretrained.check(weights)
+        factor = 1 if grow is None else grow
+        if factor < 1:
+            raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
+        to = interpolate or (factor * height, factor * width)
+        how = "grow" if interpolate is None else "interpolate"
+        weights = pretrained.resized(weights, to, how)
     before = weights
     if dtype is not None:
         params = pretrained.cast(weights.params, dtype)
@@ -92,12 +96,13 @@ def convert(
     target = os.path.expanduser(target)
     _write(weights, target, names)
     again = pretrained.read(target, dtype=None)
-    wanted, got = (dict(leaves(w.params)) for w in (weights, again))
+    wanted, got = (dict(leaves(w.params | w.stats)) for w in (weights, again))
     report["dtype"] = describe(again)["dtype"]
     narrowed = any(x.dtype.itemsize > got[k].dtype.itemsize for k, x in wanted.items())
     # What was widened, bfloat16 in npz, says the same.
     same = {k: x.astype(got[k].dtype) for k, x in wanted.items()}
-    if wrong := [k for k, x in same.items() if x.tobytes() != got[k].tobytes()]:
+    wrong = [k for k, x in same.items() if x.tobytes() != got[k].tobytes()]
+    if wrong or wanted.keys() != got.keys():
         raise ValueError(f"{target} is not what was written: {', '.join(wrong)}.")
     how = "equal, narrowed to float32" if narrowed else "equal bit for bit"
     folder = ", a run's folder" if os.path.isdir(target) else ""
@@ -107,53 +112,22 @@ def convert(
 
 def describe(weights: pretrained.Weights) -> dict[str, str]:
     """What weights are, for people."""
-    fields = pretrained.geometry(weights.params)
     arrays = dict(leaves(weights.params))
     size, images = weights.image_size, weights.normalisation
     folded = images != pretrained.CENTRED
-    broken = pretrained.not_finite(weights.params)
+    broken = pretrained.not_finite(weights.params | weights.stats)
     return {
-        "model": _called(fields),
-        "classes": str(fields["num_classes"] or "no head"),
+        "model": weights.model["name"],
+        "sizes": pretrained.sizes_of(weights.model),
+        "classes": str(weights.num_classes or "no head"),
         "resolution": f"{size[0]} × {size[1]} px" if size else "not said",
-        "tokens": str(pretrained.tokens(weights.params)),
+        "tokens": str(pretrained.tokens(weights.params) or "not said"),
         "parameters": f"{sum(x.size for x in arrays.values()):,}",
         "dtype": ", ".join(sorted({str(x.dtype) for x in arrays.values()})),
-        "GELU": weights.gelu,
+        **{k: v for k, v in weights.model.items() if k != "name" and type(v) is str},
         "normalisation": f"{images}, folded into the stem" if folded else str(images),
         "not finite": ", ".join(f"{n} in {k}" for k, n in broken.items()) or "none",
     }
-
-
-def _called(fields: dict[str, Any]) -> str:
-    name = pretrained.variant(fields)
-    if name is None:
-        return (
-            f"{fields['num_blocks']} blocks, patch {fields['patch_size'][0]} × "
-            f"{fields['patch_size'][1]}, C {fields['hidden_dim']}, D_S "
-            f"{fields['tokens_mlp_dim']}, D_C {fields['channels_mlp_dim']}"
-        )
-    size, patch = name.removeprefix("mixer_")[0].upper(), name[-2:]
-    return f"Mixer-{size}/{patch} ({name}), D_S {fields['tokens_mlp_dim']}"
-
-
-def _resized(
-    weights: pretrained.Weights, factor: int, to: tuple[int, int] | None
-) -> pretrained.Weights:
-    size = pretrained.check(weights)
-    patch = pretrained.geometry(weights.params)["patch_size"]
-    grid = (size[0] // patch[0], size[1] // patch[1])
-    try:
-        if to is None:
-            params = resize.grow(weights.params, factor, grid=grid)
-            to = (size[0] * factor, size[1] * factor)
-        else:
-            check_divisible(to, patch)
-            new_grid = (to[0] // patch[0], to[1] // patch[1])
-            params = resize.interpolate(weights.params, new_grid, grid=grid)
-    except ValueError as error:
-        raise ValueError(f"{weights.called}: {error}") from error
-    return dataclasses.replace(weights, params=params, image_size=to)
 
 
 def _write(weights: pretrained.Weights, target: str, names: str) -> None:
@@ -204,20 +178,22 @@ def _write_as(
     suffix: str, weights: pretrained.Weights, target: str, names: str
 ) -> None:
     if suffix == ".npz":
-        if weights.gelu != "tanh":
-            logger.warning("npz does not say that the GELU is %s.", weights.gelu)
-        if weights.image_size != pretrained.square_image(weights.params):
+        again = pretrained.model_of(weights.params)
+        for field, value in weights.model.items():
+            if isinstance(value, str) and value != again.get(field):
+                logger.warning("npz does not say that %s is %s.", field, value)
+        if weights.image_size != pretrained.square_image(weights.params, again):
             logger.warning(
                 "npz does not say that images are %s px; safetensors does.",
                 describe(weights)["resolution"].removesuffix(" px"),
             )
         pretrained.write_npz(weights, target)
     elif suffix == ".safetensors":
-        if names == "timm" and weights.gelu != "exact":
+        if names == "timm" and (gelu := weights.model.get("gelu")) != "exact":
             logger.warning(
                 "timm computes the exact GELU, these weights are for %s: give its "
                 "model act_layer=functools.partial(torch.nn.GELU, approximate='tanh').",
-                weights.gelu,
+                gelu,
             )
         if names == "timm" and weights.normalisation != pretrained.CENTRED:
             logger.warning(
@@ -235,14 +211,14 @@ def _round_trip(
     before: pretrained.Weights, after: pretrained.Weights
 ) -> dict[str, str]:
     """How far logits and features of two random images move."""
-    ph, pw = pretrained.geometry(before.params)["patch_size"]
-    # The grid is nothing to a Mixer: a strip will do.
-    size = before.image_size or (ph, pw * pretrained.tokens(before.params))
+    # The grid is nothing to a model whose file does not say it: a strip will do.
+    ph, pw = before.model["patch_size"]
+    size = before.image_size or (ph, pw * (pretrained.tokens(before.params) or 1))
     image = jax.random.uniform(jax.random.key(0), (2, *size, 3), minval=-1)
 
     def outputs(weights: pretrained.Weights) -> tuple[Any, Any]:
         apply = jax.jit(pretrained.create_model(weights).apply)
-        logits, out = apply({"params": weights.params}, image)
+        logits, out = apply(weights.variables, image)
         return logits, out["pre_logits"]
 
     pairs = zip(outputs(before), outputs(after), strict=True)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import optax
 from jax.sharding import Mesh
@@ -14,7 +13,7 @@ from mlp_mixer import models, optim, steps
 class Experiment(NamedTuple):
     """What training, measuring, planning and the tests share."""
 
-    model: nn.Module
+    model: models.Model
     tx: optax.GradientTransformation
     schedule: optax.Schedule
     target: steps.TrainState  # shapes with shardings
@@ -53,7 +52,9 @@ def build(
     return Experiment(model, tx, schedule, target, train_step, predict)
 
 
-def create_model(config: Any, mesh: Mesh, num_classes: int | None = None) -> nn.Module:
+def create_model(
+    config: Any, mesh: Mesh, num_classes: int | None = None
+) -> models.Model:
     """Returns the recipe's model, computed as these devices do it fastest."""
     return models.create(
         **config.model, num_classes=num_classes, run=models.Run.on(mesh, **config.run)

@@ -20,6 +20,7 @@ exports for six months, so it is no archive.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -36,7 +37,7 @@ import numpy as np
 from absl import flags
 
 import mlp_mixer
-from mlp_mixer import console, known, pretrained, program
+from mlp_mixer import console, known, models, pretrained, program
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.text import printable
 
@@ -92,7 +93,7 @@ def export_stablehlo(
     """
     _require("flatbuffers")
     weights = _checked(weights)
-    size = sum(x.nbytes for _, x in leaves(weights.params)) * (1 + gradients)
+    size = sum(x.nbytes for _, x in leaves(weights.variables)) * (1 + gradients)
     if size > LIMIT_BYTES:
         times, instead = ("twice", "--nogradients") if gradients else ("once", "ONNX")
         raise ValueError(
@@ -102,7 +103,7 @@ def export_stablehlo(
     model = pretrained.create_model(weights)
 
     def mixer(image):
-        return _outputs(model, weights.params, image)
+        return _outputs(model, weights.variables, image)
 
     def write(file):
         (n,) = jax.export.symbolic_shape("n")
@@ -164,6 +165,7 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     import onnxruntime
 
     weights = _checked(weights)
+    _graph(weights)
 
     def write(file):
         size = sum(x.nbytes for _, x in leaves(weights.params))
@@ -188,84 +190,29 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
 def to_onnx(weights: pretrained.Weights) -> Any:
     """Returns an `onnx.ModelProto` of the model; its initializers have our names.
 
-    The state is (n, s, c) throughout. Token mixing multiplies its transposed kernel
-    from the left, so that no activation is transposed after the stem; runtimes
-    transpose the kernels once, when they load the file.
-
     Raises:
-      ValueError: the weights have values that are not finite, or no image size.
+      ValueError: the weights have values that are not finite, or no image size; or
+        there is no graph of their architecture.
     """
     from onnx import TensorProto, helper, numpy_helper
 
+    graph_of = _graph(weights)
     weights = _checked(weights)
-    fields = pretrained.geometry(weights.params)
-    (h, w), (ph, pw) = pretrained.check(weights), fields["patch_size"]
-    s, c, k = (h // ph) * (w // pw), fields["hidden_dim"], fields["num_classes"]
-    nodes = []
-    constants = {
-        "patches/shape": np.array([0, h // ph, ph, w // pw, pw * 3]),
-        "tokens/shape": np.array([0, s, ph * pw * 3]),
-        "stem/shape": np.array([-1, c]),
-        "tokens/axis": np.array([1]),
-    }
+    nodes: list[Any] = []
 
-    def node(to, op, *inputs, **attributes):
+    def node(to: str, op: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [to], to, **attributes))
         return to
 
-    def layer_norm(x, at):
-        return node(
-            f"{at}/output",
-            "LayerNormalization",
-            x,
-            f"{at}/scale",
-            f"{at}/bias",
-            epsilon=1e-6,
-        )
+    constants, outputs = graph_of(weights, node)
 
-    def over_tokens(x, at):
-        left = node(f"{at}/kernel_transposed", "Transpose", f"{at}/kernel", perm=[1, 0])
-        y = node(f"{at}/product", "MatMul", left, x)
-        bias = node(f"{at}/bias_column", "Unsqueeze", f"{at}/bias", "tokens/axis")
-        return node(f"{at}/output", "Add", y, bias)
-
-    def over_channels(x, at, kernel=None):
-        y = node(f"{at}/product", "MatMul", x, kernel or f"{at}/kernel")
-        return node(f"{at}/output", "Add", y, f"{at}/bias")
-
-    def mlp(x, at, dense):
-        x = dense(x, f"{at}/Dense_0")
-        x = node(f"{at}/gelu", "Gelu", x, approximate=GELUS[weights.gelu])
-        return dense(x, f"{at}/Dense_1")
-
-    x = node("patches/rows", "Reshape", "image", "patches/shape")
-    x = node("patches/grid", "Transpose", x, perm=[0, 1, 3, 2, 4])
-    x = node("patches/output", "Reshape", x, "tokens/shape")
-    x = over_channels(
-        x, "stem", node("stem/matrix", "Reshape", "stem/kernel", "stem/shape")
-    )
-    for i in range(fields["num_blocks"]):
-        block = f"MixerBlock_{i}"
-        y = layer_norm(x, f"{block}/LayerNorm_0")
-        y = mlp(y, f"{block}/token_mixing", over_tokens)
-        x = node(f"{block}/tokens_mixed", "Add", x, y)
-        y = layer_norm(x, f"{block}/LayerNorm_1")
-        y = mlp(y, f"{block}/channel_mixing", over_channels)
-        x = node(f"{block}/output", "Add", x, y)
-    x = layer_norm(x, "pre_head_layer_norm")
-    x = node("pre_logits", "ReduceMean", x, "tokens/axis", keepdims=0)
-    outputs = {"pre_logits": c}
-    if k is not None:
-        node("logits", "Gemm", x, "head/kernel", "head/bias")
-        outputs = {"logits": k, **outputs}
-
-    def value(name, *shape):
+    def value(name: str, *shape: int) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
 
     graph = helper.make_graph(
         nodes,
         "mlp_mixer",
-        [value("image", h, w, 3)],
+        [value("image", *pretrained.check(weights), 3)],
         [value(name, size) for name, size in outputs.items()],
         [
             numpy_helper.from_array(x, name)
@@ -291,6 +238,88 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     return model
 
 
+def _mixer(
+    weights: pretrained.Weights, node: Callable[..., str]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Makes the nodes of a Mixer; returns its constants, and the sizes of its outputs.
+
+    The state is (n, s, c) throughout. Token mixing multiplies its transposed kernel
+    from the left, so that no activation is transposed after the stem; runtimes
+    transpose the kernels once, when they load the file.
+    """
+    fields = weights.model
+    (h, w), (ph, pw) = pretrained.check(weights), fields["patch_size"]
+    s, c, k = (h // ph) * (w // pw), fields["hidden_dim"], weights.num_classes
+    constants = {
+        "patches/shape": np.array([0, h // ph, ph, w // pw, pw * 3]),
+        "tokens/shape": np.array([0, s, ph * pw * 3]),
+        "stem/shape": np.array([-1, c]),
+        "tokens/axis": np.array([1]),
+    }
+
+    def layer_norm(x, at):
+        return node(
+            f"{at}/output",
+            "LayerNormalization",
+            x,
+            f"{at}/scale",
+            f"{at}/bias",
+            epsilon=1e-6,
+        )
+
+    def over_tokens(x, at):
+        left = node(f"{at}/kernel_transposed", "Transpose", f"{at}/kernel", perm=[1, 0])
+        y = node(f"{at}/product", "MatMul", left, x)
+        bias = node(f"{at}/bias_column", "Unsqueeze", f"{at}/bias", "tokens/axis")
+        return node(f"{at}/output", "Add", y, bias)
+
+    def over_channels(x, at, kernel=None):
+        y = node(f"{at}/product", "MatMul", x, kernel or f"{at}/kernel")
+        return node(f"{at}/output", "Add", y, f"{at}/bias")
+
+    def mlp(x, at, dense):
+        x = dense(x, f"{at}/Dense_0")
+        x = node(f"{at}/gelu", "Gelu", x, approximate=GELUS[fields["gelu"]])
+        return dense(x, f"{at}/Dense_1")
+
+    x = node("patches/rows", "Reshape", "image", "patches/shape")
+    x = node("patches/grid", "Transpose", x, perm=[0, 1, 3, 2, 4])
+    x = node("patches/output", "Reshape", x, "tokens/shape")
+    x = over_channels(
+        x, "stem", node("stem/matrix", "Reshape", "stem/kernel", "stem/shape")
+    )
+    for i in range(fields["num_blocks"]):
+        block = f"MixerBlock_{i}"
+        y = layer_norm(x, f"{block}/LayerNorm_0")
+        y = mlp(y, f"{block}/token_mixing", over_tokens)
+        x = node(f"{block}/tokens_mixed", "Add", x, y)
+        y = layer_norm(x, f"{block}/LayerNorm_1")
+        y = mlp(y, f"{block}/channel_mixing", over_channels)
+        x = node(f"{block}/output", "Add", x, y)
+    x = layer_norm(x, "pre_head_layer_norm")
+    x = node("pre_logits", "ReduceMean", x, "tokens/axis", keepdims=0)
+    outputs = {"pre_logits": c}
+    if k is not None:
+        node("logits", "Gemm", x, "head/kernel", "head/bias")
+        outputs = {"logits": k, **outputs}
+    return constants, outputs
+
+
+GRAPHS = {"mixer": _mixer}
+
+
+def _graph(weights: pretrained.Weights) -> Callable[..., Any]:
+    """Returns what makes the graph of the weights' architecture."""
+    file = models.family(weights.model["name"])
+    family = next(name for name, known in models.families().items() if known is file)
+    if family not in GRAPHS:
+        raise ValueError(
+            f"There is no ONNX graph of {family}, only of {', '.join(GRAPHS)}; write a "
+            "file ending in .stablehlo, which every architecture can be."
+        )
+    return GRAPHS[family]
+
+
 # --- What both have in common ---------------------------------------------------------
 
 
@@ -306,35 +335,38 @@ def _require(*modules: str) -> None:
 def _checked(weights: pretrained.Weights) -> pretrained.Weights:
     """The weights in float32, after a look at all that an export needs of them."""
     pretrained.check(weights)
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), weights.params)
-    if bad := pretrained.not_finite(params):
+    params, stats = (
+        jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+        for tree in (weights.params, weights.stats)
+    )
+    if bad := pretrained.not_finite({**params, **stats}):
         raise ValueError(
             f"The weights {weights.called} are not exported: not all of their values "
             "are finite:\n  "
             + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
         )
-    return dataclasses.replace(weights, params=params)
+    return dataclasses.replace(weights, params=params, stats=stats)
 
 
 def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
     """What is known of a model besides its numbers."""
-    fields = pretrained.geometry(weights.params)
     facts = {
         "source": weights.said,
         "exported_by": f"mlp_mixer {mlp_mixer.__version__}",
         "input": "image: RGB, (level - 127.5) / 127.5 of levels 0 ... 255",
-        "model": pretrained.variant(fields),
-        **fields,
+        **weights.model,
+        "model": weights.model["name"],
+        "num_classes": weights.num_classes,
         "image_size": weights.image_size,
-        "gelu": weights.gelu,
         "preprocess": weights.preprocess,
         "class_names": weights.class_names,
     }
+    del facts["name"]
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _outputs(model: Any, params: Any, image: Any) -> dict[str, Any]:
-    logits, out = model.apply({"params": params}, image)
+def _outputs(model: Any, variables: Any, image: Any) -> dict[str, Any]:
+    logits, out = model.apply(variables, image)
     head = {} if model.num_classes is None else {"logits": logits}
     return head | {"pre_logits": out["pre_logits"]}
 
@@ -378,13 +410,13 @@ def _differences(
 ) -> list[Difference]:
     """Compares with the model, on the CPU: elsewhere products round their operands."""
     model, rng = pretrained.create_model(weights), np.random.default_rng(0)
-    reference = jax.jit(lambda params, image: _outputs(model, params, image))
+    reference = jax.jit(functools.partial(_outputs, model))
     found = []
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for n in BATCHES:
             shape = (n, *pretrained.check(weights), 3)
             image = rng.uniform(-1, 1, shape).astype(np.float32)
-            expected = jax.device_get(reference(weights.params, image))
+            expected = jax.device_get(reference(weights.variables, image))
             given = call(image)
             for name, right in expected.items():
                 if given[name].shape != right.shape:
@@ -419,8 +451,10 @@ def main(arguments: list[str]) -> None:
     dtypes = {str(x.dtype) for _, x in leaves(weights.params)} - {"float32"}
     if dtypes:
         logger.info("Parameters in %s are exported as float32.", ", ".join(dtypes))
+    if weights.dtype != "float32":
+        logger.info("The run computes in %s, its export in float32.", weights.dtype)
     if flags.FLAGS.gelu:
-        weights = dataclasses.replace(weights, gelu=flags.FLAGS.gelu)
+        weights = pretrained.with_fields(weights, gelu=flags.FLAGS.gelu)
     if size := program.size("image_size"):
         weights = dataclasses.replace(weights, image_size=size)
     found = {}

@@ -67,6 +67,7 @@ def predict(
     step: int | None = None,
     preprocess: str | None = None,
     labels: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
     exif: bool = False,
     batch_size: int = 64,
 ) -> Iterator[Prediction]:
@@ -84,6 +85,8 @@ def predict(
       step: step of a run's checkpoint; the newest by default.
       preprocess: a protocol, instead of the one that the run was evaluated with.
       labels: a text file with the names of the classes, one a line.
+      dtype: dtype of activations and products, instead of the one that the run's
+        recipe computes in (float32 of any other source).
       exif: whether images are turned as their Exif orientation says; the authors do
         not, and the log says how many would be.
       batch_size: images at once.
@@ -100,7 +103,9 @@ def predict(
             "be 1 or more."
         )
     _check_top(top)
-    model = runs.open_model(source, step=step, preprocess=preprocess, labels=labels)
+    model = runs.open_model(
+        source, step=step, preprocess=preprocess, labels=labels, dtype=dtype
+    )
     return classify(model, files, top=top, exif=exif, batch_size=batch_size)
 
 
@@ -186,6 +191,7 @@ def run(
     top: int = 3,
     preprocess: str | None = None,
     labels: str | None = None,
+    dtype: str | None = None,
     exif: bool = False,
     format: str = "table",
     out: str | None = None,
@@ -199,7 +205,7 @@ def run(
     Args:
       images: files, folders, globs, and "-" for paths on stdin, one a line.
       weights: a run's folder, a file of weights or a published name.
-      step, top, preprocess, labels, exif: as in `predict`.
+      step, top, preprocess, labels, dtype, exif: as in `predict`.
       format: a key of `FORMATS`.
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order
@@ -220,7 +226,9 @@ def run(
             raise ValueError(f"{name} will be a {suffix[1:]} file: end it in {suffix}.")
     _check_top(top)
     files = _find(images)
-    model = runs.open_model(weights, step=step, preprocess=preprocess, labels=labels)
+    model = runs.open_model(
+        weights, step=step, preprocess=preprocess, labels=labels, dtype=dtype
+    )
     if not model.class_names and (sheet or out or not features):
         raise ValueError(
             f"{weights} has no head, so there are no classes to name; "
@@ -414,7 +422,7 @@ def main(arguments: list[str]) -> None:
 
 
 OPTIONS = (
-    *("weights", "step", "top", "preprocess", "labels", "exif"),
+    *("weights", "step", "top", "preprocess", "labels", "dtype", "exif"),
     *("format", "out", "features", "sheet"),
 )
 
@@ -441,6 +449,7 @@ if __name__ == "__main__":
     )
     program.define_path("labels", None, "A text file with a class's name a line.")
     flags.DEFINE_enum("format", "table", list(FORMATS), "Of the predictions.")
+    program.define_dtype()
     program.define_path("out", None, "A file for them; stdout if not set.")
     program.define_path("features", None, "An npz file for features (pre-logits).")
     program.define_path("sheet", None, "A PNG file: images and classes to look at.")

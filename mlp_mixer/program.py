@@ -109,6 +109,16 @@ def define_path(name: str, default: str | None, help: str, **options: Any) -> No
     flags.DEFINE(_Path(), name, default, help, **options)
 
 
+def define_dtype() -> None:
+    """Defines --dtype for programs that predict."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16"],
+        "Of activations and products; the run's own if not set, else float32.",
+    )
+
+
 class _Path(flags.ArgumentParser):
     syntactic_help = "a path"
 

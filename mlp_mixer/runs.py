@@ -15,6 +15,7 @@ from mlp_mixer import (
     checkpoint,
     evaluators,
     history,
+    known,
     models,
     ownership,
     paper,
@@ -26,7 +27,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.data import sources
-from mlp_mixer.fingerprints import describe, differences, fingerprint
+from mlp_mixer.fingerprints import fingerprint
 from mlp_mixer.text import listed
 from mlp_mixer.workdir import (
     check,
@@ -41,73 +42,6 @@ from mlp_mixer.workdir import (
 logger = logging.getLogger(__name__)
 
 
-class Run(NamedTuple):
-    """The recipe and a checkpoint of a run, on all devices."""
-
-    config: ConfigDict
-    mesh: Mesh
-    predict: Callable[[Any, Any], dict[str, jax.Array]]  # steps.make_predict
-    variables: dict[str, Any]  # what predict takes
-    step: int
-    class_names: list[str]
-
-
-def open_run(
-    workdir: epath.PathLike, step: int | None = None, best: str | None = None
-) -> Run:
-    """Opens the run in `workdir` with its newest intact checkpoint.
-
-    Args:
-      workdir: a folder that `train` has written.
-      step: another checkpoint, by its step.
-      best: another checkpoint, the best by this metric, e.g. "val/top1".
-
-    Raises:
-      FileNotFoundError: no run or no checkpoint there.
-      ValueError: the processes see different runs or checkpoints; or `best` is no
-        score of an evaluator that runs in training.
-    """
-    workdir = epath.Path(workdir).expanduser()
-    with processes.together():
-        config = load(workdir)
-        more = best is None or evaluators.more_is_better(config.evals.to_dict(), best)
-        mesh = sharding.make_mesh()
-        model = models.create(
-            **config.model,
-            num_classes=config.dataset.num_classes,
-            run=models.Run.on(mesh, **config.run),
-        )
-        image = jnp.zeros((1, *config.model.image_size, 3))
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
-        count = config.dataset.num_classes
-        named = load_class_names(workdir, count) if count else None
-        names = list(naming.choose(named, count)) if count else []
-    several = jax.process_count() > 1  # each reads for itself
-    if several:
-        has = bool(history.checkpoints(workdir))
-        said = {
-            "recipe": recipe.to_json(config),
-            "class_names": names,
-            "checkpoints": has,
-        }
-        processes.compare(**said, step=step, best=best)
-    step, params = checkpoint.restore_params(
-        f"{workdir}/checkpoints", step=step, best=best, more_is_better=more
-    )
-    params = pretrained.cast(params, "float32")
-    if different := differences(describe(params), describe(shapes)):
-        raise ValueError(
-            f"Step {step} of {workdir} is not of its recipe's model; these arrays "
-            f"differ:\n{different}"
-        )
-    if several:
-        processes.compare(step=step, weights=sum(fingerprint(params).values()))
-    params = sharding.place(params, sharding.shardings(params, mesh, config.sharding))
-    logger.info("%s: %s at step %d", workdir, config.model.name, step)
-    variables = {"params": params}
-    return Run(config, mesh, steps.make_predict(model, mesh), variables, step, names)
-
-
 class Opened(NamedTuple):
     """Weights from anywhere as a model that predicts, on all devices."""
 
@@ -118,53 +52,87 @@ class Opened(NamedTuple):
     image_size: tuple[int, int]  # height and width in pixels
     preprocess: str  # a key of data.image_ops.PROTOCOLS
     class_names: tuple[str, ...]  # none without a head
+    config: Any  # the recipe of a run; None of other sources
+    step: int | None  # of a run's checkpoint
 
 
 def open_model(
     source: str | os.PathLike[str],
     *,
     step: int | None = None,
+    best: str | None = None,
     preprocess: str | None = None,
     labels: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
 ) -> Opened:
-    """Opens weights for prediction, in float32, and says what they are in the log.
+    """Opens weights as a model that predicts, and says what they are in the log.
 
     Args:
       source: a run's folder, a file or a published name.
-      step: step of a run's checkpoint; the newest by default.
+      step: step of a run's checkpoint; the newest intact one by default.
+      best: another checkpoint of a run, the best by this metric, e.g. "val/top1".
       preprocess: a key of `data.image_ops.PROTOCOLS`; by default the one that the run
         was evaluated with, else "big_vision".
       labels: a text file with the names of the classes, one a line.
+      dtype: dtype of activations and products; by default that of the run's recipe,
+        else float32.
 
     Raises:
       FileNotFoundError: nothing is there.
-      ValueError: they are no weights of an MLP-Mixer, do not say their image size, or
-        have another number of classes than `labels`.
+      ValueError: they are no weights of a model, do not say their image size, or have
+        another number of classes than `labels`; `best` is no score of an evaluator that
+        runs in training; or the processes see different weights.
     """
-    weights = pretrained.read(source, step=step)
-    size = pretrained.check(weights)
-    count = pretrained.geometry(weights.params)["num_classes"]
+    if dtype is not None:
+        known.require("dtype", dtype, pretrained.DTYPES)
+    config, more = None, True
+    with processes.together():
+        if epath.Path(source).expanduser().is_dir():
+            config = load(source)
+            if best is not None:
+                more = evaluators.more_is_better(config.evals.to_dict(), best)
+            # Each process reads for itself.
+            names = load_class_names(source, config.dataset.num_classes)
+    several = jax.process_count() > 1
+    if several and config is not None:
+        has = bool(history.checkpoints(source))
+        said = {
+            "recipe": recipe.to_json(config),
+            "class_names": names,
+            "checkpoints": has,
+        }
+        processes.compare(**said, step=step, best=best)
+    weights = pretrained.read(source, step=step, best=best, more_is_better=more)
+    if several:
+        prints = sum(fingerprint(weights.variables).values())
+        processes.compare(step=weights.step, weights=prints)
+    size, count = pretrained.check(weights), weights.num_classes
     if count is None and labels is not None:
         raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
-    names = naming.choose(weights.class_names, count, labels=labels) if count else ()
+    named = weights.class_names
+    classes = naming.choose(named, count, labels=labels) if count else ()
     mesh = sharding.make_mesh()
-    model = pretrained.create_model(weights, run=models.Run(mesh=mesh))
+    run = models.Run(dtype or weights.dtype, mesh=mesh)
+    model = pretrained.create_model(weights, run)
+    strategy = "replicated" if config is None else config.sharding
     protocol = preprocess or weights.preprocess or "big_vision"
-    height, width = size
-    said = weights.called
-    logger.info("%s: %dx%d px, preprocessed by %s", said, height, width, protocol)
+    logger.info(
+        "%s: %s, %dx%d px, preprocessed by %s, computed in %s",
+        *(weights.called, pretrained.describe(weights.model), *size),
+        *(protocol, run.dtype),
+    )
     return Opened(
-        said,
+        weights.called,
         mesh,
         steps.make_predict(model, mesh),
-        {
-            "params": sharding.place(
-                weights.params, sharding.shardings(weights.params, mesh, "replicated")
-            )
-        },
-        (height, width),
+        sharding.place(
+            weights.variables, sharding.shardings(weights.variables, mesh, strategy)
+        ),
+        size,
         protocol,
-        names,
+        classes,
+        config,
+        weights.step,
     )
 
 
@@ -244,18 +212,17 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
       ValueError: they are not finite; a run's checkpoints are.
     """
     _check_empty(epath.Path(workdir))
-    if broken := pretrained.not_finite(weights.params):
+    if broken := pretrained.not_finite(weights.params | weights.stats):
         raise ValueError(
             f"{weights.called} cannot become a run, whose checkpoints are finite; "
             f"these arrays are not:\n{listed(list(broken))}"
         )
     size = pretrained.check(weights)
-    fields = pretrained.geometry(weights.params)
     config = recipe.base()
     config.batch_size = 256
-    config.dataset.num_classes = fields.pop("num_classes")
-    config.model.name = pretrained.variant(fields) or config.model.name
-    config.model.update(fields, gelu=weights.gelu, image_size=size)
+    config.dataset.num_classes = weights.num_classes
+    config.model.update(weights.model, image_size=size)
+    config.run.dtype = weights.dtype
     for name, data in paper.PRETRAINING.items():
         if data["num_classes"] == config.dataset.num_classes:
             config.dataset.name = name
@@ -263,12 +230,15 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     if weights.preprocess is not None:
         for section in config.evals.values():
             section.preprocess = weights.preprocess
-    params = jax.tree.map(jnp.asarray, weights.params)
+    variables = {"params": weights.params}
+    if weights.stats:
+        variables["stats"] = weights.stats
+    variables = jax.tree.map(jnp.asarray, variables)
     with ownership.owned(workdir):
         _check_empty(epath.Path(workdir))  # once more: nobody else can write now
         saved = claim(config, workdir, weights.class_names)
         with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as saver:
-            saver.save(0, {"params": params}, force=True)
+            saver.save(0, variables, force=True)
             saver.wait()
             saved.note(saver.complete_step())
 

@@ -105,17 +105,17 @@ def train(
         # State: the newest good checkpoint, else a fresh start, from weights or none.
         state = checkpointer.restore(target)
         if state is None:
-            params = pretrained.initial(
+            given = pretrained.initial(
                 config.init_from,
                 model,
-                target.params,
+                target,
                 image_size=size,
                 head=config.init_head,
                 resize_by=config.init_resize,
                 class_names=source.class_names,
             )
             state = steps.init_state(
-                model, tx, target, example, seed=config.seed, params=params
+                model, tx, target, example, seed=config.seed, **given
             )
         first_step = int(state.step)
         logger.info(

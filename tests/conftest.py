@@ -97,7 +97,7 @@ def weights(make_params):
     return pretrained.Weights(
         make_params(),
         "made",
-        gelu="exact",
+        model={"gelu": "exact"},
         image_size=(16, 16),
         class_names=tuple("abcdefghij"),
         preprocess="timm",

@@ -24,8 +24,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlp_mixer import orbax_io
-from mlp_mixer.checkpoint import Checkpointer, CheckpointError, restore_params
+from mlp_mixer.checkpoint import Checkpointer, CheckpointError, restore_variables
 from mlp_mixer.fingerprints import fingerprint
+
+
+def restore_params(*arguments, **options):
+    """The step, and the parameters alone."""
+    step, variables = restore_variables(*arguments, **options)
+    return step, variables["params"]
 
 
 class State(NamedTuple):
@@ -475,7 +481,7 @@ LOCALE = """
 import os, sys
 import jax
 import test_checkpoint as cases
-from mlp_mixer.checkpoint import Checkpointer, restore_params
+from mlp_mixer.checkpoint import Checkpointer, restore_variables
 assert sys.getfilesystemencoding() == "ascii", sys.getfilesystemencoding()
 what, directory = sys.argv[1:]
 if what == "named in the program":
@@ -485,7 +491,7 @@ if what == "damaged":
 with Checkpointer(directory, every_steps=10, keep_latest=5) as c:
     step = int(c.restore(cases.target()).step)
     c.save(step + 10, cases.state_at(step + 10))
-print("restored", step, "and", restore_params(directory)[0])
+print("restored", step, "and", restore_variables(directory)[0])
 """
 
 

@@ -28,7 +28,7 @@ def run(tmp_path):
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_recipe_of_a_run_is_one_line(kind, run):
     (run / "config.json").write_bytes(DAMAGED[kind])
-    for read in (workdir.load, runs.open_run, pretrained.read):
+    for read in (workdir.load, runs.open_model, pretrained.read):
         with pytest.raises(ValueError, match=r"config\.json") as error:
             read(run)
         assert one_line(error, "config.json")
@@ -68,7 +68,7 @@ def test_a_damaged_recipe_of_a_run_is_one_line(kind, run):
 )
 def test_a_recipe_of_other_fields_is_one_line(change, message, run):
     changed(run / "config.json", change)
-    for read in (workdir.load, runs.open_run, pretrained.read):
+    for read in (workdir.load, runs.open_model, pretrained.read):
         with pytest.raises(ValueError, match=message) as error:
             read(run)
         assert one_line(error, "config.json")

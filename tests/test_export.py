@@ -45,7 +45,11 @@ def random_weights(model, image_size, **fields):
 
     drawn = {name: draw(name, x.shape) for name, x in leaves(shapes)}
     params = unflatten_dict(drawn, sep="/")
-    known = {"gelu": model.gelu, "image_size": image_size, "said": "random"} | fields
+    known = {
+        "model": {"gelu": model.gelu},
+        "image_size": image_size,
+        "said": "random",
+    } | fields
     return pretrained.Weights(params, **known)
 
 
@@ -216,7 +220,7 @@ def test_names_that_are_no_text_travel_with_both(tmp_path):
 
 def test_what_is_not_known_is_not_invented():
     props = {p.key for p in export.to_onnx(small_weights()).metadata_props}
-    assert not props & {"class_names", "preprocess", "model"}
+    assert not props & {"class_names", "preprocess"}
     assert {"source", "num_blocks", "gelu"} < props
 
 
@@ -303,7 +307,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(write, tmp_path):
         ({"image_size": None}, "6 tokens, which make no square, .*--image_size"),
         ({"image_size": (8, 25)}, "try 24 or 32"),
         ({"image_size": (24, 24)}, "24x24 image makes 18 tokens .* are for 6"),
-        ({"gelu": "fast"}, "gelu 'fast' is unknown; try exact, tanh"),
+        ({"model": {"gelu": "fast"}}, "gelu 'fast' is unknown; try exact, tanh"),
     ],
 )
 def test_weights_that_say_too_little_are_refused(fields, message):

@@ -45,7 +45,7 @@ def test_a_run_of_an_older_version_is_what_its_weight_files_are(old, commit):
             assert found[name].tobytes() == array.tobytes(), (source, name)
         assert weights.image_size == (8, 8)
         if source != "weights.npz":
-            assert weights.gelu == COMMITS[commit].get("gelu", "tanh")
+            assert weights.model["gelu"] == COMMITS[commit].get("gelu", "tanh")
             assert weights.class_names == tuple("0123456789")
             assert weights.preprocess == "vision_transformer"
 

@@ -158,4 +158,4 @@ def test_weights_are_not_written_into_a_run_that_begins(weights, tmp_path):
         runs.write(weights, tmp_path)
     assert contents(tmp_path) == {}
     runs.write(weights, tmp_path)
-    assert runs.open_run(tmp_path).step == 0
+    assert runs.open_model(tmp_path).step == 0

@@ -5,9 +5,11 @@ test_train.
 import shutil
 
 import coloured
+import numpy as np
+import PIL.Image
 import pytest
 
-from mlp_mixer import recipe, runs, workdir
+from mlp_mixer import evaluate, predict, recipe, runs, sharding, train, workdir
 from mlp_mixer.data import sources
 
 
@@ -233,4 +235,39 @@ def test_the_best_of_no_metric_is_refused_before_anything_is_read(tmp_path):
     workdir.claim(config, tmp_path)
     for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
         with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
-            runs.open_run(tmp_path, best=name)
+            runs.open_model(tmp_path, best=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluation_and_prediction_see_one_model(
+    dtype, tiny, tmp_path, data_dir, monkeypatch, caplog
+):
+    """The recipe's, bit for bit, unless a flag says otherwise; and the log says it."""
+    tiny.run.dtype, tiny.total_steps = dtype, 3
+    train.train(tiny, tmp_path / "run", data_dir=data_dir)
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    PIL.Image.fromarray(images[0]).save(folder / "0.png")
+    opened, open_model = [], runs.open_model
+
+    def recorded(*arguments, **options):
+        opened.append(open_model(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(runs, "open_model", recorded)
+    caplog.set_level("INFO")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    evaluate.evaluate(tmp_path / "run", data_dir=data_dir)
+    evaluate.evaluate(tmp_path / "run", data_dir=data_dir, dtype=other)
+    list(predict.predict(tmp_path / "run", [folder]))
+    list(predict.predict(tmp_path / "run", [folder], dtype=other))
+    said = [r.getMessage() for r in caplog.records if "computed in" in r.getMessage()]
+    assert [line.rpartition(" ")[2] for line in said] == [dtype, other] * 2
+    logits = []
+    for model in opened:
+        batch = sharding.put({"image": images}, model.mesh)
+        logits.append(np.asarray(model.predict(model.variables, batch)["logits"]))
+    np.testing.assert_array_equal(logits[0], logits[2])
+    np.testing.assert_array_equal(logits[1], logits[3])
+    assert (logits[0] != logits[1]).any()

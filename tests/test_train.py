@@ -154,7 +154,7 @@ def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
         assert int(train.train(tiny, workdir).step) == 7
     assert recorded(6) == ["train", "val", "val2"]
     assert [r["step"] for r in metrics.read(workdir)] == [*range(1, 7), 6, 6, 7]
-    best, _ = checkpoint.restore_params(
+    best, _ = checkpoint.restore_variables(
         f"{workdir}/checkpoints", best="val2/loss", more_is_better=False
     )
     assert best == 6
@@ -556,7 +556,7 @@ def test_the_best_by_a_metric_is_kept_and_opened(
         best,
         4,
     ]
-    assert runs.open_run(workdir, best=metric).step == best
+    assert runs.open_model(workdir, best=metric).step == best
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f} %"
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """A count, or a real number, for people."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

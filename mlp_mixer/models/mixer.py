@@ -156,3 +156,15 @@ AXES = {
     "head/kernel": "c k",
     "head/bias": "k",
 }
+# What timm's mixer_* call what: their module, ours; {} is the number of a block.
+TIMM = (
+    ("stem.proj", "stem"),
+    ("blocks.{}.norm1", "MixerBlock_{}/LayerNorm_0"),
+    ("blocks.{}.mlp_tokens.fc1", "MixerBlock_{}/token_mixing/Dense_0"),
+    ("blocks.{}.mlp_tokens.fc2", "MixerBlock_{}/token_mixing/Dense_1"),
+    ("blocks.{}.norm2", "MixerBlock_{}/LayerNorm_1"),
+    ("blocks.{}.mlp_channels.fc1", "MixerBlock_{}/channel_mixing/Dense_0"),
+    ("blocks.{}.mlp_channels.fc2", "MixerBlock_{}/channel_mixing/Dense_1"),
+    ("norm", "pre_head_layer_norm"),
+    ("head", "head"),
+)

@@ -5,14 +5,28 @@
     logits, out = model.apply({"params": params}, image)   # (n, h, w, 3) in [-1, 1]
 
 A source is a run's folder, a published name, or a file: npz (both published layouts),
-safetensors (our names or timm's), or a torch state dict with timm's names. Whatever
-normalisation a source is for, what is read is for images in [-1, 1].
+safetensors (our names or timm's), or a torch state dict with timm's names. Weights
+carry the name and the fields of their model. Whatever normalisation a source is for,
+what is read is for images in [-1, 1].
 """
 
-from mlp_mixer.pretrained.fitting import create_model, initial, merge
+from mlp_mixer.pretrained.fitting import (
+    create_model,
+    initial,
+    merge,
+    resized,
+    with_fields,
+)
 from mlp_mixer.pretrained.normalisation import CENTRED, Normalisation, Stated
-from mlp_mixer.pretrained.tree import geometry, square_image, tokens, variant
+from mlp_mixer.pretrained.tree import (
+    describe,
+    model_of,
+    sizes_of,
+    square_image,
+    tokens,
+)
 from mlp_mixer.pretrained.weights import (
+    DTYPES,
     TORCH_SUFFIXES,
     Params,
     Weights,
@@ -27,6 +41,7 @@ from mlp_mixer.pretrained.weights import (
 
 __all__ = [
     "CENTRED",
+    "DTYPES",
     "TORCH_SUFFIXES",
     "Normalisation",
     "Params",
@@ -35,15 +50,18 @@ __all__ = [
     "cast",
     "check",
     "create_model",
-    "geometry",
+    "describe",
     "initial",
     "load",
     "merge",
+    "model_of",
     "not_finite",
     "read",
+    "resized",
+    "sizes_of",
     "square_image",
     "tokens",
-    "variant",
+    "with_fields",
     "write_npz",
     "write_safetensors",
 ]

@@ -1,5 +1,6 @@
 """Weights into models: strictly, but for the head and the resolution."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -9,13 +10,12 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import known, processes
+from mlp_mixer import known, models, processes
 from mlp_mixer.data.class_names import assumed, places
-from mlp_mixer.fingerprints import fingerprint, leaves
-from mlp_mixer.models.mixer import MlpMixer
+from mlp_mixer.fingerprints import Params, fingerprint, leaves
+from mlp_mixer.models.model import Run, check_divisible
 from mlp_mixer.pretrained import resize, tree
-from mlp_mixer.pretrained.tree import Params
-from mlp_mixer.pretrained.weights import Weights, read
+from mlp_mixer.pretrained.weights import Weights, check, read
 from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
@@ -23,18 +23,31 @@ logger = logging.getLogger(__name__)
 HEADS = ("match", "zero")
 
 
-def create_model(weights: Weights | Params, **overrides: Any) -> MlpMixer:
+def create_model(
+    weights: Weights | Params, run: Run = Run(), **overrides: Any
+) -> models.Model:
     """Returns the model that the parameters are of.
 
     Args:
-      weights: result of `read`, or parameters alone, which are taken to be the
-        authors': tanh GELU.
-      **overrides: fields of `MlpMixer`, e.g. `dtype="bfloat16"` or `gelu="exact"`.
+      weights: weights of `weights.read`, or parameters alone: their model is what their
+        shapes say, with its class's other values (of a Mixer the authors': tanh GELU).
+      run: how it is computed.
+      **overrides: fields of the model, e.g. `gelu="exact"`.
     """
-    if isinstance(weights, Weights):
-        overrides = {"gelu": weights.gelu, **overrides}
-        weights = weights.params
-    return MlpMixer(**tree.geometry(weights) | overrides)
+    if not isinstance(weights, Weights):
+        weights = Weights(weights, "parameters")
+    fields = {"num_classes": weights.num_classes, **weights.model, **overrides}
+    return models.create(**fields, run=run)
+
+
+def with_fields(weights: Weights, **fields: Any) -> Weights:
+    """The weights as those of a model with other fields, for a source that errs.
+
+    Raises:
+      ValueError: the model has no such field.
+    """
+    model = models.fields(**weights.model | fields)
+    return dataclasses.replace(weights, model={"name": weights.model["name"], **model})
 
 
 def merge(
@@ -87,20 +100,20 @@ def merge(
 
 def initial(
     source: str | os.PathLike[str] | None,
-    model: Any,
+    model: models.Model,
     target: Any,
     *,
     image_size: tuple[int, int],
     head: str,
     resize_by: str,
     class_names: Sequence[str] | None = None,
-) -> Params | None:
-    """Returns the parameters that a run starts from, for `config.init_from`.
+) -> dict[str, Params]:
+    """Returns what a run starts from, for `config.init_from`: {"params", "stats"}.
 
     Args:
       source: a run's folder, a file or a published name; none if it is empty.
-      model: the `MlpMixer` that they are for.
-      target: shapes of its parameters.
+      model: the model that they are for.
+      target: what has the shapes of its `params` and `stats`.
       image_size: height and width in pixels that it is trained at.
       head: "match" or "zero", as in `merge`.
       resize_by: what to do if the weights are for another grid of patches: "grow"
@@ -112,25 +125,35 @@ def initial(
       ValueError: they do not fit.
     """
     if not source:
-        return None
+        return {}
     processes.compare(init_from={"is here": os.path.exists(source)})
     with processes.together():
         weights = read(source)
         logger.info("From %s: %s.", weights.called, _said(weights.params))
-        if weights.gelu != model.gelu:
-            logger.warning(
-                "%s are for the %s GELU, this model computes the %s one; "
-                "--config.model.gelu=%s keeps theirs.",
-                *(source, weights.gelu, model.gelu, weights.gelu),
-            )
-        params = _at(weights, model, image_size, how=resize_by)
-        params = merge(params, target, head=head, called=f"The weights {source}")
-        count = tree.geometry(weights.params)["num_classes"]
-        if count and head == "match" and count == tree.geometry(params)["num_classes"]:
+        for field, value in weights.model.items():
+            # A word chooses what is computed; numbers show in shapes, or in training.
+            ours = getattr(model, field, value)
+            if field != "name" and isinstance(value, str) and ours != value:
+                logger.warning(
+                    "%s are for %s %s, this model computes %s; --config.model.%s=%s "
+                    "keeps theirs.",
+                    *(source, field, value, ours, field, value),
+                )
+        weights = _at(weights, model, image_size, how=resize_by)
+        params = merge(
+            weights.params, target.params, head=head, called=f"The weights {source}"
+        )
+        stats = merge(
+            weights.stats,
+            target.stats,
+            called=f"Statistics of {source}",
+        )
+        count = weights.num_classes
+        if count and head == "match" and count == len(params["head"]["bias"]):
             had = weights.class_names or assumed(class_names, count)
             params = _head_by_name(params, class_names, had, source)
-    _check_equal_everywhere(params, source)
-    return params
+    _check_equal_everywhere({"params": params, **stats}, source)
+    return {"params": params, "stats": stats}
 
 
 def _head_by_name(
@@ -165,60 +188,92 @@ def _check_equal_everywhere(params: Params, source: object) -> None:
         )
 
 
-def _at(weights: Weights, model: Any, image_size: tuple[int, int], how: str) -> Params:
-    """The parameters for another resolution, with as many pixels to a patch."""
-    ph, pw = tree.geometry(weights.params)["patch_size"]
-    if (ph, pw) != tuple(model.patch_size):
-        return weights.params  # for `merge` to refuse
-    new_grid = (image_size[0] // ph, image_size[1] // pw)
+def _at(
+    weights: Weights, model: models.Model, image_size: tuple[int, int], how: str
+) -> Weights:
+    """The weights for another resolution, with as many pixels to a patch."""
+    if weights.model["patch_size"] != model.patch_size:
+        return weights  # for `merge` to refuse
     if weights.image_size is None:
-        if tree.tokens(weights.params) == new_grid[0] * new_grid[1]:
+        (h, w), (ph, pw) = image_size, model.patch_size
+        new_grid, count = (h // ph, w // pw), tree.tokens(weights.params)
+        if count == new_grid[0] * new_grid[1]:
             logger.warning(
                 "The weights do not say their grid; it is taken to be %dx%d.", *new_grid
             )
-            return weights.params
+            return weights
         raise ValueError(
-            f"The weights {weights.called} have {tree.tokens(weights.params)} "
+            f"The weights {weights.called} have {count} "
             "tokens, which make no square, and do not say their image size; give them "
             "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
             "--image_size=HEIGHT,WIDTH`."
         )
-    old_grid = (weights.image_size[0] // ph, weights.image_size[1] // pw)
+    if weights.image_size == image_size:
+        return weights
+    new = resized(weights, image_size, how)
+    field = tree.FIELDS["ds"]
+    wide, has = new.model.get(field), getattr(model, field, None)
+    rows = models.family(new.model["name"]).SIZES.values()
+    others = {name for row in rows for name in row} - {field}
+    if wide != has and all(new.model[f] == getattr(model, f, None) for f in others):
+        (h, w), (ph, pw) = image_size, model.patch_size
+        old = (weights.image_size[0] // ph, weights.image_size[1] // pw)
+        raise ValueError(
+            f"To {how} the weights {weights.called} "
+            f"from {old[0]}x{old[1]} to {h // ph}x{w // pw} patches "
+            f"gives token mixing {wide} hidden units, the model has {has}; "
+            f"set --config.model.{field}={wide}."
+        )
+    return new
+
+
+def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
+    """Returns the weights for another resolution, with as many pixels to a patch.
+
+    Args:
+      weights: weights that know their image size.
+      image_size: height and width in pixels wanted.
+      how: "grow" or "interpolate", as in `resize.resized`.
+
+    Raises:
+      ValueError: it cannot be; or the model has arrays that are tied to the resolution
+        by other letters than `s`.
+    """
+    old_size, (ph, pw) = check(weights), weights.model["patch_size"]
     try:
+        check_divisible(image_size, (ph, pw))
         params = resize.resized(
-            weights.params, old_grid=old_grid, new_grid=new_grid, how=how
+            weights.params,
+            old_grid=(old_size[0] // ph, old_size[1] // pw),
+            new_grid=(image_size[0] // ph, image_size[1] // pw),
+            how=how,
         )
     except ValueError as error:
         raise ValueError(f"{weights.called}: {error}") from error
-    fields = tree.geometry(params)
-    wide = fields["tokens_mlp_dim"]
-    same = ("num_blocks", "hidden_dim", "channels_mlp_dim")
-    if (
-        new_grid != old_grid
-        and wide != model.tokens_mlp_dim
-        and all(fields[field] == getattr(model, field) for field in same)
-    ):
+    found = tree.shapes(params)
+    file = models.family(weights.model["name"])
+    model = {**weights.model, **tree.geometry(found, file)}
+    new = dataclasses.replace(
+        weights, params=params, model=model, image_size=image_size
+    )
+    wanted = tree.shapes(tree.variables(create_model(new), image_size)["params"])
+    axes = tree.layout(found, file)
+    if tied := [name for name, shape in found.items() if shape != wanted[name]]:
+        lines = [f"{name} ({' '.join(axes[name])})" for name in tied]
         raise ValueError(
-            f"To {how} the weights {weights.called} "
-            f"from {old_grid[0]}x{old_grid[1]} to {new_grid[0]}x{new_grid[1]} patches "
-            f"gives token mixing {wide} hidden units, the model has "
-            f"{model.tokens_mlp_dim}; set --config.model.tokens_mlp_dim={wide}."
+            f"{weights.called}: {tree.family_name(file)} cannot be resized: these are "
+            f"tied to the resolution, but not by tokens, s: {', '.join(lines[:5])}."
         )
-    return params
+    return new
 
 
 def _said(params: Any) -> str:
     """What a person would call them, e.g. mixer_b16, 196 tokens, 1000 classes."""
-    try:
-        fields = tree.geometry(params)
-    except ValueError:
-        return "no whole MLP-Mixer"
-    name = tree.variant(fields)
-    if name is None:
-        name = (
-            f"{fields['num_blocks']} blocks of width {fields['hidden_dim']}, patches "
-            f"of {fields['patch_size'][0]}x{fields['patch_size'][1]}"
-        )
-    classes = fields["num_classes"]
-    head = "no head" if classes is None else f"{classes} classes"
-    return f"{name}, {tree.tokens(params)} tokens, {head}"
+    found = tree.shapes(params)
+    if (file := tree.find(found)) is None:
+        return "no whole model"
+    fields = {"name": tree.family_name(file), **tree.geometry(found, file)}
+    count, classes = (tree.sizes(found, file).get(letter) for letter in "sk")
+    tokens = f"{count} tokens, " if count else ""
+    head = f"{classes} classes" if classes else "no head"
+    return f"{tree.describe(fields)}, {tokens}{head}"

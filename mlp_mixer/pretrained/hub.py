@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlp_mixer import files
+from mlp_mixer import files, models
 from mlp_mixer.pretrained.normalisation import Normalisation, normalisation
 
 NAME = "config.json"
@@ -30,9 +30,9 @@ class Config(NamedTuple):
     image_size: tuple[int, int] | None = None  # (height, width) in pixels
     class_names: tuple[str, ...] | None = None
 
-    def is_of_a_mixer(self) -> bool:
-        """Whether it is for a Mixer, as far as it says."""
-        return self.architecture is None or "mixer" in self.architecture.lower()
+    def is_of(self, family: str) -> bool:
+        """Whether it is for an architecture of that name, as far as it says."""
+        return self.architecture is None or family in self.architecture.lower()
 
 
 def beside(weights: str | os.PathLike[str]) -> Config | None:
@@ -58,7 +58,7 @@ def beside(weights: str | os.PathLike[str]) -> Config | None:
     if not isinstance(architecture := fields.get("architecture"), str | None):
         raise _wrong(path, "architecture", architecture, "a name such as mixer_b16_224")
     config = Config(path, architecture)
-    if not config.is_of_a_mixer():
+    if not any(map(config.is_of, models.families())):
         return config
     arguments = _table(content, "model_args", path)
     if not isinstance(classes := fields.get("num_classes"), int | None):

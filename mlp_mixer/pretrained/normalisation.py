@@ -79,7 +79,13 @@ def fold(
         return dict(flat)
     scale = 0.5 / np.array(images.std)
     offset = (0.5 - np.array(images.mean)) / np.array(images.std)
-    kernel, bias = (flat[f"stem/{part}"] for part in ("kernel", "bias"))
+    try:
+        kernel, bias = (flat[f"stem/{part}"] for part in ("kernel", "bias"))
+    except KeyError as error:
+        raise ValueError(
+            f"Weights for images of {images} need a stem with a bias to become weights "
+            f"for {CENTRED}; there is no {error}."
+        ) from error
     wide = kernel.astype(np.float64)
     shift = np.einsum("hwrc,r->c", wide, offset)
     return {

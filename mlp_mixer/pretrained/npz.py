@@ -21,6 +21,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from mlp_mixer.files import MAX_BYTES
 from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
@@ -35,14 +36,19 @@ MAX_RATIO, SMALL_BYTES = 20, 2**30
 
 
 def read(
-    path: str | os.PathLike[str], check: Callable[[Flat], None] = lambda flat: None
-) -> Flat:
-    """Returns {name in our tree: array}; bfloat16, which npz does not know, is found.
+    path: str | os.PathLike[str],
+    check: Callable[[Flat, dict[str, str]], None] = lambda *_: None,
+) -> tuple[Flat, dict[str, str]]:
+    """Returns ({name in our tree: array}, metadata).
+
+    bfloat16, which npz does not know, is found. Metadata are texts without
+    a "/" in their name, which no published file has.
 
     Args:
       path: the file.
-      check: raises if arrays of these names, shapes and dtypes are not wanted. They
-        are stand-ins, from the headers alone, and no other array is read before.
+      check: raises if arrays of these names, shapes and dtypes, with such metadata,
+        are not wanted. They are stand-ins, from the headers alone, and no other array
+        is read before.
 
     Raises:
       ValueError: it is damaged, or two arrays claim one name.
@@ -53,10 +59,17 @@ def read(
             members = _members(archive)
             declared = {k: _stand_in(archive, x) for k, x in members.items()}
             _check_bytes(os.fstat(file.fileno()).st_size, declared)
-        check(renamed(declared, path))
+            said = [
+                k for k, x in declared.items() if x.dtype == np.uint8 and "/" not in k
+            ]
+            if sum(declared.pop(name).nbytes for name in said) > MAX_BYTES:
+                raise ValueError(f"{', '.join(said)} have too many bytes")
+            texts = {k: _array(archive, members.pop(k)).tobytes() for k in said}
+            metadata = {k: text.decode() for k, text in texts.items()}
+        check(renamed(declared, path), metadata)
         with _whole(path):
             arrays = {k: _array(archive, x) for k, x in members.items()}
-    return renamed(arrays, path)
+    return renamed(arrays, path), metadata
 
 
 @contextlib.contextmanager
@@ -135,14 +148,18 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     return _typed(np.lib.format.read_array(data, allow_pickle=False))
 
 
-def write(file: IO[bytes], params: Mapping[str, np.ndarray]) -> None:
+def write(
+    file: IO[bytes], params: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Writes {name: array} as the published files are: current layout, float32.
 
     Args:
-      file: binary, open for writing.
-      params: with the names of our tree.
+      file: binary file, open for writing.
+      params: arrays by their names in our tree.
+      metadata: what a published file does not have.
     """
     arrays: dict[str, Any] = {k: np.asarray(v, np.float32) for k, v in params.items()}
+    arrays |= {k: np.frombuffer(v.encode(), np.uint8) for k, v in metadata.items()}
     np.savez(file, **arrays)
 
 

@@ -35,8 +35,7 @@ from typing import Any
 import numpy as np
 
 from mlp_mixer import console, files, known, models
-from mlp_mixer.pretrained import npz
-from mlp_mixer.pretrained.tree import BLOCK, HEAD, layout
+from mlp_mixer.pretrained import npz, tree
 from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Published:
     """One published file: float32 parameters for 224 px, without optimiser state.
 
     Attributes:
-      model: name of a size of `models.mixer`.
+      model: name of a size of an architecture.
       num_classes: number of classes of its head.
       overrides: fields of the model that differ from the table's.
       note: what a user should know before comparing it with the paper.
@@ -72,20 +71,7 @@ class Published:
         model = models.create(
             self.model, num_classes=self.num_classes, **self.overrides
         )
-        height, width = model.patch_size
-        sizes = {
-            "ph": height,
-            "pw": width,
-            "rgb": 3,
-            "s": 224 * 224 // (height * width),
-            "c": model.hidden_dim,
-            "ds": model.tokens_mlp_dim,
-            "dc": model.channels_mlp_dim,
-            "k": self.num_classes,
-        }
-        blocks = [f"MixerBlock_{i}/{x}" for i in range(model.num_blocks) for x in BLOCK]
-        named = layout([*blocks, *HEAD])
-        return {name: tuple(sizes[x] for x in axes) for name, axes in named.items()}
+        return tree.shapes(tree.variables(model, (224, 224))["params"])
 
     @property
     def num_bytes(self) -> int:
@@ -120,6 +106,11 @@ PUBLISHED: dict[str, Published] = {
     "gsam/Mixer-S_16": Published("mixer_s16", note=_GSAM),
     "gsam/Mixer-S_32": Published("mixer_s32", note=_GSAM),
 }
+
+
+def is_of(name: str) -> bool:
+    """Whether a model called `name` is of an architecture with published files."""
+    return models.family(name) in {models.family(x.model) for x in PUBLISHED.values()}
 
 
 def lookup(name: str) -> Published:
@@ -264,7 +255,7 @@ def _check_content(file: pathlib.Path, entry: Published) -> None:
                 + listed(wrong)
             )
 
-    def check_declared(arrays: Mapping[str, np.ndarray]) -> None:
+    def check_declared(arrays: Mapping[str, np.ndarray], _: object) -> None:
         found = {name: (x.shape, str(x.dtype)) for name, x in arrays.items()}
         wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
         refuse(
@@ -276,7 +267,7 @@ def _check_content(file: pathlib.Path, entry: Published) -> None:
             ]
         )
 
-    arrays = npz.read(file, check_declared)
+    arrays, _ = npz.read(file, check_declared)
     refuse(
         [
             f"{name}: values are infinite or no numbers"

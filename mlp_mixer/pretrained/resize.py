@@ -1,12 +1,13 @@
-"""Token-mixing weights for another grid of patches, hence for another resolution.
+"""Parameters for another grid of patches, hence for another resolution.
 
-Token mixing is the one part of a Mixer that is tied to the number of tokens s, rows ×
-columns of the grid in raster order. The patch size stays, and so do the stem, the
-channel mixing, all LayerNorms and the head. Two ways:
+What is tied to the number of tokens s, rows × columns of the grid in raster order, says
+so in the letters of the architecture's `AXES`. The patch size stays, and so does all
+else. Two ways:
 
 `grow` is the paper's (arXiv 2105.01601, Appendix C): K times as many patches on each
 axis. The image is cut into K×K parts, and at first each of them is processed on its
-own, exactly as the old model would. The hidden layer grows with the tokens.
+own, exactly as the old model would. The hidden layer of token mixing grows with the
+tokens.
 
 `interpolate` is ours: any other grid, with the hidden layer as wide as it was. The
 weights of a hidden unit are read as an image over the grid and resampled like one.
@@ -16,14 +17,17 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
 from mlp_mixer import known
-from mlp_mixer.fingerprints import Params
+from mlp_mixer.fingerprints import Params, leaves
+from mlp_mixer.pretrained import tree
 
 Grid = tuple[int, int]  # (rows, columns) of patches
 
 METHODS = ("grow", "interpolate")
+HIDDEN = "ds"  # the letter of token mixing's hidden units
 
 
 def resized(
@@ -91,30 +95,36 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
     h, w = _grid(params, grid)
     k = factor
 
-    def block_diagonal(kernel: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "S D"]:
-        # The tokens of a part are not neighbours in the big image's raster order: row
-        # i of part row a, column j of part column b. With one axis each, the blocks
-        # are written where the model's own order has them.
-        block = kernel.reshape(h, w, -1)
-        new = np.zeros((k, h, k, w, k * k, block.shape[-1]), kernel.dtype)
-        for a in range(k):
-            for b in range(k):
-                new[a, :, b, :, a * k + b] = block
-        return new.reshape(k * h * k * w, -1)
+    def tiled(tokens: Float[np.ndarray, "s ..."]) -> Float[np.ndarray, "t ..."]:
+        """Copies for each part, where the big image's raster order has its tokens."""
+        rest = tokens.shape[1:]
+        image = tokens.reshape(h, w, *rest)
+        return np.tile(image, (k, k, *[1] * len(rest))).reshape(-1, *rest)
 
-    def widen(mlp: Params) -> Params:
-        inward, outward = _arrays(mlp)
-        kernel = block_diagonal(outward["kernel"].T).T
-        bias = np.tile(outward["bias"].reshape(h, w), (k, k))
-        return {
-            "Dense_0": {
-                "kernel": block_diagonal(inward["kernel"]),
-                "bias": np.tile(inward["bias"], k * k),
-            },
-            "Dense_1": {"kernel": np.ascontiguousarray(kernel), "bias": bias.ravel()},
-        }
+    # The part of the image that each token of the new model belongs to.
+    a, b = np.indices((k * h, k * w))
+    parts = (a // h * k + b // w).ravel()
 
-    return _change(params, widen)
+    def change(
+        name: str, array: Float[np.ndarray, "..."], letters: tuple[str, ...]
+    ) -> Float[np.ndarray, "..."]:
+        grown = [i for i, letter in enumerate(letters) if letter in ("s", HIDDEN)]
+        new = array
+        for i in grown:
+            new = np.moveaxis(new, i, 0)
+            copies = [k * k, *[1] * (new.ndim - 1)]
+            new = tiled(new) if letters[i] == "s" else np.tile(new, copies)
+            new = np.moveaxis(new, 0, i)
+        if len(grown) > 1:  # between parts nothing is mixed
+            first, second = (
+                parts if letters[i] == "s" else np.repeat(range(k * k), array.shape[i])
+                for i in grown
+            )
+            same = np.equal.outer(first, second)
+            new = np.where(same, new, np.zeros((), new.dtype))
+        return np.ascontiguousarray(new)
+
+    return _change(params, change)
 
 
 def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> Params:
@@ -155,25 +165,23 @@ def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> 
     matrices = [_cosines(n, m) for n, m in zip(old, new_grid, strict=True)]
 
     def resample(
-        field: Float[np.ndarray, "s d"], scale: float = 1.0
-    ) -> Float[np.ndarray, "t d"]:
+        field: Float[np.ndarray, "s ..."], scale: float = 1.0
+    ) -> Float[np.ndarray, "t ..."]:
         image = field.astype(np.float64).reshape(*old, -1)
         new = scale * np.einsum("yi,xj,ijd->yxd", *matrices, image, optimize=True)
-        return new.reshape(-1, image.shape[-1]).astype(field.dtype)
+        return new.reshape(-1, *field.shape[1:]).astype(field.dtype)
 
-    def change(mlp: Params) -> Params:
-        inward, outward = _arrays(mlp)
-        scale = math.prod(old) / math.prod(new_grid)
-        return {
-            "Dense_0": {
-                "kernel": resample(inward["kernel"], scale),
-                "bias": inward["bias"],
-            },
-            "Dense_1": {
-                "kernel": np.ascontiguousarray(resample(outward["kernel"].T).T),
-                "bias": resample(outward["bias"][:, None])[:, 0],
-            },
-        }
+    def change(
+        name: str, array: Float[np.ndarray, "..."], letters: tuple[str, ...]
+    ) -> Float[np.ndarray, "..."]:
+        for i, letter in enumerate(letters):
+            if letter == "s":
+                # The inputs of a product are summed over.
+                inward = name.endswith("/kernel") and i == 0
+                scale = math.prod(old) / math.prod(new_grid) if inward else 1.0
+                resampled = resample(np.moveaxis(array, i, 0), scale)
+                array = np.ascontiguousarray(np.moveaxis(resampled, 0, i))
+        return array
 
     return _change(params, change)
 
@@ -193,34 +201,32 @@ def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return (sampled(new) * weights) @ sampled(old).T
 
 
-def _change(params: Params, change: Callable[[Params], Params]) -> Params:
-    """The tree with every block's token mixing changed; the rest is shared."""
-    return {
-        name: {**group, "token_mixing": change(group["token_mixing"])}
-        if name.startswith("MixerBlock_")
-        else group
-        for name, group in params.items()
+def _change(
+    params: Params,
+    change: Callable[[str, np.ndarray, tuple[str, ...]], np.ndarray],
+) -> Params:
+    """The tree with every array changed that has tokens or their hidden units."""
+    flat = dict(leaves(params))
+    axes = tree.layout(flat, tree.family(flat))
+    new = {
+        name: change(name, np.asarray(x), axes[name])
+        if {"s", HIDDEN} & {*axes.get(name, ())}
+        else x
+        for name, x in flat.items()
     }
-
-
-def _arrays(mlp: Params) -> tuple[Params, Params]:
-    """Dense_0 and Dense_1 of an MLP as host arrays."""
-    inward, outward = (
-        {name: np.asarray(leaf) for name, leaf in mlp[dense].items()}
-        for dense in ("Dense_0", "Dense_1")
-    )
-    return inward, outward
+    return unflatten_dict(new, sep="/")
 
 
 def _grid(params: Params, grid: Grid | None) -> Grid:
     """The grid that the parameters are for, checked."""
-    if "MixerBlock_0" not in params:
+    tokens = tree.tokens(params)
+    if tokens is None:
+        file = tree.family(tree.shapes(params))
+        letters = dict.fromkeys(x for axes in file.AXES.values() for x in axes.split())
         raise ValueError(
-            f"The parameters hold {', '.join(params) or 'nothing'}; expected a Mixer's "
-            "tree with MixerBlock_0. Try variables['params'] instead of variables."
+            f"Weights of {tree.family_name(file)} cannot be resized: no axis of theirs "
+            f"is tokens, s; they have {', '.join(letters)}."
         )
-    mlp = params["MixerBlock_0"]["token_mixing"]
-    tokens = mlp["Dense_0"]["kernel"].shape[0]
     side = math.isqrt(tokens)
     possible = ", ".join(
         f"{_said((r, tokens // r))}" for r in range(side, 0, -1) if tokens % r == 0

@@ -21,13 +21,13 @@ CHECKSUMS = "crc32"
 
 def read(
     path: str | os.PathLike[str],
-    check: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
+    check: Callable[[dict[str, np.ndarray], dict[str, str]], None] = lambda *_: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns ({name: array}, metadata); bfloat16 stays what it is.
 
     Args:
       path: the file.
-      check: raises if arrays of these names and shapes are not wanted. They are
+      check: raises if such arrays, with such metadata, are not wanted. They are
         stand-ins, from the header alone, and no other array is read before.
 
     Raises:
@@ -41,7 +41,7 @@ def read(
             names = list(file.keys())
             shapes = {name: file.get_slice(name).get_shape() for name in names}
             declared = {k: np.broadcast_to(np.float32(0), x) for k, x in shapes.items()}
-    check(declared)
+    check(declared, metadata)
     with _whole(path), safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in names}
     said = f"{path} is damaged: its checksums"

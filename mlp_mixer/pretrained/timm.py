@@ -1,7 +1,11 @@
-"""timm's `mixer_*` models: their names and ours, array by array.
+"""timm's all-MLP models: their names and ours, array by array.
 
-timm computes the exact GELU, whatever the weights were trained with; Google's, which
-it ships, were trained with the tanh approximation.
+A model's file says in `TIMM` what of it is called how there: pairs of modules, or of
+single arrays, theirs first, with {} for the number of a block. A third entry is the
+number of an array's axes in timm, where it has more, of size one.
+
+timm computes the exact GELU, whatever the weights were trained with; Google's Mixers,
+which it ships, were trained with the tanh approximation.
 """
 
 import os
@@ -11,27 +15,18 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from mlp_mixer import models
+from mlp_mixer.pretrained import tree
 from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
 
-# Their module, ours; {} is the number of the block.
-MODULES = (
-    ("stem.proj", "stem"),
-    ("blocks.{}.norm1", "MixerBlock_{}/LayerNorm_0"),
-    ("blocks.{}.mlp_tokens.fc1", "MixerBlock_{}/token_mixing/Dense_0"),
-    ("blocks.{}.mlp_tokens.fc2", "MixerBlock_{}/token_mixing/Dense_1"),
-    ("blocks.{}.norm2", "MixerBlock_{}/LayerNorm_1"),
-    ("blocks.{}.mlp_channels.fc1", "MixerBlock_{}/channel_mixing/Dense_0"),
-    ("blocks.{}.mlp_channels.fc2", "MixerBlock_{}/channel_mixing/Dense_1"),
-    ("norm", "pre_head_layer_norm"),
-    ("head", "head"),
-)
 # Axes of our array in theirs, by rank: LayerNorms and biases, torch's Linear (out, in)
 # and Conv2d (out, in, height, width).
 AXES = {1: (0,), 2: (1, 0), 4: (2, 3, 1, 0)}
@@ -40,43 +35,61 @@ WRAPPERS = r"^(?:module\.|model\.|_orig_mod\.)+"
 NESTS = ("state_dict_ema", "state_dict", "model_ema", "model")
 
 
-def our_name(name: str) -> str | None:
+def our_name(name: str, file: ModuleType) -> str | None:
     """The name in our tree of an array of timm's, in whichever wrapper; None: no such.
 
-    Of a Mixer of any depth: also a block that there is not has a name.
+    Of any depth: also a block that there is not has a name.
+
+    Args:
+      name: name in timm.
+      file: the architecture, whose `TIMM` says what is called how.
     """
-    module, _, kind = re.sub(WRAPPERS, "", name).rpartition(".")
-    number = re.search(r"\.([0-9]+)\.", module)
-    home = dict(MODULES).get(re.sub(r"\.[0-9]+\.", ".{}.", module))
-    if home is None or kind not in ("weight", "bias"):
-        return None
-    norm = module.rpartition(".")[2].startswith("norm")
-    leaf = "bias" if kind == "bias" else "scale" if norm else "kernel"
-    return f"{home.format(number and number[1])}/{leaf}"
+    bare = re.sub(WRAPPERS, "", name)
+    number = re.search(r"\.([0-9]+)\.", bare)
+    bare = re.sub(r"\.[0-9]+\.", ".{}.", bare)
+    table = {theirs: ours for theirs, ours, *_ in getattr(file, "TIMM", ())}
+    path = table.get(bare)
+    if path is None:
+        module, _, kind = bare.rpartition(".")
+        leaves = {"weight": ("kernel", "scale"), "bias": ("bias",)}.get(kind, ())
+        paths = [f"{table.get(module)}/{leaf}" for leaf in leaves]
+        path = next((p for p in paths if p.replace("{}", "*") in file.AXES), None)
+    return path and path.format(number and number[1])
 
 
-def their_name(name: str) -> str:
+def their_name(name: str, file: ModuleType) -> str:
     """The name in timm of an array of our tree; any other stays as it is."""
-    home, _, leaf = name.rpartition("/")
-    number = re.match(r"MixerBlock_([0-9]+)/", home)
-    homes = {home: module for module, home in MODULES}
-    module = homes.get(re.sub(r"^MixerBlock_[0-9]+/", "MixerBlock_{}/", home))
-    if module is None:
-        return name
-    kind = "bias" if leaf == "bias" else "weight"
-    return f"{module.format(number and number[1])}.{kind}"
+    return _theirs(name, file)[0]
 
 
-def is_timm(names: Iterable[str]) -> bool:
-    """Whether any of these is the name of an array of a timm Mixer."""
-    return any(our_name(name) is not None for name in names)
+def _theirs(name: str, file: ModuleType) -> tuple[str, int]:
+    """The name in timm, and the number of axes there; 0: as many as here."""
+    path, number = tree.matches([name], file).get(name, (name, None))
+    path = path.replace("*", "{}")
+    home, _, leaf = path.rpartition("/")
+    for theirs, ours, *axes in getattr(file, "TIMM", ()):
+        if ours in (path, home):
+            kind = "" if ours == path else ".bias" if leaf == "bias" else ".weight"
+            return f"{theirs}{kind}".format(number), axes[0] if axes else 0
+    return name, 0
 
 
-def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
+def family(names: Iterable[str]) -> ModuleType | None:
+    """The architecture that has the most arrays of timm's names; None: none has any."""
+    names = list(names)
+    counts = {
+        file: sum(our_name(name, file) is not None for name in names)
+        for file in models.FAMILIES
+    }
+    best = max(counts, key=lambda file: counts[file])
+    return best if counts[best] else None
+
+
+def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in our tree: array} of {name in timm: array}.
 
-    Names that timm's Mixer does not have (ResMLP's, gMLP's) stay as they are, for the
-    caller to refuse, and so do arrays of a rank that none has.
+    Names that timm's model does not have stay as they are, for the caller to refuse,
+    and so do arrays of a rank that none has.
 
     Raises:
       ValueError: two arrays claim one name.
@@ -84,24 +97,30 @@ def ours(arrays: Mapping[str, np.ndarray]) -> Flat:
     flat: Flat = {}
     first: dict[str, str] = {}
     for name, array in arrays.items():
-        new = our_name(name) or name
+        new = our_name(name, file) or name
         if new in first:
             raise ValueError(
                 f"there are two arrays for {brief(new)}: {brief(first[new])} and "
                 f"{brief(name)}"
             )
         first[new] = name
+        more = _theirs(new, file)[1]
+        if more and array.ndim == more:
+            ones = [axis for axis, size in enumerate(array.shape[:-1]) if size == 1]
+            array = array.squeeze(tuple(ones))
         axes = AXES.get(array.ndim) if new != name else None
         flat[new] = array if axes is None else array.transpose(axes)
     return flat
 
 
-def theirs(params: Mapping[str, np.ndarray]) -> Flat:
+def theirs(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
-    return {
-        their_name(name): array.transpose(np.argsort(AXES[array.ndim]))
-        for name, array in params.items()
-    }
+    flat: Flat = {}
+    for name, array in params.items():
+        new, more = _theirs(name, file)
+        array = array.transpose(np.argsort(AXES[array.ndim]))
+        flat[new] = array.reshape((1,) * max(0, more - array.ndim) + array.shape)
+    return flat
 
 
 def read_torch(

@@ -1,165 +1,272 @@
-"""What a parameter tree says of its model: every size stands in a shape."""
+"""What a parameter tree says of its model: every letter of `AXES` stands for a size."""
 
+import dataclasses
+import functools
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
-from mlp_mixer import models
-from mlp_mixer.fingerprints import Params, leaves
+import jax
+import jax.numpy as jnp
 
-BLOCK = {
-    "LayerNorm_0/scale": ("c",),
-    "LayerNorm_0/bias": ("c",),
-    "token_mixing/Dense_0/kernel": ("s", "ds"),
-    "token_mixing/Dense_0/bias": ("ds",),
-    "token_mixing/Dense_1/kernel": ("ds", "s"),
-    "token_mixing/Dense_1/bias": ("s",),
-    "LayerNorm_1/scale": ("c",),
-    "LayerNorm_1/bias": ("c",),
-    "channel_mixing/Dense_0/kernel": ("c", "dc"),
-    "channel_mixing/Dense_0/bias": ("dc",),
-    "channel_mixing/Dense_1/kernel": ("dc", "c"),
-    "channel_mixing/Dense_1/bias": ("c",),
-}
-ENDS = {
-    "stem/kernel": ("ph", "pw", "rgb", "c"),
-    "stem/bias": ("c",),
-    "pre_head_layer_norm/scale": ("c",),
-    "pre_head_layer_norm/bias": ("c",),
-}
-HEAD = {"head/kernel": ("c", "k"), "head/bias": ("k",)}
+from mlp_mixer import models
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.text import brief, listed
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+# The field of a model that is a letter's size, and the number of its blocks.
+FIELDS = {"*": "num_blocks", "c": "hidden_dim", "ds": "tokens_mlp_dim"} | {
+    "dc": "channels_mlp_dim"
+}
 
 
-def layout(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """{name: letters of its axes} of the official tree with as many blocks as `names`.
+@functools.lru_cache(maxsize=4)
+def variables(model: models.Model, image_size: tuple[int, int]) -> Any:
+    """Returns the shapes of a model's variables: {"params": …, "batch_stats": …}."""
+    image = jnp.zeros((1, *image_size, 3))
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), image))
 
-    Letters: patch height ph and width pw, rgb, tokens s, channels c, hidden units ds
-    of token and dc of channel mixing, classes k. With a head if `names` have a part
-    of one.
+
+def shapes(tree: Any) -> dict[str, Shape]:
+    """{path: shape} of arrays, or of what has a shape."""
+    return {name: tuple(x.shape) for name, x in leaves(tree)}
+
+
+def find(names: Iterable[str]) -> ModuleType | None:
+    """Returns the architecture that has the most arrays of these names, if any has."""
+    names = list(names)
+    counts = {file: len(matches(names, file)) for file in models.FAMILIES}
+    best = max(counts, key=lambda file: counts[file])
+    return best if counts[best] else None
+
+
+def family(names: Iterable[str]) -> ModuleType:
+    """Returns the architecture that has the most arrays of these names.
+
+    Raises:
+      ValueError: none has any.
     """
     names = list(names)
-    blocks = {
-        f"MixerBlock_{i}/{name}": axes
-        for i in range(_num_blocks(names))
-        for name, axes in BLOCK.items()
-    }
-    head = HEAD if any(name in HEAD for name in names) else {}
-    return ENDS | blocks | head
+    if (file := find(names)) is None:
+        parts = ", ".join(dict.fromkeys(name.partition("/")[0] for name in names))
+        raise ValueError(
+            f"These are the parameters of no model here ({', '.join(models.families())}"
+            f"), but {brief(parts) or 'nothing'}. Try variables['params'] instead of "
+            "variables."
+        )
+    return file
 
 
-def _num_blocks(names: Iterable[str]) -> int:
+def matches(
+    names: Iterable[str], file: ModuleType
+) -> dict[str, tuple[str, int | None]]:
+    """{name: (its path in `AXES`, the number of its block)} of those that are there."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for name in names:
+        for path, pattern in _patterns(file):
+            if match := pattern.fullmatch(name):
+                number = match[1] if pattern.groups else None
+                found[name] = path, None if number is None else int(number)
+                break
+    return found
+
+
+@functools.cache
+def _patterns(file: ModuleType) -> list[tuple[str, re.Pattern[str]]]:
+    number = "(0|[1-9][0-9]{0,8})"
+    paths = {path: re.escape(path).replace(r"\*", number) for path in file.AXES}
+    return [(path, re.compile(pattern)) for path, pattern in paths.items()]
+
+
+def layout(names: Iterable[str], file: ModuleType) -> dict[str, tuple[str, ...]]:
+    """{name: letters of its axes} of a tree with as many blocks as `names`.
+
+    It has a head if `names` have a part of one.
+    """
+    found = matches(names, file)
+    has_head = any("k" in file.AXES[path].split() for path, _ in found.values())
+    expected: dict[str, tuple[str, ...]] = {}
+    for start, paths in itertools.groupby(file.AXES, _start):
+        group = [*paths]
+        for i in range(_num_blocks(found, group) if start else 1):
+            for path in group:
+                letters = tuple(file.AXES[path].split())
+                if has_head or "k" not in letters:
+                    expected[path.replace("*", str(i))] = letters
+    return expected
+
+
+def _start(path: str) -> str:
+    """What is before the number of a block, in a path of `AXES`; "" has none."""
+    return path.partition("*")[0] if "*" in path else ""
+
+
+def _num_blocks(
+    found: Mapping[str, tuple[str, int | None]], paths: Iterable[str]
+) -> int:
     """The depth that leaves the fewest arrays missing and unexpected, at least 1.
 
     One array of a block 99 does not make 99 others missing: it is the stray one.
     """
-    matches = (re.match("MixerBlock_(0|[1-9][0-9]{0,8})/(.+)", name) for name in names)
-    arrays = Counter(int(match[1]) for match in matches if match and match[2] in BLOCK)
-    depth, there, least = 1, 0, len(BLOCK) - 2 * arrays[0]
+    size = len([*paths])
+    arrays = Counter(
+        number
+        for path, number in found.values()
+        if path in paths and number is not None
+    )
+    depth, there, least = 1, 0, size - 2 * arrays[0]
     for number in sorted(arrays):
         there += arrays[number]
         # Missing below this depth and unexpected above it, less what is constant.
-        wrong = (number + 1) * len(BLOCK) - 2 * there
+        wrong = (number + 1) * size - 2 * there
         if wrong <= least:
             depth, least = number + 1, wrong
     return depth
 
 
-def sizes(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """What each letter of `layout` stands for: the size that most arrays give it."""
+def sizes(found: Shapes, file: ModuleType) -> dict[str, int]:
+    """What each letter stands for: the size that most arrays give it."""
     votes: dict[str, Counter[int]] = {}
-    for name, axes in layout(shapes).items():
-        shape = shapes.get(name, ())
+    for name, axes in layout(found, file).items():
+        shape = found.get(name, ())
         if len(shape) == len(axes):
             for letter, size in zip(axes, shape, strict=True):
                 votes.setdefault(letter, Counter())[size] += 1
-    found = {letter: count.most_common(1)[0][0] for letter, count in votes.items()}
-    return found | {"rgb": 3}
+    sized = {letter: count.most_common(1)[0][0] for letter, count in votes.items()}
+    return sized | {"rgb": 3}
 
 
 def problems(
-    shapes: Mapping[str, Shape], called: Callable[[str], str] = str
+    found: Shapes, file: ModuleType, called: Callable[[str], str] = str
 ) -> list[str]:
     """What is unexpected, of a shape that contradicts the others, or missing.
 
     In this order: one stray array stands before all that is missing on its account.
 
     Args:
-      shapes: {name in our tree: shape}.
+      found: {name in our tree: shape}.
+      file: the architecture.
       called: the name of an array for people, by that in our tree.
     """
-    expected, found = layout(shapes), sizes(shapes)
-    unexpected = [name for name in shapes if name not in expected]
-    lines = [f"unexpected: {called(name)} {shapes[name]}" for name in unexpected]
+    expected, sized = layout(found, file), sizes(found, file)
+    unexpected = [name for name in found if name not in expected]
+    lines = [f"unexpected: {called(name)} {found[name]}" for name in unexpected]
     for name, axes in expected.items():
-        if name not in shapes:
+        if name not in found:
             continue
-        fitting = tuple(found.get(letter, "?") for letter in axes)
-        said = f"shape: {called(name)} is {shapes[name]}"
-        if 0 in shapes[name]:
+        fitting = tuple(sized.get(letter, "?") for letter in axes)
+        said = f"shape: {called(name)} is {found[name]}"
+        if 0 in found[name]:
             lines.append(f"{said}, which is empty")
-        elif shapes[name] != fitting:
+        elif found[name] != fitting:
             sides = ", ".join(f"{a}={n}" for a, n in zip(axes, fitting, strict=True))
             lines.append(f"{said}, the others say ({sides})")
     return lines + [
-        f"missing: {called(name)}" for name in expected if name not in shapes
+        f"missing: {called(name)}" for name in expected if name not in found
     ]
 
 
-def geometry(params: Params) -> dict[str, Any]:
-    """The fields of `models.mixer.MlpMixer` that follow from the shapes of a tree.
+def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
+    """The fields of a model that follow from the shapes of its parameters."""
+    sized = sizes(found, file)
+    starts = {path.partition("*")[0] for path in file.AXES if "*" in path}
+    if len(starts) == 1:
+        paths = [path for path in file.AXES if "*" in path]
+        sized["*"] = _num_blocks(matches(found, file), paths)
+    fields: dict[str, Any] = {
+        FIELDS[letter]: n for letter, n in sized.items() if letter in FIELDS
+    }
+    if {"ph", "pw"} <= sized.keys():
+        fields["patch_size"] = (sized["ph"], sized["pw"])
+    declared = models.declared(family_name(file))
+    return {field: value for field, value in fields.items() if field in declared}
+
+
+def model_of(params: Any, **given: Any) -> dict[str, Any]:
+    """Returns {"name": …} and all fields of the model that the parameters are of.
+
+    Args:
+      params: nested dicts of arrays.
+      **given: fields that no shape tells.
 
     Raises:
-      ValueError: a size stands in none of its arrays.
+      ValueError: they are of no model, or a field is told by nothing.
     """
-    shapes = _shapes(params)
-    found = sizes(shapes)
-    if not {"ph", "pw", "c", "ds", "dc"} <= found.keys():
+    found = shapes(params)
+    file = family(found)
+    if wrong := problems(found, file):
         raise ValueError(
-            "These are not the parameters of an MLP-Mixer; expected a tree with stem, "
-            f"MixerBlock_0, …, got {', '.join(params) or 'nothing'}. Try "
-            "variables['params'] instead of variables."
+            f"These are not the parameters of one {family_name(file)}:\n{listed(wrong)}"
         )
-    return {
-        "patch_size": (found["ph"], found["pw"]),
-        "num_blocks": _num_blocks(shapes),
-        "hidden_dim": found["c"],
-        "tokens_mlp_dim": found["ds"],
-        "channels_mlp_dim": found["dc"],
-        "num_classes": found.get("k"),
-    }
+    told, name = geometry(found, file), family_name(file)
+    # What no shape tells and has a default, an initial value say, is the paper's of
+    # this size.
+    row = file.SIZES.get(_nearest(file, told) or "", {})
+    declared = models.declared(name)
+    usual = {f: row[f] for f in row if declared[f].default is not dataclasses.MISSING}
+    fields = models.fields(name, **usual | told | given)
+    return {"name": variant(file, fields) or name, **fields}
 
 
-def tokens(params: Params) -> int:
-    """How many patches the token mixing is for."""
-    return sizes(_shapes(params))["s"]
-
-
-def square_image(params: Params) -> tuple[int, int] | None:
-    """(height, width) in pixels if the tokens can be a square grid, else None."""
-    side = math.isqrt(tokens(params))
-    if side * side != tokens(params):
-        return None
-    height, width = geometry(params)["patch_size"]
-    return side * height, side * width
-
-
-def variant(fields: Mapping[str, Any]) -> str | None:
-    """The key of Table 1 with these sizes, or None.
+def variant(file: ModuleType, model: Mapping[str, Any]) -> str | None:
+    """Returns the name of the size that has the fields of a model, or None.
 
     Token mixing may be K² times as wide: grown to another resolution.
     """
-    same = ("patch_size", "num_blocks", "hidden_dim", "channels_mlp_dim")
-    for name, table in models.mixer.SIZES.items():
-        if all(fields[field] == table[field] for field in same):
-            factor, rest = divmod(fields["tokens_mlp_dim"], table["tokens_mlp_dim"])
-            if not rest and math.isqrt(factor) ** 2 == factor:
+    name = _nearest(file, model)
+    return name if name and file.SIZES[name].keys() <= model.keys() else None
+
+
+def _nearest(file: ModuleType, told: Mapping[str, Any]) -> str | None:
+    """The name of the first size that contradicts none of the fields."""
+    wide = FIELDS["ds"]
+    for name, row in file.SIZES.items():
+        both = (row.keys() & told.keys()) - {wide}
+        if all(row[field] == told[field] for field in both):
+            factor, rest = divmod(told.get(wide, 1), row.get(wide, 1))
+            if wide not in told or (not rest and math.isqrt(factor) ** 2 == factor):
                 return name
     return None
 
 
-def _shapes(params: Params) -> dict[str, Shape]:
-    return {name: tuple(x.shape) for name, x in leaves(params)}
+def describe(model: Mapping[str, Any]) -> str:
+    """Returns the name of a model for people, and the sizes if no paper has them."""
+    file = models.family(model["name"])
+    return variant(file, model) or f"{family_name(file)} of {sizes_of(model)}"
+
+
+def sizes_of(model: Mapping[str, Any]) -> str:
+    """Returns the fields of a model that its paper's table has, for people."""
+    rows = models.family(model["name"]).SIZES.values()
+
+    def said(value: Any) -> str:
+        return " × ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    fields = dict.fromkeys(field for row in rows for field in row)
+    return ", ".join(f"{f} {said(model[f])}" for f in fields if f in model)
+
+
+def tokens(params: Any) -> int | None:
+    """The number of tokens that the parameters are for; None if they do not say it."""
+    found = shapes(params)
+    return sizes(found, family(found)).get("s")
+
+
+def square_image(params: Any, model: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) in pixels if the tokens make a square grid, else None."""
+    count = tokens(params)
+    if count is None or math.isqrt(count) ** 2 != count:
+        return None
+    height, width = model["patch_size"]
+    return math.isqrt(count) * height, math.isqrt(count) * width
+
+
+def family_name(file: ModuleType) -> str:
+    """The name of an architecture, that of its file."""
+    return file.__name__.rpartition(".")[2]

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,11 +19,9 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from mlp_mixer import files, known
-from mlp_mixer.data import class_names
-from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.derivatives import GELUS
-from mlp_mixer.models.model import check_divisible
+import mlp_mixer
+from mlp_mixer import files, known, models
+from mlp_mixer.fingerprints import Params, leaves
 from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,
@@ -31,7 +30,6 @@ from mlp_mixer.pretrained.normalisation import (
     fold,
     normalisation,
 )
-from mlp_mixer.pretrained.tree import Params
 from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
@@ -47,30 +45,52 @@ class Weights:
     """Parameters, and what a model needs to know besides.
 
     Attributes:
-      params: the official tree, for images in [-1, 1]: nested dicts of NumPy arrays.
+      params: the model's tree, for images in [-1, 1]: nested dicts of NumPy arrays.
       said: what they come from, for people.
-      gelu: "tanh" (the authors') or "exact" (timm's).
+      model: its name and all fields that say what it computes. Without a name: fields
+        that no shape tells; the others follow from the shapes.
+      stats: the model's other variables by collection, e.g. "batch_stats".
       image_size: (height, width) in pixels; None if the file does not say and the
         tokens make no square.
-      class_names: by class; None if they have no names.
+      class_names: names by class; None if they have none.
       preprocess: the evaluation protocol of the run; None if it is not known.
       source: the name that they were read by; None if they were made.
       normalisation: what the source's images were normalised by; folded into `params`.
+      dtype: dtype that the run computes in; float32 of any other source.
+      step: step of the run's checkpoint.
     """
 
     params: Params
     said: str
-    gelu: str = "tanh"
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stats: Params = dataclasses.field(default_factory=dict)
     image_size: tuple[int, int] | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: str | None = None
     source: str | None = None
     normalisation: Normalisation = CENTRED
+    dtype: str = "float32"
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if "name" not in self.model:
+            model = tree.model_of(self.params, **self.model)
+            object.__setattr__(self, "model", model)
 
     @property
     def called(self) -> str:
         """The source and what it is, for people."""
         return f"{self.source} ({self.said})" if self.source else self.said
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes of the head, if there is one."""
+        return len(self.params["head"]["bias"]) if "head" in self.params else None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model takes."""
+        return {"params": self.params, **self.stats}
 
 
 # --- Reading --------------------------------------------------------------------------
@@ -86,10 +106,12 @@ def read(
     *,
     dtype: str | None = "float32",
     step: int | None = None,
+    best: str | None = None,
+    more_is_better: bool = True,
     mean: Stated | None = None,
     std: Stated | None = None,
 ) -> Weights:
-    """Reads weights of any geometry from any source, for images in [-1, 1].
+    """Reads weights of any model from any source, for images in [-1, 1].
 
     Values that are not finite are reported in the log, by array. So is what is taken
     for granted of a file with timm's names that says no mean and standard deviation;
@@ -100,13 +122,15 @@ def read(
         "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
       dtype: dtype of the arrays, a key of `DTYPES`; None keeps the file's.
       step: step of a run's checkpoint; the newest intact one by default.
+      best: instead of a step, the metric whose best value chooses the checkpoint.
+      more_is_better: whether the best value of that metric is the highest.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
 
     Raises:
       FileNotFoundError: nothing is there, or a published file cannot be downloaded.
-      ValueError: damaged; of a kind that is not known; or not the parameters of an
-        MLP-Mixer: an array is missing or unexpected, or shapes contradict each other;
+      ValueError: damaged; of a kind that is not known; or not the parameters of a
+        model: an array is missing or unexpected, or shapes contradict each other;
         or the source says another normalisation than `mean` and `std`.
     """
     given = None
@@ -120,36 +144,39 @@ def read(
         )
     path = epath.Path(name).expanduser()
     if path.is_dir():
-        flat, weights = _read_run(path, step)
+        weights = _read_run(path, step, best, more_is_better)
         _check_agreed(f"{name} is a run, which", CENTRED, given)
-    elif step is not None:
-        raise ValueError(f"{name} is no run's folder: it has no step {step}.")
+    elif step is not None or best is not None:
+        wanted = f"no step {step}" if best is None else "no best checkpoint"
+        raise ValueError(f"{name} is no run's folder: it has {wanted}.")
     elif path.exists():
         if "://" in name:
             raise ValueError(f"{name} is a file elsewhere; copy it here first.")
-        flat, weights = _read_file(pathlib.Path(path), given)
+        weights = _read_file(pathlib.Path(path), given)
     elif name in published.PUBLISHED:
         _check_agreed(f"{name} is published, and", CENTRED, given)
-        flat, weights = _read_file(published.fetch(name), None)
+        weights = _read_file(published.fetch(name), None)
         weights = dataclasses.replace(weights, said="published")
     else:
-        near = known.nearest(name, published.PUBLISHED)
         raise FileNotFoundError(
             f"There are no weights {name}: no run's folder, no file, and not one of "
-            f"the published names {near}."
+            f"the published names {known.nearest(name, published.PUBLISHED)}."
         )
-    params = unflatten_dict(fold(flat, weights.normalisation), sep="/")
+    params, stats = weights.params, weights.stats
     if dtype is not None:
         params = cast(params, dtype)
-    for array, count in not_finite(params).items():
+        stats = cast(stats, "float32")
+    for array, count in not_finite({**params, **stats}).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
-    size = weights.image_size or tree.square_image(params)
-    weights = dataclasses.replace(weights, params=params, image_size=size, source=name)
-    count = tree.geometry(params)["num_classes"]
-    if weights.class_names and count not in (None, len(weights.class_names)):
+    size = weights.image_size or tree.square_image(params, weights.model)
+    weights = dataclasses.replace(
+        weights, params=params, stats=stats, image_size=size, source=name
+    )
+    classes = weights.num_classes
+    if weights.class_names and classes not in (None, len(weights.class_names)):
         raise ValueError(
             f"{name} has {len(weights.class_names):,} names of classes for a head of "
-            f"{count:,}."
+            f"{classes:,}."
         )
     if size is not None:
         check(weights)
@@ -160,38 +187,54 @@ def check(weights: Weights) -> tuple[int, int]:
     """Returns the image size, if all that a model needs to know is there and fits.
 
     Raises:
-      ValueError: the image size is not known or makes other tokens than the parameters
-        are for; there is no such GELU; or more or fewer names than classes.
+      ValueError: the image size is not known; the arrays are not those of the model at
+        this size; a field has a value that there is not; or more or fewer names than
+        classes.
     """
-    known.require(f"{weights.called}: gelu", weights.gelu, GELUS)
-    classes, names = tree.geometry(weights.params)["num_classes"], weights.class_names
+    classes, names = weights.num_classes, weights.class_names
     if classes and names and len(names) != classes:
         raise ValueError(
             f"{weights.called}: {len(names)} classes are named, but the head has "
             f"{classes}."
         )
-    count = tree.tokens(weights.params)
-    if weights.image_size is None:
+    size, count = weights.image_size, tree.tokens(weights.params)
+    if size is None:
+        why = f"{count} tokens, which make no square" if count else "any image size"
         raise ValueError(
-            f"The weights {weights.called} are for {count} tokens, which make no "
-            "square, and do not say their image size; `python -m mlp_mixer.convert "
-            "SOURCE NEW.safetensors --image_size=HEIGHT,WIDTH` writes some that do."
+            f"The weights {weights.called} are for {why}, and do not say their image "
+            "size; `python -m mlp_mixer.convert SOURCE NEW.safetensors "
+            "--image_size=HEIGHT,WIDTH` writes some that do."
         )
-    (h, w), (ph, pw) = weights.image_size, tree.geometry(weights.params)["patch_size"]
     try:
-        check_divisible((h, w), (ph, pw))
+        model = models.create(**weights.model, num_classes=classes)
+        expected = tree.shapes(tree.variables(model, size))
     except ValueError as error:
         raise ValueError(f"{weights.called}: {error}") from error
-    if (h // ph) * (w // pw) != count:
+    (h, w), (ph, pw) = size, model.patch_size
+    found = tree.shapes({"params": weights.params, **weights.stats})
+    if found == expected:
+        return h, w
+    inner = {k.removeprefix("params/"): shape for k, shape in expected.items()}
+    tokens = tree.sizes(inner, models.family(weights.model["name"])).get("s")
+    if count != tokens:
         raise ValueError(
-            f"{weights.called}: a {h}x{w} image makes {h // ph * (w // pw)} tokens of "
+            f"{weights.called}: a {h}x{w} image makes {tokens} tokens of "
             f"{ph}x{pw} pixels, but the weights are for {count}; give the image size "
             "that they were trained at."
         )
-    return h, w
+    wrong = [
+        f"{name}: got {found.get(name, 'nothing')}, "
+        f"expected {expected.get(name, 'nothing')}"
+        for name in {**found, **expected}
+        if found.get(name) != expected.get(name)
+    ]
+    raise ValueError(
+        f"{weights.called} has not the arrays of its model, "
+        f"{tree.describe(weights.model)}:\n{listed(wrong)}"
+    )
 
 
-def cast(params: Params, dtype: str) -> Params:
+def cast(params: Mapping[str, Any], dtype: str) -> Params:
     """The parameters in a dtype of `DTYPES`.
 
     Raises:
@@ -202,7 +245,7 @@ def cast(params: Params, dtype: str) -> Params:
     return unflatten_dict(flat, sep="/")
 
 
-def not_finite(params: Params) -> dict[str, int]:
+def not_finite(params: Mapping[str, Any]) -> dict[str, int]:
     """{array: how many of its values are infinite or not a number}, where any is."""
     counts = {
         name: int(x.size - np.isfinite(np.asarray(x, np.float32)).sum())
@@ -211,106 +254,177 @@ def not_finite(params: Params) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _read_run(folder: epath.Path, step: int | None) -> tuple[Flat, Weights]:
+def _read_run(
+    folder: epath.Path, step: int | None, best: str | None, more_is_better: bool
+) -> Weights:
+    from mlp_mixer import checkpoint, workdir  # only a run needs Orbax
+
     if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
         raise FileNotFoundError(
             f"{folder} holds no run (no config.json and checkpoints). Name a folder "
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
-    # Here, not above: `import mlp_mixer.pretrained` must not load Orbax.
-    from mlp_mixer import checkpoint, recipe
-
-    config = recipe.read(folder / "config.json")
-    names = class_names.of_run(folder / "class_names.json", config.dataset.num_classes)
-    step, params = checkpoint.restore_params(folder / "checkpoints", step=step)
-    flat = _checked(dict(leaves(params)), folder)
+    config = workdir.load(folder)
+    names = workdir.load_class_names(folder, config.dataset.num_classes)
+    at, variables = checkpoint.restore_variables(
+        folder / "checkpoints", step=step, best=best, more_is_better=more_is_better
+    )
+    model = config.model.to_dict()
     sections = config.evals.values()
     kinds = ((section.type, section.preprocess) for section in sections)
-    return flat, Weights(
-        {},
-        f"run at step {step}",
-        gelu=config.model.gelu,
-        image_size=config.model.image_size,
+    return Weights(
+        variables.pop("params"),
+        f"run at step {at}",
+        image_size=model.pop("image_size"),
+        model=model,
+        stats=variables,
         class_names=tuple(names) if names else None,
         preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
+        dtype=config.run.dtype,
+        step=at,
     )
 
 
-def _read_file(path: pathlib.Path, given: Normalisation | None) -> tuple[Flat, Weights]:
-    """The arrays and what is said of them, with no normalisation folded yet."""
+def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
+    """The arrays and what is said of them, with the normalisation folded."""
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
 
-    def check_declared(arrays: Flat) -> None:
-        _checked(arrays, path)
+    def check_declared(arrays: Flat, metadata: Mapping[str, str]) -> None:
+        _checked(arrays, _known(metadata, path), path)
 
     if suffix == ".npz":
-        arrays = npz.read(path, check_declared)
+        arrays, metadata = npz.read(path, check_declared)
     elif suffix == ".safetensors":
         arrays, metadata = safetensors.read(path, check_declared)
     elif suffix in TORCH_SUFFIXES:
-        arrays = timm.read_torch(path, check_declared)
+        arrays = timm.read_torch(path, lambda arrays: check_declared(arrays, {}))
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
             f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
-    fields = _known(metadata.get(METADATA, "{}"), path)
-    flat = _checked(arrays, path)
+    fields = _known(metadata, path)
+    flat, stats, file, is_timm = _checked(arrays, fields, path)
     kind = f"{suffix[1:]} file"
-    if timm.is_timm(arrays):
-        kind, fields = f"{kind}, timm's names", {"gelu": "exact", **fields}
+    model = fields.pop("model", {})
+    fields.pop("stats", None)
+    if is_timm:
+        kind = f"{kind}, timm's names"
+        if "gelu" in models.declared(tree.family_name(file)):
+            model = {"gelu": "exact", **model}
+    images = given or CENTRED
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
-    elif timm.is_timm(arrays):
-        return flat, _of_timm(path, flat, kind, given)
-    return flat, Weights({}, kind, normalisation=given or CENTRED, **fields)
+    elif is_timm:
+        kind, images, said = _of_timm(path, flat, kind, given, file)
+        model |= said.pop("model")
+        fields |= said
+    return Weights(
+        unflatten_dict(fold(flat, images), sep="/"),
+        kind,
+        model=model,
+        stats=unflatten_dict(stats, sep="/"),
+        normalisation=images,
+        **fields,
+    )
 
 
-def _checked(arrays: Flat, source: object) -> Flat:
-    """The arrays of one Mixer, by their names in our tree.
+def _checked(
+    arrays: Flat, fields: Mapping[str, Any], source: object
+) -> tuple[Flat, Flat, ModuleType, bool]:
+    """The parameters and statistics of one model, by their names in our tree.
+
+    Returns:
+      Parameters, statistics, the architecture, and whether the names were timm's.
 
     Raises:
-      ValueError: they are not; names what is wrong as the source does.
+      ValueError: they are none; names what is wrong as the source does.
     """
-    is_timm = timm.is_timm(arrays)
+    theirs = timm.family(arrays)
+    file = theirs or tree.find(arrays)
+    if "name" in fields.get("model", {}):
+        file = models.family(fields["model"]["name"])
+    if file is None:
+        strange = [f"unexpected: {name} {x.shape}" for name, x in arrays.items()]
+        raise ValueError(
+            f"{source} does not hold the parameters of a model that is known here "
+            f"({', '.join(models.families())}):\n{listed(strange)}"
+        )
     try:
-        flat = timm.ours(arrays) if is_timm else arrays
+        flat = dict(arrays) if theirs is None else timm.ours(arrays, file)
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
-    called = _in_timm if is_timm else str
-    expected = tree.layout(flat)
+
+    def called(name: str) -> str:
+        its = timm.their_name(name, file) if theirs else name
+        return name if its == name else f"{its} as {name}"
+
+    starts = tuple(f"{collection}/" for collection in fields.get("stats", ()))
+    stats = {name: flat.pop(name) for name in [*flat] if name.startswith(starts)}
+    expected = tree.layout(flat, file)
     wrong = [
         f"dtype: {called(name)} is {x.dtype}, expected floats"
         for name, x in flat.items()
         if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
-    wrong += tree.problems({name: x.shape for name, x in flat.items()}, called)
+    found = {name: x.shape for name, x in flat.items()}
+    wrong += tree.problems(found, file, called)
+    stated = fields.get("model", {})
+    if not wrong and "name" in stated:
+        wrong = [
+            f"{field}: {stated[field]} is said, the arrays have {value}"
+            for field, value in tree.geometry(found, file).items()
+            if stated[field] != value
+        ]
     if wrong:
+        name = tree.family_name(file)
         raise ValueError(
-            f"{source} does not hold the parameters of one MLP-Mixer:\n{listed(wrong)}"
+            f"{source} does not hold the parameters of one {name}:\n{listed(wrong)}"
         )
-    return flat
+    return flat, stats, file, theirs is not None
 
 
-def _in_timm(name: str) -> str:
-    theirs = timm.their_name(name)
-    return name if theirs == name else f"{theirs} as {name}"
-
-
-def _known(metadata: str, path: pathlib.Path) -> dict[str, Any]:
+def _known(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
     """Fields of `Weights` from our metadata, as far as this version has them."""
     try:
-        said = files.parse_json(metadata, "what it says")
-        fields = {field: said[field] for field in KNOWN if field in said}
+        said = files.parse_json(metadata.get(METADATA, "{}"), "what it says")
+        number = said.get("format", 1)
+        if type(number) is int and number > FORMAT:
+            writer = brief(str(said.get("version", "a later version")), 60)
+            raise _LaterError(
+                f"{path} has the format {number}, written by mlp_mixer {writer}; this "
+                f"version reads the formats 1 to {FORMAT}. Read it with the version "
+                "that wrote it, or a later one."
+            )
+        fields = {field: said[field] for field in _FITS if field in said}
         for field, value in fields.items():
             if not _FITS[field](value):
                 raise ValueError(f"{field} is {brief(value)}")
+        if model := _tuples(fields.pop("model", {})):
+            name = model.pop("name")
+            fields["model"] = {"name": name, **models.fields(name, **model)}
+            fields.pop("gelu", None)
+        elif gelu := fields.pop("gelu", None):  # format 1, which had Mixers alone
+            fields["model"] = {"gelu": gelu}
+    except _LaterError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
     for field in {"image_size", "class_names"} & fields.keys():
         fields[field] = tuple(fields[field])
     return fields
+
+
+class _LaterError(ValueError):
+    """A file is of a format that only a later version knows."""
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -328,11 +442,16 @@ def _check_agreed(
 
 
 def _of_timm(
-    path: pathlib.Path, flat: Flat, kind: str, given: Normalisation | None
-) -> Weights:
+    path: pathlib.Path,
+    flat: Flat,
+    kind: str,
+    given: Normalisation | None,
+    file: ModuleType,
+) -> tuple[str, Normalisation, dict[str, Any]]:
     """Of a file that somebody else wrote: what its config.json says, and what not."""
     config, why = hub.beside(path), f"no {hub.NAME} is beside it"
-    if config is not None and not config.is_of_a_mixer():
+    name = tree.family_name(file)
+    if config is not None and not config.is_of(name):
         why = f"{config.path} is of a {config.architecture}"
         config = None
     elif config is not None:
@@ -350,18 +469,13 @@ def _of_timm(
             "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
             *(path, why, CENTRED, config.gelu or "exact", path),
         )
-    return Weights(
-        {},
-        kind,
-        gelu=config.gelu or "exact",
-        normalisation=images or CENTRED,
-        **_fitting(config, flat),
-    )
+    said = {"model": {"gelu": config.gelu} if config.gelu else {}}
+    return kind, images or CENTRED, said | _fitting(config, flat, file)
 
 
-def _fitting(config: hub.Config, flat: Flat) -> dict[str, Any]:
+def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]:
     """The image size and the names of classes that fit the arrays; others are said."""
-    sides = tree.sizes({name: x.shape for name, x in flat.items()})
+    sides = tree.sizes(tree.shapes(flat), file)
     classes, fields = sides.get("k"), dict[str, Any]()
     if classes and config.num_classes not in (None, classes):
         raise ValueError(
@@ -390,21 +504,42 @@ def _fitting(config: hub.Config, flat: Flat) -> dict[str, Any]:
 
 # --- Writing --------------------------------------------------------------------------
 
-# Of a safetensors file: JSON of these fields of `Weights`, as far as they are known.
-METADATA = "mlp_mixer"
-KNOWN = ("gelu", "image_size", "class_names", "preprocess")
+# JSON of these fields of `Weights`, as far as they are known, and of the format: in a
+# safetensors file's metadata, and as an array of bytes in an npz file that is not of a
+# published architecture. Format 1, which does not say so, has Mixers: "gelu" and no
+# "model".
+METADATA, FORMAT = "mlp_mixer", 2
+KNOWN = ("model", "stats", "image_size", "class_names", "preprocess")
 _FITS: dict[str, Callable[[Any], bool]] = {
+    "model": lambda value: (
+        isinstance(value, dict) and isinstance(value.get("name"), str)
+    ),
     "gelu": lambda value: isinstance(value, str),
+    "stats": lambda value: _is_list(value, str),
     "image_size": lambda value: _is_list(value, int) and len(value) == 2,
     "class_names": lambda value: _is_list(value, str),
     "preprocess": lambda value: isinstance(value, str),
 }
 
 
+def _metadata(weights: Weights) -> dict[str, str]:
+    said = {"format": FORMAT, "version": mlp_mixer.__version__}
+    # The versions that know no "model" read this alone.
+    said |= {"gelu": weights.model["gelu"]} if "gelu" in weights.model else {}
+    values = {field: getattr(weights, field) for field in KNOWN}
+    values["stats"] = list(weights.stats) or None
+    said |= {field: value for field, value in values.items() if value is not None}
+    return {METADATA: json.dumps(said)}
+
+
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
-    """Writes the published layout, float32, which the authors' code loads as it is."""
+    """Writes float32 in the published layout, which the authors' code loads as it is.
+
+    Files of an architecture that nobody has published so say what they are besides.
+    """
     with files.writing(path) as file:
-        npz.write(file, dict(leaves(weights.params)))
+        metadata = {} if published.is_of(weights.model["name"]) else _metadata(weights)
+        npz.write(file, dict(leaves(weights.params | weights.stats)), metadata)
 
 
 def write_safetensors(
@@ -415,15 +550,20 @@ def write_safetensors(
     Args:
       weights: to write.
       path: the file to write.
-      names: "ours", those of the official tree, or "timm".
+      names: "ours", those of our tree, or "timm".
+
+    Raises:
+      ValueError: timm has no such architecture.
     """
     known.require("names", names, NAMES)
-    flat = dict(leaves(weights.params))
-    metadata = {
-        field: value
-        for field in KNOWN
-        if (value := getattr(weights, field)) is not None
-    }
-    flat = timm.theirs(flat) if names == "timm" else flat
-    with files.writing(path) as file:
-        file.write(safetensors.dumps(flat, {METADATA: json.dumps(metadata)}))
+    flat = dict(leaves(weights.params | weights.stats))
+    if names == "timm":
+        file = models.family(weights.model["name"])
+        if not hasattr(file, "TIMM"):
+            raise ValueError(
+                f"timm has no names for {tree.describe(weights.model)}; leave "
+                "--names=timm out."
+            )
+        flat = timm.theirs(flat, file)
+    with files.writing(path) as out:
+        out.write(safetensors.dumps(flat, _metadata(weights)))

@@ -647,5 +647,5 @@ def test_a_new_grid_has_rows_and_columns():
 
 @every_call
 def test_variables_instead_of_parameters_are_refused(call):
-    with pytest.raises(ValueError, match=r"hold params; expected.*\['params'\]"):
+    with pytest.raises(ValueError, match=r"but params\. Try variables\['params'\]"):
         call({"params": mixer_for((3, 4))}, (3, 4))

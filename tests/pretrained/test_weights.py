@@ -26,6 +26,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import unflatten_dict
 
+import mlp_mixer
 from mlp_mixer import models, pretrained, runs, train
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.pretrained import timm, tree
@@ -63,7 +64,7 @@ def test_a_round_trip_is_bitwise(form, weights, tmp_path):
     assert_bitwise(again.params, weights.params)
     assert again.image_size == (16, 16)
     if form != "npz":  # which is pure arrays, as published
-        known = ("gelu", "class_names")
+        known = ("model", "class_names")
         assert all(getattr(again, f) == getattr(weights, f) for f in known)
 
 
@@ -75,16 +76,16 @@ def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     # Of the right shape, and of four bytes.
     flat = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in leaves(shapes)}
-    back = timm.ours(timm.theirs(flat))
+    back = timm.ours(timm.theirs(flat, models.mixer), models.mixer)
     assert {k: x.shape for k, x in back.items()} == {
         k: x.shape for k, x in flat.items()
     }
     params = unflatten_dict(back, sep="/")
-    assert not tree.problems({k: x.shape for k, x in back.items()})
-    fields = pretrained.geometry(params)
+    assert not tree.problems({k: x.shape for k, x in back.items()}, models.mixer)
+    fields = pretrained.model_of(params)
+    assert fields.pop("name") == name
     assert all(getattr(model, field) == value for field, value in fields.items())
-    assert pretrained.variant(fields) == name
-    assert pretrained.square_image(params) == (224, 224)
+    assert pretrained.square_image(params, fields) == (224, 224)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_the_current_layout_loads_with_a_prefix(prefix, make_params, tmp_path):
 def test_a_timm_model_agrees_with_its_recorded_logits():
     """Recorded from timm, whose GELU is exact; see tests/golden/README.md."""
     weights = pretrained.read(GOLDEN / "timm_mixer.safetensors")
-    assert weights.gelu == "exact"
+    assert weights.model["gelu"] == "exact"
     assert weights.image_size is None  # 4 × 6 patches
     model = pretrained.create_model(weights)
     with np.load(GOLDEN / "timm_mixer.npz") as recorded:
@@ -221,7 +222,7 @@ def test_a_timm_model_agrees_with_its_recorded_logits():
 
 @pytest.mark.parametrize("wrapper", ["module.", "model._orig_mod."])
 def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
-    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
     whole = {f"{wrapper}{k}": np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     assert_bitwise(pretrained.load(tmp_path / "w.safetensors"), weights.params)
@@ -230,13 +231,13 @@ def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
 @pytest.mark.parametrize("nest", [None, "state_dict", "model"])
 def test_a_torch_state_dict_loads(nest, weights, tmp_path):
     torch = pytest.importorskip("torch")
-    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
     state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}
     state["stem.proj.bias"] = state["stem.proj.bias"].bfloat16()
     path = tmp_path / "w.pth"
     torch.save({nest: state, "epoch": 3} if nest else state, path)
     read = pretrained.read(path, dtype=None)
-    assert read.gelu == "exact"
+    assert read.model["gelu"] == "exact"
     rounded = read.params["stem"].pop("bias")
     expected = weights.params["stem"].pop("bias")
     np.testing.assert_array_equal(rounded, expected.astype(ml_dtypes.bfloat16))
@@ -347,7 +348,7 @@ def test_nothing_is_folded_for_our_own_images(foreign):
 
 def test_a_folded_stem_of_bfloat16_is_kept_in_float32(weights, tmp_path):
     params = pretrained.cast(weights.params, "bfloat16")
-    arrays = timm.theirs(dict(leaves(params)))
+    arrays = timm.theirs(dict(leaves(params)), models.mixer)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     folded = pretrained.read(tmp_path / "w.safetensors", dtype=None, mean=0.3, std=0.2)
@@ -391,12 +392,12 @@ def test_a_config_says_gelu_image_size_and_classes_too(foreign):
     tanh = {"img_size": [32, 48], "act_layer": "gelu_tanh"}
     config_beside(foreign, hub_config(0, 1, model_args=tanh, label_names=names))
     weights = pretrained.read(foreign)
-    assert (weights.gelu, weights.image_size) == ("tanh", (32, 48))
+    assert (weights.model["gelu"], weights.image_size) == ("tanh", (32, 48))
     assert weights.class_names == tuple(names)
     numbered = {str(i): name for i, name in reversed(list(enumerate(names)))}
     config_beside(foreign, hub_config(0, 1, label_names=numbered))
     weights = pretrained.read(foreign)
-    assert (weights.gelu, weights.class_names) == ("exact", tuple(names))
+    assert (weights.model["gelu"], weights.class_names) == ("exact", tuple(names))
 
 
 def test_what_a_config_says_that_does_not_fit_is_passed_by_aloud(foreign, caplog):
@@ -503,7 +504,7 @@ def test_a_run_gives_its_weights_and_what_it_knows(tiny, tmp_path):
     weights = pretrained.read(tmp_path / "run")
     assert_bitwise(weights.params, jax.device_get(state.params))
     assert weights.said == "run at step 12"
-    assert (weights.gelu, weights.image_size) == ("tanh", (16, 16))
+    assert (weights.model["gelu"], weights.image_size) == ("tanh", (16, 16))
     assert (weights.class_names, weights.preprocess) == (None, "vision_transformer")
     with pytest.raises(FileNotFoundError, match="There is no checkpoint 3"):
         pretrained.read(tmp_path / "run", step=3)
@@ -547,7 +548,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(form, weights, tmp_path):
         else:
             assert_bitwise(again.params, weights.params)
             assert again.image_size == weights.image_size
-            assert form == "npz" or again.gelu == weights.gelu
+            assert form == "npz" or again.model["gelu"] == weights.model["gelu"]
     assert refused > 0.5 * len(places)
 
 
@@ -647,7 +648,7 @@ def a_consistent_mixer_of_zeros(path, flat):
     """Of the right shapes, and so large as no file of its size can be."""
     sizes = {"ph": 4, "pw": 4, "rgb": 3, "s": 16, "ds": 4, "c": 2**14, "dc": 2**14}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, axes in tree.layout(["MixerBlock_0/x"]).items():
+        for name, axes in tree.layout(["MixerBlock_0/x"], models.mixer).items():
             shape = tuple(sizes[axis] for axis in axes)
             with file.open(f"{name}.npy", "w") as member:
                 member.write(npy(np.zeros(0), shape=shape))
@@ -823,7 +824,7 @@ TORCH_BOMBS = {
 def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
     torch = pytest.importorskip("torch")
     make, message = TORCH_BOMBS[kind]
-    arrays = timm.theirs(dict(leaves(make_params(hidden_dim=128))))
+    arrays = timm.theirs(dict(leaves(make_params(hidden_dim=128))), models.mixer)
     tensors = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
     torch.save(make(torch, tensors), tmp_path / "w.pth")
     assert_refused_cheaply(tmp_path / "w.pth", message)
@@ -839,7 +840,7 @@ def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_torch_archive_is_as_torch_writes_it(change, message, weights, tmp_path):
     torch = pytest.importorskip("torch")
-    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
     state = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
     torch.save(state, tmp_path / "good.pth")
     with zipfile.ZipFile(tmp_path / "good.pth") as good:
@@ -887,7 +888,7 @@ def test_missing_unexpected_and_contradicting_arrays_are_one_error(weights, tmp_
 def test_one_stray_array_is_the_one_that_is_named(weights, tmp_path):
     """Not all that would have to be there if it belonged there."""
     ours = dict(leaves(weights.params))
-    forms = {"npz": ours, "ours": ours, "timm": timm.theirs(ours)}
+    forms = {"npz": ours, "ours": ours, "timm": timm.theirs(ours, models.mixer)}
     strays = {
         "ours": [
             "MixerBlock_12/LayerNorm_0/scale",
@@ -945,7 +946,7 @@ def test_one_stray_array_is_the_one_that_is_named(weights, tmp_path):
 def test_one_wrong_array_is_named_as_its_file_names_it(
     name, array, said, weights, tmp_path
 ):
-    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
     arrays.pop(name)
     if array is not None:
         arrays[name] = array
@@ -982,14 +983,14 @@ def test_another_model_altogether_is_told_in_twenty_lines(tmp_path):
 
 def test_another_architecture_is_refused_by_name(weights, tmp_path):
     """ResMLP's blocks of timm have other parts."""
-    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
     arrays["blocks.0.ls1"] = np.zeros(8, np.float32)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.ls1 \(8,\)"):
         pretrained.read(tmp_path / "w.safetensors")
     np.savez(tmp_path / "nothing.npz", a=np.zeros(3))
-    with pytest.raises(ValueError, match="missing: stem/kernel"):
+    with pytest.raises(ValueError, match=r"known here \(mixer.*\n  unexpected: a"):
         pretrained.read(tmp_path / "nothing.npz")
 
 
@@ -1025,7 +1026,7 @@ def test_an_array_with_and_without_a_prefix_is_there_twice(stray, weights, tmp_p
 
 
 def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
-    arrays = timm.theirs(dict(leaves(weights.params)))
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
     arrays["model.stem.proj.bias"] = np.zeros(8, np.float32)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
@@ -1065,7 +1066,7 @@ def test_metadata_that_cannot_be_is_refused(known, said, weights, tmp_path):
     # A field of a later version is passed by.
     later = {"mlp_mixer": '{"gelu": "exact", "depth": 3}'}
     safetensors.numpy.save_file(flat, path, metadata=later)
-    assert pretrained.read(path).gelu == "exact"
+    assert pretrained.read(path).model["gelu"] == "exact"
 
 
 def test_damaged_checksums_are_damage(weights, tmp_path):
@@ -1145,11 +1146,16 @@ def test_metadata_is_json_of_what_is_known(weights, tmp_path):
     with safetensors.safe_open(path, "np") as file:
         known = json.loads(file.metadata()["mlp_mixer"])
     assert known == {
-        "gelu": "exact",
+        "format": 2,
+        "version": mlp_mixer.__version__,
+        "gelu": "exact",  # for versions that know no "model"
+        "model": json.loads(json.dumps(weights.model)),
         "image_size": [16, 16],
         "class_names": list("abcdefghij"),
         "preprocess": "timm",
     }
+    assert weights.model["name"] == "mixer"
+    assert weights.model["patch_size"] == (4, 4)
 
 
 def test_names_for_another_number_of_classes_are_refused(weights, tmp_path):

@@ -1,0 +1,214 @@
+"""Weights of an architecture that this package has never seen: what its file declares
+is enough for every form, for another resolution, for the programs.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import toy_family
+
+from mlp_mixer import convert, export, models, pretrained, runs, workdir
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.pretrained import resize, timm, tree
+
+
+@pytest.fixture(autouse=True)
+def declared(monkeypatch):
+    """Its line in `FAMILIES`."""
+    monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, toy_family))
+
+
+def toy(image_size=(16, 24), **fields):
+    """Weights of a small one, every array random."""
+    given = {"patch_size": (4, 4), "num_blocks": 2, "hidden_dim": 6} | fields
+    model = models.create("toy_family", num_classes=10, **given)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32),
+        dict(tree.variables(model, image_size)),
+    )
+    named = {"name": "toy_family", **models.fields("toy_family", **given)}
+    return pretrained.Weights(
+        variables.pop("params"),
+        "made",
+        model=named,
+        stats=variables,
+        image_size=image_size,
+        class_names=tuple("abcdefghij"),
+    )
+
+
+def assert_bitwise(got, expected):
+    got, expected = dict(leaves(got)), dict(leaves(expected))
+    assert got.keys() == expected.keys()
+    assert all(x.tobytes() == expected[name].tobytes() for name, x in got.items())
+
+
+def test_statistics_go_round_all_forms_bitwise(tmp_path):
+    """From each form into the next."""
+    made = toy(power="two")
+    pretrained.write_safetensors(made, tmp_path / "0.safetensors")
+    last = tmp_path / "0.safetensors"
+    for target in ("1.npz", "run", "2.safetensors", "3.safetensors"):
+        report = convert.convert(last, tmp_path / target)
+        last = tmp_path / target
+        assert report["max |Δlogit|"] == "0.0e+00"
+        again = pretrained.read(last)
+        assert_bitwise(again.params, made.params)
+        assert_bitwise(again.stats, made.stats)
+        assert (again.model, again.image_size) == (made.model, (16, 24))
+        assert again.class_names == made.class_names
+    assert set(made.stats["batch_stats"]) == {"ToyBlock_0", "ToyBlock_1"}
+
+
+def test_another_array_than_the_models_is_named(tmp_path):
+    weights = toy()
+    del weights.stats["batch_stats"]["ToyBlock_1"]["norm"]["var"]
+    pretrained.write_safetensors(weights, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="arrays of its model") as error:
+        pretrained.read(tmp_path / "w.safetensors")
+    assert str(error.value).splitlines()[1:] == [
+        "  batch_stats/ToyBlock_1/norm/var: got nothing, expected (6,)"
+    ]
+
+
+def test_metadata_that_contradict_the_arrays_are_refused(tmp_path):
+    weights = dataclasses.replace(toy(), model=toy().model | {"num_blocks": 10**9})
+    pretrained.write_safetensors(weights, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="num_blocks: 1000000000 is said, the arrays"):
+        pretrained.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("form", ["w.npz", "w.safetensors"])
+def test_a_later_format_says_which_version_wrote_it(form, tmp_path, monkeypatch):
+    from mlp_mixer.pretrained import weights as module
+
+    monkeypatch.setattr(module, "FORMAT", 3)
+    monkeypatch.setattr("mlp_mixer.__version__", "7.0")
+    write = pretrained.write_npz if form == "w.npz" else pretrained.write_safetensors
+    write(toy(), tmp_path / form)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"format 3, written by mlp_mixer 7\.0; this"):
+        pretrained.read(tmp_path / form)
+
+
+def test_statistics_have_their_checksums_too(tmp_path):
+    weights = toy()
+    path = tmp_path / "w.safetensors"
+    pretrained.write_safetensors(weights, path)
+    value = weights.stats["batch_stats"]["ToyBlock_0"]["norm"]["mean"]
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.find(value.tobytes())] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match="wrong bits in batch_stats/ToyBlock_0/norm"):
+        pretrained.read(path)
+
+
+def test_the_paper_says_what_no_shape_tells(tmp_path):
+    """Of parameters alone: the size that they have, and the fields of its row."""
+    params = toy(num_blocks=3, hidden_dim=16).params
+    assert pretrained.model_of(params)["name"] == "toy_l"
+    assert pretrained.model_of(params)["start"] == 0.2
+    other = pretrained.model_of(toy().params, power="two")
+    assert (other["name"], other["start"], other["power"]) == ("toy_family", 0.5, "two")
+    assert pretrained.create_model(params).num_blocks == 3
+
+
+def test_timms_names_are_what_its_file_says(tmp_path, caplog):
+    """Without statistics, which no file of timm's that is read here has."""
+    made = dataclasses.replace(toy(image_size=(16, 16)), stats={})
+    pretrained.write_safetensors(made, tmp_path / "t.safetensors", names="timm")
+    arrays = safetensors.numpy.load_file(tmp_path / "t.safetensors")
+    assert arrays["blocks.1.gamma"].shape == (1, 1, 6)
+    assert arrays["blocks.1.toy.weight"].shape == (16, 16)
+    expected = made.params["ToyBlock_1"]["mix"]["kernel"].T
+    np.testing.assert_array_equal(arrays["blocks.1.toy.weight"], expected)
+    flat = timm.ours(arrays, toy_family)
+    assert flat.keys() == dict(leaves(made.params)).keys()
+    for name, array in leaves(made.params):
+        np.testing.assert_array_equal(flat[name], array)
+    assert timm.family(arrays) is toy_family
+
+
+def in_parts(image, k):
+    h, w = (side // k for side in image.shape[1:3])
+    return [
+        image[:, a * h : (a + 1) * h, b * w : (b + 1) * w]
+        for a in range(k)
+        for b in range(k)
+    ]
+
+
+def test_what_mixes_tokens_with_tokens_grows_as_each_part_alone():
+    weights = toy()
+    big = pretrained.resized(weights, (32, 48), "grow")
+    assert big.params["ToyBlock_0"]["mix"]["kernel"].shape == (96, 96)
+    assert big.model == weights.model
+    image = jax.random.uniform(jax.random.key(1), (2, 32, 48, 3), minval=-1)
+    apply = pretrained.create_model(weights).apply
+    parts = [apply(weights.variables, part)[0] for part in in_parts(image, 2)]
+    whole = pretrained.create_model(big).apply(big.variables, image)[0]
+    np.testing.assert_allclose(whole, np.mean(parts, 0), rtol=1e-4)
+
+
+def test_interpolation_of_a_square_matrix_and_back_is_the_identity():
+    weights = toy()
+    up = pretrained.resized(weights, (24, 32), "interpolate")
+    back = pretrained.resized(up, (16, 24), "interpolate")
+    for (name, a), (_, b) in zip(
+        leaves(back.params), leaves(weights.params), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
+    # A constant image stays what it was, summed over more tokens.
+    image = jnp.full((1, 24, 32, 3), 0.3)
+    small = pretrained.create_model(weights).apply(
+        weights.variables, image[:, :16, :24]
+    )
+    large = pretrained.create_model(up).apply(up.variables, image)
+    assert np.isfinite(large[0]).all()
+    assert large[0].shape == small[0].shape
+
+
+def test_without_tokens_among_its_letters_nothing_is_resized(monkeypatch):
+    axes = {path: x.replace("s s", "t t") for path, x in toy_family.AXES.items()}
+    axes["ToyBlock_*/mix/bias"] = "t"
+    monkeypatch.setattr(toy_family, "AXES", axes)
+    tree._patterns.cache_clear()
+    with pytest.raises(ValueError, match="toy_family cannot be resized: no axis") as e:
+        resize.grow(toy().params, 2)
+    assert str(e.value).endswith("they have ph, pw, rgb, c, t, k.")
+    # And what is tied to the resolution by two letters is found by its shape.
+    monkeypatch.setitem(axes, "ToyBlock_*/mix/bias", "s")
+    with pytest.raises(
+        ValueError, match=r"but not by tokens, s: ToyBlock_0/mix/kernel"
+    ):
+        pretrained.resized(toy(), (32, 48), "grow")
+
+
+def test_the_programs_take_it(tmp_path, caplog):
+    pytest.importorskip("flatbuffers")
+    pytest.importorskip("onnx")
+    weights = toy()
+    runs.write(weights, tmp_path / "run")
+    saved = workdir.load(tmp_path / "run").model
+    assert (saved.name, saved.power) == ("toy_family", "one")
+    found = export.export_stablehlo(
+        pretrained.read(tmp_path / "run"), tmp_path / "t.stablehlo"
+    )
+    assert all(one.difference <= one.allowed for one in found)
+    about = json.loads((tmp_path / "t.stablehlo.json").read_text())
+    assert (about["model"], about["num_blocks"]) == ("toy_family", 2)
+    with pytest.raises(ValueError, match="no ONNX graph of toy_family, only of mixer"):
+        export.export_onnx(weights, tmp_path / "t.onnx")
+    model = runs.open_model(tmp_path / "run")
+    image = np.random.default_rng(0).integers(0, 256, (8, 16, 24, 3), np.uint8)
+    out = model.predict(model.variables, {"image": image})
+    expected, _ = pretrained.create_model(weights).apply(
+        weights.variables, (jnp.float32(image) - 127.5) / 127.5
+    )
+    np.testing.assert_allclose(out["logits"], expected, rtol=1e-5)
