@@ -83,6 +83,18 @@ FACTS = {
             "head/kernel": (0, 0.02),
         },
     ),
+    "gmlp": Facts(
+        # timm's counts and initial values.
+        {"gmlp_ti16": 5_867_328, "gmlp_s16": 19_422_656, "gmlp_b16": 73_075_392},
+        {
+            "stem/bias": (0, 0),
+            "GMlpBlock_0/Dense_0/kernel": (0, (2 / (128 + 768)) ** 0.5),
+            "GMlpBlock_0/Dense_0/bias": (0, 1e-6),
+            "GMlpBlock_0/gating/Dense_0/kernel": (0, 1e-6),
+            "GMlpBlock_0/gating/Dense_0/bias": (1, 0),
+            "head/kernel": (0, 0),
+        },
+    ),
     "smlpnet": Facts(
         # Of the authors' code; in the paper's table 24.1, 48.6, 65.9 and 19.2 million.
         {
