@@ -140,8 +140,8 @@ def _draw(
             name=name,
             examples=examples,
             shown=shown,
-            images=[examples.image(i) for i in shown],
-            truths=[examples.labels(i) for i in shown],
+            images=[examples.image(int(i)) for i in shown],
+            truths=[examples.labels(int(i)) for i in shown],
             class_names=run.class_names,
         )
         path.write_bytes(visualize.png(figure))

@@ -130,7 +130,7 @@ def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
     return jax.tree.map(lambda leaf: cut(mesh, leaf), tree)
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
     """Passes if a batch can be cut evenly.
 
     Args:
@@ -163,7 +163,8 @@ def put(tree: Any, mesh: Mesh) -> Any:
     Raises:
       ValueError: the devices do not divide the batch.
     """
-    check_batch(mesh, len(jax.tree.leaves(tree)[0]) * jax.process_count())
+    count = len(jax.tree.leaves(tree)[0]) * jax.process_count()
+    check_batch(mesh, count, accumulate=1)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
     )
@@ -177,7 +178,7 @@ def place(tree: Any, shardings: Any) -> Any:
       shardings: as `shardings` gives them, for each.
     """
 
-    def one(x, sharding):
+    def one(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(one, tree, shardings)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from mlp_mixer import known, losses, sharding
+from mlp_mixer.fingerprints import PyTree
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -53,7 +54,7 @@ def state_shapes(
     mesh: Mesh,
     example: Example,
     *,
-    strategy: str = "replicated",
+    strategy: str,
 ) -> TrainState:
     """The state as shapes with shardings: the target of init, restore and compile.
 
@@ -111,7 +112,14 @@ def init_state(
     return init(_stream(seed, INIT), given)
 
 
-def _init(model, tx, rng, example, params=None, stats=None):
+def _init(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    rng: Array,
+    example: Example,
+    params: PyTree = None,
+    stats: PyTree = None,
+) -> TrainState:
     variables = model.init(rng, jnp.zeros(example["image"].shape))
     fresh = variables.pop("params")
     params = fresh if params is None else params
@@ -123,7 +131,7 @@ def _init(model, tx, rng, example, params=None, stats=None):
 INIT, TRAIN = range(2)
 
 
-def _stream(seed, name):
+def _stream(seed: int, name: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), name)
 
 
@@ -135,8 +143,8 @@ def make_train_step(
     *,
     loss: str,
     seed: int,
-    mixup: float = 0.0,
-    accumulate: int = 1,
+    mixup: float,
+    accumulate: int,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, donating the state.
 
@@ -167,7 +175,9 @@ def make_train_step(
     loss_fn = known.pick("loss", loss, losses.LOSSES)
     shardings = jax.tree.map(lambda a: a.sharding, target)
 
-    def objective(params, stats, batch, rng):
+    def objective(
+        params: PyTree, stats: PyTree, batch: Batch, rng: Array
+    ) -> tuple[Array, PyTree]:
         (logits, out), stats = model.apply(
             {"params": params, **stats},
             batch["image"],
@@ -179,7 +189,9 @@ def make_train_step(
 
     differentiated = jax.value_and_grad(objective, has_aux=True)
 
-    def gradients(params, stats, batch, rng):
+    def gradients(
+        params: PyTree, stats: PyTree, batch: Batch, rng: Array
+    ) -> tuple[tuple[Array, PyTree], PyTree]:
         """(loss, statistics), gradient."""
         if accumulate == 1:
             return differentiated(params, stats, batch, rng)
@@ -192,7 +204,7 @@ def make_train_step(
             sharding.batch(mesh, axis=1),
         )
 
-        def add(carry, micro):
+        def add(carry: PyTree, micro: PyTree) -> tuple[PyTree, None]:
             total, stats = carry
             (value, stats), grads = differentiated(params, stats, *micro)
             return (jax.tree.map(jnp.add, total, (value, grads)), stats), None
@@ -203,7 +215,7 @@ def make_train_step(
         value, grads = jax.tree.map(lambda x: x / accumulate, total)
         return (value, stats), grads
 
-    def train_step(state, batch):
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sharding.check_batch(mesh, len(batch["image"]), accumulate)
         rng = jax.random.fold_in(_stream(seed, TRAIN), state.step)
         mixup_rng, model_rng = jax.random.split(rng)
@@ -243,7 +255,7 @@ def make_predict(
       outputs: entries of the model's `out` that are returned beside the logits.
     """
 
-    def predict(variables, batch):
+    def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
         variables = sharding.gathered(mesh, variables)
         logits, out = model.apply(variables, value_range(batch["image"]))
         return {"logits": logits, **{name: out[name] for name in outputs}}

@@ -171,7 +171,9 @@ class Bench:
         self.target = self._target(ours)
 
     def _target(self, model):
-        return steps.state_shapes(model, self.tx, self.mesh, self.example)
+        return steps.state_shapes(
+            model, self.tx, self.mesh, self.example, strategy="replicated"
+        )
 
     def _jitted(self, kind: str, model: Any) -> tuple[Any, tuple]:
         cut = sharding.batch(self.mesh)
@@ -192,6 +194,7 @@ class Bench:
             loss=self.job.loss,
             seed=0,
             mixup=self.job.mixup,
+            accumulate=1,
         )
         return step, (self.target, {"image": image, "label": label})
 

@@ -180,9 +180,13 @@ class Bench:
             image_size=(self.args.image_size,) * 2,
             batch_size=self.args.batch,
             seed=0,
+            crop="inception",
+            flip=True,
+            shift=0,
             randaugment_layers=layers,
             randaugment_magnitude=self.args.magnitude,
             workers=workers,
+            max_broken_images=0,
         )
 
     def _peer(self, layers: int) -> Iterator[Any]:

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlp_mixer import recipe
+from mlp_mixer.data import pipeline
+
 # JSON that something happened to.
 DAMAGED = {
     "empty": b"",
@@ -102,3 +105,14 @@ def run_pair(program, name, arguments, folders=(None, None), seconds=300):
     ]
     said = [process.communicate(timeout=seconds)[0] for process in pair]
     return [process.returncode for process in pair], said
+
+
+def train_batches(source, **fields):
+    """`pipeline.train_batches` with the fields of `recipe.base()` but for these."""
+    return pipeline.train_batches(source, **dict(recipe.base().input) | fields)
+
+
+def eval_batches(source, **fields):
+    """`pipeline.eval_batches` with the preprocessing of `recipe.evaluation`."""
+    preprocess = recipe.evaluation("").preprocess
+    return pipeline.eval_batches(source, **{"preprocess": preprocess} | fields)

@@ -394,12 +394,12 @@ def test_it_predicts_the_same_from_a_file_in_every_form(trained, tmp_path, root)
     _, folder = trained
     expected = variables_of(folder)
     fields = pretrained.read(folder).model
-    source = folder
-    for name in ("w.safetensors", "w.npz", "run"):
-        convert.convert(source, tmp_path / name)
+    for name in ("w.npz", "w.safetensors", "run"):
         source = tmp_path / name
+        convert.convert(folder, source)
         assert_same(variables_of(source), expected)
-        assert pretrained.read(source).model == fields
+        if name != "w.npz":  # the authors' files hold arrays alone
+            assert pretrained.read(source).model == fields
     photos = [root / "docs" / "digits"]
     one, other = (
         list(predict.predict(x, photos, preprocess="timm")) for x in (folder, source)

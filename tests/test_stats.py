@@ -45,9 +45,15 @@ def begin(devices=1, **fields):
         Normalised(),
         optimisers.create(learning_rate=0.1, total_steps=10, warmup_steps=0),
     )
-    target = steps.state_shapes(model, tx, mesh, EXAMPLE)
+    target = steps.state_shapes(model, tx, mesh, EXAMPLE, strategy="replicated")
     step = steps.make_train_step(
-        model, tx, mesh, target, loss="softmax_xent", seed=0, **fields
+        model,
+        tx,
+        mesh,
+        target,
+        loss="softmax_xent",
+        seed=0,
+        **{"mixup": 0.0, "accumulate": 1} | fields,
     )
     return mesh, step, steps.init_state(model, tx, target, EXAMPLE, seed=0)
 
@@ -102,7 +108,7 @@ def test_a_run_may_begin_with_the_statistics_of_its_weights():
         sharding.make_mesh(8),
         optimisers.create(learning_rate=0.1, total_steps=9, warmup_steps=0),
     )
-    target = steps.state_shapes(Normalised(), tx, mesh, EXAMPLE)
+    target = steps.state_shapes(Normalised(), tx, mesh, EXAMPLE, strategy="replicated")
     for given in (None, stats):
         state = steps.init_state(
             Normalised(), tx, target, EXAMPLE, seed=7, params=drawn.params, stats=given
@@ -130,7 +136,7 @@ def test_statistics_are_saved_and_no_statistics_leave_no_trace(model, tmp_path):
         sharding.make_mesh(8),
         optimisers.create(learning_rate=0.1, total_steps=9, warmup_steps=0),
     )
-    target = steps.state_shapes(model, tx, mesh, EXAMPLE)
+    target = steps.state_shapes(model, tx, mesh, EXAMPLE, strategy="replicated")
     state = steps.init_state(model, tx, target, EXAMPLE, seed=7)
     with checkpoint.Checkpointer(tmp_path, every_steps=1) as saver:
         saver.save(1, state)

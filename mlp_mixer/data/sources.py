@@ -133,7 +133,7 @@ class _TfdsSource:
         name: str,
         builder: tfds.core.DatasetBuilder,
         split: str,
-        label: str = "label",
+        label: str,
     ):
         info = builder.info
         features = dict(info.features)
@@ -457,7 +457,7 @@ def _size(path: str) -> int:
 
 def _open_digits(_: str, split: str, **options: Any) -> Source:
     builder = preparation.prepare_digits(options["data_dir"])
-    return _TfdsSource("digits", builder, split)
+    return _TfdsSource("digits", builder, split, "label")
 
 
 def _open_synthetic(_: str, split: str, **options: Any) -> Source:

@@ -101,7 +101,7 @@ class Accuracy:
         preprocess: str,
         batch_size: int,
         every_steps: int,
-        ece_bins: int = 0,
+        ece_bins: int,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         data_dir: str | None = None,
@@ -143,7 +143,7 @@ class Accuracy:
         self._ece_bins = ece_bins
         loss_fn = losses.LOSSES[loss]
 
-        def keep(out, batch):
+        def keep(out: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
             logits = out["logits"]
             target = losses.targets(batch["label"], logits.shape[-1])
             top = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]

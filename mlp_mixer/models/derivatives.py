@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from mlp_mixer.models.model import Run
 
 
-def add_bias(x: Float[Array, "..."], bias: Float[Array, " c"], axis: int = -1):
+def add_bias(x: Float[Array, "..."], bias: Float[Array, " c"], axis: int = -1) -> Array:
     """Adds `bias` along `axis` of `x`; written out, so that rank promotion can be
     forbidden in tests.
     """
@@ -44,7 +44,9 @@ def layer_norm(
     return _layer_norm_fwd(x, scale, bias, epsilon)[0]
 
 
-def _layer_norm_fwd(x, scale, bias, epsilon):
+def _layer_norm_fwd(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
     z = x.astype(jnp.float32)
     mean = z.mean(-1, keepdims=True)
     variance = jnp.maximum(0.0, (z * z).mean(-1, keepdims=True) - mean * mean)
@@ -54,7 +56,9 @@ def _layer_norm_fwd(x, scale, bias, epsilon):
     return y.astype(x.dtype), (x, mean, r, scale)
 
 
-def _layer_norm_bwd(epsilon, residuals, dy):
+def _layer_norm_bwd(
+    epsilon: float, residuals: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, Array]:
     del epsilon
     x, mean, r, scale = residuals
     dy = dy.astype(jnp.float32)
@@ -97,7 +101,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=True)
 
 
-def _gelu_bwd(x, dy):
+def _gelu_bwd(x: Array, dy: Array) -> tuple[Array]:
     # Written with the logistic function on purpose: it shares no subexpression with
     # the forward pass, so the compiler has nothing to keep but x itself.
     z = x.astype(jnp.float32)
@@ -121,12 +125,12 @@ GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # a plain transpose into the product: the barrier keeps it a copy of its own.
 
 
-def _transposed(x):
+def _transposed(x: Array) -> Array:
     return lax.optimization_barrier(x.T)
 
 
 @jax.custom_vjp
-def _map_rows(x, kernel):
+def _map_rows(x: Array, kernel: Array) -> Array:
     """x (m, c), kernel (c, d) -> (m, d), with a fast weight gradient on CPU."""
     return x @ kernel
 
@@ -138,7 +142,7 @@ _map_rows.defvjp(
 
 
 @jax.custom_vjp
-def _map_columns(x, kernel):
+def _map_columns(x: Array, kernel: Array) -> Array:
     """x (s, m), kernel (s, d) -> (d, m), fast on CPU."""
     return _transposed(kernel) @ x
 

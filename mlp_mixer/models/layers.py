@@ -9,6 +9,7 @@ The letters are the same everywhere: `n` images (batch), `h w` image height and 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -107,13 +108,13 @@ class MlpBlock(nn.Module):
 def uniform(limit: float) -> Initializer:
     """Returns the initialiser that draws from ±limit, as torch's layers begin."""
 
-    def init(key, shape, dtype):
+    def init(key: Array, shape: Sequence[int], dtype: Any) -> Array:
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
     return init
 
 
-def _dropout(rng, rate, x):
+def _dropout(rng: Array | None, rate: float, x: Array) -> Array:
     if rng is None:
         return x
     keep = jax.random.bernoulli(rng, 1 - rate, x.shape)

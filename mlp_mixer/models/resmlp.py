@@ -68,7 +68,7 @@ class ResMlpBlock(nn.Module):
         y = channel_mixing(Affine(name="Affine_1")(x), second)
         return x + self._scaled("scale_1", y)
 
-    def _scaled(self, name, y):
+    def _scaled(self, name: str, y: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
         start = nn.initializers.constant(self.layer_scale)
         scale = self.param(name, start, y.shape[-1:], jnp.float32)
         return (y * scale.reshape(1, 1, -1)).astype(y.dtype)

@@ -86,7 +86,7 @@ def _scan(
     }
     stats = [kind for kind in given if kind != "params"]
 
-    def body(x, layer):
+    def body(x: Any, layer: Any) -> tuple[Any, Any]:
         variables, noise = layer
         x, updated = block.apply(variables, x, noise, mutable=stats)
         return x, (x, updated)
@@ -104,7 +104,7 @@ def _scan(
 def _cast(trees: list[Any], run: Run) -> list[Any]:
     """Kernels in the dtype of products, so that those of bfloat16 are stacked in it."""
 
-    def cast(path, leaf):
+    def cast(path: Any, leaf: Any) -> Any:
         return leaf.astype(run.dtype) if path[-1].key == "kernel" else leaf
 
     return [jax.tree_util.tree_map_with_path(cast, tree) for tree in trees]

@@ -8,9 +8,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import set_up
 from golden import cases
 
-from mlp_mixer.data import decoding, image_ops, pipeline, sources
+from mlp_mixer.data import decoding, image_ops, sources
 
 SUMS, _ = cases.load()
 ODD = cases.odd_images()
@@ -73,7 +74,7 @@ EVERYTHING = Files([data for data, _ in ODD.values()] + list(cases.PHOTOS.values
 
 
 def test_odd_images_pass_through_training(caplog):
-    batches = pipeline.train_batches(
+    batches = set_up.train_batches(
         EVERYTHING,
         image_size=(64, 64),
         batch_size=len(EVERYTHING),
@@ -92,7 +93,7 @@ def test_odd_images_pass_through_training(caplog):
 
 @pytest.mark.parametrize("protocol", image_ops.PROTOCOLS)
 def test_odd_images_pass_through_evaluation(protocol, caplog):
-    (batch,) = pipeline.eval_batches(
+    (batch,) = set_up.eval_batches(
         EVERYTHING,
         image_size=(224, 224),
         batch_size=len(EVERYTHING),
@@ -382,7 +383,7 @@ def warned(caplog):
 
 def test_training_counts_and_names_every_damaged_file(folder, caplog):
     arguments = {"image_size": (16, 16), "batch_size": 25, "seed": 0, "crop": "resize"}
-    batches = pipeline.train_batches(
+    batches = set_up.train_batches(
         folder, flip=False, max_broken_images=len(DAMAGED), **arguments
     )
     good = image_ops.resize(decoding.decode(JPEG), (16, 16))
@@ -397,7 +398,7 @@ def test_training_counts_and_names_every_damaged_file(folder, caplog):
         list(
             zip(
                 range(3),
-                pipeline.train_batches(folder, max_broken_images=limit, **arguments),
+                set_up.train_batches(folder, max_broken_images=limit, **arguments),
                 strict=False,
             )
         )
@@ -407,7 +408,7 @@ def test_training_counts_and_names_every_damaged_file(folder, caplog):
 
 @pytest.mark.parametrize("protocol", ["big_vision", "timm"])
 def test_evaluation_counts_and_names_every_damaged_file(folder, protocol, caplog):
-    batches = pipeline.eval_batches(
+    batches = set_up.eval_batches(
         folder, image_size=(16, 16), batch_size=7, preprocess=protocol
     )
     rows = [batch["mask"] for batch in batches]
@@ -421,7 +422,7 @@ def test_evaluation_counts_and_names_every_damaged_file(folder, protocol, caplog
 @pytest.mark.parametrize("wrong", [-1, 4, 1000])
 def test_a_wrong_label_is_counted_and_named(wrong, caplog):
     source = Files([JPEG] * 4, labels=[0, 1, wrong, 3])
-    batches = pipeline.train_batches(
+    batches = set_up.train_batches(
         source, image_size=(16, 16), batch_size=8, seed=0, max_broken_images=1
     )
     for _ in range(3):
@@ -430,14 +431,14 @@ def test_a_wrong_label_is_counted_and_named(wrong, caplog):
     assert [message in m for m in warned(caplog)] == [True]
 
     caplog.clear()
-    (batch,) = pipeline.eval_batches(source, image_size=(16, 16), batch_size=4)
+    (batch,) = set_up.eval_batches(source, image_size=(16, 16), batch_size=4)
     assert batch["mask"].tolist() == [True, True, False, True]
     assert batch["label"].tolist() == [0, 1, 0, 3]
     assert [message in m for m in warned(caplog)] == [True]
 
     with pytest.raises(ValueError, match=r"max_broken_images=0 (.|\n)*<file 2>"):
         list(
-            pipeline.train_batches(
+            set_up.train_batches(
                 source, image_size=(16, 16), batch_size=8, seed=0, max_broken_images=0
             )
         )
@@ -446,4 +447,4 @@ def test_a_wrong_label_is_counted_and_named(wrong, caplog):
 def test_unlabelled_data_end_a_training_run():
     source = Files([JPEG] * 4, labels=[-1] * 4)
     with pytest.raises(ValueError, match="wrongly labelled"):
-        next(pipeline.train_batches(source, image_size=(16, 16), batch_size=4, seed=0))
+        next(set_up.train_batches(source, image_size=(16, 16), batch_size=4, seed=0))

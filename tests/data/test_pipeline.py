@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import set_up
 from PIL import Image
 
 from mlp_mixer.data import decoding, image_ops, pipeline, sources
@@ -67,7 +68,7 @@ def with_broken(n, *broken):
 def train(source, steps, **kwargs):
     """The first batches of a stream, as one dict of rows."""
     kwargs = {"image_size": (8, 8), "batch_size": 8, "seed": 0} | kwargs
-    batches = list(itertools.islice(pipeline.train_batches(source, **kwargs), steps))
+    batches = list(itertools.islice(set_up.train_batches(source, **kwargs), steps))
     return {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
 
 
@@ -105,7 +106,7 @@ def test_processes_share_the_same_global_batches(source, count, crop):
 
 
 def stream(source, count, index, crop):
-    return pipeline.train_batches(
+    return set_up.train_batches(
         source,
         image_size=(8, 8),
         batch_size=8,
@@ -296,7 +297,7 @@ def test_grey_images_get_three_channels(shape):
 def test_impossible_arguments_are_refused_at_once(wrong, message):
     arguments = {"image_size": (8, 8), "batch_size": 8, "seed": 0} | wrong
     with pytest.raises(ValueError, match=message):
-        pipeline.train_batches(noise(9, 8, 8, 3), **arguments)
+        set_up.train_batches(noise(9, 8, 8, 3), **arguments)
 
 
 def test_the_next_good_image_stands_in_for_a_broken_one(caplog):
@@ -357,7 +358,7 @@ def test_only_unreadable_images_are_broken_not_faults_of_the_program(caplog):
         return train(source, 8, **PLAIN)["label"]
 
     def evaluate_once(source):
-        return list(pipeline.eval_batches(source, image_size=(8, 8), batch_size=8))
+        return list(set_up.eval_batches(source, image_size=(8, 8), batch_size=8))
 
     for run in (train_once, evaluate_once):
         source = FailsOnce(noise(7, 8, 8, 3).images)
@@ -377,7 +378,7 @@ def test_every_example_is_counted_once(n, batch_size, count):
     source = noise(n, 12, 10, 3)
     parts = [
         list(
-            pipeline.eval_batches(
+            set_up.eval_batches(
                 source,
                 image_size=(8, 8),
                 batch_size=batch_size,
@@ -418,7 +419,7 @@ def test_evaluation_follows_its_protocol(protocol):
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), "uint8")
     data = io.BytesIO()
     Image.fromarray(photo).save(data, "jpeg")
-    (batch,) = pipeline.eval_batches(
+    (batch,) = set_up.eval_batches(
         Listed([data.getvalue()]), image_size=(8, 12), batch_size=2, preprocess=protocol
     )
     dct = "accurate" if protocol == "timm" else "fast"
@@ -441,7 +442,7 @@ class Several(Listed):
 def test_several_labels_travel_as_one_bool_per_class():
     images = [*noise(7, 8, 8, 3).images, None]
     source = Several(images)
-    (batch,) = pipeline.eval_batches(source, image_size=(8, 8), batch_size=10)
+    (batch,) = set_up.eval_batches(source, image_size=(8, 8), batch_size=10)
     assert (batch["label"].dtype, batch["label"].shape) == (np.bool_, (10, 8))
     expected = [np.arange(8) < i % 3 for i in range(7)]
     np.testing.assert_array_equal(batch["label"][:7], expected)
@@ -455,14 +456,14 @@ def test_several_labels_travel_as_one_bool_per_class():
 
 def test_an_unknown_protocol_is_refused_at_once():
     with pytest.raises(ValueError, match="big_vision"):
-        pipeline.eval_batches(
+        set_up.eval_batches(
             noise(3, 8, 8, 3), image_size=(8, 8), batch_size=2, preprocess="bigvision"
         )
 
 
 def test_a_broken_image_is_not_counted_but_reported(caplog):
     source = with_broken(9, 3, 8)
-    batches = list(pipeline.eval_batches(source, image_size=(8, 8), batch_size=4))
+    batches = list(set_up.eval_batches(source, image_size=(8, 8), batch_size=4))
     rows = {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
     assert rows["index"].tolist() == [*range(9), -1, -1, -1]
     broken = ~rows["mask"] & (rows["index"] >= 0)
@@ -493,7 +494,9 @@ def main(folder, when, how):
         signal.signal(signum, lambda *_: stop.set())
     source = sources.open_source(f"folder:{folder}", "all")
     batches = pipeline.train_batches(
-        source, image_size=(8, 8), batch_size=8, seed=0, workers=2
+        source, image_size=(8, 8), batch_size=8, seed=0, workers=2, crop="inception",
+        flip=True, shift=0, randaugment_layers=0, randaugment_magnitude=0,
+        max_broken_images=0,
     )
     if when == "starting":
         threading.Thread(target=tell, args=[1]).start()

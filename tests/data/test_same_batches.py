@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import set_up
 from golden import cases
 
-from mlp_mixer.data import pipeline, sources
+from mlp_mixer.data import sources
 
 EVERYTHING = {
     "image_size": (48, 48),
@@ -33,7 +34,7 @@ def photos(tmp_path_factory):
 
 
 def batches(source, seed=7, **kwargs):
-    stream = pipeline.train_batches(source, seed=seed, **(EVERYTHING | kwargs))
+    stream = set_up.train_batches(source, seed=seed, **(EVERYTHING | kwargs))
     taken = list(itertools.islice(stream, STEPS))
     return {k: np.stack([batch[k] for batch in taken]) for k in taken[0]}
 

@@ -388,10 +388,10 @@ def test_the_fingerprint_of_a_prepared_set_tells_version_shards_and_classes(
     shard = next(folder.glob("*train.array_record-00001*"))
     shard.write_bytes(shard.read_bytes() + bytes(64))
     source = sources._TfdsSource(
-        "named_digits", tfds.builder_from_directory(folder), "test"
+        "named_digits", tfds.builder_from_directory(folder), "test", "label"
     )
     whole = sources._TfdsSource(
-        "named_digits", tfds.builder_from_directory(folder), "train+test"
+        "named_digits", tfds.builder_from_directory(folder), "train+test", "label"
     )
     assert sources.fingerprint(whole)["shards"][shard.name] == {
         "examples": one["shards"][shard.name]["examples"],

@@ -39,6 +39,7 @@ def make(mesh, count, batch_size, loss="softmax_xent", split="test"):
     section = {
         "type": "accuracy",
         "every_steps": 1,
+        "ece_bins": 0,
         "batch_size": batch_size,
         "preprocess": "vision_transformer",
         "dataset": {
@@ -184,7 +185,7 @@ def of_labels(monkeypatch, labels, logits, devices, **fields):
         preprocess="vision_transformer",
         batch_size=4,
         every_steps=1,
-        **fields,
+        **{"ece_bins": 0} | fields,
     )
 
 
@@ -275,6 +276,7 @@ def of_colours(greys, class_names, dataset, data_dir=None):
         preprocess="vision_transformer",
         batch_size=16,
         every_steps=1,
+        ece_bins=0,
         num_classes=len(greys),
         class_names=class_names,
         data_dir=data_dir,

@@ -476,9 +476,18 @@ def trained(change):
     model = MlpMixer(patch_size=(2, 2), **SMALL | {"tokens_mlp_dim": wide})
     mesh = sharding.make_mesh(1)
     tx, _ = optimisers.create(learning_rate=1e-2, total_steps=100, warmup_steps=0)
-    target = steps.state_shapes(model, tx, mesh, pipeline.example((side, side)))
+    target = steps.state_shapes(
+        model, tx, mesh, pipeline.example((side, side)), strategy="replicated"
+    )
     train_step = steps.make_train_step(
-        model, tx, mesh, target, loss="softmax_xent", seed=0
+        model,
+        tx,
+        mesh,
+        target,
+        loss="softmax_xent",
+        seed=0,
+        mixup=0.0,
+        accumulate=1,
     )
     rng = np.random.default_rng(0)
     batch = {
