@@ -542,6 +542,19 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
         npz.write(file, dict(leaves(weights.params | weights.stats)), metadata)
 
 
+def lost_in_npz(weights: Weights) -> dict[str, Any]:
+    """What a reader of `write_npz` takes for something else: {field: value}."""
+    if not published.is_of(weights.model["name"]):
+        return {}
+    again = Weights(weights.params, "")
+    lost = {k: v for k, v in weights.model.items() if type(v) is str}
+    lost = {k: v for k, v in lost.items() if k != "name" and v != again.model[k]}
+    size = weights.image_size
+    if size and size != tree.square_image(weights.params, weights.model):
+        lost["image_size"] = f"{size[0]} × {size[1]} px"
+    return lost
+
+
 def write_safetensors(
     weights: Weights, path: str | os.PathLike[str], *, names: str = "ours"
 ) -> None:
