@@ -11,6 +11,7 @@ import literal_mixer
 import numpy as np
 import optimisers
 import pytest
+import set_up
 
 from mlp_mixer import sharding, steps
 from mlp_mixer.data import pipeline
@@ -120,18 +121,8 @@ compiled = functools.cache(Program)
 
 @functools.cache
 def random_params():
-    """On the host. All random: a zero head would leave nothing to learn below it."""
-    model = MlpMixer(**FIELDS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        x = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return x / np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
-        return np.float32(path[-1].key == "scale") + np.float32(0.1) * x
-
-    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+    """Without a head of zeros, which would leave nothing to learn below it."""
+    return set_up.random_params(MlpMixer(**FIELDS), SIZE, seed=0)
 
 
 @functools.cache

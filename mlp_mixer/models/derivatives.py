@@ -8,6 +8,7 @@ grow with depth, and GELU's keeps several activations instead of its input alone
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -57,7 +58,7 @@ def _layer_norm_fwd(
 
 
 def _layer_norm_bwd(
-    epsilon: float, residuals: tuple[Array, ...], dy: Array
+    epsilon: float, residuals: tuple[Any, ...], dy: Array
 ) -> tuple[Array, Array, Array]:
     del epsilon
     x, mean, r, scale = residuals
