@@ -69,7 +69,7 @@ class Program:
         **fields,
     ):
         self.mesh = sharding.make_mesh(devices)
-        self.model, self.tx = model_of(**fields), optimiser(**optim)
+        self.model, self.tx = model_of(self.mesh, **fields), optimiser(**optim)
         self.target = steps.state_shapes(
             self.model, self.tx, self.mesh, EXAMPLE, strategy=strategy
         )
@@ -110,9 +110,9 @@ class Program:
         return jax.device_get((state, metrics))
 
 
-def model_of(*, flat=False, scan=False, remat="none", **fields):
+def model_of(mesh, *, flat=False, scan=False, remat="none", **fields):
     """`flat` as on one CPU, whatever devices the step is for."""
-    mesh = sharding.make_mesh(1) if flat else None
+    mesh = sharding.make_mesh(1) if flat else mesh if mesh.size > 1 else None
     return MlpMixer(**FIELDS | fields, run=Run(scan=scan, remat=remat, mesh=mesh))
 
 
