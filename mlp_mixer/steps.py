@@ -225,7 +225,8 @@ def make_train_step(
         image = value_range(batch["image"])
         label = losses.targets(batch["label"], model.num_classes)
         if mixup:
-            image, label = losses.mixup(mixup_rng, image, label, mixup)
+            mixed = losses.mixup(mixup_rng, image, label, mixup)
+            image, label = sharding.constrained(mixed, sharding.batch(mesh))
         batch = {**batch, "image": image, "label": label}
         (value, stats), grads = gradients(state.params, state.stats, batch, model_rng)
         grads = sharding.constrained(grads, shardings.params)
