@@ -178,18 +178,15 @@ def _write_as(
     suffix: str, weights: pretrained.Weights, target: str, names: str
 ) -> None:
     if suffix == ".npz":
-        again = pretrained.model_of(weights.params)
-        for field, value in weights.model.items():
-            if isinstance(value, str) and value != again.get(field):
-                logger.warning("npz does not say that %s is %s.", field, value)
-        if weights.image_size != pretrained.square_image(weights.params, again):
+        lost = pretrained.lost_in_npz(weights)
+        for field, value in lost.items():
             logger.warning(
-                "npz does not say that images are %s px; safetensors does.",
-                describe(weights)["resolution"].removesuffix(" px"),
+                "npz does not say that %s is %s; safetensors does.", field, value
             )
         pretrained.write_npz(weights, target)
     elif suffix == ".safetensors":
-        if names == "timm" and (gelu := weights.model.get("gelu")) != "exact":
+        gelu = weights.model.get("gelu", "exact")
+        if names == "timm" and gelu != "exact":
             logger.warning(
                 "timm computes the exact GELU, these weights are for %s: give its "
                 "model act_layer=functools.partial(torch.nn.GELU, approximate='tanh').",

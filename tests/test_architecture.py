@@ -431,6 +431,28 @@ print(*sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
     assert not {*heavy.split(), "tensorflow", "torch", "cv2", "matplotlib"} & {*loaded}
 
 
+def test_weights_load_what_they_need_when_they_are_read():
+    """`from mlp_mixer import pretrained` loads no heavy dependency but Flax's own."""
+    doors = [name for name in DOORS if "." not in name]
+    script = f"""
+import sys
+import flax.linen
+before = {{*sys.modules}}
+from mlp_mixer import pretrained
+print(*sorted(set({doors}) & (sys.modules.keys() - before)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
 def test_every_door_stands_for_a_module_that_can_exist():
     """A misspelt door would forbid its own module, and only one day."""
     for doors in DOORS.values():

@@ -6,7 +6,7 @@ import re
 import jax
 import pytest
 
-from mlp_mixer import evaluators, experiment, losses, recipe, sharding
+from mlp_mixer import evaluators, experiment, losses, models, recipe, sharding
 from mlp_mixer.data import image_ops, pipeline, preparation, sources
 from mlp_mixer.data.preparation import vtab
 from mlp_mixer.evaluators import fewshot
@@ -19,6 +19,7 @@ RECIPES = [
     ("mixer_b16", "imagenet21k"),
     ("mixer_h14", "jft300m"),
     ("digits", ""),
+    *((f"family/{name}", "") for name in models.families() if name != "mixer"),
     ("finetune/digits", ""),
     ("finetune/digits", "select"),
     ("finetune/imagenet2012", ""),

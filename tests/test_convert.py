@@ -139,7 +139,7 @@ def test_an_unknown_resolution_is_asked_for(weights, make_params, tmp_path, capl
     assert pretrained.read(tmp_path / "run").image_size == (8, 12)
     convert.convert(tmp_path / "w.npz", tmp_path / "w.safetensors")
     convert.convert(tmp_path / "run", tmp_path / "again.npz")
-    assert "npz does not say that images are 8 × 12 px" in caplog.text
+    assert "npz does not say that image_size is 8 × 12 px" in caplog.text
 
 
 def test_nothing_is_overwritten_and_unknown_endings_teach(source, tmp_path):

@@ -11,10 +11,10 @@ what such a file declares.
 import dataclasses
 from numbers import Integral
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
-from mlp_mixer.models import mixer
+from mlp_mixer.models import gmlp, mixer, resmlp, smlpnet
 from mlp_mixer.models.model import Model, Run
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "names",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (mixer,)
+FAMILIES: tuple[ModuleType, ...] = (mixer, resmlp, gmlp, smlpnet)
 
 
 def families() -> dict[str, ModuleType]:
@@ -125,12 +125,16 @@ def create(
 
 def _check_size(field: str, value: Any, kind: Any) -> None:
     """Raises ValueError unless a size has values that a model can be made of."""
-    if kind not in (int, tuple[int, int]):
+    if kind is int:
+        numbers, expected = (value,), "a whole number from 1"
+    elif get_origin(kind) is tuple:
+        count = len(get_args(kind))
+        numbers = value if isinstance(value, tuple) and len(value) == count else (None,)
+        two = "(height, width), e.g. (16, 16)"
+        expected = two if count == 2 else f"{count} whole numbers from 1"
+    else:
         return
-    two = kind is not int
-    numbers = value if two and isinstance(value, tuple) else (value,)
-    if len(numbers) != 1 + two or not all(map(_is_count, numbers)):
-        expected = "(height, width), e.g. (16, 16)" if two else "a whole number from 1"
+    if not all(map(_is_count, numbers)):
         raise ValueError(f"{field} is {value!r}; expected {expected}.")
 
 

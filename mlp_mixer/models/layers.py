@@ -9,6 +9,7 @@ The letters are the same everywhere: `n` images (batch), `h w` image height and 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -104,6 +105,15 @@ class MlpBlock(nn.Module):
         h = _dropout(rngs[0], self.dropout, h)
         y = dense(y.shape[self.axis], name="Dense_1")(h)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
+
+
+def uniform(limit: float) -> Initializer:
+    """Returns the initialiser that draws from ±limit, as torch's layers begin."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
 
 
 def _dropout(rng: Array | None, rate: float, x: Array) -> Array:

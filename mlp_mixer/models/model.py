@@ -125,7 +125,7 @@ class Model(nn.Module):
             )
         h, w = image.shape[1:3]
         self.check_size((h, w))
-        expected = self._tokens(axes)
+        expected = self.size_of(axes, "s")
         if expected is None:
             return
         ph, pw = self.patch_size
@@ -137,14 +137,14 @@ class Model(nn.Module):
                 "to the resolution. Resize the image to the training resolution."
             )
 
-    def _tokens(self, axes: dict[str, str]) -> int | None:
-        """The number of tokens that the parameters are for; None if nothing says it."""
+    def size_of(self, axes: dict[str, str], letter: str) -> int | None:
+        """The size of an axis that the parameters are for; None if nothing says it."""
         for path, letters in axes.items():
-            if "s" in letters.split():
+            if letter in letters.split():
                 leaf: Any = self.variables.get("params", {})
                 for key in path.replace("*", "0").split("/"):
                     leaf = leaf.get(key, {})
-                return leaf.shape[letters.split().index("s")] if len(leaf) else None
+                return leaf.shape[letters.split().index(letter)] if len(leaf) else None
         return None
 
 
@@ -154,13 +154,22 @@ def sizes(model: type[Model], row: Sequence[Any]) -> dict[str, Any]:
     return {f.name: value for f, value in zip(fields, row, strict=True)}
 
 
-def check_divisible(image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
-    """Raises ValueError unless patches tile the image; suggests sizes that they do."""
+def check_divisible(
+    image_size: tuple[int, int],
+    patch_size: tuple[int, int],
+    what: str = "patch_size",
+) -> None:
+    """Raises ValueError unless patches tile the image; suggests sizes that they do.
+
+    Args:
+      image_size: (height, width) in pixels.
+      patch_size: (height, width) in pixels of what has to tile the image.
+      what: its name, for the message.
+    """
     for size, patch in zip(image_size, patch_size, strict=True):
         if size < 1 or size % patch:
             below, above = size // patch * patch, (size // patch + 1) * patch
             tries = f"{below} or {above}" if below > 0 else f"{above}"
             raise ValueError(
-                f"image_size {size} is not divisible by patch_size {patch}; "
-                f"try {tries}."
+                f"image_size {size} is not divisible by {what} {patch}; try {tries}."
             )

@@ -111,6 +111,14 @@ def test_an_override_of_none_means_the_tables_value():
             r"patch_size is .0, 8.; expected",
         ),
         (
+            {"name": "smlpnet_t", "num_blocks": (2, 8, 14)},
+            r"num_blocks is .2, 8, 14.; expected 4 whole numbers from 1",
+        ),
+        (
+            {"name": "smlpnet_t", "image_size": (224, 232)},
+            "image_size 232 is not divisible by the last stage's stride 32; try 224 or",
+        ),
+        (
             {"name": "mixer_b16", "image_size": (-16, 16)},
             r"image_size is .-16, 16.; ex",
         ),

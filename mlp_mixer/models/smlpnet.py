@@ -1,0 +1,310 @@
+"""sMLPNet (Tang et al. 2021, arXiv 2109.05422): a pyramid with BatchNorm.
+
+The state X is a map of h by w positions with c channels. A block mixes 3x3 positions
+in each channel, then whole rows and whole columns, then the channels:
+
+    V = act(DW(act(X)))                           act(X) = gelu(BatchNorm(X))
+    U = X + [V, mix_w(V), mix_h(V)] Wf            Wf (3c, c), DW a 3x3 convolution of
+    Y = U + W2 gelu(W1 LayerNorm(U) + b1) + b2    each channel, W1 (c, αc), W2 (αc, c)
+
+mix_w(V)[y, :, j] = A V[y, :, j] + a is one map (w, w) for all rows and channels, mix_h
+one (h, h) for all columns and channels. Four stages see the image at 1/4, 1/8, 1/16 and
+1/32 with c, 2c, 4c and 8c channels: a linear map of 4x4 pixels begins the first, one of
+2x2 positions each of the others. After the last: BatchNorm, the mean over positions, a
+linear head. DW, Wf and the maps that begin stages have no bias.
+
+Initial values, epsilons and the momentum of BatchNorm are torch's defaults, as in the
+authors' code (microsoft/SPACH, models/smlp.py).
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from mlp_mixer.models import layers, trunk
+from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm
+from mlp_mixer.models.model import Model, Noise, Run, check_divisible, sizes
+
+gelu = GELUS["exact"]
+# torch's initial values of kernels: uniform in ±1/√fan_in, as are those of biases.
+KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _linear(features: int, fan_in: int, run: Run, **fields: Any) -> Dense:
+    bias = layers.uniform(fan_in**-0.5)
+    return Dense(features, run=run, kernel_init=KERNEL, bias_init=bias, **fields)
+
+
+def _convolution(
+    features: int, size: tuple[int, int], run: Run, **fields: Any
+) -> nn.Conv:
+    return nn.Conv(
+        features, size, use_bias=False, dtype=run.dtype, kernel_init=KERNEL, **fields
+    )
+
+
+class BatchNorm(nn.Module):
+    """torch's BatchNorm2d: each channel normalised over images and positions.
+
+    Training normalises with the mean and the (biased) variance of the batch, and moves
+    the running ones, the collection `batch_stats`, a tenth of the way to them. As in
+    torch, and unlike Flax's BatchNorm, the running variance is the unbiased one. The
+    batch is the global one, on any number of devices: a compiled step cuts its arrays,
+    not its meaning. (torch's is each device's own unless it is told otherwise.)
+
+    Attributes:
+      train: whether the batch's statistics are used, and recorded.
+    """
+
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        """Returns `x` normalised, in its dtype; computed in float32."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        means = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        variances = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        z = x.astype(jnp.float32)
+        mean, variance = means.value, variances.value
+        if self.train:
+            mean = z.mean((0, 1, 2))
+            variance = jnp.square(z - _row(mean)).mean((0, 1, 2))
+            if not self.is_initializing():
+                count = _count(x)
+                unbiased = variance * (count / (count - 1))
+                means.value += 0.1 * (mean - means.value)
+                variances.value += 0.1 * (unbiased - variances.value)
+        factor = lax.rsqrt(variance + 1e-5) * scale
+        return ((z - _row(mean)) * _row(factor) + _row(bias)).astype(x.dtype)
+
+
+def _row(x: Any) -> Any:
+    return x.reshape(1, 1, 1, -1)
+
+
+def _count(x: Float[Array, "n h w c"]) -> int:
+    """The number of values of a channel."""
+    n, h, w, _ = x.shape
+    if n * h * w < 2:
+        raise ValueError(
+            f"BatchNorm in training got {n} image of {h}x{w} positions, which have no "
+            "variance; try a larger batch or larger images."
+        )
+    return n * h * w
+
+
+class SmlpBlock(nn.Module):
+    """One block of any stage.
+
+    Attributes:
+      mlp_ratio: number of hidden units of the MLP per channel, α.
+      train: whether this is training, for BatchNorm.
+      run: how it is computed.
+    """
+
+    mlp_ratio: int
+    train: bool
+    run: Run
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n h w c"], noise: Noise = Noise()
+    ) -> Float[Array, "n h w c"]:
+        """Returns the next state; `noise` is that of both branches."""
+        first, second = noise.branches(2)
+        x = x + layers.scale_images(self._mix_positions(x), first.keep, axis=0)
+        return x + layers.scale_images(self._mix_channels(x), second.keep, axis=0)
+
+    def _mix_positions(self, x: Array) -> Array:
+        c, norm = x.shape[-1], functools.partial(BatchNorm, self.train)
+        convolution = functools.partial(_convolution, c, run=self.run)
+        y = gelu(norm(name="BatchNorm_0")(x))
+        y = convolution((3, 3), feature_group_count=c, name="depthwise")(y)
+        y = gelu(norm(name="BatchNorm_1")(y))
+        y = jnp.concatenate([y, self._mix(y, 2, "mix_w"), self._mix(y, 1, "mix_h")], -1)
+        return nn.Dense(
+            c, use_bias=False, dtype=self.run.dtype, kernel_init=KERNEL, name="fuse"
+        )(y)
+
+    def _mix(self, x: Array, axis: int, name: str) -> Array:
+        """A linear map along one axis."""
+        size = x.shape[axis]
+        linear = _linear(size, size, self.run, axis=0, name=name)
+        return jnp.moveaxis(linear(jnp.moveaxis(x, axis, 0)), 0, axis)
+
+    def _mix_channels(self, x: Array) -> Array:
+        c = x.shape[-1]
+        d = self.mlp_ratio * c
+        y = LayerNorm(epsilon=1e-5, name="LayerNorm_0")(x)
+        y = _linear(d, c, self.run, name="Dense_0")(y)
+        y = gelu(checkpoint_name(y, layers.PRE_GELU))
+        return _linear(c, d, self.run, name="Dense_1")(y)
+
+
+class SmlpNet(Model):
+    """sMLPNet; tied to the resolution of the image given to `init`.
+
+    Attributes:
+      patch_size: (height, width) in pixels of a position of the first stage.
+      hidden_dim: number of channels of the first stage; each stage has twice as many.
+      num_blocks: number of blocks of each stage.
+      mlp_ratio: number of hidden units of an MLP per channel, α.
+      stochastic_depth: the last block's rate; it rises linearly from 0 over all
+        stages. A branch that is kept is divided by 1 − rate.
+      num_classes: None leaves the head out; features are returned in its place.
+      run: how it is computed.
+    """
+
+    patch_size: tuple[int, int]
+    hidden_dim: int
+    num_blocks: tuple[int, int, int, int]
+    mlp_ratio: int
+    stochastic_depth: float = 0.0
+    num_classes: int | None = None
+    run: Run = Run()
+
+    def check_size(self, image_size: tuple[int, int]) -> None:
+        """Raises ValueError unless the last stage's positions tile the image."""
+        height, width = (
+            side * 2 ** (len(self.num_blocks) - 1) for side in self.patch_size
+        )
+        check_divisible(image_size, (height, width), "the last stage's stride")
+
+    def check_image(self, image: Array, axes: dict[str, str]) -> None:
+        """Raises ValueError unless `image` fits the model and its parameters."""
+        super().check_image(image, axes)
+        sides = zip(("h0", "w0"), image.shape[1:3], self.patch_size, strict=True)
+        for letter, pixels, patch in sides:
+            expected = self.size_of(axes, letter)
+            if expected is not None and pixels != expected * patch:
+                raise ValueError(
+                    f"A side of the image is {pixels} pixels, but the parameters are "
+                    f"for {expected * patch}: rows and columns are mixed by matrices "
+                    "of their length. Resize the image to the training resolution."
+                )
+
+    @nn.compact
+    def __call__(
+        self, image: Array, *, train: bool = False
+    ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+        """Returns (logits, out).
+
+        Args:
+          image: (n, h, w, 3), values in [−1, 1]; h, w multiples of eight patches'.
+          train: whether BatchNorm takes and records the batch's statistics (collection
+            "batch_stats") and stochastic depth is on (random stream "dropout").
+
+        Returns:
+          logits: (n, k) float32, or the pre-logits if `num_classes` is None.
+          out: the intermediate outputs `stem`, `block_0`, … (n, h, w, c) of all stages
+            and `pre_logits` (n, c).
+
+        Raises:
+          ValueError: the image does not fit the strides or the parameters.
+        """
+        self.check_image(image, AXES)
+        noise = self._noise(image.shape[0]) if train else Noise()
+        block = functools.partial(
+            SmlpBlock, mlp_ratio=self.mlp_ratio, train=train, run=self.run
+        )
+        x, out = image, dict[str, Any]()
+        for i, depth in enumerate(self.num_blocks):
+            size, name = ((2, 2), f"down{i}") if i else (self.patch_size, "stem")
+            x = _convolution(
+                self.hidden_dim * 2**i, size, self.run, strides=size, name=name
+            )(x)
+            out |= {} if i else {"stem": x}
+            first = sum(self.num_blocks[:i])
+            of_stage = slice(first, first + depth)
+            x, states = trunk.blocks(
+                self,
+                block,
+                x,
+                name=f"stage{i}_block",
+                count=depth,
+                run=self.run,
+                train=train,
+                noise=jax.tree.map(lambda z, at=of_stage: z[at], noise),
+            )
+            out |= {f"block_{first + j}": y for j, y in enumerate(states)}
+        y = BatchNorm(train, name="norm")(x)
+        pre_logits = y.mean((1, 2), dtype=jnp.float32)
+        out["pre_logits"] = pre_logits
+        if self.num_classes is None:
+            return pre_logits, out
+        c = pre_logits.shape[-1]
+        return _linear(self.num_classes, c, Run(), name="head")(pre_logits), out
+
+    def _noise(self, images: int) -> Noise:
+        return trunk.draw(
+            self,
+            sum(self.num_blocks),
+            images,
+            rates=(0.0, self.stochastic_depth),
+            rescale=True,
+        )
+
+
+MODEL = SmlpNet
+# The paper's variants, T* the one with α = 2: patch, C, blocks, α, rate.
+_ROWS = {
+    "smlpnet_t": ((4, 4), 80, (2, 8, 14, 2), 3, 0.0),
+    "smlpnet_s": ((4, 4), 96, (2, 10, 24, 2), 3, 0.2),
+    "smlpnet_b": ((4, 4), 112, (2, 10, 24, 2), 3, 0.3),
+    "smlpnet_t_star": ((4, 4), 80, (2, 8, 14, 2), 2, 0.0),
+}
+SIZES = {name: sizes(SmlpNet, row) for name, row in _ROWS.items()}
+_BLOCK = {
+    "BatchNorm_0/scale": "c",
+    "BatchNorm_0/bias": "c",
+    "depthwise/kernel": "3 3 1 c",
+    "BatchNorm_1/scale": "c",
+    "BatchNorm_1/bias": "c",
+    "mix_w/kernel": "w w",
+    "mix_w/bias": "w",
+    "mix_h/kernel": "h h",
+    "mix_h/bias": "h",
+    "fuse/kernel": "3c c",
+    "LayerNorm_0/scale": "c",
+    "LayerNorm_0/bias": "c",
+    "Dense_0/kernel": "c dc",
+    "Dense_0/bias": "dc",
+    "Dense_1/kernel": "dc c",
+    "Dense_1/bias": "c",
+}
+
+
+def _axes(stage: int) -> dict[str, str]:
+    """Those of one stage; its letters carry its number."""
+
+    def numbered(letters: str) -> str:
+        return " ".join(x if x.isdigit() else f"{x}{stage}" for x in letters.split())
+
+    return {
+        f"stage{stage}_block_*/{path}": numbered(letters)
+        for path, letters in _BLOCK.items()
+    }
+
+
+AXES = {
+    "stem/kernel": "ph pw rgb c0",
+    **_axes(0),
+    "down1/kernel": "2 2 c0 c1",
+    **_axes(1),
+    "down2/kernel": "2 2 c1 c2",
+    **_axes(2),
+    "down3/kernel": "2 2 c2 c3",
+    **_axes(3),
+    "norm/scale": "c3",
+    "norm/bias": "c3",
+    "head/kernel": "c3 k",
+    "head/bias": "k",
+}

@@ -1,0 +1,430 @@
+"""Laws that every architecture keeps. A new one adds a row to `FACTS`, no test."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+from golden import record_timm
+from safetensors.numpy import load_file
+
+from mlp_mixer import (
+    checkpoint,
+    convert,
+    evaluate,
+    export,
+    metrics,
+    models,
+    predict,
+    pretrained,
+    recipe,
+    train,
+)
+from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models import Run
+from mlp_mixer.pretrained import timm
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@dataclasses.dataclass
+class Facts:
+    """What is known of an architecture from elsewhere.
+
+    Attributes:
+      counts: size → number of parameters at 224 px with 1,000 classes.
+      initial: parameter → mean and standard deviation of its initial values, in the
+        first size.
+    """
+
+    counts: dict[str, int]
+    initial: dict[str, tuple[float, float]]
+
+
+FACTS = {
+    "mixer": Facts(
+        # The counts of B/32, B/16 and L/16 are also in the official code's own test
+        # (vit_jax/models_test.py).
+        {
+            "mixer_s32": 19_104_624,
+            "mixer_s16": 18_528_264,
+            "mixer_b32": 60_293_428,
+            "mixer_b16": 59_880_472,
+            "mixer_l32": 206_939_264,
+            "mixer_l16": 208_196_168,
+            "mixer_h14": 432_350_952,
+        },
+        # Flax's Dense.
+        {"MixerBlock_0/token_mixing/Dense_0/kernel": (0, 49**-0.5)},
+    ),
+    "resmlp": Facts(
+        # timm's counts.
+        {
+            "resmlp_12": 15_350_872,
+            "resmlp_24": 30_020_680,
+            "resmlp_36": 44_690_488,
+            "resmlp_big_24": 129_138_280,
+        },
+        # The authors' resmlp_models.py; its stem is torch's convolution.
+        {
+            "stem/kernel": (0, (3 * 768) ** -0.5),
+            "stem/bias": (0, (3 * 768) ** -0.5),
+            "ResMlpBlock_0/Affine_0/alpha": (1, 0),
+            "ResMlpBlock_0/token_mixing/kernel": (0, 0.02),
+            "ResMlpBlock_0/scale_0": (0.1, 0),
+            "ResMlpBlock_0/channel_mixing/Dense_1/kernel": (0, 0.02),
+            "ResMlpBlock_0/scale_1": (0.1, 0),
+            "head/kernel": (0, 0.02),
+        },
+    ),
+    "gmlp": Facts(
+        # timm's counts and initial values.
+        {"gmlp_ti16": 5_867_328, "gmlp_s16": 19_422_656, "gmlp_b16": 73_075_392},
+        {
+            "stem/bias": (0, 0),
+            "GMlpBlock_0/Dense_0/kernel": (0, (2 / (128 + 768)) ** 0.5),
+            "GMlpBlock_0/Dense_0/bias": (0, 1e-6),
+            "GMlpBlock_0/gating/Dense_0/kernel": (0, 1e-6),
+            "GMlpBlock_0/gating/Dense_0/bias": (1, 0),
+            "head/kernel": (0, 0),
+        },
+    ),
+    "smlpnet": Facts(
+        # Of the authors' code; in the paper's table 24.1, 48.6, 65.9 and 19.2 million.
+        {
+            "smlpnet_t": 24_123_584,
+            "smlpnet_s": 48_558_136,
+            "smlpnet_b": 65_880_408,
+            "smlpnet_t_star": 19_175_584,
+        },
+        # torch's: uniform in ±1/√fan_in.
+        {
+            "stem/kernel": (0, (3 * 48) ** -0.5),
+            "stage0_block_0/BatchNorm_0/scale": (1, 0),
+            "stage0_block_0/depthwise/kernel": (0, (3 * 9) ** -0.5),
+            "stage0_block_0/mix_w/kernel": (0, (3 * 56) ** -0.5),
+            "stage0_block_0/mix_w/bias": (0, (3 * 56) ** -0.5),
+            "stage0_block_0/mix_h/kernel": (0, (3 * 56) ** -0.5),
+            "stage0_block_0/fuse/kernel": (0, (3 * 240) ** -0.5),
+            "stage0_block_0/Dense_0/kernel": (0, (3 * 80) ** -0.5),
+            "stage0_block_0/Dense_1/kernel": (0, (3 * 240) ** -0.5),
+            "stage0_block_0/Dense_1/bias": (0, (3 * 240) ** -0.5),
+            "down3/kernel": (0, (3 * 4 * 320) ** -0.5),
+            "head/kernel": (0, (3 * 640) ** -0.5),
+            "head/bias": (0, (3 * 640) ** -0.5),
+        },
+    ),
+}
+SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
+every_family = pytest.mark.parametrize("name", FACTS)
+RNGS = {"dropout": jax.random.key(7)}
+
+
+def digits(name):
+    """The recipe that trains a small one on the digits."""
+    path = "digits.py" if name == "mixer" else f"family/{name}.py"
+    return recipe.load(f"configs/{path}")
+
+
+def shapes(model, size=(224, 224)):
+    image = jnp.zeros((1, *size, 3))
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+@functools.cache
+def small(name, **fields):
+    """The model of the digits' recipe, with noise."""
+    model = digits(name).model.to_dict()
+    fields = {"num_classes": 10, "stochastic_depth": 0.5} | fields
+    return models.create(**model | fields)
+
+
+def images(n=8):
+    return jax.random.uniform(jax.random.key(1), (n, 8, 8, 3), minval=-1)
+
+
+@functools.cache
+def variables(name):
+    """Of `small`; all parameters are random, so that nothing hides behind a zero."""
+    rng = np.random.default_rng(2)
+
+    def draw(path, leaf):
+        spread = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.5
+        noise = spread * rng.normal(size=leaf.shape)
+        if path[-1].key == "var":
+            return jnp.float32(np.exp(noise))
+        return jnp.float32(noise + (path[-1].key in ("scale", "alpha")))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes(small(name), (8, 8)))
+
+
+def test_all_families_have_facts():
+    assert set(models.families()) == set(FACTS)
+    assert models.names() == [size for _, size in SIZES]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_parameter_counts_are_the_papers(name, size):
+    tree = shapes(models.create(size, num_classes=1000))["params"]
+    assert sum(x.size for x in jax.tree.leaves(tree)) == FACTS[name].counts[size]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_axes_name_every_axis_of_every_parameter(name, size):
+    """And a letter stands for one number, in all parameters of the model."""
+    params = shapes(models.create(size, num_classes=1000))["params"]
+    axes, found = models.family(name).AXES, {"rgb": 3, "k": 1000}
+    used = set()
+    for path, leaf in leaves(params):
+        pattern = re.sub(r"^([^/]*_)[0-9]+/", r"\1*/", path)
+        used.add(pattern)
+        assert leaf.ndim == len(axes[pattern].split())
+        for letter, length in zip(axes[pattern].split(), leaf.shape, strict=True):
+            assert found.setdefault(letter, length) == length, (path, letter)
+    assert used == set(axes)
+
+
+@every_family
+def test_initial_values_are_the_papers(name):
+    size = next(iter(FACTS[name].counts))
+    once = jax.tree.map(lambda count: 1, models.fields(size)["num_blocks"])
+    model = models.create(size, num_classes=1000, num_blocks=once)
+    init = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 224, 224, 3)))
+    params = dict(leaves(init))
+    for path, (mean, spread) in FACTS[name].initial.items():
+        x = np.asarray(params[f"params/{path}"], np.float64)
+        assert x.mean() == pytest.approx(mean, rel=1e-6, abs=5 * spread / x.size**0.5)
+        assert x.std() == pytest.approx(spread, rel=3 / x.size**0.5, abs=1e-8)
+
+
+@every_family
+def test_the_forward_keeps_the_contract(name):
+    model, given = small(name), variables(name)
+    logits, out = jax.jit(model.apply)(given, images())
+    assert logits.shape == (8, 10)
+    assert logits.dtype == out["pre_logits"].dtype == jnp.float32
+    assert all(x.shape[0] == 8 for x in out.values())
+    assert logits.std() > 0.1
+    # The head is linear in the features.
+    head = given["params"]["head"]
+    expected = out["pre_logits"] @ head["kernel"] + head["bias"][None]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    # Without classes the first result are the features.
+    features, _ = jax.jit(small(name, num_classes=None).apply)(
+        given | {"params": {k: v for k, v in given["params"].items() if k != "head"}},
+        images(),
+    )
+    np.testing.assert_array_equal(features, out["pre_logits"])
+
+
+@every_family
+def test_an_image_that_does_not_fit_is_refused(name):
+    given = variables(name)
+    for size, words in [((8, 9), "not divisible"), ((16, 16), "training resol")]:
+        with pytest.raises(ValueError, match=words):
+            small(name).apply(given, jnp.zeros((1, *size, 3)))
+
+
+@every_family
+def test_bfloat16_differs_by_its_rounding(name):
+    exact, _ = jax.jit(small(name).apply)(variables(name), images())
+    model = small(name, run=Run("bfloat16"))
+    found, out = jax.jit(model.apply)(variables(name), images())
+    assert out["stem"].dtype == jnp.bfloat16
+    assert found.dtype == jnp.float32
+    assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
+
+
+@every_family
+def test_stochastic_depth_leaves_out_whole_branches_of_some_images(name):
+    model = small(name)
+    _, out = jax.jit(
+        functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    )(variables(name), images(64), rngs=RNGS)[0]
+    blocks = [k for k in out if k.startswith("block_")]
+    before, after = (out[k].reshape(64, -1) for k in blocks[-2:])
+    still = (before == after).all(1)
+    assert 0 < still.sum() < 64
+
+
+def on_one_cpu():
+    """A mesh on which products are of true matrices."""
+    return jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+
+
+RUNS = (
+    Run(scan=True),
+    Run(remat="pre_gelu"),
+    Run(scan=True, remat="full", mesh=on_one_cpu()),
+)
+
+
+def gradients(name, run):
+    """Loss and statistics, and gradients, of training with noise."""
+    model, given = small(name, run=run), variables(name)
+    weights = jnp.sin(jnp.arange(80.0)).reshape(8, 10)
+
+    def loss(given):
+        (logits, _), stats = model.apply(
+            given, images(), train=True, rngs=RNGS, mutable=["batch_stats"]
+        )
+        return (weights * logits).sum(), stats
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(given)
+
+
+@every_family
+def test_no_way_to_compute_it_moves_a_gradient_or_a_statistic(name):
+    expected = gradients(name, Run())
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    for run in RUNS:
+        found = gradients(name, run)
+        for (path, a), (_, b) in zip(leaves(found), leaves(expected), strict=True):
+            np.testing.assert_allclose(
+                a, b, rtol=1e-4, atol=1e-6 * largest, err_msg=path
+            )
+
+
+# --- Against timm ---------------------------------------------------------------------
+
+RECORDED = sorted(path.stem for path in GOLDEN.glob("timm_*.npz"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_a_file_of_timms_computes_what_timm_computed(recorded, tmp_path):
+    path = GOLDEN / f"{recorded}.safetensors"
+    weights = pretrained.read(path)
+    model = pretrained.create_model(weights)
+    with np.load(GOLDEN / f"{recorded}.npz") as golden:
+        logits, out = jax.jit(model.apply)(weights.variables, golden["image"])
+        assert np.abs(golden["logits"]).max() > 0.5
+        np.testing.assert_allclose(logits, golden["logits"], atol=3e-6, rtol=0)
+        expected = golden["pre_logits"]
+        np.testing.assert_allclose(out["pre_logits"], expected, atol=3e-6, rtol=0)
+    # And goes back to what it was.
+    pretrained.write_safetensors(weights, tmp_path / "t.safetensors", names="timm")
+    ours, theirs = map(load_file, (tmp_path / "t.safetensors", path))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array)
+
+
+@pytest.mark.parametrize("recorded", RECORDED)
+def test_a_published_size_computes_what_timm_computed(recorded):
+    """Both sides make the parameters themselves, from timm's names and shapes."""
+    with np.load(GOLDEN / f"{recorded}.npz") as golden:
+        size, expected = str(golden["seeded"]), golden["seeded_logits"]
+    model = models.create(size.removesuffix("_224"), num_classes=1000, gelu="exact")
+    file = models.family(size.removesuffix("_224"))
+    zeros = {k: np.broadcast_to(0, x.shape) for k, x in leaves(shapes(model)["params"])}
+    named = {k: x.shape for k, x in timm.theirs(zeros, file).items()}
+    params = unflatten_dict(timm.ours(record_timm.seeded(named), file), sep="/")
+    image = record_timm.seeded_image(224, 224)
+    logits, _ = jax.jit(model.apply)({"params": params}, image)
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+# --- The programs ---------------------------------------------------------------------
+
+
+def stopping_after(monkeypatch, step):
+    """Makes the next run stop as by a signal once `step` is done."""
+    monkeypatch.setattr(
+        checkpoint.Checkpointer, "stop_requested", lambda self, now: now >= step
+    )
+
+
+@pytest.fixture(scope="module", params=FACTS)
+def trained(request, data_dir, tmp_path_factory):
+    """(recipe, folder) of four steps on the digits, with noise."""
+    config = digits(request.param)
+    config.total_steps, config.optim.warmup_steps = 4, 1
+    config.model.stochastic_depth = 0.2
+    config.checkpoint.every_steps = config.evals.test.every_steps = 2
+    config.log_every_steps = 1
+    folder = str(tmp_path_factory.mktemp(request.param) / "run")
+    train.train(config, folder, data_dir=data_dir)
+    return config, folder
+
+
+def variables_of(source):
+    return dict(leaves(pretrained.read(source, dtype=None).variables))
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for path, x in expected.items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
+
+
+def test_a_run_is_evaluated_as_in_training(trained, data_dir):
+    _, folder = trained
+    scores = evaluate.evaluate(folder, data_dir=data_dir)["test"]
+    recorded = [r for r in metrics.read(folder) if "test/top1" in r][-1]
+    assert recorded["step"] == 4
+    for metric in ("top1", "top5", "loss", "count"):
+        assert scores[metric] == pytest.approx(recorded[f"test/{metric}"], rel=1e-5)
+
+
+@pytest.mark.slow
+@every_family
+def test_its_recipe_reads_digits(name, data_dir, tmp_path):
+    train.train(digits(name), str(tmp_path), data_dir=data_dir)
+    assert metrics.read(tmp_path)[-1]["test/top1"] >= 0.95
+
+
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(
+    trained, data_dir, tmp_path, monkeypatch
+):
+    config, folder = trained
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 2)
+        assert int(train.train(config, str(tmp_path), data_dir=data_dir).step) == 2
+    train.train(config, str(tmp_path), data_dir=data_dir)
+    assert_same(variables_of(tmp_path), variables_of(folder))
+
+
+def test_it_predicts_the_same_from_a_file_in_every_form(trained, tmp_path, root):
+    _, folder = trained
+    expected = variables_of(folder)
+    fields = pretrained.read(folder).model
+    for name in ("w.npz", "w.safetensors", "run"):
+        source = tmp_path / name
+        convert.convert(folder, source)
+        assert_same(variables_of(source), expected)
+        if name != "w.npz":  # the authors' files hold arrays alone
+            assert pretrained.read(source).model == fields
+    photos = [root / "docs" / "digits"]
+    one, other = (
+        list(predict.predict(x, photos, preprocess="timm")) for x in (folder, source)
+    )
+    assert len(one) > 1
+    for a, b in zip(one, other, strict=True):
+        assert a.classes == b.classes
+        np.testing.assert_array_equal(a.features, b.features)
+
+
+def test_fine_tuning_begins_where_a_run_ended(trained, data_dir, tmp_path):
+    config, folder = trained
+    config = config.copy_and_resolve_references()
+    config.init_from = folder
+    config.optim.learning_rate = config.optim.end_learning_rate = 0.0
+    train.train(config, str(tmp_path), data_dir=data_dir)
+    begun, ended = (pretrained.read(x, dtype=None).params for x in (tmp_path, folder))
+    assert_same(dict(leaves(begun)), dict(leaves(ended)))
+
+
+def test_an_export_computes_the_model(trained, tmp_path):
+    _, folder = trained
+    weights = pretrained.read(folder)
+    export.export_stablehlo(weights, tmp_path / "m.stablehlo")
+    program = jax.export.deserialize((tmp_path / "m.stablehlo").read_bytes())
+    logits, _ = pretrained.create_model(weights).apply(weights.variables, images(3))
+    found = program.call(images(3))["logits"]
+    np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
