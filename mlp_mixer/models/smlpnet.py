@@ -41,7 +41,9 @@ def _linear(features: int, fan_in: int, run: Run, **fields: Any) -> Dense:
     return Dense(features, run=run, kernel_init=KERNEL, bias_init=bias, **fields)
 
 
-def _convolution(features: int, size: tuple[int, int], run: Run, **fields: Any):
+def _convolution(
+    features: int, size: tuple[int, int], run: Run, **fields: Any
+) -> nn.Conv:
     return nn.Conv(
         features, size, use_bias=False, dtype=run.dtype, kernel_init=KERNEL, **fields
     )
@@ -121,7 +123,7 @@ class SmlpBlock(nn.Module):
         x = x + layers.scale_images(self._mix_positions(x), first.keep, axis=0)
         return x + layers.scale_images(self._mix_channels(x), second.keep, axis=0)
 
-    def _mix_positions(self, x):
+    def _mix_positions(self, x: Array) -> Array:
         c, norm = x.shape[-1], functools.partial(BatchNorm, self.train)
         convolution = functools.partial(_convolution, c, run=self.run)
         y = gelu(norm(name="BatchNorm_0")(x))
@@ -132,13 +134,13 @@ class SmlpBlock(nn.Module):
             c, use_bias=False, dtype=self.run.dtype, kernel_init=KERNEL, name="fuse"
         )(y)
 
-    def _mix(self, x, axis, name):
+    def _mix(self, x: Array, axis: int, name: str) -> Array:
         """A linear map along one axis."""
         size = x.shape[axis]
         linear = _linear(size, size, self.run, axis=0, name=name)
         return jnp.moveaxis(linear(jnp.moveaxis(x, axis, 0)), 0, axis)
 
-    def _mix_channels(self, x):
+    def _mix_channels(self, x: Array) -> Array:
         c = x.shape[-1]
         d = self.mlp_ratio * c
         y = LayerNorm(epsilon=1e-5, name="LayerNorm_0")(x)
@@ -283,7 +285,7 @@ _BLOCK = {
 def _axes(stage: int) -> dict[str, str]:
     """Those of one stage; its letters carry its number."""
 
-    def numbered(letters):
+    def numbered(letters: str) -> str:
         return " ".join(x if x.isdigit() else f"{x}{stage}" for x in letters.split())
 
     return {
