@@ -185,7 +185,8 @@ def _write_as(
             )
         pretrained.write_npz(weights, target)
     elif suffix == ".safetensors":
-        if names == "timm" and (gelu := weights.model.get("gelu")) != "exact":
+        gelu = weights.model.get("gelu", "exact")
+        if names == "timm" and gelu != "exact":
             logger.warning(
                 "timm computes the exact GELU, these weights are for %s: give its "
                 "model act_layer=functools.partial(torch.nn.GELU, approximate='tanh').",

@@ -102,10 +102,10 @@ def export_stablehlo(
         )
     model = pretrained.create_model(weights)
 
-    def mixer(image):
+    def mixer(image: jax.Array) -> dict[str, Any]:
         return _outputs(model, weights.variables, image)
 
-    def write(file):
+    def write(file: pathlib.Path) -> None:
         (n,) = jax.export.symbolic_shape("n")
         image = jax.ShapeDtypeStruct((n, *pretrained.check(weights), 3), jnp.float32)
         with _no_paths():
@@ -117,8 +117,8 @@ def export_stablehlo(
             about + "\n", encoding="utf-8", errors="backslashreplace"
         )
 
-    def load(file):
-        exported = jax.export.deserialize(file.read_bytes())
+    def load(file: pathlib.Path) -> Callable[[np.ndarray], Outputs]:
+        exported = jax.export.deserialize(bytearray(file.read_bytes()))
         # Compiled anew for each batch, so that only one copy of the parameters that
         # compilation makes is held at a time.
         return lambda image: jax.device_get(jax.jit(lambda x: exported.call(x))(image))
@@ -167,7 +167,7 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     weights = _checked(weights)
     _graph(weights)
 
-    def write(file):
+    def write(file: pathlib.Path) -> None:
         size = sum(x.nbytes for _, x in leaves(weights.params))
         onnx.save_model(
             to_onnx(weights),
@@ -177,7 +177,7 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
         )
         onnx.checker.check_model(file, full_check=True)
 
-    def load(file):
+    def load(file: pathlib.Path) -> Callable[[np.ndarray], Outputs]:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         return lambda image: dict(
@@ -257,7 +257,7 @@ def _mixer(
         "tokens/axis": np.array([1]),
     }
 
-    def layer_norm(x, at):
+    def layer_norm(x: str, at: str) -> str:
         return node(
             f"{at}/output",
             "LayerNormalization",
@@ -267,17 +267,17 @@ def _mixer(
             epsilon=1e-6,
         )
 
-    def over_tokens(x, at):
+    def over_tokens(x: str, at: str) -> str:
         left = node(f"{at}/kernel_transposed", "Transpose", f"{at}/kernel", perm=[1, 0])
         y = node(f"{at}/product", "MatMul", left, x)
         bias = node(f"{at}/bias_column", "Unsqueeze", f"{at}/bias", "tokens/axis")
         return node(f"{at}/output", "Add", y, bias)
 
-    def over_channels(x, at, kernel=None):
+    def over_channels(x: str, at: str, kernel: str | None = None) -> str:
         y = node(f"{at}/product", "MatMul", x, kernel or f"{at}/kernel")
         return node(f"{at}/output", "Add", y, f"{at}/bias")
 
-    def mlp(x, at, dense):
+    def mlp(x: str, at: str, dense: Callable[[str, str], str]) -> str:
         x = dense(x, f"{at}/Dense_0")
         x = node(f"{at}/gelu", "Gelu", x, approximate=GELUS[fields["gelu"]])
         return dense(x, f"{at}/Dense_1")

@@ -93,11 +93,24 @@ def constrained(tree: Any, shardings: Any) -> Any:
 
 
 def gathered(mesh: Mesh, params: Any) -> Any:
-    """Undoes the cut of parameters over `fsdp` (or `data`), inside a compiled function.
+    """Undoes the cut of "fsdp" inside a compiled function; gradients come back cut.
 
-    Left to itself, the compiler may move activations instead.
+    Left to itself, the compiler may move activations instead, or keep the gradient of
+    every parameter whole on every device.
     """
-    return constrained(params, replicated(mesh))
+
+    def one(leaf: Any) -> Any:
+        cut = _fsdp(mesh, leaf)
+        spec = P(*(axis if axis == "model" else None for axis in cut.spec))
+        whole = NamedSharding(mesh, spec)
+        gather = jax.custom_vjp(lambda x: constrained(x, whole))
+        gather.defvjp(
+            lambda x: (constrained(x, whole), None),
+            lambda _, gradient: (constrained(gradient, cut),),
+        )
+        return gather(leaf)
+
+    return jax.tree.map(one, params)
 
 
 def _fsdp(mesh: Mesh, leaf: Any) -> NamedSharding:

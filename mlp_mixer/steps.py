@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from mlp_mixer import known, losses, sharding
 from mlp_mixer.fingerprints import PyTree
+from mlp_mixer.models import trunk
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -174,12 +175,14 @@ def make_train_step(
     """
     loss_fn = known.pick("loss", loss, losses.LOSSES)
     shardings = jax.tree.map(lambda a: a.sharding, target)
+    whole = all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
 
     def objective(
         params: PyTree, stats: PyTree, batch: Batch, rng: Array
     ) -> tuple[Array, PyTree]:
+        variables = {"params": params} if whole else _gathered(mesh, params)
         (logits, out), stats = model.apply(
-            {"params": params, **stats},
+            {**variables, **stats},
             batch["image"],
             train=True,
             rngs={"dropout": rng},
@@ -222,10 +225,10 @@ def make_train_step(
         image = value_range(batch["image"])
         label = losses.targets(batch["label"], model.num_classes)
         if mixup:
-            image, label = losses.mixup(mixup_rng, image, label, mixup)
+            mixed = losses.mixup(mixup_rng, image, label, mixup)
+            image, label = sharding.constrained(mixed, sharding.batch(mesh))
         batch = {**batch, "image": image, "label": label}
-        params = sharding.gathered(mesh, state.params)
-        (value, stats), grads = gradients(params, state.stats, batch, model_rng)
+        (value, stats), grads = gradients(state.params, state.stats, batch, model_rng)
         grads = sharding.constrained(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -238,6 +241,14 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def _gathered(mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
+    """Parameters that may be cut, for a model: whole, and as they are.
+
+    Its blocks take the latter and gather one at a time, so the former are not computed.
+    """
+    return {"params": sharding.gathered(mesh, params), trunk.CUT: params}
 
 
 def make_predict(
@@ -256,7 +267,7 @@ def make_predict(
     """
 
     def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
-        variables = sharding.gathered(mesh, variables)
+        variables = {**variables, **_gathered(mesh, variables["params"])}
         logits, out = model.apply(variables, value_range(batch["image"]))
         return {"logits": logits, **{name: out[name] for name in outputs}}
 

@@ -33,8 +33,7 @@ from mlp_mixer import (
     visualize,
 )
 from mlp_mixer.data import preparation, sources
-from mlp_mixer.text import listed
-from mlp_mixer.workdir import MAY_CHANGE, differences, load
+from mlp_mixer.workdir import MAY_CHANGE, check_same, load
 
 logger = logging.getLogger(__name__)
 
@@ -181,12 +180,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
     there = recipe.to_json(recipe.from_json(said["config"], str(path)))
-    if differing := differences(there, recipe.to_json(config), may_change):
-        raise ValueError(
-            f"{workdir} holds a run of another recipe:\n"
-            + listed([line.strip() for line in differing], 17)
-            + "\nChoose another --workdir, or give the fields their old values."
-        )
+    check_same(there, config, workdir, may_change)
     return math.nan if top1 is None else top1
 
 

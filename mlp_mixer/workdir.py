@@ -204,9 +204,27 @@ def check_recipe(
     if accept_changed_data or (data is not None and _recorded_data(folder)):
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*may_change, "dataset.num_examples")
-    if differing := differences(
-        recipe.to_json(recipe.read(path)), recipe.to_json(config), may_change
-    ):
+    check_same(recipe.to_json(recipe.read(path)), config, workdir, may_change)
+
+
+def check_same(
+    there: dict[str, Any],
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    may_change: Sequence[str] = MAY_CHANGE,
+) -> None:
+    """Passes if a recipe is that of the run in `workdir`.
+
+    Args:
+      there: the run's recipe, as `recipe.to_json` gives it.
+      config: recipe with every field resolved.
+      workdir: folder of the run.
+      may_change: fields that are not compared.
+
+    Raises:
+      ValueError: they differ; lists the fields.
+    """
+    if differing := differences(there, recipe.to_json(config), may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)

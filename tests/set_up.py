@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlp_mixer import recipe
+from mlp_mixer import checkpoint, experiment, metrics, recipe, sharding
 from mlp_mixer.data import pipeline
 
 # JSON that something happened to.
@@ -63,6 +63,29 @@ def random_params(model, image_size, seed=2, *, writeable=True):
         return x
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def state_of(config, workdir):
+    """The newest checkpoint, on one device, as NumPy arrays."""
+    example = pipeline.example(config.model.image_size)
+    mesh, total_steps = sharding.make_mesh(1), recipe.total_steps(config)
+    target = experiment.build(config, mesh, example, total_steps).target
+    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as reader:
+        return jax.tree.map(np.asarray, reader.restore(target))
+
+
+def assert_equal_runs(config, one, other):
+    """Bitwise: parameters, optimiser state, step and every recorded metric."""
+    jax.tree.map(
+        np.testing.assert_array_equal, state_of(config, one), state_of(config, other)
+    )
+    assert told(one) == told(other)
+
+
+def told(workdir):
+    """metrics.jsonl without the times, which no two runs share."""
+    records = metrics.read(workdir)
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
 
 
 def contents(folder):

@@ -17,12 +17,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     # What a leaf may import.
     ("text", "errors", "known", "processes"),
+    ("sharding",),
     ("console", "files", "models", "shipped"),
     ("fields",),
     (
         "recipe",
         "losses",
-        "sharding",
         "fingerprints",
         "signals",
         "metrics",
@@ -281,7 +281,7 @@ def test_every_form_of_import_is_seen(source):
 
 # Sideways, up, up inside a package, what runs with every import, no layer.
 WRONG = """
-losses              | from mlp_mixer import sharding       | may not import sharding
+losses              | from mlp_mixer import optim          | may not import optim
 evaluate            | from mlp_mixer.train import train    | may not import train
 evaluators.accuracy | from mlp_mixer import steps          | may not import steps
 evaluators.__init__ | from .. import steps                 | may not import steps
@@ -429,6 +429,28 @@ print(*sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
     assert "mlp_mixer" in loaded
     heavy = "orbax tensorstore tensorboardX ml_collections grain tensorflow_datasets"
     assert not {*heavy.split(), "tensorflow", "torch", "cv2", "matplotlib"} & {*loaded}
+
+
+def test_weights_load_what_they_need_when_they_are_read():
+    """`from mlp_mixer import pretrained` loads no heavy dependency but Flax's own."""
+    doors = [name for name in DOORS if "." not in name]
+    script = f"""
+import sys
+import flax.linen
+before = {{*sys.modules}}
+from mlp_mixer import pretrained
+print(*sorted(set({doors}) & (sys.modules.keys() - before)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
 
 
 def test_every_door_stands_for_a_module_that_can_exist():

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from test_train import assert_equal_runs
+from set_up import assert_equal_runs
 
 from mlp_mixer import checkpoint, metrics, pretrained, recipe, train
 

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from set_up import free_port, run_pair
-from test_train import state_of, told
+from set_up import free_port, run_pair, state_of, told
 
 from mlp_mixer import pretrained, workdir
 

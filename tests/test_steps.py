@@ -11,6 +11,8 @@ import literal_mixer
 import numpy as np
 import optimisers
 import pytest
+import set_up
+from jax.sharding import AxisType, Mesh
 
 from mlp_mixer import sharding, steps
 from mlp_mixer.data import pipeline
@@ -68,7 +70,7 @@ class Program:
         **fields,
     ):
         self.mesh = sharding.make_mesh(devices)
-        self.model, self.tx = model_of(**fields), optimiser(**optim)
+        self.model, self.tx = model_of(self.mesh, **fields), optimiser(**optim)
         self.target = steps.state_shapes(
             self.model, self.tx, self.mesh, EXAMPLE, strategy=strategy
         )
@@ -109,9 +111,9 @@ class Program:
         return jax.device_get((state, metrics))
 
 
-def model_of(*, flat=False, scan=False, remat="none", **fields):
+def model_of(mesh, *, flat=False, scan=False, remat="none", **fields):
     """`flat` as on one CPU, whatever devices the step is for."""
-    mesh = sharding.make_mesh(1) if flat else None
+    mesh = sharding.make_mesh(1) if flat else mesh if mesh.size > 1 else None
     return MlpMixer(**FIELDS | fields, run=Run(scan=scan, remat=remat, mesh=mesh))
 
 
@@ -120,18 +122,8 @@ compiled = functools.cache(Program)
 
 @functools.cache
 def random_params():
-    """On the host. All random: a zero head would leave nothing to learn below it."""
-    model = MlpMixer(**FIELDS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        x = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return x / np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
-        return np.float32(path[-1].key == "scale") + np.float32(0.1) * x
-
-    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+    """Without a head of zeros, which would leave nothing to learn below it."""
+    return set_up.random_params(MlpMixer(**FIELDS), SIZE, seed=0)
 
 
 @functools.cache
@@ -277,6 +269,79 @@ def test_no_activation_travels(fields):
     moves = travels(compiled(8, "fsdp", **fields))
     assert moves["all-gather"] == LARGEST_PARAMETER
     assert max(moves.values()) == LARGEST_PARAMETER
+
+
+# A model that is larger than what one step makes of a few small images.
+DEEP: dict[str, Any] = {
+    "num_blocks": 16,
+    "hidden_dim": 128,
+    "channels_mlp_dim": 1024,
+    "patch_size": (32, 32),
+}
+
+
+@pytest.mark.parametrize("remat", ["none", "pre_gelu"])
+def test_no_device_ever_holds_the_whole_model(remat):
+    """Nor a whole gradient: of one scanned block at a time, read from the program."""
+    this = Program(8, "fsdp", scan=True, remat=remat, rows=8, **DEEP)
+    memory = this.step.memory_analysis()
+    model = sum(4 * leaf.size for leaf in jax.tree.leaves(this.target.params))
+    # Parameters and their two moments; and one image.
+    assert memory.argument_size_in_bytes < 1.2 * 3 / 8 * model
+    assert memory.temp_size_in_bytes < 0.6 * model
+    whole = Program(8, "replicated", scan=True, remat=remat, rows=8, **DEEP)
+    assert whole.step.memory_analysis().temp_size_in_bytes > 2 * model
+
+
+@pytest.mark.parametrize("remat", ["none", "pre_gelu"])
+def test_unrolled_blocks_are_gathered_again_for_the_backward_pass(remat):
+    """What was gathered is not kept; when it is gathered, the compiler decides."""
+    gathers = compiled(8, "fsdp", remat=remat).step.as_text().count(" all-gather(")
+    kernels = len([x for x in jax.tree.leaves(random_params()) if x.size >= 4096])
+    blocks = 4 * FIELDS["num_blocks"]
+    # The stem's once; the head's is too small to be cut.
+    assert (kernels, gathers) == (blocks + 1, 2 * blocks + 1)
+
+
+# --- Ways to say a mesh ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "fields",
+    [NOISE, {"scan": True, "remat": "pre_gelu", "accumulate": 2}],
+    ids=["unrolled, noise", "scan, accumulated"],
+)
+def test_a_step_is_the_same_with_a_set_mesh_of_either_type(
+    fields, axis_type, strategy, monkeypatch
+):
+    plain = sharding.make_mesh(4, 2)
+    mesh = Mesh(plain.devices, plain.axis_names, axis_types=(axis_type,) * 3)
+    monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh)
+    with jax.set_mesh(mesh):
+        this = Program(8, strategy, **fields)
+        trained = this.trained
+    monkeypatch.undo()
+    noise = {name: value for name, value in NOISE.items() if name in fields}
+    assert_same_training(trained, compiled(1, **noise).trained)
+    assert travels(this).get("all-gather", 0) <= LARGEST_PARAMETER
+
+
+REMAT3 = "jax_remat3"
+
+
+@pytest.mark.skipif(not hasattr(jax.config, REMAT3), reason=f"JAX without {REMAT3}")
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_step_is_the_same_under_the_next_rematerialisation(scan):
+    before = getattr(jax.config, REMAT3)
+    jax.config.update(REMAT3, True)
+    try:
+        this = Program(8, "fsdp", scan=scan, remat="pre_gelu", **NOISE)
+        trained = this.trained
+    finally:
+        jax.config.update(REMAT3, before)
+    assert_same_training(trained, compiled(1, **NOISE).trained)
 
 
 # --- Accumulation ---------------------------------------------------------------------

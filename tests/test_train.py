@@ -11,16 +11,15 @@ import coloured
 import jax
 import numpy as np
 import pytest
+from set_up import assert_equal_runs, told
 
 from mlp_mixer import (
     checkpoint,
-    experiment,
     metrics,
     ownership,
     pretrained,
     recipe,
     runs,
-    sharding,
     steps,
     train,
 )
@@ -28,29 +27,6 @@ from mlp_mixer.data import pipeline
 from mlp_mixer.evaluators import accuracy
 from mlp_mixer.evaluators.evaluator import Result
 from mlp_mixer.workdir import load, load_class_names
-
-
-def state_of(config, workdir):
-    """The newest checkpoint, on one device, as NumPy arrays."""
-    example = pipeline.example(config.model.image_size)
-    mesh, total_steps = sharding.make_mesh(1), recipe.total_steps(config)
-    target = experiment.build(config, mesh, example, total_steps).target
-    with checkpoint.Checkpointer(f"{workdir}/checkpoints", every_steps=1) as reader:
-        return jax.tree.map(np.asarray, reader.restore(target))
-
-
-def assert_equal_runs(config, one, other):
-    """Bitwise: parameters, optimiser state, step and every recorded metric."""
-    jax.tree.map(
-        np.testing.assert_array_equal, state_of(config, one), state_of(config, other)
-    )
-    assert told(one) == told(other)
-
-
-def told(workdir):
-    """metrics.jsonl without the times, which no two runs share."""
-    records = metrics.read(workdir)
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
 
 
 @pytest.fixture

@@ -56,9 +56,11 @@ class PatchEmbed(nn.Module):
         image, kernel, bias = nn.dtypes.promote_dtype(
             image, kernel, bias, dtype=self.run.dtype
         )
-        patches = rearrange(
-            image, "n (gh ph) (gw pw) x -> (gh gw) n (ph pw x)", ph=ph, pw=pw
-        )
+        # One axis at a time: JAX reshapes no more of an array with explicit axis types.
+        patches = rearrange(image, "n (gh ph) w x -> n gh ph w x", ph=ph)
+        patches = rearrange(patches, "n gh ph (gw pw) x -> gh gw n ph pw x", pw=pw)
+        patches = rearrange(patches, "gh gw n ph pw x -> (gh gw) n ph pw x")
+        patches = rearrange(patches, "s n ph pw x -> s n (ph pw x)")
         return add_bias(patches @ kernel.reshape(-1, self.features), bias)
 
 

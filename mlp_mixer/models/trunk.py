@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from mlp_mixer import known
+from mlp_mixer import known, sharding
 from mlp_mixer.models.layers import PRE_GELU
 from mlp_mixer.models.model import Noise, Run
 
@@ -19,6 +20,11 @@ REMAT_POLICIES = {
     "pre_gelu": jax.checkpoint_policies.save_only_these_names(PRE_GELU),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+# The collection of parameters as they are cut over devices. A block that finds its own
+# there gathers them itself, so that no device holds those of all blocks at once.
+CUT = "cut"
 
 
 def blocks(
@@ -50,14 +56,16 @@ def blocks(
     """
     known.require("remat", run.remat, REMAT_POLICIES)
     names = [f"{name}_{i}" for i in range(count)]
-    if train and run.scan and not model.is_initializing():
-        return _scan(model, block(parent=None, name=None), x, names, run, noise)
+    mesh = run.mesh if CUT in model.variables else None
+    if (mesh or (train and run.scan)) and not model.is_initializing():
+        same = block(parent=None, name=None)
+        return _applied(model, same, x, names, run, train, noise, mesh)
     states = []
     for i, one in enumerate(names):
         call: Any = _call
         if train and run.remat != "none":
             call = nn.remat(_call, policy=REMAT_POLICIES[run.remat])
-        x = call(block(name=one), x, jax.tree.map(lambda z, i=i: z[i], noise))
+        x = call(block(name=one), x, _entry(noise, i))
         states.append(x)
     return x, states
 
@@ -66,39 +74,68 @@ def _call(block: nn.Module, x: Any, noise: Noise) -> Any:
     return block(x, noise)
 
 
-def _scan(
+def _applied(
     model: nn.Module,
     block: nn.Module,
     x: Any,
     names: list[str],
     run: Run,
+    train: bool,
     noise: Noise,
+    mesh: Mesh | None,
 ) -> tuple[Any, list[Any]]:
-    """The blocks as one scanned body. Statistics go in and come out stacked, too."""
+    """The blocks as one function of their variables, which is scanned or repeated.
+
+    Parameters that are cut over a mesh are gathered inside of it, and for the backward
+    pass once more.
+    """
     given = {
         kind: [tree[name] for name in names]
         for kind, tree in model.variables.items()
         if names[0] in tree
     }
-    stacked = {
-        kind: jax.tree.map(lambda *leaves: jnp.stack(leaves), *_cast(trees, run))
-        for kind, trees in given.items()
-    }
-    stats = [kind for kind in given if kind != "params"]
+    cut = given.pop(CUT, None)
+    given["params"] = _cast(cut if mesh and cut else given["params"], run)
+    changing = [k for k in given if k != "params" and model.is_mutable_collection(k)]
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
         variables, noise = layer
-        x, updated = block.apply(variables, x, noise, mutable=stats)
+        if mesh:
+            params = sharding.gathered(mesh, variables["params"])
+            variables = {**variables, "params": params}
+        x, updated = block.apply(variables, x, noise, mutable=changing)
         return x, (x, updated)
 
-    if run.remat != "none":
-        policy = REMAT_POLICIES[run.remat]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    x, (states, updated) = lax.scan(body, x, (stacked, noise))
-    for kind, tree in updated.items():
-        for i, name in enumerate(names):
-            model.put_variable(kind, name, jax.tree.map(lambda z, i=i: z[i], tree))
-    return x, list(states)
+    scan, policy = train and run.scan, REMAT_POLICIES[run.remat]
+    if train and (policy or mesh):
+        policy = policy or _all_but_gathered
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+    if scan:
+        stacked = {
+            kind: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+            for kind, trees in given.items()
+        }
+        x, results = lax.scan(body, x, (stacked, noise))
+        found = [_entry(results, i) for i in range(len(names))]
+    else:
+        found = []
+        for i in range(len(names)):
+            variables = {kind: trees[i] for kind, trees in given.items()}
+            x, result = body(x, (variables, _entry(noise, i)))
+            found.append(result)
+    for name, (_, updated) in zip(names, found, strict=True):
+        for kind, tree in updated.items():
+            model.put_variable(kind, name, tree)
+    return x, [state for state, _ in found]
+
+
+def _entry(tree: Any, i: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps for the backward pass what "none" keeps, without whole parameters."""
+    return primitive.name not in ("sharding_constraint", "reshard")
 
 
 def _cast(trees: list[Any], run: Run) -> list[Any]:

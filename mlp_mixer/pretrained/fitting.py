@@ -46,8 +46,7 @@ def with_fields(weights: Weights, **fields: Any) -> Weights:
     Raises:
       ValueError: the model has no such field.
     """
-    model = models.fields(**weights.model | fields)
-    return dataclasses.replace(weights, model={"name": weights.model["name"], **model})
+    return dataclasses.replace(weights, model=weights.model | fields)
 
 
 def merge(

@@ -29,12 +29,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlp_mixer import console, files, known, models
+from mlp_mixer import files, known, models
 from mlp_mixer.pretrained import npz, tree
 from mlp_mixer.text import brief, listed
 
@@ -151,7 +151,7 @@ def default_cache_dir() -> pathlib.Path:
 def fetch(
     name: str,
     *,
-    progress: console.Progress = console.counter,
+    progress: Callable[..., Any] | None = None,
     waits_s: Sequence[float] = (1.0, 4.0, 16.0),
 ) -> pathlib.Path:
     """Returns the verified local file of published weights, downloaded if need be.
@@ -161,7 +161,7 @@ def fetch(
 
     Args:
       name: a key of `PUBLISHED`.
-      progress: (what, total, unit, done) → a context that gives `advance(amount)`.
+      progress: what shows how far it is, like `console.counter`, which is the default.
       waits_s: seconds before each further attempt, counted anew whenever some of the
         file arrived.
 
@@ -186,7 +186,9 @@ def fetch(
             if path.exists():  # Put there by hand, or by the process that had the lock.
                 _verify(path, path, entry)
             else:
-                _download(name, path, entry, progress, waits_s)
+                from mlp_mixer import console  # only a download is shown
+
+                _download(name, path, entry, progress or console.counter, waits_s)
     except OSError as error:
         if error.errno is None:  # Ours: it says what to do.
             raise
@@ -350,7 +352,7 @@ def _download(
     name: str,
     path: pathlib.Path,
     entry: Published,
-    progress: console.Progress,
+    progress: Callable[..., Any],
     waits_s: Sequence[float],
 ) -> None:
     """Downloads to `path`, which has its name once it is complete and recorded."""
@@ -385,7 +387,7 @@ def _download(
 
 
 def _attempt(
-    name: str, url: str, part: _Part, sizes: range, progress: console.Progress
+    name: str, url: str, part: _Part, sizes: range, progress: Callable[..., Any]
 ) -> None:
     """Asks once for what is missing, and appends what comes.
 

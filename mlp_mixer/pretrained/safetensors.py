@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-from safetensors import SafetensorError, numpy, safe_open
 
 from mlp_mixer import files
 from mlp_mixer.text import brief
@@ -34,6 +33,8 @@ def read(
       ValueError: it is damaged. In files that others have written, without checksums,
         a flipped bit passes unnoticed.
     """
+    from safetensors import safe_open
+
     with _whole(path):
         _check_header(path)
         with safe_open(path, "np") as file:
@@ -57,6 +58,8 @@ def read(
 
 @contextlib.contextmanager
 def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -93,6 +96,8 @@ def checksums(
 
 def dumps(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The file of {name: array}, with their checksums beside `metadata`."""
+    from safetensors import numpy
+
     sums = json.dumps(checksums(arrays, metadata))
     # In one piece and in their own order: the library writes the bytes as they lie.
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

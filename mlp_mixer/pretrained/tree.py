@@ -211,7 +211,18 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
     declared = models.declared(name)
     usual = {f: row[f] for f in row if declared[f].default is not dataclasses.MISSING}
     fields = models.fields(name, **usual | told | given)
-    return {"name": variant(file, fields) or name, **fields}
+    return named(name, fields)
+
+
+def named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a model and its name, the size's if a paper has them.
+
+    Args:
+      name: name of any size of the architecture, or its own.
+      fields: all that say what the model computes.
+    """
+    file = models.family(name)
+    return {"name": variant(file, fields) or family_name(file), **fields}
 
 
 def variant(file: ModuleType, model: Mapping[str, Any]) -> str | None:
@@ -246,7 +257,9 @@ def sizes_of(model: Mapping[str, Any]) -> str:
     rows = models.family(model["name"]).SIZES.values()
 
     def said(value: Any) -> str:
-        return " × ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        if not isinstance(value, tuple):
+            return str(value)
+        return (" × " if len(value) == 2 else "-").join(map(str, value))
 
     fields = dict.fromkeys(field for row in rows for field in row)
     return ", ".join(f"{f} {said(model[f])}" for f in fields if f in model)

@@ -47,8 +47,9 @@ class Weights:
     Attributes:
       params: the model's tree, for images in [-1, 1]: nested dicts of NumPy arrays.
       said: what they come from, for people.
-      model: its name and all fields that say what it computes. Without a name: fields
-        that no shape tells; the others follow from the shapes.
+      model: all fields that say what it computes, and its name: of the size in a paper
+        that has these fields, else of the architecture. Given without a name, it is
+        what the shapes say, but for the fields that are given.
       stats: the model's other variables by collection, e.g. "batch_stats".
       image_size: (height, width) in pixels; None if the file does not say and the
         tokens make no square.
@@ -73,9 +74,11 @@ class Weights:
     step: int | None = None
 
     def __post_init__(self) -> None:
-        if "name" not in self.model:
+        if "name" in self.model:
+            model = tree.named(self.model["name"], models.fields(**self.model))
+        else:
             model = tree.model_of(self.params, **self.model)
-            object.__setattr__(self, "model", model)
+        object.__setattr__(self, "model", model)
 
     @property
     def called(self) -> str:

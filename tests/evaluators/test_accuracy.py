@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from set_up import random_params
 
 from mlp_mixer import evaluators, sharding, steps
 from mlp_mixer.data import pipeline, sources
@@ -30,9 +31,7 @@ def model():
 
 
 def random_variables():
-    shapes = jax.eval_shape(model().init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape) / 4), shapes)
+    return {"params": random_params(model(), (16, 16), seed=0)}
 
 
 def make(mesh, count, batch_size, loss="softmax_xent", split="test"):

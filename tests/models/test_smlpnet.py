@@ -288,6 +288,7 @@ class Training:
             target,
             loss="softmax_xent",
             seed=0,
+            mixup=0.0,
             accumulate=accumulate,
         )
 
