@@ -262,9 +262,12 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32():
 class Training:
     """A few compiled steps on so many devices."""
 
-    def __init__(self, devices=1, strategy="replicated", accumulate=1, **fields):
+    def __init__(
+        self, devices=1, strategy="replicated", *, accumulate=1, scan=False, **fields
+    ):
         self.mesh = sharding.make_mesh(devices)
-        self.model = SmlpNet(**SMALL | fields)
+        run = Run(scan=scan, mesh=self.mesh)
+        self.model = SmlpNet(**SMALL | fields, run=run)
         tx, _ = optimisers.create(
             name="momentum", learning_rate=0.02, total_steps=100, warmup_steps=0
         )
@@ -343,7 +346,7 @@ def test_predictions_use_the_running_statistics():
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp"])
 def test_eight_devices_train_as_one_with_the_global_batchs_statistics(strategy):
     one = Training(stochastic_depth=0.3)
-    eight = Training(8, strategy, stochastic_depth=0.3, run=Run(scan=True))
+    eight = Training(8, strategy, stochastic_depth=0.3, scan=True)
     for batch in batches():
         ours, theirs = one.train(batch), eight.train(batch)
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
