@@ -12,7 +12,7 @@ W starts near zero and b at one: at first a layer is an MLP. After the last laye
 LayerNorm, the mean over tokens, a linear head. Here X is (s, n, c), tokens first, for
 all n images at once: see `layers`.
 
-The paper has no public code. Details and initial values are those of timm.
+Details and initial values are those of timm.
 """
 
 import functools
