@@ -172,8 +172,8 @@ class Bench:
         ours: Any = experiment.create_model(job, self.mesh, classes)
         if not isinstance(ours, MlpMixer):
             raise ValueError(
-                f"{job.model['name']} is no MLP-Mixer, whose operations are counted and "
-                "whose literal model is the peer; try mixer_b16."
+                f"{job.model['name']} is no MLP-Mixer, of which the operations are "
+                "counted and the literal model is the peer; try mixer_b16."
             )
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
