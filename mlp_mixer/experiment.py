@@ -22,7 +22,12 @@ class Experiment(NamedTuple):
 
 
 def build(
-    config: Any, mesh: Mesh, example: Mapping[str, Any], total_steps: int
+    config: Any,
+    mesh: Mesh,
+    example: Mapping[str, Any],
+    total_steps: int,
+    *,
+    model: Any = None,
 ) -> Experiment:
     """Describes and compiles for a mesh; nothing is on a device yet.
 
@@ -31,11 +36,13 @@ def build(
       mesh: mesh of `sharding.make_mesh`, whose devices need not be here.
       example: the shapes and dtypes of a batch, of `pipeline.example`.
       total_steps: updates of the whole run.
+      model: a module to take instead of the recipe's.
 
     Raises:
       ValueError: there is no such model, optimiser or loss, or they do not fit.
     """
-    model = create_model(config, mesh, num_classes=config.dataset.num_classes)
+    if model is None:
+        model = create_model(config, mesh, num_classes=config.dataset.num_classes)
     tx, schedule = optim.create(**config.optim, total_steps=total_steps)
     target = steps.state_shapes(model, tx, mesh, example, strategy=config.sharding)
     train_step = steps.make_train_step(

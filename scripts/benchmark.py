@@ -24,6 +24,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -40,13 +41,12 @@ import literal_mixer
 import numpy as np
 import optax
 
-from mlp_mixer import errors, models, optim, sharding, steps
+from mlp_mixer import errors, experiment, models, sharding, steps
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.models.trunk import REMAT_POLICIES
 
 # What is measured without a recipe: an update as in pretraining.
 OPTIM = {
-    "total_steps": 100_000,
     "warmup_steps": 10_000,
     "learning_rate": 1e-3,
     "decay": "linear",
@@ -67,13 +67,18 @@ KINDS = ("forward", "train")
 
 @dataclasses.dataclass
 class Job:
-    """What is measured: arguments of `models.create` and of others."""
+    """What is measured: of a recipe what `experiment.build` reads."""
 
     model: dict[str, Any]
-    optim: dict[str, Any]  # optim.create
-    run: dict[str, Any]  # models.Run.on
+    dataset: types.SimpleNamespace  # with num_classes
+    optim: dict[str, Any]
+    total_steps: int
+    run: dict[str, Any]
     loss: str = "sigmoid_xent"
     mixup: float = 0.0
+    seed: int = 0
+    accumulate: int = 1
+    sharding: str = "replicated"
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -83,15 +88,15 @@ def job_of(args: argparse.Namespace) -> Job:
 
         config = recipe.load(args.what)
         recipe.check(config)
-        total = {"total_steps": recipe.total_steps(config)}
-        optimiser = dict(config.optim) | total
+        model, update, run = (dict(config[k]) for k in ("model", "optim", "run"))
         # A recipe may leave the classes to its data, which nobody opens here.
-        classes = config.dataset.num_classes or 1000
-        fields = dict(config.model) | {"num_classes": classes}
-        job = Job(fields, optimiser, dict(config.run), config.loss, config.mixup)
+        data = types.SimpleNamespace(num_classes=config.dataset.num_classes or 1000)
+        total_steps = recipe.total_steps(config)
+        job = Job(model, data, update, total_steps, run, config.loss, config.mixup)
     else:
-        fields = {"name": args.what, "num_classes": 1000, "image_size": (224, 224)}
-        job = Job(fields, dict(OPTIM), {})
+        model = {"name": args.what, "image_size": (224, 224)}
+        data = types.SimpleNamespace(num_classes=1000)
+        job = Job(model, data, dict(OPTIM), 100_000, {})
     given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
     job.run |= {key: value for key, value in given.items() if value is not None}
     if args.image_size:
@@ -104,6 +109,8 @@ def job_of(args: argparse.Namespace) -> Job:
             job.model[key] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             job.model[key] = value
+    classes = job.model.pop("num_classes", job.dataset.num_classes)
+    job.dataset.num_classes = classes
     return job
 
 
@@ -161,18 +168,24 @@ class Bench:
 
     def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
         self.mesh = sharding.make_mesh(devices)
-        ours: Any = models.create(**job.model, run=models.Run.on(self.mesh, **job.run))
+        classes = job.dataset.num_classes
+        ours: Any = experiment.create_model(job, self.mesh, classes)
+        if not isinstance(ours, MlpMixer):
+            raise ValueError(
+                f"{job.model['name']} is no MLP-Mixer, of which the operations are "
+                "counted and the literal model is the peer; try mixer_b16."
+            )
         self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
         self.job, self.batch = job, batch
         self.size = tuple(job.model["image_size"])
         self.example = {"image": jax.ShapeDtypeStruct((1, *self.size, 3), "uint8")}
         self.flops = flops(ours, self.size)
-        self.tx, _ = optim.create(**job.optim)
-        self.target = self._target(ours)
+        self.built = self._build(ours)
 
-    def _target(self, model):
-        return steps.state_shapes(
-            model, self.tx, self.mesh, self.example, strategy="replicated"
+    def _build(self, model: Any) -> experiment.Experiment:
+        job = self.job
+        return experiment.build(
+            job, self.mesh, self.example, job.total_steps, model=model
         )
 
     def _jitted(self, kind: str, model: Any) -> tuple[Any, tuple]:
@@ -184,19 +197,13 @@ class Bench:
                 image = steps.value_range(image)
                 return model.apply({"params": params}, image)[0]
 
-            return jax.jit(forward, out_shardings=cut), (self.target.params, image)
+            return jax.jit(forward, out_shardings=cut), (
+                self.built.target.params,
+                image,
+            )
         label = jax.ShapeDtypeStruct((self.batch,), "int32", sharding=cut)
-        step = steps.make_train_step(
-            model,
-            self.tx,
-            self.mesh,
-            self._target(model),
-            loss=self.job.loss,
-            seed=0,
-            mixup=self.job.mixup,
-            accumulate=1,
-        )
-        return step, (self.target, {"image": image, "label": label})
+        built = self._build(model)
+        return built.train_step, (built.target, {"image": image, "label": label})
 
     def compile(self, kind: str, name: str) -> tuple[Any, dict[str, Any]]:
         """Returns the executable, and what it cost and needs."""
@@ -225,7 +232,8 @@ class Bench:
         A head of zeros would make all logits equal and all gradients below it zero.
         """
         model = self.models["ours"]
-        state = steps.init_state(model, self.tx, self.target, self.example, seed=0)
+        tx, target = self.built.tx, self.built.target
+        state = steps.init_state(model, tx, target, self.example, seed=0)
         rng = np.random.default_rng(0)
         kernel = state.params["head"]["kernel"]
         random = rng.normal(0, kernel.shape[0] ** -0.5, kernel.shape)
@@ -477,7 +485,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": fields_of(ours, type(ours))
         | {"image_size": bench.size, "dtype": jnp.dtype(ours.run.dtype).name}
         | {"scan": ours.run.scan, "remat": ours.run.remat},
-        "optim": job.optim,
+        "optim": {"total_steps": job.total_steps} | job.optim,
         "loss": job.loss,
         "mixup": job.mixup,
         "compared_by": "cpu_s" if on_cpu else "wall_s",

@@ -13,6 +13,7 @@ import literal_mixer
 import pytest
 
 from mlp_mixer import models
+from mlp_mixer.models import mixer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BATCH = 3
@@ -88,7 +89,7 @@ GFLOP = {
 }
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", mixer.SIZES)
 def test_analytic_flops_are_those_of_table_1(name):
     counted = benchmark.flops(models.create(name, num_classes=1000), (224, 224))
     forward, train = GFLOP[name]
@@ -96,7 +97,7 @@ def test_analytic_flops_are_those_of_table_1(name):
     assert counted["train"] / 1e9 == pytest.approx(train, abs=0.05)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", mixer.SIZES)
 def test_analytic_flops_agree_with_the_compilers_count(name):
     model = models.create(name, num_classes=1000)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -235,11 +236,11 @@ def job(*arguments):
 
 def test_a_recipe_brings_model_optimiser_loss_and_mixup():
     found = job("configs/mixer_b16.py:imagenet21k")
-    assert found.model["num_classes"] == 21_843
+    assert found.dataset.num_classes == 21_843
     assert found.model["stochastic_depth"] == 0.1
     assert (found.loss, found.mixup) == ("sigmoid_xent", 0.2)
     assert found.optim["weight_decay"] == 0.1
-    assert found.optim["total_steps"] == round(300 * 14_145_922 / 4096)
+    assert found.total_steps == round(300 * 14_145_922 / 4096)
     bench = benchmark.Bench(found, batch=2, devices=1, peer=True)
     assert bench.models["ours"].head_bias == -10.0
 
@@ -257,13 +258,16 @@ def test_options_and_overrides_reach_the_model():
     literal = bench.models["literal"]
     assert isinstance(literal, literal_mixer.LiteralMixer)
     assert (literal.dtype, literal.num_blocks) == ("bfloat16", 3)
-    shapes = jax.tree.map(lambda x: x.shape, bench.target)
-    assert jax.tree.map(lambda x: x.shape, bench._target(literal)) == shapes
+    target, its = bench.built.target, bench._build(literal).target
+    assert jax.tree.map(lambda x: x.shape, its) == jax.tree.map(
+        lambda x: x.shape, target
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["resmlp_12"], "resmlp_12 is no MLP-Mixer"),
         (["mixer_b61"], "model 'mixer_b61' is unknown; try mixer_b16"),
         (["mixer_b16", "--override=num_block=2"], "no field 'num_block'"),
         (["mixer_b16", "--image_size=225"], "not divisible by patch_size 16"),

@@ -98,15 +98,19 @@ def _applied(
     given["params"] = _cast(cut if mesh and cut else given["params"], run)
     changing = [k for k in given if k != "params" and model.is_mutable_collection(k)]
 
+    scan, policy = train and run.scan, REMAT_POLICIES[run.remat]
+
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
         variables, noise = layer
         if mesh:
-            params = sharding.gathered(mesh, variables["params"])
-            variables = {**variables, "params": params}
+            params = variables["params"]
+            if train and not scan:
+                # Without it, a GPU's compiler gathers all blocks first, and only once.
+                x, params = lax.optimization_barrier((x, params))
+            variables = {**variables, "params": sharding.gathered(mesh, params)}
         x, updated = block.apply(variables, x, noise, mutable=changing)
         return x, (x, updated)
 
-    scan, policy = train and run.scan, REMAT_POLICIES[run.remat]
     if train and (policy or mesh):
         policy = policy or _all_but_gathered
         body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
@@ -135,7 +139,10 @@ def _entry(tree: Any, i: int) -> Any:
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Keeps for the backward pass what "none" keeps, without whole parameters."""
-    return primitive.name not in ("sharding_constraint", "reshard")
+    return primitive.name not in _OF_GATHERING
+
+
+_OF_GATHERING = ("sharding_constraint", "reshard", "optimization_barrier")
 
 
 def _cast(trees: list[Any], run: Run) -> list[Any]:
