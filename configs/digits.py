@@ -1,6 +1,6 @@
 """A small Mixer on real handwritten digits: the whole job in a minute, offline.
 
-Expected: 96 to 99 % top-1 on the 297 held-out images.
+Expected: 96 % top-1 or more on the 297 held-out images (99.66 % as it stands).
 Cost: 900 steps, one to two minutes on two laptop cores.
 Data: the UCI optical digits (1,797 images of 8x8), embedded in the package.
 
