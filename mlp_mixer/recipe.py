@@ -216,6 +216,8 @@ def open_model(config: ConfigDict, name: str | None = None) -> None:
     Raises:
       ValueError: there is no such model.
     """
+    if not _names_model(config):
+        return  # for `check` to tell
     for field, declared in models.declared(name or config.model.name).items():
         one, length = fields.kind(declared.type)
         value = config.model.get(field)
@@ -227,10 +229,16 @@ def open_model(config: ConfigDict, name: str | None = None) -> None:
 
 def close_model(config: ConfigDict) -> None:
     """Takes away the fields of the model that have no value of their own."""
+    if not _names_model(config):
+        return
     for field, value in config.model.to_dict().items():
         if value is None and field not in ("name", "image_size"):
             with config.unlocked():
                 del config.model[field]
+
+
+def _names_model(config: ConfigDict) -> bool:
+    return isinstance(config.get("model"), ConfigDict) and "name" in config.model
 
 
 def words(argument: str, known: Sequence[str]) -> list[str]:
@@ -494,7 +502,7 @@ def load(value: str) -> ConfigDict:
         said = str(error).strip("'\"")
         raise ValueError(f"{path}, line {lines[-1]}: {said}") from error
     if isinstance(config, ConfigDict):
-        with config.ignore_type():  # for `check` to tell
+        with config.unlocked(), config.ignore_type():  # for `check` to tell
             for old in rename(config):
                 new = MOVED[old]
                 logger.warning("%s: config.%s is now config.%s.", path, old, new)
