@@ -49,7 +49,8 @@ def base() -> ConfigDict:
     config.init_head = "match"
     # If they are for another grid of patches: "grow" (the paper's) or "interpolate".
     config.init_resize = "grow"
-    # Micro-batches per update: 1/accumulate of the activations, the same update.
+    # Micro-batches per update: 1/accumulate of the activations, the same update, unless
+    # the model has BatchNorm, which normalises each micro-batch by itself.
     config.accumulate = 1
     # Where parameters and moments live: "replicated" or "fsdp".
     config.sharding = "replicated"
