@@ -65,7 +65,8 @@ def evaluate(
       ValueError: the recipe has no such evaluators.
     """
     workdir = epath.Path(workdir).expanduser()
-    load(workdir)  # is a run, or the message says what is none
+    with processes.together():
+        load(workdir)  # is a run, or the message says what is none
     run = runs.open_model(workdir, step=step, best=best, dtype=dtype)
     evals: dict[str, evaluators.Evaluator] = {}
     missing = {}

@@ -169,7 +169,8 @@ class _Recipe(flags.ArgumentParser):
     def parse(self, argument: str) -> ConfigDict:
         """Returns the recipe, closed to further fields."""
         config = recipe.load(argument)
-        recipe.open_model(config, _model_name(sys.argv))
+        with config.unlocked():  # the file may have locked it
+            recipe.open_model(config, _model_name(sys.argv))
         return config.lock()
 
 

@@ -49,7 +49,8 @@ def base() -> ConfigDict:
     config.init_head = "match"
     # If they are for another grid of patches: "grow" (the paper's) or "interpolate".
     config.init_resize = "grow"
-    # Micro-batches per update: 1/accumulate of the activations, the same update.
+    # Micro-batches per update: 1/accumulate of the activations, the same update, unless
+    # the model has BatchNorm, which normalises each micro-batch by itself.
     config.accumulate = 1
     # Where parameters and moments live: "replicated" or "fsdp".
     config.sharding = "replicated"
@@ -216,6 +217,8 @@ def open_model(config: ConfigDict, name: str | None = None) -> None:
     Raises:
       ValueError: there is no such model.
     """
+    if not _names_model(config):
+        return  # for `check` to tell
     for field, declared in models.declared(name or config.model.name).items():
         one, length = fields.kind(declared.type)
         value = config.model.get(field)
@@ -227,10 +230,16 @@ def open_model(config: ConfigDict, name: str | None = None) -> None:
 
 def close_model(config: ConfigDict) -> None:
     """Takes away the fields of the model that have no value of their own."""
+    if not _names_model(config):
+        return
     for field, value in config.model.to_dict().items():
         if value is None and field not in ("name", "image_size"):
             with config.unlocked():
                 del config.model[field]
+
+
+def _names_model(config: ConfigDict) -> bool:
+    return isinstance(config.get("model"), ConfigDict) and "name" in config.model
 
 
 def words(argument: str, known: Sequence[str]) -> list[str]:
@@ -494,7 +503,7 @@ def load(value: str) -> ConfigDict:
         said = str(error).strip("'\"")
         raise ValueError(f"{path}, line {lines[-1]}: {said}") from error
     if isinstance(config, ConfigDict):
-        with config.ignore_type():  # for `check` to tell
+        with config.unlocked(), config.ignore_type():  # for `check` to tell
             for old in rename(config):
                 new = MOVED[old]
                 logger.warning("%s: config.%s is now config.%s.", path, old, new)

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 # Fields that may change between two starts of one run: they do not change results,
-# up to the order of float additions, or only what is looked at and kept.
+# up to the order of float additions, or only what is looked at and kept. (With
+# BatchNorm `accumulate` changes what is normalised together: see `recipe.base`.)
 MAY_CHANGE = (
     "mesh",
     "sharding",

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from set_up import DAMAGED, one_line
+from set_up import DAMAGED, one_line, random_params
 
-from mlp_mixer import pretrained, recipe, runs, workdir
+from mlp_mixer import models, pretrained, recipe, runs, workdir
 
 
 def changed(path, change):
@@ -136,3 +136,17 @@ def test_a_recipe_of_many_other_fields_is_told_in_20_lines(run):
     lines = str(error.value).splitlines()
     assert len(lines) == 20
     assert all(map(str.isprintable, lines))
+
+
+def test_a_checkpoint_of_another_number_of_classes_is_refused(tmp_path):
+    """Without names of classes nothing else would notice."""
+    fields = {"num_blocks": 1, "hidden_dim": 4, "channels_mlp_dim": 4}
+    model = models.create("resmlp_12", num_classes=3, **fields)
+    params = random_params(model, (32, 32))
+    weights = pretrained.Weights(params, "made", image_size=(32, 32))
+    runs.write(weights, tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    changed(config, lambda c: c["dataset"].update(num_classes=5))
+    with pytest.raises(ValueError, match="has 3 classes, that says 5") as error:
+        runs.open_model(tmp_path / "run")
+    assert one_line(error, "config.json")

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from ml_collections import ConfigDict
 
 from mlp_mixer import errors, evaluators, models, recipe, shipped
 from mlp_mixer.data.preparation import vtab
@@ -499,14 +500,15 @@ def test_a_recipe_that_asks_for_a_name_that_has_moved_is_told_where(
     assert not hasattr(recipe, "pretraning")
 
 
-def test_a_recipe_with_old_names_of_fields_is_read_and_told(tmp_path, caplog):
+@pytest.mark.parametrize("end", ["config", "config.lock()"])
+def test_a_recipe_with_old_names_of_fields_is_read_and_told(end, tmp_path, caplog):
     path = tmp_path / "mine.py"
     path.write_text(
         "from mlp_mixer import recipe\n"
         "def get_config():\n"
         "  config = recipe.base()\n"
         "  config.model.update(scan=False, dtype='bfloat16', num_blocks=3)\n"
-        "  return config\n"
+        f"  return {end}\n"
     )
     config = recipe.load(str(path))
     assert config.run.to_dict() == {"dtype": "bfloat16", "scan": False, "remat": None}
@@ -516,6 +518,15 @@ def test_a_recipe_with_old_names_of_fields_is_read_and_told(tmp_path, caplog):
         f"{path}: config.model.{field} is now config.run.{field}."
         for field in ("dtype", "scan")
     ]
+
+
+@pytest.mark.parametrize("model", [None, "mixer_b16", {"image_size": (8, 8)}])
+def test_a_recipe_whose_model_has_no_name_is_left_for_check_to_refuse(model):
+    config = ConfigDict(recipe.base().to_dict() | {"model": model})
+    recipe.open_model(config)
+    recipe.close_model(config)
+    with pytest.raises(ValueError, match=r"^config\.model"):
+        recipe.check(config)
 
 
 # --- What a run writes ----------------------------------------------------------------

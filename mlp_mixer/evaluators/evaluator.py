@@ -52,7 +52,7 @@ class Evaluator(Protocol):
         """Returns a recipe's section with what it takes from training.
 
         Args:
-          section: the fields that the recipe has, without `type`.
+          section: the fields that the recipe has, its `type` included, which stays.
           recipe: the recipe, with every field of training.
           class_names: names of training's classes, by label.
         """

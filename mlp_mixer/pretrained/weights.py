@@ -275,7 +275,7 @@ def _read_run(
     model = config.model.to_dict()
     sections = config.evals.values()
     kinds = ((section.type, section.preprocess) for section in sections)
-    return Weights(
+    weights = Weights(
         variables.pop("params"),
         f"run at step {at}",
         image_size=model.pop("image_size"),
@@ -286,6 +286,13 @@ def _read_run(
         dtype=config.run.dtype,
         step=at,
     )
+    if weights.num_classes != config.dataset.num_classes:
+        raise ValueError(
+            f"The checkpoint of {folder} at step {at} is not of its config.json: "
+            f"it has {weights.num_classes} classes, that says "
+            f"{config.dataset.num_classes}."
+        )
+    return weights
 
 
 def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
