@@ -127,11 +127,15 @@ def _check_size(field: str, value: Any, kind: Any) -> None:
     """Raises ValueError unless a size has values that a model can be made of."""
     if kind is int:
         numbers, expected = (value,), "a whole number from 1"
-    elif get_origin(kind) is tuple:
-        count = len(get_args(kind))
-        numbers = value if isinstance(value, tuple) and len(value) == count else (None,)
+    elif get_origin(kind) is tuple and get_args(kind)[0] is int:
+        any_number = get_args(kind)[1:] == (...,)
+        count = 0 if any_number else len(get_args(kind))
+        fits = isinstance(value, tuple) and len(value) == (count or max(len(value), 1))
+        numbers = value if fits else (None,)
         two = "(height, width), e.g. (16, 16)"
-        expected = two if count == 2 else f"{count} whole numbers from 1"
+        expected = (
+            two if count == 2 else f"{count or 'a tuple of'} whole numbers from 1"
+        )
     else:
         return
     if not all(map(_is_count, numbers)):

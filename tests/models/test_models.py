@@ -161,3 +161,20 @@ def test_an_architecture_makes_any_size_of_which_all_is_said():
     del sizes["hidden_dim"], sizes["num_blocks"]
     with pytest.raises(ValueError, match="mixer needs num_blocks, hidden_dim; give ea"):
         models.create("mixer", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (tuple[int, int], (2, 4), (2,)),
+        (tuple[int, int, int], (1, 2, 3), (1, 2)),
+        (tuple[int, ...], (1, 2, 3), ()),
+        (tuple[int, ...], (1,), (1, 0)),
+        (tuple[float, float], (0.0, 0.1), None),
+    ],
+)
+def test_a_field_by_stage_has_as_many_sizes_as_its_type_says(kind, good, bad):
+    models._check_size("field", good, kind)
+    if bad is not None:
+        with pytest.raises(ValueError, match="field is"):
+            models._check_size("field", bad, kind)
