@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices and may not promote ranks silently."""
 
 import atexit
+import logging
 import os
 import pathlib
 import shutil
@@ -37,6 +38,20 @@ def pytest_runtest_makereport():
     report = yield
     report.sections = [(t, text.printable(s, keep="\n")) for t, s in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True)
+def same_log():
+    """A program that a test runs sets up the log; the next test finds it as before."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in [*root.handlers]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture
