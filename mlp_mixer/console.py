@@ -68,12 +68,12 @@ class Steps:
             self._bar = rich.progress.Progress(
                 "step {task.completed:.0f}/{task.total:.0f}",
                 rich.progress.BarColumn(None),
-                "{task.fields[said]}",
+                "{task.fields[shown]}",
                 rich.progress.TimeRemainingColumn(),
                 console=_CONSOLE,
             )
             self._task = self._bar.add_task(
-                "", total=total, completed=first, said="compiling"
+                "", total=total, completed=first, shown="compiling"
             )
             self._bar.start()
 
@@ -82,13 +82,17 @@ class Steps:
         if self._bar:
             self._bar.update(self._task, completed=step)
 
-    def tell(self, step: int, said: str, seconds_left: float) -> None:
+    def tell(self, step: int, shown: str, seconds_left: float) -> None:
         """Shows a text beside the bar, or in a line with step and time left."""
         if self._bar:
-            self._bar.update(self._task, said=said)
+            self._bar.update(self._task, shown=shown)
         else:
             logger.info(
-                "step %d/%d  %s  %s left", step, self._total, said, _clock(seconds_left)
+                "step %d/%d  %s  %s left",
+                step,
+                self._total,
+                shown,
+                _clock(seconds_left),
             )
 
     def stop(self) -> None:
@@ -138,20 +142,20 @@ def counter(
     Yields:
       `advance(amount)`, to be called as it goes on.
     """
-    began = said = time.monotonic()
+    began = latest = time.monotonic()
     now = done
 
     def amount(count: int | float) -> str:
         return f"{count / 1e9:,.2f} GB" if unit == "bytes" else f"{count:,.0f} {unit}"
 
     def advance(more: int) -> None:
-        nonlocal now, said
+        nonlocal now, latest
         now += more
         rate = (now - done) / max(time.monotonic() - began, 1e-9)
-        bar.update(task, completed=now, said=f"{amount(now)}  {amount(rate)}/s")
-        due = time.monotonic() - said >= every_seconds
+        bar.update(task, completed=now, shown=f"{amount(now)}  {amount(rate)}/s")
+        due = time.monotonic() - latest >= every_seconds
         if due and rate and not _CONSOLE.is_terminal:
-            said = time.monotonic()
+            latest = time.monotonic()
             left = _clock((total - now) / rate)
             logger.info(
                 "%s: %s of %s  %s/s  %s left",
@@ -164,10 +168,10 @@ def counter(
 
     with _bar(
         rich.progress.BarColumn(None),
-        rich.progress.TextColumn("{task.fields[said]}", markup=False),
+        rich.progress.TextColumn("{task.fields[shown]}", markup=False),
         rich.progress.TimeRemainingColumn(),
     ) as bar:
-        task = bar.add_task(text.printable(what), total=total, completed=done, said="")
+        task = bar.add_task(text.printable(what), total=total, completed=done, shown="")
         yield advance
     logger.info("%s: %s in %s", what, amount(now), _clock(time.monotonic() - began))
 

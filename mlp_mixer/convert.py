@@ -75,11 +75,11 @@ def convert(
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
     if weights.image_size is not None:
-        pretrained.check(weights)
+        pretrained.checked_image_size(weights)
     if grow is not None and interpolate is not None:
         raise ValueError("Both --grow and --interpolate are given; choose one.")
     if grow is not None or interpolate is not None:
-        height, width = pretrained.check(weights)
+        height, width = pretrained.checked_image_size(weights)
         factor = 1 if grow is None else grow
         if factor < 1:
             raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
@@ -94,7 +94,7 @@ def convert(
     if target is None:
         return report
     target = os.path.expanduser(target)
-    _write(weights, target, names)
+    _write_target(weights, target, names)
     again = pretrained.read(target, dtype=None)
     wanted, got = (dict(leaves(w.params | w.stats)) for w in (weights, again))
     report["dtype"] = describe(again)["dtype"]
@@ -130,7 +130,7 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
     }
 
 
-def _write(weights: pretrained.Weights, target: str, names: str) -> None:
+def _write_target(weights: pretrained.Weights, target: str, names: str) -> None:
     suffix = pathlib.PurePath(target).suffix.lower()
     _check_target(target, suffix)
     if names != "ours" and suffix != ".safetensors":
@@ -201,7 +201,7 @@ def _write_as(
             )
         pretrained.write_safetensors(weights, target, names=names)
     else:
-        runs.write(weights, target)
+        runs.write_run(weights, target)
 
 
 def _round_trip(
@@ -221,8 +221,8 @@ def _round_trip(
     pairs = zip(outputs(before), outputs(after), strict=True)
     moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs]
     zero = "head" not in before.params or not before.params["head"]["kernel"].any()
-    said = f"{moved[0]:.1e}" + (" (there is no head, or it is zero)" if zero else "")
-    return {"max |Δlogit|": said, "max |Δpre_logits|": f"{moved[1]:.1e}"}
+    most = f"{moved[0]:.1e}" + (" (there is no head, or it is zero)" if zero else "")
+    return {"max |Δlogit|": most, "max |Δpre_logits|": f"{moved[1]:.1e}"}
 
 
 def _levels(name: str) -> list[float] | None:

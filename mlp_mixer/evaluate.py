@@ -185,7 +185,7 @@ def _write(
     table: console.Table,
 ) -> None:
     """Writes evaluate.json and evaluate.md."""
-    said = {
+    content = {
         "workdir": str(folder),
         "step": run.step,
         "model": run.config.model.name,
@@ -195,7 +195,7 @@ def _write(
         },
         "results": results,
     }
-    files.write_json(folder / "evaluate.json", said)
+    files.write_json(folder / "evaluate.json", content)
     files.write_text(folder / "evaluate.md", table.markdown())
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
 

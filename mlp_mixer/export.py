@@ -107,7 +107,9 @@ def export_stablehlo(
 
     def write(file: pathlib.Path) -> None:
         (n,) = jax.export.symbolic_shape("n")
-        image = jax.ShapeDtypeStruct((n, *pretrained.check(weights), 3), jnp.float32)
+        image = jax.ShapeDtypeStruct(
+            (n, *pretrained.checked_image_size(weights), 3), jnp.float32
+        )
         with _no_paths():
             exported = jax.export.export(jax.jit(mixer), platforms=PLATFORMS)(image)
             file.write_bytes(exported.serialize(vjp_order=int(gradients)))
@@ -212,7 +214,7 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     graph = helper.make_graph(
         nodes,
         "mlp_mixer",
-        [value("image", *pretrained.check(weights), 3)],
+        [value("image", *pretrained.checked_image_size(weights), 3)],
         [value(name, size) for name, size in outputs.items()],
         [
             numpy_helper.from_array(x, name)
@@ -248,7 +250,7 @@ def _mixer(
     transpose the kernels once, when they load the file.
     """
     fields = weights.model
-    (h, w), (ph, pw) = pretrained.check(weights), fields["patch_size"]
+    (h, w), (ph, pw) = pretrained.checked_image_size(weights), fields["patch_size"]
     s, c, k = (h // ph) * (w // pw), fields["hidden_dim"], weights.num_classes
     constants = {
         "patches/shape": np.array([0, h // ph, ph, w // pw, pw * 3]),
@@ -334,7 +336,7 @@ def _require(*modules: str) -> None:
 
 def _checked(weights: pretrained.Weights) -> pretrained.Weights:
     """The weights in float32, after a look at all that an export needs of them."""
-    pretrained.check(weights)
+    pretrained.checked_image_size(weights)
     params, stats = (
         jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
         for tree in (weights.params, weights.stats)
@@ -351,7 +353,7 @@ def _checked(weights: pretrained.Weights) -> pretrained.Weights:
 def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
     """What is known of a model besides its numbers."""
     facts = {
-        "source": weights.said,
+        "source": weights.origin,
         "exported_by": f"mlp_mixer {mlp_mixer.__version__}",
         "input": "image: RGB, (level - 127.5) / 127.5 of levels 0 ... 255",
         **weights.model,
@@ -414,7 +416,7 @@ def _differences(
     found = []
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for n in BATCHES:
-            shape = (n, *pretrained.check(weights), 3)
+            shape = (n, *pretrained.checked_image_size(weights), 3)
             image = rng.uniform(-1, 1, shape).astype(np.float32)
             expected = jax.device_get(reference(weights.variables, image))
             given = call(image)

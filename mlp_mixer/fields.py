@@ -24,7 +24,7 @@ class Row:
     """The values that a field may have.
 
     Attributes:
-      said: the values, for people.
+      values: the values in words.
       types: the types of one value; a bool is not an int here.
       low: the smallest number.
       high: the largest number.
@@ -35,7 +35,7 @@ class Row:
       optional: whether a recipe may be without the field.
     """
 
-    said: str
+    values: str
     types: tuple[type, ...]
     low: int | float = -math.inf
     high: int | float = math.inf
@@ -71,10 +71,10 @@ class Row:
 
     def expected(self, value: Any) -> str:
         """What the field may be, for people; of a closed set the nearest first."""
-        said = self.said
+        words = self.values
         if self.choices:
-            said = known.nearest(value, self.choices)
-        return f"{said}; or None" if self.none else said
+            words = known.nearest(value, self.choices)
+        return f"{words}; or None" if self.none else words
 
 
 def _whole(low: int, high: int = INT32, **more: Any) -> Row:
@@ -82,29 +82,29 @@ def _whole(low: int, high: int = INT32, **more: Any) -> Row:
 
 
 def _real(low: int | float, high: int | float = FLOAT32, **more: Any) -> Row:
-    said = f"a number from {low:g}" + (f" to {high:g}" if high < FLOAT32 else "")
+    words = f"a number from {low:g}" + (f" to {high:g}" if high < FLOAT32 else "")
     if low == -FLOAT32:
-        said = "a number"
-    return Row(said, (int, float), low, high, **more)
+        words = "a number"
+    return Row(words, (int, float), low, high, **more)
 
 
 def _positive(**more: Any) -> Row:
-    said = "a number above 0"
-    return Row(said, (int, float), TINY, FLOAT32, **more)
+    words = "a number above 0"
+    return Row(words, (int, float), TINY, FLOAT32, **more)
 
 
 def _rate() -> Row:
     """A probability that is not certainty, in which nothing would be left."""
-    said = "a number from 0 to below 1"
-    return Row(said, (int, float), 0.0, math.nextafter(1.0, 0.0))
+    words = "a number from 0 to below 1"
+    return Row(words, (int, float), 0.0, math.nextafter(1.0, 0.0))
 
 
 def _one_of(*choices: str, none: bool = False) -> Row:
     return Row("", (str,), choices=choices, none=none)
 
 
-def _text(said: str, **more: Any) -> Row:
-    return Row(said, (str,), **more)
+def _text(words: str, **more: Any) -> Row:
+    return Row(words, (str,), **more)
 
 
 _SWITCH = Row("true or false", (bool,))
@@ -146,7 +146,7 @@ RECIPE: dict[str, Row] = {
     "sharding": _one_of("replicated", "fsdp"),
     "log_every_steps": _whole(1),
     "mesh.data": dataclasses.replace(
-        _whole(1), said="a number of devices from 1, or -1 for all", also=-1
+        _whole(1), values="a number of devices from 1, or -1 for all", also=-1
     ),
     "mesh.fsdp": _whole(1),
     **_section("dataset", _DATASET),
@@ -247,8 +247,8 @@ def of_model(name: str) -> dict[str, Row]:
                 f"{', '.join(k.__name__ for k in _BY_TYPE)}, or a tuple of one of them."
             )
         if length is not None and row.length is None:
-            said = f"values, each {row.said}"
-            row = dataclasses.replace(row, said=said, length=length)
+            words = f"values, each {row.values}"
+            row = dataclasses.replace(row, values=words, length=length)
         rows[field] = dataclasses.replace(row, none=True, optional=True)
     return rows
 
@@ -276,9 +276,9 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
       tree: the recipe as nested dicts.
       others: whether there may be fields that are not known, of a later version.
     """
-    for section, said in (("evals", "evaluators"), ("model", "a model's fields")):
+    for section, words in (("evals", "evaluators"), ("model", "a model's fields")):
         if not isinstance(tree.get(section), Mapping):
-            return [_line(section, tree.get(section), f"a section of {said}")]
+            return [_line(section, tree.get(section), f"a section of {words}")]
     rest = {key: value for key, value in tree.items() if key != "evals"}
     names = _one_of(*models.names(), *models.families())
     name = tree["model"].get("name")
@@ -291,8 +291,8 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
     for name, section in tree["evals"].items():
         where = f"evals.{name}"
         if not isinstance(section, Mapping):
-            said = "a section of recipe.evaluation or recipe.fewshot"
-            found.append(_line(where, section, said))
+            words = "a section of recipe.evaluation or recipe.fewshot"
+            found.append(_line(where, section, words))
             continue
         row, kind = _one_of(*EVALUATORS), section.get("type", "")
         if not row.fits(kind):

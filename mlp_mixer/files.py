@@ -47,8 +47,8 @@ def read_json(path: epath.PathLike, *kinds: type) -> Any:
       OSError: it cannot be read, e.g. since it is a folder.
       ValueError: it holds anything else.
     """
-    said = printable(os.fspath(path))
-    return parse_json(read_bytes(path, MAX_BYTES), said, *kinds)
+    where = printable(os.fspath(path))
+    return parse_json(read_bytes(path, MAX_BYTES), where, *kinds)
 
 
 def read_bytes(path: epath.PathLike, most: int) -> bytes:
@@ -59,25 +59,25 @@ def read_bytes(path: epath.PathLike, most: int) -> bytes:
       OSError: it cannot be read, e.g. since it is a folder.
       ValueError: it has more than `most` bytes.
     """
-    said = printable(os.fspath(path))
+    where = printable(os.fspath(path))
     try:
         with epath.Path(path).open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no file {said}.") from error
+        raise FileNotFoundError(f"There is no file {where}.") from error
     except OSError as error:
-        raise OSError(f"{said} cannot be read: {error.strerror}.") from error
+        raise OSError(f"{where} cannot be read: {error.strerror}.") from error
     if len(data) > most:
-        raise ValueError(f"{said} has more than {most:,} bytes; that is none of ours.")
+        raise ValueError(f"{where} has more than {most:,} bytes; that is none of ours.")
     return data
 
 
-def parse_json(data: bytes | str, said: str, *kinds: type, finite: bool = True) -> Any:
+def parse_json(data: bytes | str, where: str, *kinds: type, finite: bool = True) -> Any:
     """Returns the value that JSON text stands for.
 
     Args:
       data: the text; bytes are UTF-8.
-      said: where it is from, for the message of an error.
+      where: where it is from, for the message of an error.
       *kinds: what it may be: dict, list, …, type(None); an object if none is named.
       finite: whether NaN and Infinity are refused.
 
@@ -90,10 +90,10 @@ def parse_json(data: bytes | str, said: str, *kinds: type, finite: bool = True) 
         _check(value, finite, MAX_DEPTH)
     except (ValueError, RecursionError) as error:
         what = brief(error)
-        raise ValueError(f"{said} is no JSON that can be read: {what}.") from error
+        raise ValueError(f"{where} is no JSON that can be read: {what}.") from error
     if not isinstance(value, kinds or (dict,)):
         expected = " or ".join(_NAMES[kind] for kind in kinds or (dict,))
-        raise ValueError(f"{said} holds {kind_of(value)}; expected {expected}.")
+        raise ValueError(f"{where} holds {kind_of(value)}; expected {expected}.")
     return value
 
 

@@ -29,7 +29,7 @@ def has_begun(workdir: epath.PathLike) -> bool:
     )
 
 
-def check(workdir: epath.PathLike, every_steps: int) -> None:
+def check_kept(workdir: epath.PathLike, every_steps: int) -> None:
     """Passes unless a start would begin again though the run was saved.
 
     Args:

@@ -160,8 +160,8 @@ class Writer(contextlib.AbstractContextManager):
         self.write(
             step, record | {"train/lr": lr, "images_per_second": rate * self._batch}
         )
-        said = f"loss {values['loss']:.4f}  {rate * self._batch:,.0f} images/s"
-        self._shown.tell(step, said, (self._total - step) / rate)
+        line = f"loss {values['loss']:.4f}  {rate * self._batch:,.0f} images/s"
+        self._shown.tell(step, line, (self._total - step) / rate)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Records `scalars` for `step`."""
@@ -176,8 +176,8 @@ class Writer(contextlib.AbstractContextManager):
     def evaluation(self, step: int, name: str, results: Mapping[str, float]) -> None:
         """Records an evaluator's results and says them."""
         self.write(step, {f"{name}/{key}": value for key, value in results.items()})
-        said = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
-        logger.info("step %d  %s: %s", step, name, said)
+        values = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
+        logger.info("step %d  %s: %s", step, name, values)
         # The time it took is not the training's.
         self._mark = step, time.perf_counter()
 
@@ -265,25 +265,25 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
       ValueError: a line is no record: an object of numbers, one of them the step.
     """
     *lines, last = files.read_bytes(path, MAX_BYTES).split(b"\n")
-    said = printable(os.fspath(path))
+    where = printable(os.fspath(path))
     records = [
-        _record(line, f"Line {number} of {said}")
+        _record(line, f"Line {number} of {where}")
         for number, line in enumerate(lines, 1)
     ]
     if last.endswith(b"}"):  # Whole, but for the line's end.
-        records.append(_record(last, f"Line {len(lines) + 1} of {said}"))
+        records.append(_record(last, f"Line {len(lines) + 1} of {where}"))
     return records
 
 
-def _record(line: bytes, said: str) -> dict[str, Any]:
-    record = files.parse_json(line, said, finite=False)
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    record = files.parse_json(line, where, finite=False)
     step = record.get("step")
     if type(step) is not int or step < 0:
-        raise ValueError(f"{said} is no record: its step is {brief(step)}.")
+        raise ValueError(f"{where} is no record: its step is {brief(step)}.")
     for name, value in record.items():
         if type(value) not in (int, float):
             raise ValueError(
-                f"{said} is no record: {brief(name)} is {files.kind_of(value)}; "
+                f"{where} is no record: {brief(name)} is {files.kind_of(value)}; "
                 "expected a number."
             )
     return record

@@ -456,9 +456,9 @@ def _shows_damage(error: BaseException, folder: epath.Path) -> bool:
         return folder.name in str(error)
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return True
-    said = str(error)
+    message = str(error)
     return type(error) is ValueError and (
-        _DAMAGED.match(said) is not None or "Error decoding" in said
+        _DAMAGED.match(message) is not None or "Error decoding" in message
     )
 
 
@@ -539,15 +539,17 @@ def _is_not_chatter(record: logging.LogRecord) -> bool:
         return True
     # What else it logs as an error it raises, too. A removal that the end of the
     # program overtakes is done by the next start.
-    said = record.getMessage()
-    if "Failed to remove" not in said or "cannot schedule new futures" in said:
+    message = record.getMessage()
+    if "Failed to remove" not in message or "cannot schedule new futures" in message:
         return False
     error = record.exc_info and record.exc_info[1]
-    record.msg = f"{said}: {brief(error)}" if error else said
+    record.msg = f"{message}: {brief(error)}" if error else message
     record.args = record.exc_info = None
     return True
 
 
 def _is_not_late(record: logging.LogRecord) -> bool:
-    said = record.getMessage()
-    return "never retrieved" not in said or not (_ORBAX in said or "OCDBT" in said)
+    message = record.getMessage()
+    return "never retrieved" not in message or not (
+        _ORBAX in message or "OCDBT" in message
+    )

@@ -200,10 +200,10 @@ def _refusal(path: epath.Path) -> str:
     until = time.monotonic() + 1.0
     while not (owner := _read(path)) and time.monotonic() < until:
         time.sleep(0.05)  # it is being written
-    said = {key: text.printable(str(value)) for key, value in owner.items()}
+    known = {key: text.printable(str(value)) for key, value in owner.items()}
     who = (
-        f"process {said.get('process', '?')} on {said.get('host', '?')}, since "
-        f"{said.get('since', '?')}: {said.get('command', '?')[:_WIDTH]}"
+        f"process {known.get('process', '?')} on {known.get('host', '?')}, since "
+        f"{known.get('since', '?')}: {known.get('command', '?')[:_WIDTH]}"
     )
     tasks = [os.environ.get(name, "") for name in _TASKS]
     hint = ""

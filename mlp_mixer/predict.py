@@ -142,7 +142,7 @@ def classify(
         exif=exif,
     )
     for batch in batches:
-        cut = sharding.put({"image": batch["image"]}, model.mesh)
+        cut = sharding.place_rows({"image": batch["image"]}, model.mesh)
         out = jax.device_get(model.predict(model.variables, cut))
         logits, features = out["logits"], out["pre_logits"]
         for i in np.flatnonzero(batch["mask"]):
@@ -156,13 +156,13 @@ def classify(
                 features[i],
             )
     if turned:
-        said = (
+        manner = (
             "were turned as Exif says"
             if exif
             else "are turned by Exif; they were read as they are stored, unrotated, as "
             "the authors do (--exif turns them)"
         )
-        logger.warning("%d of %d images %s.", turned, len(files), said)
+        logger.warning("%d of %d images %s.", turned, len(files), manner)
 
 
 def _top(
@@ -282,8 +282,8 @@ def run(
     if features:
         with writing(features) as npz:
             np.savez(npz, path=np.array(paths), features=np.stack(vectors))
-        said = (*np.shape(vectors), features)
-        logger.info("Wrote the features of %d images, %d each, to %s.", *said)
+        shape = (*np.shape(vectors), features)
+        logger.info("Wrote the features of %d images, %d each, to %s.", *shape)
     if sheet:
         try:
             _write_sheet(shown[:SHEET], len(paths), model, sheet, exif)
@@ -370,7 +370,7 @@ def _jsonl(files: Sequence[str], model: runs.Opened, top: int) -> Form:
                 {"index": k, "class": name, "probability": float(f"{p:.6g}")}
                 for k, name, p in found
             ],
-            "weights": model.said,
+            "weights": model.origin,
             "preprocess": model.preprocess,
         }
         return json.dumps(record) + "\n"
@@ -402,7 +402,7 @@ def _write_sheet(
         captions=[image.path for image in shown],
         classes=[image.classes for image in shown],
         probabilities=[image.probabilities for image in shown],
-        title=f"{model.said}, preprocessed by {model.preprocess}; images: {part}",
+        title=f"{model.origin}, preprocessed by {model.preprocess}; images: {part}",
     )
     with writing(path) as file:
         file.write(visualize.png(figure))

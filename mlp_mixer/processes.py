@@ -53,10 +53,10 @@ def together() -> Iterator[None]:
         kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
         gather(f"{socket.gethostname()}: {kind}{error}")
         raise
-    failed = [(i, said) for i, said in enumerate(gather(None)) if said is not None]
+    failed = [(i, error) for i, error in enumerate(gather(None)) if error is not None]
     if failed:
         more = f"\nand {len(failed) - LINES} more" if len(failed) > LINES else ""
-        lines = [f"Process {i} failed on {said}" for i, said in failed[:LINES]]
+        lines = [f"Process {i} failed on {error}" for i, error in failed[:LINES]]
         raise RuntimeError("\n".join(lines) + more)
 
 
@@ -79,8 +79,8 @@ def compare(**values: Any) -> None:
     for name in names:
         holders: dict[str, list[int]] = {}
         for i, theirs in enumerate(everybodys):
-            said = json.dumps(theirs[name]) if name in theirs else "absent"
-            holders.setdefault(said, []).append(i)
+            value = json.dumps(theirs[name]) if name in theirs else "absent"
+            holders.setdefault(value, []).append(i)
         if len(holders) > 1:
             each = (f"{_short(v)} on {_processes(who)}" for v, who in holders.items())
             lines.append(f"  {name}: {'; '.join(each)}")

@@ -87,10 +87,10 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     except Exception as error:
         if (message := errors.message(error, modules)) is None:
             raise
-        sys.exit(_said(message))
+        sys.exit(_final_words(message))
 
 
-def _said(message: str) -> str:
+def _final_words(message: str) -> str:
     """A message as a terminal shows it: it may name files and fields from outside."""
     return printable(message, keep="\n\t")
 
@@ -216,10 +216,10 @@ def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
 
 
 class _OrNone(flags.ArgumentParser):
-    """Reads a field's value, or None, for `recipe.check` to allow or refuse."""
+    """Reads a field's value, or None, for `recipe.check_fields` to allow or refuse."""
 
-    def __init__(self, parser: flags.ArgumentParser, said: str):
-        self._parser, self._said = parser, said
+    def __init__(self, parser: flags.ArgumentParser, expected: str):
+        self._parser, self._expected = parser, expected
 
     def parse(self, argument: Any) -> Any:
         """Returns the value of a command line's word, or of a default."""
@@ -228,7 +228,7 @@ class _OrNone(flags.ArgumentParser):
         try:
             return self._parser.parse(argument)
         except (TypeError, ValueError):
-            raise ValueError(f"expected {self._said}.") from None
+            raise ValueError(f"expected {self._expected}.") from None
 
     def flag_type(self) -> str:
         """Returns the type, for --help."""
@@ -297,13 +297,15 @@ def wrong_flags_in_one_line() -> Iterator[None]:
         cause = error.__context__
         if cause and errors.message(cause) is None and _is_in(cause, "mlp_mixer"):
             raise cause from None
-        sys.exit(_said(f"{error}\nSee --help for the flags."))
+        sys.exit(_final_words(f"{error}\nSee --help for the flags."))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if not _is_in(error, "ml_collections") or _is_in(error, "mlp_mixer.recipe"):
             raise
-        said = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ". ")
+        reason = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ". ")
         sys.exit(
-            _said(f"The recipe has no such field: {said}\nSee --help for the flags.")
+            _final_words(
+                f"The recipe has no such field: {reason}\nSee --help for the flags."
+            )
         )
 
 
@@ -430,8 +432,8 @@ def _bounded_wait(others: str) -> Iterator[None]:
         print(f"Waiting for {others}.", file=sys.stderr, flush=True)
 
     def end() -> None:
-        said = f"Waited {WAIT_SECONDS:g} seconds in vain for {others}."
-        print(said, file=sys.stderr, flush=True)
+        message = f"Waited {WAIT_SECONDS:g} seconds in vain for {others}."
+        print(message, file=sys.stderr, flush=True)
         # JAX waits in C++, where no exception reaches it.
         os._exit(1)
 

@@ -218,13 +218,13 @@ def open_model(config: ConfigDict, name: str | None = None) -> None:
       ValueError: there is no such model.
     """
     if not _names_model(config):
-        return  # for `check` to tell
+        return  # for `check_fields` to tell
     for field, declared in models.declared(name or config.model.name).items():
         one, length = fields.kind(declared.type)
         value = config.model.get(field)
         place = FieldReference(None, field_type=one if length is None else tuple)
         config.model[field] = place
-        with config.ignore_type():  # for `check` to tell
+        with config.ignore_type():  # for `check_fields` to tell
             config.model[field] = value
 
 
@@ -274,7 +274,7 @@ def total_steps(config: ConfigDict) -> int:
 MOST_NAMED = 15
 
 
-def check(config: ConfigDict) -> None:
+def check_fields(config: ConfigDict) -> None:
     """Passes if every field is there, alone, and has a value that it may have.
 
     Raises:
@@ -500,10 +500,10 @@ def load(value: str) -> ConfigDict:
         # ml_collections knows the field, and not where it was set.
         if not lines or not frames[-1].filename.startswith(_ML_COLLECTIONS):
             raise
-        said = str(error).strip("'\"")
-        raise ValueError(f"{path}, line {lines[-1]}: {said}") from error
+        message = str(error).strip("'\"")
+        raise ValueError(f"{path}, line {lines[-1]}: {message}") from error
     if isinstance(config, ConfigDict):
-        with config.unlocked(), config.ignore_type():  # for `check` to tell
+        with config.unlocked(), config.ignore_type():  # for `check_fields` to tell
             for old in rename(config):
                 new = MOVED[old]
                 logger.warning("%s: config.%s is now config.%s.", path, old, new)

@@ -30,8 +30,8 @@ from mlp_mixer.data import sources
 from mlp_mixer.fingerprints import fingerprint
 from mlp_mixer.text import listed
 from mlp_mixer.workdir import (
-    check,
     check_recipe,
+    check_run,
     claim,
     load,
     load_class_names,
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 class Opened(NamedTuple):
     """Weights from anywhere as a model that predicts, on all devices."""
 
-    said: str  # where they come from, for people
+    origin: str  # where they come from, for people
     mesh: Mesh
     predict: Callable[[Any, Any], dict[str, jax.Array]]  # steps.make_predict
     variables: dict[str, Any]  # what predict takes
@@ -96,17 +96,17 @@ def open_model(
     several = jax.process_count() > 1
     if several and config is not None:
         has = bool(history.checkpoints(source))
-        said = {
+        content = {
             "recipe": recipe.to_json(config),
             "class_names": names,
             "checkpoints": has,
         }
-        processes.compare(**said, step=step, best=best)
+        processes.compare(**content, step=step, best=best)
     weights = pretrained.read(source, step=step, best=best, more_is_better=more)
     if several:
         prints = sum(fingerprint(weights.variables).values())
         processes.compare(step=weights.step, weights=prints)
-    size, count = pretrained.check(weights), weights.num_classes
+    size, count = pretrained.checked_image_size(weights), weights.num_classes
     if count is None and labels is not None:
         raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
     named = weights.class_names
@@ -187,7 +187,7 @@ def training_data(
       accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
-      ValueError: as `check`; or the run has other classes.
+      ValueError: as `check_run`; or the run has other classes.
     """
     names = trained_classes(workdir)
     # Where both have names, those say better than their number which classes differ.
@@ -196,11 +196,11 @@ def training_data(
     if names is not None:
         both = sides(config, workdir)
         source = sources.with_classes(source, names, len(names), **both)
-    check(config, workdir, data, accept_changed_data=accept_changed_data)
+    check_run(config, workdir, data, accept_changed_data=accept_changed_data)
     return source
 
 
-def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
+def write_run(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     """Writes weights as a run at step 0, for every program that takes a run.
 
     With 1,000 or 21,843 classes its recipe has the evaluators of ImageNet's or
@@ -217,7 +217,7 @@ def write(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
             f"{weights.called} cannot become a run, whose checkpoints are finite; "
             f"these arrays are not:\n{listed(list(broken))}"
         )
-    size = pretrained.check(weights)
+    size = pretrained.checked_image_size(weights)
     config = recipe.base()
     config.batch_size = 256
     config.dataset.num_classes = weights.num_classes

@@ -47,22 +47,22 @@ def make_mesh(
     """
     here = devices is None
     found = list(jax.devices() if devices is None else devices)
-    said = f"mesh.data, fsdp and model are {data}, {fsdp} and {model}"
+    given = f"mesh.data, fsdp and model are {data}, {fsdp} and {model}"
     others = fsdp * model
     if fsdp < 1 or model < 1 or data == 0 or data < -1:
         raise ValueError(
-            f"{said}; expected numbers from 1 (data: or -1, for the rest)."
+            f"{given}; expected numbers from 1 (data: or -1, for the rest)."
         )
     shape = (len(found) // others if data == -1 else data, fsdp, model)
     count = math.prod(shape)
     if not 0 < count <= len(found) or (data == -1 and count < len(found)):
         raise ValueError(
-            f"{said}, but there are {len(found)} devices; "
+            f"{given}, but there are {len(found)} devices; "
             + ("fsdp x model must divide them." if data == -1 else "data -1 takes all.")
         )
     if here and count < len(found) and jax.process_count() > 1:
         raise ValueError(
-            f"{said}, which takes {count} of {len(found)} devices; with "
+            f"{given}, which takes {count} of {len(found)} devices; with "
             f"{jax.process_count()} processes use all of them (mesh.data=-1)."
         )
     axes = (*ROWS, "model")
@@ -170,7 +170,7 @@ def whole_batch(mesh: Mesh, batch_size: int) -> int:
     return -(-batch_size // rows(mesh)) * rows(mesh)
 
 
-def put(tree: Any, mesh: Mesh) -> Any:
+def place_rows(tree: Any, mesh: Mesh) -> Any:
     """Makes one global array per leaf from this process's rows, cut over the devices.
 
     Raises:

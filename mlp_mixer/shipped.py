@@ -66,7 +66,7 @@ def _recipes(root: pathlib.Path) -> Iterable[pathlib.Path]:
 
 
 def default_workdir(argv: Sequence[str]) -> str:
-    """Where a run lives if nothing else is said: `runs/<run_name>`."""
+    """Where a run lives unless another place is named: `runs/<run_name>`."""
     value = ""
     for i, word in enumerate(argv):
         flag, equals, rest = word.partition("=")

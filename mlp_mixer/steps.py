@@ -167,8 +167,8 @@ def make_train_step(
         itself, and its running statistics take one after the other.)
 
     The batch holds `image` (n, h, w, 3), 0 … 255, and `label` (n,) class numbers or
-    (n, k) bools, both of `sharding.put`; metrics are `loss` (nats) and `grad_norm`
-    (before clipping).
+    (n, k) bools, both of `sharding.place_rows`; metrics are `loss` (nats) and
+    `grad_norm` (before clipping).
 
     Raises:
       ValueError: unknown loss.
@@ -257,8 +257,8 @@ def make_predict(
     """Returns `predict(variables, batch) -> {"logits": (n, k), "pre_logits": (n, c)}`.
 
     `variables` are {"params": …, **stats}, and the batch holds `image` (n, h, w, 3),
-    0 … 255, uint8 or float, of `sharding.put`. The results are cut over the devices as
-    the images are.
+    0 … 255, uint8 or float, of `sharding.place_rows`. The results are cut over the
+    devices as the images are.
 
     Args:
       model: the model.

@@ -109,7 +109,7 @@ def open_task(
 def _config(value: str, overrides: Sequence[str]) -> ConfigDict:
     """The recipe as training's own command line reads it."""
     config = program.override(recipe.load(value), overrides)
-    recipe.check(config)
+    recipe.check_fields(config)
     models.create(**config.model)  # which says what of its sizes does not fit
     return config
 
@@ -172,14 +172,14 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     path = workdir / RESULT
     if not path.exists():
         return None
-    said = files.read_json(path)
-    top1 = said.get("top1", math.inf)
-    if not isinstance(said.get("config"), dict) or not (
+    content = files.read_json(path)
+    top1 = content.get("top1", math.inf)
+    if not isinstance(content.get("config"), dict) or not (
         top1 is None or (type(top1) in (int, float) and 0 <= top1 <= 1)
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
-    there = recipe.to_json(recipe.from_json(said["config"], str(path)))
+    there = recipe.to_json(recipe.from_json(content["config"], str(path)))
     check_same(there, config, workdir, may_change)
     return math.nan if top1 is None else top1
 
@@ -415,17 +415,17 @@ def _percent(accuracy: float) -> str:
     return "diverged" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
 
 
-def write(
+def write_results(
     folder: pathlib.Path, results: Sequence[Result], means: Mapping[str, float]
 ) -> None:
     """Writes sweep.json, sweep.md and sweep.png to `folder`."""
-    said: dict[str, Any] = {"results": [], "means": dict(means)}
+    content: dict[str, Any] = {"results": [], "means": dict(means)}
     for result in results:
         fields = dataclasses.asdict(result) | {"mean": result.mean, "std": result.std}
         fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
-        said["results"].append(fields)
+        content["results"].append(fields)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "sweep.json", said)
+    files.write_json(folder / "sweep.json", content)
     tables = [table(folder, results, means)]
     if five := table_of_five(results):
         tables.append(console.Table("", ["", *FIVE.values(), "Avg 5"], five))
@@ -485,6 +485,6 @@ def run_all(
             command = shlex.join(["python", *sys.argv])
             logger.error("Not finished. What is done is kept; go on with\n%s", command)
             raise
-        write(folder, results, means(results))
+        write_results(folder, results, means(results))
     logger.info("Wrote sweep.md, sweep.json and sweep.png to %s.", folder)
     table(folder, results, means(results)).show()

@@ -61,7 +61,7 @@ def train(
     # Descriptions: nothing is on a device yet.
     workdir = epath.Path(workdir).expanduser()
     with processes.together():
-        recipe.check(config)
+        recipe.check_fields(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(mesh, config.batch_size, config.accumulate)
         experiment.create_model(config, mesh)  # refused before data is opened
@@ -153,7 +153,7 @@ def train(
                 last = step == total_steps
                 if step > first_step:
                     profiler.before(step)
-                    batch = sharding.put(next(batches), mesh)
+                    batch = sharding.place_rows(next(batches), mesh)
                     state, scalars = train_step(state, batch)
                     writer.train(step, scalars)
                     profiler.after(step, last, scalars)

@@ -73,8 +73,8 @@ def report(
         axis.set_axis_off()
     for axis, i, image, truth in zip(sheet, shown, images, truths, strict=False):
         axis.imshow(image)
-        said = class_names[examples.prediction[i]]
-        text = f"{_short(said)} ({100 * examples.probability[i]:.0f} %)"
+        name = class_names[examples.prediction[i]]
+        text = f"{_short(name)} ({100 * examples.probability[i]:.0f} %)"
         if not examples.top1[i]:
             names = " or ".join(_short(class_names[k]) for k in truth)
             text += "\n" + textwrap.fill(f"is {names}", 24)
@@ -135,9 +135,9 @@ def sheet(
         values = probabilities[i]
         axis.barh(range(len(values)), values, height=0.86, color="#a6cbe8")
         for at, (name, p) in enumerate(zip(classes[i], values, strict=True)):
-            said = shortened(name, room - 8)
+            shown = shortened(name, room - 8)
             style: dict[str, Any] = {"size": 7, "va": "center_baseline"}
-            axis.text(0.01, at, said, ha="left", parse_math=False, **style)
+            axis.text(0.01, at, shown, ha="left", parse_math=False, **style)
             axis.text(0.99, at, f"{100 * p:.1f} %", ha="right", **style)
     return figure
 
@@ -221,8 +221,8 @@ def _accuracy(axis: Axes, records: Records) -> None:
 def _legend(owner: Axes | Figure, lines: Mapping[str, Line2D], **style: Any) -> None:
     """Names lines as they are called, with a dollar or an underscore in front too."""
     names = [_short(name, 40) for name in lines]
-    for said in owner.legend([*lines.values()], names, **style).get_texts():
-        said.set_parse_math(False)
+    for entry in owner.legend([*lines.values()], names, **style).get_texts():
+        entry.set_parse_math(False)
 
 
 def _confusion(axis: Axes, examples: Any, class_names: Sequence[str]) -> None:

@@ -121,10 +121,10 @@ def claim(
       What notes the saved steps there.
 
     Raises:
-      FileNotFoundError: as `check`.
-      ValueError: as `check`; or the run has other classes.
+      FileNotFoundError: as `check_run`.
+      ValueError: as `check_run`; or the run has other classes.
     """
-    check(config, workdir, data, accept_changed_data=accept_changed_data)
+    check_run(config, workdir, data, accept_changed_data=accept_changed_data)
     folder = epath.Path(workdir)
     begun = history.has_begun(workdir)
     naming.places(class_names, trained_classes(workdir), **sides(config, workdir))
@@ -141,7 +141,7 @@ def claim(
     return history.Saved(workdir)
 
 
-def check(
+def check_run(
     config: ConfigDict,
     workdir: epath.PathLike,
     data: dict[str, Any] | None = None,
@@ -182,7 +182,7 @@ def check_recipe(
     accept_changed_data: bool,
     may_change: Sequence[str] = (),
 ) -> None:
-    """Passes unless a run of another recipe has begun in `workdir`: see `check`.
+    """Passes unless a run of another recipe has begun in `workdir`: see `check_run`.
 
     Args:
       config: recipe with every field resolved.
@@ -200,7 +200,7 @@ def check_recipe(
             f"{workdir} holds a run, but its config.json is missing, which says of "
             "which recipe. Bring it back, or choose another --workdir."
         )
-    history.check(workdir, load(workdir).checkpoint.every_steps)
+    history.check_kept(workdir, load(workdir).checkpoint.every_steps)
     may_change = (*MAY_CHANGE, *may_change)
     if accept_changed_data or (data is not None and _recorded_data(folder)):
         # The fingerprints say it better: of each class, or each shard.
@@ -268,8 +268,8 @@ def _say_what_is_recorded(
             workdir,
         )
     elif changed := changes(recorded, data):
-        said = "\n  ".join(changed)
-        logger.warning("%s goes on with changed data:\n  %s", workdir, said)
+        listing = "\n  ".join(changed)
+        logger.warning("%s goes on with changed data:\n  %s", workdir, listing)
 
 
 def differences(
@@ -297,20 +297,20 @@ def changes(before: dict[str, Any], now: dict[str, Any], limit: int = 12) -> lis
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += [
-                f"{printable(name)}: {_said(there.get(name))} there, "
-                f"{_said(here.get(name))} here"
+                f"{printable(name)}: {_as_json(there.get(name))} there, "
+                f"{_as_json(here.get(name))} here"
                 for name in sorted(there.keys() | here.keys())
                 if there.get(name) != here.get(name)
             ]
         else:
-            lines.append(f"{key}: {_said(there)} there, {_said(here)} here")
+            lines.append(f"{key}: {_as_json(there)} there, {_as_json(here)} here")
     if not lines and before.get("order") != now.get("order"):
         lines.append("the same files, in another order")
     more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
     return lines[:limit] + more
 
 
-def _said(value: Any) -> str:
+def _as_json(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(
             f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()

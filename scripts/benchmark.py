@@ -87,7 +87,7 @@ def job_of(args: argparse.Namespace) -> Job:
         from mlp_mixer import recipe  # needs ml_collections
 
         config = recipe.load(args.what)
-        recipe.check(config)
+        recipe.check_fields(config)
         model, update, run = (dict(config[k]) for k in ("model", "optim", "run"))
         # A recipe may leave the classes to its data, which nobody opens here.
         data = types.SimpleNamespace(num_classes=config.dataset.num_classes or 1000)
@@ -242,7 +242,7 @@ class Bench:
         )
         image = rng.integers(0, 256, (self.batch, *self.size, 3), np.uint8)
         label = rng.integers(0, model.num_classes, self.batch, np.int32)
-        return state, sharding.put({"image": image, "label": label}, self.mesh)
+        return state, sharding.place_rows({"image": image, "label": label}, self.mesh)
 
     def product(self) -> tuple[Callable[[], Any], int]:
         """A large square product in the compute dtype, and its operations."""

@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     wrong = apart(rows)
     for row in rows:
         step, key, a, b, difference = row
-        said = f"more than {TOLERANCES[step]:.0e}" if row in wrong else ""
+        remark = f"more than {TOLERANCES[step]:.0e}" if row in wrong else ""
         print(
             f"step {step:4}  {key:15}  {a:12.6g}  {b:12.6g}  {difference:7.1e}"
-            f"  {said}".rstrip()
+            f"  {remark}".rstrip()
         )
     if wrong:
         sys.exit("These are different runs; compare their config.json.")

@@ -59,7 +59,7 @@ def write_prepared(data_dir, name, names, count=4, several=False):
         "file_name": tfds.features.Text(),
     }
     job.partial.mkdir(parents=True)
-    writing.write(job, features, {"test": writing.Split(len(order), 9999, read)})
+    writing.write_splits(job, features, {"test": writing.Split(len(order), 9999, read)})
     return name
 
 

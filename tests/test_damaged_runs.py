@@ -88,7 +88,7 @@ def test_a_field_of_a_later_version_has_its_default(run, caplog):
     assert config.field_of_another_version == 3
     assert "does not say evals.val.ece_bins, input.max_broken_images" in caplog.text
     changed(run / "config.json", lambda tree: tree.pop("field_of_another_version"))
-    workdir.check(recipe.load("configs/mixer_b16.py"), run)
+    workdir.check_run(recipe.load("configs/mixer_b16.py"), run)
 
 
 @pytest.mark.parametrize("kind", [k for k in DAMAGED if k != "null"])
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_number_of_classes_is_refused(tmp_path):
     model = models.create("resmlp_12", num_classes=3, **fields)
     params = random_params(model, (32, 32))
     weights = pretrained.Weights(params, "made", image_size=(32, 32))
-    runs.write(weights, tmp_path / "run")
+    runs.write_run(weights, tmp_path / "run")
     config = tmp_path / "run" / "config.json"
     changed(config, lambda c: c["dataset"].update(num_classes=5))
     with pytest.raises(ValueError, match="has 3 classes, that says 5") as error:

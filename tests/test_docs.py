@@ -169,7 +169,7 @@ def check_program(module, arguments, monkeypatch):
         monkeypatch.setattr(sys, "argv", [module, *kept])
         program._parse(sys.argv)
         if "config" in flags.FLAGS:
-            recipe.check(flags.FLAGS["config"].value)
+            recipe.check_fields(flags.FLAGS["config"].value)
 
     try:
         with monkeypatch.context() as patch:
@@ -201,7 +201,7 @@ def check_script(path, arguments, monkeypatch):
     for word in arguments:
         if word.startswith("--config="):
             config = recipe.load(word.removeprefix("--config="))
-            recipe.check(program.override(config, overrides))
+            recipe.check_fields(program.override(config, overrides))
 
 
 INLINE = r"`((?:make|python -m|python scripts/)[^`]*)`"
@@ -414,7 +414,9 @@ def test_every_file_that_a_page_names_is_there(page):
 @pytest.mark.parametrize("page", NAMES)
 def test_every_field_that_a_page_names_is_a_field(page):
     for word in re.findall(r"`(--config\.[a-z][^`\s]*)`", prose(TEXTS[page])):
-        recipe.check(program.override(recipe.load("configs/mixer_b16.py"), [word]))
+        recipe.check_fields(
+            program.override(recipe.load("configs/mixer_b16.py"), [word])
+        )
 
 
 def test_every_extra_is_in_a_page_and_every_extra_of_a_page_exists():

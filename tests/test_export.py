@@ -205,7 +205,7 @@ def test_what_is_known_travels_with_both(tmp_path):
 
 def test_names_that_are_no_text_travel_with_both(tmp_path):
     names = [NAMES[k] for k in ("bytes", "half a pair", "lines", "CJK", "nothing")]
-    weights = small_weights(class_names=(*names, "a", "b"), said="\udcff.npz")
+    weights = small_weights(class_names=(*names, "a", "b"), origin="\udcff.npz")
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     export.export_stablehlo(weights, folder / "m.stablehlo", gradients=False)
     about = json.loads((folder / "m.stablehlo.json").read_text(encoding="utf-8"))

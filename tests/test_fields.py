@@ -224,7 +224,7 @@ def test_a_field_that_nobody_reads_and_one_that_is_missing_are_named(tiny):
     del tiny.optim.b1
     tiny.evals.val.ece_bin = 3
     with pytest.raises(ValueError, match="config") as caught:
-        recipe.check(tiny)
+        recipe.check_fields(tiny)
     said = str(caught.value).splitlines()
     assert said[0] == "config.optim.b1 is missing; start from recipe.base()."
     assert said[1].startswith(
@@ -300,24 +300,24 @@ def test_a_field_that_a_model_does_not_have_is_named(tiny, field, message):
     section, _, name = field.partition(".")
     tiny[section][name] = 3
     with pytest.raises(ValueError, match=rf"^config\.{field} {message}"):
-        recipe.check(tiny)
+        recipe.check_fields(tiny)
 
 
 def test_an_architecture_without_a_size_needs_all_of_its_sizes(tiny):
     tiny.model.name = "mixer"
-    recipe.check(tiny)
+    recipe.check_fields(tiny)
     del tiny.model.hidden_dim
     with pytest.raises(
         ValueError, match=r"config\.model\.name: mixer needs hidden_dim"
     ):
-        recipe.check(tiny)
+        recipe.check_fields(tiny)
 
 
 def test_many_wrong_fields_are_counted(tiny):
     for name in "abcdefghijklmnopqrstuvwxyz":
         tiny[name] = 1
     with pytest.raises(ValueError, match="and 11 more") as caught:
-        recipe.check(tiny)
+        recipe.check_fields(tiny)
     assert len(str(caught.value).splitlines()) == 16
 
 
@@ -343,12 +343,12 @@ def test_none_is_taken_where_it_may_be_and_refused_by_name_elsewhere(tiny, name)
     assert flat(config.to_dict())[field] is None
     if name not in OPTIONAL:
         with pytest.raises(ValueError, match=rf"^config\.{field} is None; expected "):
-            recipe.check(config)
+            recipe.check_fields(config)
     elif name == "optim.end_learning_rate":
         config = program.override(config, ["--config.optim.end_factor=0.5"])
-        recipe.check(config)
+        recipe.check_fields(config)
     else:
-        recipe.check(config)
+        recipe.check_fields(config)
 
 
 @pytest.mark.parametrize("field", [*models.declared("mixer_s16")])
@@ -363,10 +363,10 @@ def test_every_field_of_the_model_can_be_set_and_taken_away(tiny, field):
         config = program.override(tiny, [f"--config.model.{field}={value}"])
         assert config.model[field] == value
         assert type(config.model[field]) is type(value)
-        recipe.check(config)
+        recipe.check_fields(config)
         config = program.override(tiny, [f"--config.model.{field}=None"])
         assert field not in config.model
-        recipe.check(config)
+        recipe.check_fields(config)
 
 
 def test_the_fields_are_those_of_the_model_that_the_command_line_names(tiny):
@@ -395,7 +395,7 @@ def test_the_fields_are_those_of_the_model_that_the_command_line_names(tiny):
 def test_values_are_read_as_they_are_written(tiny, word, value):
     config = program.override(tiny, [f"--config.{word}"])
     assert flat(config.to_dict())[word.partition("=")[0]] == value
-    recipe.check(config)
+    recipe.check_fields(config)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_an_old_name_of_a_field_sets_the_new_one_and_is_told(
     assert config.run.scan is value
     assert "scan" not in config.model
     assert caplog.messages == ["config.model.scan is now config.run.scan."]
-    recipe.check(config)
+    recipe.check_fields(config)
 
 
 def test_a_tuple_may_be_given_number_by_number(tiny):

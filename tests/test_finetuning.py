@@ -28,7 +28,7 @@ def test_growing_pretrained_digits_beats_training_from_scratch(
         patch.setattr(asked, "stop_requested", lambda self, step: step == 70)
         state = train.train(config, folders["stopped"], data_dir=data_dir)
     assert int(state.step) == 70
-    assert pretrained.read(folders["stopped"]).said == "run at step 70"
+    assert pretrained.read(folders["stopped"]).origin == "run at step 70"
     # What it began with is not read again.
     (tmp_path / "pretrained").rename(tmp_path / "elsewhere")
     train.train(config, folders["stopped"], data_dir=data_dir)

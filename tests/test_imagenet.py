@@ -53,7 +53,7 @@ def write_v2(data_dir):
         "label": tfds.features.ClassLabel(names=toy_imagenet.WNIDS)
     }
     job.partial.mkdir(parents=True)
-    writing.write(job, features, {"test": writing.Split(6, 9999, read)})
+    writing.write_splits(job, features, {"test": writing.Split(6, 9999, read)})
     (data_dir / "imagenet_v2" / "matched-frequency").mkdir()
     job.target.rename(data_dir / "imagenet_v2" / "matched-frequency" / job.version)
 

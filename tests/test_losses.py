@@ -128,7 +128,7 @@ def test_mixup_does_not_depend_on_the_number_of_devices(devices):
     expected = mixup(rng, image, labels, 0.5)
     assert expected[1][0, 15] > 0
     mesh = sharding.make_mesh(devices)
-    cut = sharding.put((np.asarray(image), np.asarray(labels)), mesh)
+    cut = sharding.place_rows((np.asarray(image), np.asarray(labels)), mesh)
     mixed = mixup(rng, *cut, 0.5)
     for x, y in zip(mixed, expected, strict=True):
         assert len(x.sharding.device_set) == devices

@@ -155,7 +155,7 @@ def test_without_locks_a_file_owns_until_its_process_is_known_to_be_gone(
 
 def test_weights_are_not_written_into_a_run_that_begins(weights, tmp_path):
     with ownership.owned(tmp_path), pytest.raises(ownership.OwnedError):
-        runs.write(weights, tmp_path)
+        runs.write_run(weights, tmp_path)
     assert contents(tmp_path) == {}
-    runs.write(weights, tmp_path)
+    runs.write_run(weights, tmp_path)
     assert runs.open_model(tmp_path).step == 0

@@ -513,7 +513,7 @@ def test_a_recipe_with_old_names_of_fields_is_read_and_told(end, tmp_path, caplo
     config = recipe.load(str(path))
     assert config.run.to_dict() == {"dtype": "bfloat16", "scan": False, "remat": None}
     assert set(config.model) == {"name", "image_size", "num_blocks"}
-    recipe.check(config)
+    recipe.check_fields(config)
     assert caplog.messages == [
         f"{path}: config.model.{field} is now config.run.{field}."
         for field in ("dtype", "scan")
@@ -526,7 +526,7 @@ def test_a_recipe_whose_model_has_no_name_is_left_for_check_to_refuse(model):
     recipe.open_model(config)
     recipe.close_model(config)
     with pytest.raises(ValueError, match=r"^config\.model"):
-        recipe.check(config)
+        recipe.check_fields(config)
 
 
 # --- What a run writes ----------------------------------------------------------------

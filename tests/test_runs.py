@@ -266,7 +266,7 @@ def test_evaluation_and_prediction_see_one_model(
     assert [line.rpartition(" ")[2] for line in said] == [dtype, other] * 2
     logits = []
     for model in opened:
-        batch = sharding.put({"image": images}, model.mesh)
+        batch = sharding.place_rows({"image": images}, model.mesh)
         logits.append(np.asarray(model.predict(model.variables, batch)["logits"]))
     np.testing.assert_array_equal(logits[0], logits[2])
     np.testing.assert_array_equal(logits[1], logits[3])

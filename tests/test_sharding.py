@@ -146,7 +146,7 @@ def test_put_deals_rows_to_devices_in_order(devices):
         "image": np.arange(16 * 12, dtype=np.uint8).reshape(16, 2, 2, 3),
         "label": np.arange(16),
     }
-    cut = sharding.put(batch, mesh)
+    cut = sharding.place_rows(batch, mesh)
     for name, whole in batch.items():
         assert cut[name].dtype == jnp.asarray(whole).dtype
         np.testing.assert_array_equal(cut[name], whole)
@@ -161,4 +161,4 @@ def test_put_deals_rows_to_devices_in_order(devices):
 def test_a_batch_that_the_devices_do_not_divide_is_explained(rows, near):
     message = f"A batch of {rows} does not divide among 8 devices; try {near}"
     with pytest.raises(ValueError, match=message):
-        sharding.put({"label": np.zeros(rows)}, sharding.make_mesh())
+        sharding.place_rows({"label": np.zeros(rows)}, sharding.make_mesh())

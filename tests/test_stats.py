@@ -67,7 +67,7 @@ def running(mean, x):
 def test_statistics_are_those_of_the_global_batch(devices):
     mesh, step, state = begin(devices)
     assert not state.stats["batch_stats"]["norm"]["mean"].any()
-    state, _ = step(state, sharding.put(batch(), mesh))
+    state, _ = step(state, sharding.place_rows(batch(), mesh))
     x = np.asarray(pixels())
     found = state.stats["batch_stats"]["norm"]
     np.testing.assert_allclose(found["mean"], running(0.0, x), rtol=1e-4, atol=1e-7)
@@ -78,7 +78,7 @@ def test_statistics_are_those_of_the_global_batch(devices):
 
 def test_micro_batches_change_the_statistics_one_after_the_other():
     mesh, step, state = begin(accumulate=4)
-    state, _ = step(state, sharding.put(batch(), mesh))
+    state, _ = step(state, sharding.place_rows(batch(), mesh))
     x, mean = np.asarray(pixels()), np.zeros(3)
     for i in range(4):
         mean = running(mean, x[i::4])
@@ -89,9 +89,9 @@ def test_micro_batches_change_the_statistics_one_after_the_other():
 def test_predictions_use_the_statistics_and_leave_them_alone():
     mesh, step, state = begin()
     predict = steps.make_predict(Normalised(), mesh)
-    images = sharding.put({"image": batch()["image"]}, mesh)
+    images = sharding.place_rows({"image": batch()["image"]}, mesh)
     fresh = predict(state.variables, images)["pre_logits"]
-    state, _ = step(state, sharding.put(batch(), mesh))
+    state, _ = step(state, sharding.place_rows(batch(), mesh))
     image = pixels()
     expected, out = Normalised().apply(state.variables, image)
     found = predict(state.variables, images)

@@ -99,7 +99,7 @@ class Program:
         )
 
     def batch(self, i=0):
-        return sharding.put(batches()[i], self.mesh)
+        return sharding.place_rows(batches()[i], self.mesh)
 
     @functools.cached_property
     def trained(self):
@@ -486,7 +486,7 @@ def test_thirty_steps_learn_sixteen_images_by_heart():
     fast = {"learning_rate": 3e-3}
     this = Program(rows=16, flat=True, loss="softmax_xent", optim=fast)
     batch = {name: x[:16] for name, x in batches()[0].items()}
-    state, batch = this.state(), sharding.put(batch, this.mesh)
+    state, batch = this.state(), sharding.place_rows(batch, this.mesh)
     history = []
     for _ in range(31):
         state, metrics = this.step(state, batch)
@@ -532,7 +532,7 @@ def test_predict_is_the_model_without_noise(devices, strategy, rows):
     )
     image = batches()[0]["image"][:rows]
     found = steps.make_predict(model, mesh)(
-        {"params": params}, sharding.put({"image": image}, mesh)
+        {"params": params}, sharding.place_rows({"image": image}, mesh)
     )
     assert found.keys() == {"logits", "pre_logits"}
     for x in found.values():

@@ -176,7 +176,7 @@ def test_a_rate_that_diverges_is_a_result_and_is_not_tried_again(
     ]
     assert math.isnan(result.grid[1e38])
     assert result.learning_rate == 0.01
-    sweep.write(tmp_path, [result], {})
+    sweep.write_results(tmp_path, [result], {})
     assert told(tmp_path)["results"][0]["grid"]["1e+38"] is None
     assert "1e+38: diverged" in (tmp_path / "sweep.md").read_text()
 
@@ -305,7 +305,7 @@ def test_the_table_of_five_has_a_row_for_each_model_like_the_papers():
 
 def test_what_is_written_is_what_came_out(tmp_path):
     five = [result(name, "", score, score) for name, score in FIVE.items()]
-    sweep.write(tmp_path / "new", five, sweep.average_5(five))
+    sweep.write_results(tmp_path / "new", five, sweep.average_5(five))
     said = told(tmp_path / "new")
     assert [*said["means"].values()] == [pytest.approx(0.918)]
     assert [r["mean"] for r in said["results"]] == pytest.approx([*FIVE.values()])
@@ -334,7 +334,7 @@ def test_one_learning_rate_needs_no_choice(value, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "complete", lambda *_, **__: 0.5)
     found = sweep.run(sweep.open_task(value, rates=[0.2]), tmp_path, seeds=2)
     assert (found.grid, found.learning_rate, found.seeds) == ({}, 0.2, {0: 0.5, 1: 0.5})
-    sweep.write(tmp_path, [found], {})
+    sweep.write_results(tmp_path, [found], {})
     assert not (tmp_path / "sweep.png").exists()
 
 

@@ -293,14 +293,14 @@ def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
     names = files.read_json(path, list, type(None))
     if names is None:
         return None
-    said = printable(os.fspath(path))
+    where = printable(os.fspath(path))
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise ValueError(
-            f"{said} holds {files.kind_of(wrong[0])} among the names of classes; "
+            f"{where} holds {files.kind_of(wrong[0])} among the names of classes; "
             "expected strings alone."
         )
     if count is not None and len(names) != count:
         raise ValueError(
-            f"{said} has {len(names):,} names, but the model {count:,} classes."
+            f"{where} has {len(names):,} names, but the model {count:,} classes."
         )
     return names

@@ -88,7 +88,7 @@ class Inference:
         for batch in track(batches, -(-len(source) // batch_size)):
             if stop():
                 return None
-            batch = sharding.put(batch, self._mesh)
+            batch = sharding.place_rows(batch, self._mesh)
             out = self._predict(variables, batch)
             part = jax.device_get(self._keep(out, batch))
             mask = part.pop("mask")

@@ -15,7 +15,7 @@ from mlp_mixer.data.class_names import assumed, places
 from mlp_mixer.fingerprints import Params, fingerprint, leaves
 from mlp_mixer.models.model import Run, check_divisible
 from mlp_mixer.pretrained import resize, tree
-from mlp_mixer.pretrained.weights import Weights, check, read
+from mlp_mixer.pretrained.weights import Weights, checked_image_size, read
 from mlp_mixer.text import listed
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def merge(
     ]
     if wrong := unexpected + shapes + missing:
         raise ValueError(
-            f"{called} ({_said(params)}) do not fit the model "
-            f"({_said(target)}):\n{listed(wrong)}"
+            f"{called} ({_sizes_in_words(params)}) do not fit the model "
+            f"({_sizes_in_words(target)}):\n{listed(wrong)}"
         )
     return unflatten_dict({name: given[name] for name in wanted}, sep="/")
 
@@ -128,7 +128,7 @@ def initial(
     processes.compare(init_from={"is here": os.path.exists(source)})
     with processes.together():
         weights = read(source)
-        logger.info("From %s: %s.", weights.called, _said(weights.params))
+        logger.info("From %s: %s.", weights.called, _sizes_in_words(weights.params))
         for field, value in weights.model.items():
             # A word chooses what is computed; numbers show in shapes, or in training.
             ours = getattr(model, field, value)
@@ -238,7 +238,7 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
       ValueError: it cannot be; or the model has arrays that are tied to the resolution
         by other letters than `s`.
     """
-    old_size, (ph, pw) = check(weights), weights.model["patch_size"]
+    old_size, (ph, pw) = checked_image_size(weights), weights.model["patch_size"]
     try:
         check_divisible(image_size, (ph, pw))
         params = resize.resized(
@@ -266,7 +266,7 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
     return new
 
 
-def _said(params: Any) -> str:
+def _sizes_in_words(params: Any) -> str:
     """What a person would call them, e.g. mixer_b16, 196 tokens, 1000 classes."""
     found = tree.shapes(params)
     if (file := tree.find(found)) is None:

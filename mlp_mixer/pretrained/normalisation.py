@@ -21,7 +21,9 @@ class Normalisation(NamedTuple):
     std: Levels
 
     def __str__(self) -> str:
-        return f"mean {_said(self.mean)} and std {_said(self.std)}"
+        return (
+            f"mean {_levels_in_words(self.mean)} and std {_levels_in_words(self.std)}"
+        )
 
 
 CENTRED = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -51,13 +53,13 @@ def _levels(field: str, values: Any, where: object) -> Levels:
         red, green, blue = map(float, given * (3 // len(given)))
         if field == "mean" or min(red, green, blue) > 0:
             return red, green, blue
-    said = str(values)[:80]
+    value = str(values)[:80]
     limits = "from 0 to 1" if field == "mean" else "above 0, at most 1"
     hint = ""
     if numbers and any(1 < x <= 255 for x in given):
         hint = " Levels from 0 to 255? Divide mean and std by 255."
     raise ValueError(
-        f"{where}: {field} is {said}; expected a number {limits}, or three: red, "
+        f"{where}: {field} is {value}; expected a number {limits}, or three: red, "
         f"green, blue.{hint}"
     )
 
@@ -99,6 +101,6 @@ def _kept(array: np.ndarray) -> np.dtype:
     return array.dtype if array.dtype.itemsize > 4 else np.dtype(np.float32)
 
 
-def _said(levels: Levels) -> str:
+def _levels_in_words(levels: Levels) -> str:
     values = levels[:1] if len(set(levels)) == 1 else levels
     return ", ".join(f"{x:.9g}" for x in values)

@@ -37,7 +37,7 @@ MAX_RATIO, SMALL_BYTES = 20, 2**30
 
 def read(
     path: str | os.PathLike[str],
-    check: Callable[[Flat, dict[str, str]], None] = lambda *_: None,
+    refuse: Callable[[Flat, dict[str, str]], None] = lambda *_: None,
 ) -> tuple[Flat, dict[str, str]]:
     """Returns ({name in our tree: array}, metadata).
 
@@ -46,7 +46,7 @@ def read(
 
     Args:
       path: the file.
-      check: raises if arrays of these names, shapes and dtypes, with such metadata,
+      refuse: raises if arrays of these names, shapes and dtypes, with such metadata,
         are not wanted. They are stand-ins, from the headers alone, and no other array
         is read before.
 
@@ -59,14 +59,14 @@ def read(
             members = _members(archive)
             declared = {k: _stand_in(archive, x) for k, x in members.items()}
             _check_bytes(os.fstat(file.fileno()).st_size, declared)
-            said = [
+            given = [
                 k for k, x in declared.items() if x.dtype == np.uint8 and "/" not in k
             ]
-            if sum(declared.pop(name).nbytes for name in said) > MAX_BYTES:
-                raise ValueError(f"{', '.join(said)} have too many bytes")
-            texts = {k: _array(archive, members.pop(k)).tobytes() for k in said}
+            if sum(declared.pop(name).nbytes for name in given) > MAX_BYTES:
+                raise ValueError(f"{', '.join(given)} have too many bytes")
+            texts = {k: _array(archive, members.pop(k)).tobytes() for k in given}
             metadata = {k: text.decode() for k, text in texts.items()}
-        check(renamed(declared, path), metadata)
+        refuse(renamed(declared, path), metadata)
         with _whole(path):
             arrays = {k: _array(archive, x) for k, x in members.items()}
     return renamed(arrays, path), metadata
@@ -90,9 +90,9 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
         RuntimeError,
         ValueError,
     ) as error:
-        said = brief(error) or type(error).__name__
+        reason = brief(error) or type(error).__name__
         raise ValueError(
-            f"{path} is not a whole npz file ({said}); copy or download it again."
+            f"{path} is not a whole npz file ({reason}); copy or download it again."
         ) from error
 
 
@@ -148,7 +148,7 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     return _typed(np.lib.format.read_array(data, allow_pickle=False))
 
 
-def write(
+def write_arrays(
     file: IO[bytes], params: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Writes {name: array} as the published files are: current layout, float32.

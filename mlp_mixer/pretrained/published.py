@@ -510,12 +510,12 @@ def _open(request: urllib.request.Request, part: _Part) -> Any:
             part.remove()
         again = error.code in (408, 416, 429) or error.code >= 500
         # Of a loop the library tells in several lines.
-        said = " ".join(f"{error.code} {error.reason}".split())
-        raise _Failed(said, again=again) from error
+        reason = " ".join(f"{error.code} {error.reason}".split())
+        raise _Failed(reason, again=again) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
-            said = f"{error.reason} (SSL_CERT_FILE names the certificates to trust)"
-            raise _Failed(said, again=False) from error
+            reason = f"{error.reason} (SSL_CERT_FILE names the certificates to trust)"
+            raise _Failed(reason, again=False) from error
         # Who has a part has had a network, which may come back.
         raise _Failed(str(error.reason), again=part.num_bytes > 0) from error
     except (OSError, http.client.HTTPException) as error:

@@ -55,12 +55,14 @@ def resized(
     factor = max(1, min(new_grid[0] // old[0], new_grid[1] // old[1]))
     if new_grid != (factor * old[0], factor * old[1]):
         tries = " or ".join(
-            _said((k * old[0], k * old[1])) for k in range(max(2, factor), factor + 2)
+            _in_words((k * old[0], k * old[1]))
+            for k in range(max(2, factor), factor + 2)
         )
         raise ValueError(
-            f"Weights for {_said(old)} patches cannot grow to {_said(new_grid)}: the "
-            f"paper multiplies rows and columns by one whole number. Try {tries}, or "
-            "interpolate, which takes any grid."
+            f"Weights for {_in_words(old)} patches cannot grow to "
+            f"{_in_words(new_grid)}: the paper multiplies rows and "
+            f"columns by one whole number. Try {tries}, or interpolate, which takes "
+            "any grid."
         )
     return grow(params, factor, grid=old)
 
@@ -229,7 +231,7 @@ def _grid(params: Params, grid: Grid | None) -> Grid:
         )
     side = math.isqrt(tokens)
     possible = ", ".join(
-        f"{_said((r, tokens // r))}" for r in range(side, 0, -1) if tokens % r == 0
+        f"{_in_words((r, tokens // r))}" for r in range(side, 0, -1) if tokens % r == 0
     )
     if grid is None:
         if side * side != tokens:
@@ -240,11 +242,11 @@ def _grid(params: Params, grid: Grid | None) -> Grid:
         return side, side
     if min(grid) < 1 or math.prod(grid) != tokens:
         raise ValueError(
-            f"A grid of {_said(grid)} patches does not fit the parameters, which are "
-            f"for {tokens} tokens; try {possible}, or one of these turned."
+            f"A grid of {_in_words(grid)} patches does not fit the parameters, which "
+            f"are for {tokens} tokens; try {possible}, or one of these turned."
         )
     return grid
 
 
-def _said(grid: Grid) -> str:
+def _in_words(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"

@@ -20,13 +20,13 @@ CHECKSUMS = "crc32"
 
 def read(
     path: str | os.PathLike[str],
-    check: Callable[[dict[str, np.ndarray], dict[str, str]], None] = lambda *_: None,
+    refuse: Callable[[dict[str, np.ndarray], dict[str, str]], None] = lambda *_: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns ({name: array}, metadata); bfloat16 stays what it is.
 
     Args:
       path: the file.
-      check: raises if such arrays, with such metadata, are not wanted. They are
+      refuse: raises if such arrays, with such metadata, are not wanted. They are
         stand-ins, from the header alone, and no other array is read before.
 
     Raises:
@@ -42,11 +42,11 @@ def read(
             names = list(file.keys())
             shapes = {name: file.get_slice(name).get_shape() for name in names}
             declared = {k: np.broadcast_to(np.float32(0), x) for k, x in shapes.items()}
-    check(declared, metadata)
+    refuse(declared, metadata)
     with _whole(path), safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in names}
-    said = f"{path} is damaged: its checksums"
-    sums = files.parse_json(metadata.pop(CHECKSUMS, "{}"), said)
+    damaged = f"{path} is damaged: its checksums"
+    sums = files.parse_json(metadata.pop(CHECKSUMS, "{}"), damaged)
     found = checksums(arrays, metadata)
     if wrong := [name for name in sums if sums[name] != found.get(name)]:
         raise ValueError(
@@ -90,8 +90,8 @@ def checksums(
         name: zlib.crc32(f"{x.dtype} {x.shape}".encode(), zlib.crc32(x.tobytes()))
         for name, x in arrays.items()
     }
-    said = json.dumps(dict(metadata), sort_keys=True)
-    return sums | {"its metadata": zlib.crc32(said.encode())}
+    text = json.dumps(dict(metadata), sort_keys=True)
+    return sums | {"its metadata": zlib.crc32(text.encode())}
 
 
 def dumps(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -124,13 +124,13 @@ def theirs(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
 
 
 def read_torch(
-    path: str | os.PathLike[str], check: Callable[[Flat], None] = lambda flat: None
+    path: str | os.PathLike[str], refuse: Callable[[Flat], None] = lambda flat: None
 ) -> Flat:
     """{name: array} of a torch state dict, bare or beside plain values.
 
     Args:
       path: the file.
-      check: raises if arrays of these names and shapes are not wanted. They are
+      refuse: raises if arrays of these names and shapes are not wanted. They are
         stand-ins: a tensor may declare more than the file holds.
 
     Raises:
@@ -183,7 +183,7 @@ def read_torch(
             )
         if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized:
             raise ValueError(f"{path}: {brief(name)} holds no plain numbers.")
-    check(
+    refuse(
         {k: np.broadcast_to(np.float32(0), tuple(x.shape)) for k, x in content.items()}
     )
     size = sum(x.nbytes for x in content.values())

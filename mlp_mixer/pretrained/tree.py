@@ -161,12 +161,12 @@ def problems(
         if name not in found:
             continue
         fitting = tuple(sized.get(letter, "?") for letter in axes)
-        said = f"shape: {called(name)} is {found[name]}"
+        shape = f"shape: {called(name)} is {found[name]}"
         if 0 in found[name]:
-            lines.append(f"{said}, which is empty")
+            lines.append(f"{shape}, which is empty")
         elif found[name] != fitting:
             sides = ", ".join(f"{a}={n}" for a, n in zip(axes, fitting, strict=True))
-            lines.append(f"{said}, the others say ({sides})")
+            lines.append(f"{shape}, the others say ({sides})")
     return lines + [
         f"missing: {called(name)}" for name in expected if name not in found
     ]
@@ -256,13 +256,13 @@ def sizes_of(model: Mapping[str, Any]) -> str:
     """Returns the fields of a model that its paper's table has, for people."""
     rows = models.family(model["name"]).SIZES.values()
 
-    def said(value: Any) -> str:
+    def in_words(value: Any) -> str:
         if not isinstance(value, tuple):
             return str(value)
         return (" × " if len(value) == 2 else "-").join(map(str, value))
 
     fields = dict.fromkeys(field for row in rows for field in row)
-    return ", ".join(f"{f} {said(model[f])}" for f in fields if f in model)
+    return ", ".join(f"{f} {in_words(model[f])}" for f in fields if f in model)
 
 
 def tokens(params: Any) -> int | None:

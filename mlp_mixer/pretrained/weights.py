@@ -46,7 +46,7 @@ class Weights:
 
     Attributes:
       params: the model's tree, for images in [-1, 1]: nested dicts of NumPy arrays.
-      said: what they come from, for people.
+      origin: what they come from, for people.
       model: all fields that say what it computes, and its name: of the size in a paper
         that has these fields, else of the architecture. Given without a name, it is
         what the shapes say, but for the fields that are given.
@@ -62,7 +62,7 @@ class Weights:
     """
 
     params: Params
-    said: str
+    origin: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     stats: Params = dataclasses.field(default_factory=dict)
     image_size: tuple[int, int] | None = None
@@ -83,7 +83,7 @@ class Weights:
     @property
     def called(self) -> str:
         """The source and what it is, for people."""
-        return f"{self.source} ({self.said})" if self.source else self.said
+        return f"{self.source} ({self.origin})" if self.source else self.origin
 
     @property
     def num_classes(self) -> int | None:
@@ -159,7 +159,7 @@ def read(
     elif name in published.PUBLISHED:
         _check_agreed(f"{name} is published, and", CENTRED, given)
         weights = _read_file(published.fetch(name), None)
-        weights = dataclasses.replace(weights, said="published")
+        weights = dataclasses.replace(weights, origin="published")
     else:
         raise FileNotFoundError(
             f"There are no weights {name}: no run's folder, no file, and not one of "
@@ -182,11 +182,11 @@ def read(
             f"{classes:,}."
         )
     if size is not None:
-        check(weights)
+        checked_image_size(weights)
     return weights
 
 
-def check(weights: Weights) -> tuple[int, int]:
+def checked_image_size(weights: Weights) -> tuple[int, int]:
     """Returns the image size, if all that a model needs to know is there and fits.
 
     Raises:
@@ -296,7 +296,7 @@ def _read_run(
 
 
 def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
-    """The arrays and what is said of them, with the normalisation folded."""
+    """The arrays and what the file states of them, with the normalisation folded."""
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
 
@@ -327,9 +327,9 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
     elif is_timm:
-        kind, images, said = _of_timm(path, flat, kind, given, file)
-        model |= said.pop("model")
-        fields |= said
+        kind, images, stated = _of_timm(path, flat, kind, given, file)
+        model |= stated.pop("model")
+        fields |= stated
     return Weights(
         unflatten_dict(fold(flat, images), sep="/"),
         kind,
@@ -383,7 +383,7 @@ def _checked(
     stated = fields.get("model", {})
     if not wrong and "name" in stated:
         wrong = [
-            f"{field}: {stated[field]} is said, the arrays have {value}"
+            f"{field}: {stated[field]} is stated, the arrays have {value}"
             for field, value in tree.geometry(found, file).items()
             if stated[field] != value
         ]
@@ -398,16 +398,16 @@ def _checked(
 def _known(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
     """Fields of `Weights` from our metadata, as far as this version has them."""
     try:
-        said = files.parse_json(metadata.get(METADATA, "{}"), "what it says")
-        number = said.get("format", 1)
+        content = files.parse_json(metadata.get(METADATA, "{}"), "what it says")
+        number = content.get("format", 1)
         if type(number) is int and number > FORMAT:
-            writer = brief(str(said.get("version", "a later version")), 60)
+            writer = brief(str(content.get("version", "a later version")), 60)
             raise _LaterError(
                 f"{path} has the format {number}, written by mlp_mixer {writer}; this "
                 f"version reads the formats 1 to {FORMAT}. Read it with the version "
                 "that wrote it, or a later one."
             )
-        fields = {field: said[field] for field in _FITS if field in said}
+        fields = {field: content[field] for field in _FITS if field in content}
         for field, value in fields.items():
             if not _FITS[field](value):
                 raise ValueError(f"{field} is {brief(value)}")
@@ -442,12 +442,12 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def _check_agreed(
-    where: str, said: Normalisation | None, given: Normalisation | None
+    where: str, stated: Normalisation | None, given: Normalisation | None
 ) -> None:
-    if said is not None and given is not None and said != given:
+    if stated is not None and given is not None and stated != given:
         raise ValueError(
-            f"{where} is for {said}, but --mean and --std say {given}. Leave them out, "
-            "or correct what is wrong."
+            f"{where} is for {stated}, but --mean and --std say {given}. Leave them "
+            "out, or correct what is wrong."
         )
 
 
@@ -479,12 +479,12 @@ def _of_timm(
             "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
             *(path, why, CENTRED, config.gelu or "exact", path),
         )
-    said = {"model": {"gelu": config.gelu} if config.gelu else {}}
-    return kind, images or CENTRED, said | _fitting(config, flat, file)
+    stated = {"model": {"gelu": config.gelu} if config.gelu else {}}
+    return kind, images or CENTRED, stated | _fitting(config, flat, file)
 
 
 def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]:
-    """The image size and the names of classes that fit the arrays; others are said."""
+    """The image size and the class names that fit the arrays; others are logged."""
     sides = tree.sizes(tree.shapes(flat), file)
     classes, fields = sides.get("k"), dict[str, Any]()
     if classes and config.num_classes not in (None, classes):
@@ -533,13 +533,13 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def _metadata(weights: Weights) -> dict[str, str]:
-    said = {"format": FORMAT, "version": mlp_mixer.__version__}
+    content = {"format": FORMAT, "version": mlp_mixer.__version__}
     # The versions that know no "model" read this alone.
-    said |= {"gelu": weights.model["gelu"]} if "gelu" in weights.model else {}
+    content |= {"gelu": weights.model["gelu"]} if "gelu" in weights.model else {}
     values = {field: getattr(weights, field) for field in KNOWN}
     values["stats"] = list(weights.stats) or None
-    said |= {field: value for field, value in values.items() if value is not None}
-    return {METADATA: json.dumps(said)}
+    content |= {field: value for field, value in values.items() if value is not None}
+    return {METADATA: json.dumps(content)}
 
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
@@ -549,7 +549,7 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
     """
     with files.writing(path) as file:
         metadata = {} if published.is_of(weights.model["name"]) else _metadata(weights)
-        npz.write(file, dict(leaves(weights.params | weights.stats)), metadata)
+        npz.write_arrays(file, dict(leaves(weights.params | weights.stats)), metadata)
 
 
 def lost_in_npz(weights: Weights) -> dict[str, Any]:

@@ -296,7 +296,7 @@ class Training:
         )
 
     def train(self, batch):
-        batch = sharding.put(batch, self.mesh)
+        batch = sharding.place_rows(batch, self.mesh)
         self.state, metrics = self.step(self.state, batch)
         return metrics
 
@@ -335,11 +335,11 @@ def test_predictions_use_the_running_statistics():
         training.train(batch)
     variables, image = training.variables(), batches(1)[0]["image"]
     predict = steps.make_predict(training.model, training.mesh)
-    batch = sharding.put({"image": image}, training.mesh)
+    batch = sharding.place_rows({"image": image}, training.mesh)
     logits = predict(training.state.variables, batch)["logits"]
     expected, _ = Numpy(variables, SMALL["num_blocks"])(image / 127.5 - 1)
     assert_close(logits, expected)
-    alone = sharding.put({"image": image[:1]}, training.mesh)
+    alone = sharding.place_rows({"image": image[:1]}, training.mesh)
     assert_close(predict(training.state.variables, alone)["logits"], expected[:1])
 
 

@@ -80,7 +80,9 @@ def test_another_array_than_the_models_is_named(tmp_path):
 def test_metadata_that_contradict_the_arrays_are_refused(tmp_path):
     weights = dataclasses.replace(toy(), model=toy().model | {"num_blocks": 10**9})
     pretrained.write_safetensors(weights, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="num_blocks: 1000000000 is said, the arrays"):
+    with pytest.raises(
+        ValueError, match="num_blocks: 1000000000 is stated, the arrays"
+    ):
         pretrained.read(tmp_path / "w.safetensors")
 
 
@@ -194,7 +196,7 @@ def test_the_programs_take_it(tmp_path, caplog):
     pytest.importorskip("flatbuffers")
     pytest.importorskip("onnx")
     weights = toy()
-    runs.write(weights, tmp_path / "run")
+    runs.write_run(weights, tmp_path / "run")
     saved = workdir.load(tmp_path / "run").model
     assert (saved.name, saved.power) == ("toy_family", "one")
     found = export.export_stablehlo(

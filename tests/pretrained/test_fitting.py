@@ -287,25 +287,25 @@ def test_weights_that_are_not_finite_become_no_run(weights, tmp_path, value):
     broken["head"]["bias"][1] = value
     weights = dataclasses.replace(weights, params=broken)
     with pytest.raises(ValueError, match=r"cannot become a run[^/]*\n  head/bias$"):
-        runs.write(weights, tmp_path / "run")
+        runs.write_run(weights, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_weights_opens_like_any_other(weights, tmp_path):
-    runs.write(weights, tmp_path / "run")
+    runs.write_run(weights, tmp_path / "run")
     run = runs.open_model(tmp_path / "run")
     assert (run.step, run.class_names) == (0, tuple("abcdefghij"))
     assert_equal(jax.device_get(run.variables["params"]), weights.params)
     assert run.config.model.gelu == "exact"
     with pytest.raises(FileExistsError, match="is not empty; name a new folder"):
-        runs.write(weights, tmp_path / "run")
+        runs.write_run(weights, tmp_path / "run")
     _, variables = checkpoint.restore_variables(tmp_path / "run" / "checkpoints")
     assert_equal(variables, {"params": weights.params})
 
 
 def test_a_run_of_weights_may_be_of_bfloat16_and_without_a_head(make_params, tmp_path):
     params = pretrained.cast(make_params(num_classes=None), "bfloat16")
-    runs.write(
+    runs.write_run(
         pretrained.Weights(params, "made", image_size=(16, 16)), tmp_path / "run"
     )
     run = runs.open_model(tmp_path / "run")
@@ -314,7 +314,7 @@ def test_a_run_of_weights_may_be_of_bfloat16_and_without_a_head(make_params, tmp
         jax.device_get(run.variables["params"]), pretrained.cast(params, "float32")
     )
     with pytest.raises(FileExistsError):
-        runs.write(
+        runs.write_run(
             pretrained.Weights(params, "made", image_size=(16, 16)),
             tmp_path / "run" / "config.json",
         )
@@ -325,7 +325,7 @@ def test_a_run_of_imagenet_weights_is_evaluated_as_pretraining_is(
 ):
     params = make_params(num_classes=1000)
     weights = pretrained.Weights(params, "made", image_size=(16, 16), preprocess="timm")
-    runs.write(weights, tmp_path / "run")
+    runs.write_run(weights, tmp_path / "run")
     config = workdir.load(tmp_path / "run")
     assert config.dataset.name == "imagenet2012"
     assert {"minival", "val", "real", "v2", "fewshot"} == set(config.evals)

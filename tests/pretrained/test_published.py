@@ -47,7 +47,7 @@ def archive(path, seed):
     rng = np.random.default_rng(seed)
     arrays = {k: rng.normal(size=shape) for k, shape in shapes(TOY).items()}
     with open(path, "wb") as file:
-        npz.write(file, arrays, {})
+        npz.write_arrays(file, arrays, {})
     return path.read_bytes()
 
 
@@ -247,7 +247,7 @@ def test_an_unknown_name_is_told_the_nearest():
 def test_a_name_is_a_source_of_weights(site, path, contents):
     """In float32, of a folder that is not there: downloaded, and then not again."""
     weights = pretrained.read(NAME)
-    assert (weights.said, weights.image_size) == ("published", (224, 224))
+    assert (weights.origin, weights.image_size) == ("published", (224, 224))
     assert (weights.model["name"], weights.num_classes) == ("mixer", 7)
     pretrained.load(NAME)
     assert len(site.requests) == 1

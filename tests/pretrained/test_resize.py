@@ -503,7 +503,7 @@ def trained(change):
     )
     losses = []
     for _ in range(20):
-        state, metrics = train_step(state, sharding.put(batch, mesh))
+        state, metrics = train_step(state, sharding.place_rows(batch, mesh))
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state.params)
 

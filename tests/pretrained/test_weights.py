@@ -36,7 +36,7 @@ WRITERS = {
     "npz": (".npz", pretrained.write_npz, {}),
     "safetensors": (".safetensors", pretrained.write_safetensors, {}),
     "timm": (".safetensors", pretrained.write_safetensors, {"names": "timm"}),
-    "run": ("", runs.write, {}),
+    "run": ("", runs.write_run, {}),
 }
 
 
@@ -477,7 +477,7 @@ def test_a_normalisation_that_contradicts_the_source_is_refused(
 ):
     """What is said twice alike is no contradiction."""
     config_beside(foreign, hub_config([0, 0, 0], [1, 1, 1]))
-    runs.write(weights, tmp_path / "run")
+    runs.write_run(weights, tmp_path / "run")
     pretrained.write_safetensors(weights, tmp_path / "w.safetensors", names="timm")
     sources = {
         foreign: (r"config\.json, is for mean 0 and std 1", 0.5, 0.5),
@@ -503,7 +503,7 @@ def test_a_run_gives_its_weights_and_what_it_knows(tiny, tmp_path):
     state = train.train(tiny, tmp_path / "run")
     weights = pretrained.read(tmp_path / "run")
     assert_bitwise(weights.params, jax.device_get(state.params))
-    assert weights.said == "run at step 12"
+    assert weights.origin == "run at step 12"
     assert (weights.model["gelu"], weights.image_size) == ("tanh", (16, 16))
     assert (weights.class_names, weights.preprocess) == (None, "vision_transformer")
     with pytest.raises(FileNotFoundError, match="There is no checkpoint 3"):

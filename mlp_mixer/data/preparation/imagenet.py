@@ -77,7 +77,7 @@ def prepare_imagenet(job: Job) -> None:
         for name, part in images.items()
     }
     features = _features() | {"label": tfds.features.ClassLabel(names=_wnids())}
-    writing.write(
+    writing.write_splits(
         job,
         features,
         splits,
@@ -120,7 +120,7 @@ def prepare_real(job: Job) -> None:
         "original_label": tfds.features.ClassLabel(names=wnids),
         "real_label": tfds.features.Sequence(tfds.features.ClassLabel(names=wnids)),
     }
-    writing.write(
+    writing.write_splits(
         job,
         features,
         {"validation": Split(len(images), images.num_bytes, read)},
@@ -223,8 +223,8 @@ def _download(url: str, path: pathlib.Path, sha256: str | None) -> None:
     try:
         data = _fetched(url)
     except (OSError, http.client.HTTPException) as error:
-        said = f"{url} cannot be downloaded ({error}); {by_hand}"
-        raise OSError(said) from error
+        message = f"{url} cannot be downloaded ({error}); {by_hand}"
+        raise OSError(message) from error
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise OSError(
             f"{url} gave {len(data):,} bytes that are not the published {path.name}"

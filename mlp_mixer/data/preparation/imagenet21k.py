@@ -45,7 +45,7 @@ def prepare_imagenet21k(job: Job) -> None:
         "label": tfds.features.ClassLabel(names=wnids),
         "file_name": tfds.features.Text(),
     }
-    writing.write(
+    writing.write_splits(
         job,
         features,
         {"full": Split(len(images), images.num_bytes, images.read)},

@@ -50,9 +50,9 @@ def prepare_stock(job: Job, gigabytes: float = 0.0) -> None:
                 download_dir=job.data_dir / "downloads", download_config=config
             )
     except AssertionError as error:  # TFDS's word for what is not in the folder
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{job.name} needs files in {job.manual_dir}: {said}"
+            f"{job.name} needs files in {job.manual_dir}: {message}"
         ) from error
     except (OSError, tfds.download.DownloadError) as error:
         raise OSError(

@@ -185,7 +185,7 @@ def prepare_vtab(job: Job, task: Task) -> None:
     splits = {name: _split(task, info, read, spec) for name, spec in names.items()}
     needed = sum(split.num_bytes for split in splits.values())
     writing.begin(job, [folder / "dataset_info.json"], needed)
-    writing.write(
+    writing.write_splits(
         job,
         {"image": tfds.features.Image(), "label": label},
         splits,

@@ -105,7 +105,7 @@ def check_room(job: Job, num_bytes: int) -> None:
     files.check_room(job.data_dir, num_bytes, job.name, "--data_dir")
 
 
-def write(
+def write_splits(
     job: Job,
     features: Mapping[str, tfds.features.FeatureConnector],
     splits: Mapping[str, Split],

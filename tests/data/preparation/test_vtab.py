@@ -42,7 +42,7 @@ def write_base(data_dir, name, version, features, counts, example):
 
         return read
 
-    writing.write(
+    writing.write_splits(
         job,
         tracked,
         {s: writing.Split(n, 100 * n, reader(s)) for s, n in counts.items()},
