@@ -100,10 +100,13 @@ class MlpBlock(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )
+        shape = y.shape
+        if self.run.flat:  # so that the GELU can overwrite its input
+            y = y.reshape((len(y), -1) if self.axis == 0 else (-1, shape[-1]))
         h = dense(self.mlp_dim, name="Dense_0")(y)
         h = GELUS[self.gelu](checkpoint_name(h, PRE_GELU))
         h = _dropout(rngs[0], self.dropout, h)
-        y = dense(y.shape[self.axis], name="Dense_1")(h)
+        y = dense(shape[self.axis], name="Dense_1")(h).reshape(shape)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from mlp_mixer import models
+from mlp_mixer import models, sharding
 from mlp_mixer.models.derivatives import Dense
 
 # Computed from the paper's Table 1; the counts of B/32, B/16 and L/16 with 1,000
@@ -155,6 +155,18 @@ def test_a_flat_products_bias_is_added_to_a_matrix(axis, matrix):
     applied = jax.make_jaxpr(dense.apply)(params, x)
     (sum_,) = [e for e in applied.eqns if e.primitive.name == "add"]
     assert [v.aval.shape for v in sum_.invars] == [matrix, matrix]
+
+
+def test_inference_on_one_cpu_holds_one_hidden_layer_at_a_time():
+    run = models.Run(mesh=sharding.make_mesh(1))
+    model = models.create("mixer_s16", num_classes=10, num_blocks=2, run=run)
+    image = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    predict = jax.jit(lambda variables, image: model.apply(variables, image)[0])
+    memory = predict.lower(variables, image).compile().memory_analysis()
+    hidden = 4 * 2 * 8 * 8 * model.channels_mlp_dim
+    # One, overwritten by its GELU, and two states; never two of them.
+    assert memory.temp_size_in_bytes < 2 * hidden
 
 
 def test_a_gpu_trains_unrolled_and_a_recipe_can_say_otherwise():
