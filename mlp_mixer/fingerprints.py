@@ -1,6 +1,6 @@
-"""What the arrays of a tree are: their names, shapes, dtypes and fingerprints.
+"""Names, shapes, dtypes and fingerprints of the arrays of a tree.
 
-All of it is independent of how the arrays are cut over devices.
+None of these depends on how the arrays are sharded.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ Arrays = dict[str, list[Any]]  # {"params/w": [[64, 32], "float32"]}
 
 
 def leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(name, leaf); a dict's key and a named tuple's field give the same name."""
+    """(name, leaf) of each leaf; a dict's key and a named tuple's field look the same."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -28,7 +28,7 @@ def describe(tree: PyTree) -> Arrays:
 
 
 def differences(saved: Arrays, expected: Arrays, limit: int = 20) -> str:
-    """Lines for people, at most `limit`; empty if there is no difference."""
+    """The differences, one a line, at most `limit` lines; empty if there are none."""
     lines = [
         f"  {name}: got {saved.get(name, 'nothing')}, "
         f"expected {expected.get(name, 'nothing')}"
@@ -42,19 +42,18 @@ def differences(saved: Arrays, expected: Arrays, limit: int = 20) -> str:
 def fingerprint(tree: PyTree) -> dict[str, int]:
     """A 32-bit fingerprint of each array by its path, equal on every topology.
 
-    The sum of the hashed (bits, position) of all elements modulo 2**32: sums commute,
-    so it does not matter how an array is sharded. The hash is the finaliser of
-    MurmurHash3 (Appleby, public domain), a bijection: one changed element is always
-    noticed, several are missed with probability 2**-32.
+    It is the sum, modulo 2**32, of a hash of each element's bits and position; a sum
+    does not depend on how an array is sharded. The hash is the finaliser of MurmurHash3
+    (Appleby, public domain), a bijection: one changed element always changes the sum,
+    several leave it as it is with probability 2**-32.
     """
     return examine(tree)[0]
 
 
 def examine(tree: PyTree) -> tuple[dict[str, int], list[str]]:
     """The fingerprints, and the paths of float arrays that are not finite."""
-    # One array at a time: a jit of the whole tree compiles for minutes. And each is
-    # awaited: many small collectives in flight can starve the CPU backend's threads
-    # until all wait for one another.
+    # One array at a time, because a jit of the whole tree compiles for minutes. Each is
+    # awaited, because many small collectives at once can deadlock on a CPU.
     found = {name: jax.device_get(_examined(x)) for name, x in leaves(tree)}
     return (
         {name: int(total) for name, (total, _) in found.items()},
