@@ -21,6 +21,7 @@ from mlp_mixer import orbax_io
 from mlp_mixer.fingerprints import PyTree, examine, leaves
 from mlp_mixer.orbax_io import DamagedError
 from mlp_mixer.signals import StopFlag
+from mlp_mixer.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +206,10 @@ class Checkpointer:
         return True
 
     def _not_finite(self, step: int, arrays: Sequence[str]) -> str:
-        more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
         good = self.latest_step()
         return (
             f"After step {step} these arrays are not finite: "
-            f"{', '.join(arrays[:3])}{more}. Nothing is saved in {self.directory}. "
+            f"{quoted(arrays, 3)}. Nothing is saved in {self.directory}. "
             + (
                 "There is no checkpoint yet. "
                 if good is None

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mlp_mixer.text import listed
+
 PyTree = Any
 Params = dict[str, Any]  # nested, of arrays or shapes
 Arrays = dict[str, list[Any]]  # {"params/w": [[64, 32], "float32"]}
 
 
 def leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(name, leaf) of each leaf; a dict's key and a named tuple's field look the same."""
+    """(name, leaf) of each leaf; dict keys and fields of tuples give the same names."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -27,16 +29,15 @@ def describe(tree: PyTree) -> Arrays:
     return {name: [list(x.shape), str(x.dtype)] for name, x in leaves(tree)}
 
 
-def differences(saved: Arrays, expected: Arrays, limit: int = 20) -> str:
-    """The differences, one a line, at most `limit` lines; empty if there are none."""
+def differences(saved: Arrays, expected: Arrays) -> str:
+    """The differences for people, one a line; empty if there are none."""
     lines = [
-        f"  {name}: got {saved.get(name, 'nothing')}, "
+        f"{name}: got {saved.get(name, 'nothing')}, "
         f"expected {expected.get(name, 'nothing')}"
         for name in {**saved, **expected}
         if saved.get(name) != expected.get(name)
     ]
-    more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "\n".join(lines[:limit] + more)
+    return listed(lines)
 
 
 def fingerprint(tree: PyTree) -> dict[str, int]:

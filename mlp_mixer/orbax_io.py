@@ -36,6 +36,7 @@ from mlp_mixer.fingerprints import (
     fingerprint,
     leaves,
 )
+from mlp_mixer.text import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -364,8 +365,7 @@ def read_checkpoint(
         raise DamagedError(f"it lacks {missing}", agreed=True)
     found = fingerprint(state)
     if wrong := sorted(name for name in found if found[name] != prints[name]):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise DamagedError(f"wrong bits in {wrong[:3]}{more}", agreed=True)
+        raise DamagedError(f"wrong bits in [{quoted(wrong, 3)}]", agreed=True)
     return state
 
 

@@ -54,6 +54,12 @@ def listed(lines: Sequence[str], most: int = 18) -> str:
     return "\n".join(shown + more)
 
 
+def quoted(names: Sequence[str], most: int = 10) -> str:
+    """The first `most` names on one line, in quotes, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(f"'{printable(name)}'" for name in names[:most]) + more
+
+
 def width(text: str) -> int:
     """How many columns of a terminal the text takes: two for each ideogram."""
     if text.isascii():

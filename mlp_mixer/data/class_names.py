@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from mlp_mixer import files
-from mlp_mixer.text import printable
+from mlp_mixer.text import printable, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def places(
         if twice := _repeated(theirs) or _repeated(ours):
             raise ValueError(
                 f"The classes of {of} and of {to} are in another order, and cannot be "
-                f"told apart by name: {_listed(twice)} is there more than once."
+                f"told apart by name: {quoted(twice)} is there more than once."
             )
         place = {name: i for i, name in enumerate(ours)}
         found = [place[name] for name in theirs]
@@ -134,7 +134,7 @@ def places(
         "%s has %s: they are mapped by name, e.g. %s, %d there, to %d.",
         of,
         has,
-        _listed([names[moved] if names else str(moved)]),
+        quoted([names[moved] if names else str(moved)]),
         moved,
         found[moved],
     )
@@ -176,12 +176,7 @@ def _only(side: str, names: Sequence[str], others: Iterable[str]) -> str:
     known = {*others}
     pairs = zip(names, keys(names), strict=True)
     only = [name for name, key in pairs if key not in known]
-    return f"\n  Only {side}: {_listed(only)}." if only else ""
-
-
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"'{printable(name)}'" for name in names[:limit]) + more
+    return f"\n  Only {side}: {quoted(only)}." if only else ""
 
 
 def choose(
@@ -234,9 +229,9 @@ def _check_same_classes(
     if wrong:
         i = wrong[0]
         raise ValueError(
-            f"Line {i + 1} of {path} is {_listed([words[i]])}, but by the weights this "
+            f"Line {i + 1} of {path} is {quoted([words[i]])}, but by the weights this "
             f"is the name of class {place[given[i]]}, and class {i} is "
-            f"{_listed([known[i]])} ({len(wrong)} such lines). Order the lines as the "
+            f"{quoted([known[i]])} ({len(wrong)} such lines). Order the lines as the "
             "weights do, or leave --labels out: the weights name their classes."
         )
     if other:
@@ -246,8 +241,8 @@ def _check_same_classes(
             path,
             len(other),
             len(words),
-            _listed([words[i]]),
-            _listed([known[i]]),
+            quoted([words[i]]),
+            quoted([known[i]]),
         )
 
 

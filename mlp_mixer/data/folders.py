@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 
 from mlp_mixer.data import decoding
 from mlp_mixer.data.decoding import SUFFIXES
-from mlp_mixer.text import printable
+from mlp_mixer.text import printable, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ class _Contents:
                     printable(str(self.folder)),
                     len(empty),
                     len(self.images),
-                    _first_names(empty),
+                    quoted(empty),
                 )
         if not without:
             return
@@ -394,9 +394,9 @@ def _no_classes(root: pathlib.Path, split: str, beside: LeftOut) -> ValueError:
     return ValueError(
         printable(
             f"No images {root / split if split != 'all' else root}/<class>/* for split"
-            f" {split!r}.{holds} {root} holds the folders {_first_names(names)}. Write"
-            f" {hint}'train' for train/<class>/*, 'train[90%:]' for a part of it, and"
-            " 'all' or 'all[:90%]' for <class>/*."
+            f" {split!r}.{holds} {root} holds the folders {quoted(names) or '(none)'}."
+            f" Write {hint}'train' for train/<class>/*, 'train[90%:]' for a part of"
+            " it, and 'all' or 'all[:90%]' for <class>/*."
         )
     )
 
@@ -416,7 +416,7 @@ def _check_distinct(folder: pathlib.Path, names: Sequence[str]) -> None:
         names if linked else (), lambda name: os.path.realpath(folder / name)
     ):
         raise ValueError(
-            f"The classes {_first_names(same)} of {folder} are one folder, by links;"
+            f"The classes {quoted(same)} of {folder} are one folder, by links;"
             " remove all but one."
         )
     for same in _duplicates(names, lambda name: unicodedata.normalize("NFC", name)):
@@ -427,7 +427,7 @@ def _check_distinct(folder: pathlib.Path, names: Sequence[str]) -> None:
     for same in _duplicates(names, str.casefold):
         logger.warning(
             "The classes %s of %s differ in upper and lower case only.",
-            _first_names(same),
+            quoted(same),
             printable(str(folder)),
         )
 
@@ -454,7 +454,7 @@ def _check_same(
             hint = f" {' and '.join(map(ascii, same))} are one name in two spellings."
         raise ValueError(
             f"Classes of {other} and {folder} differ, so labels would too:"
-            f" {len(different)} are in one only, e.g. {_first_names(different)}.{hint}"
+            f" {len(different)} are in one only, e.g. {quoted(different)}.{hint}"
         )
 
 
@@ -468,11 +468,6 @@ def subfolders(folder: pathlib.Path) -> tuple[str, ...]:
     """The names of its sub-folders, sorted, without hidden ones."""
     names = [e.name for e in _entries(folder) if e.is_dir() and not is_hidden(e.name)]
     return tuple(sorted(names))
-
-
-def _first_names(names: Sequence[str], count: int = 5) -> str:
-    more = f" … ({len(names):,} in all)" if len(names) > count else ""
-    return ", ".join(map(repr, names[:count])) + more if names else "(none)"
 
 
 def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
