@@ -59,42 +59,34 @@ class Steps:
 
     def __init__(self, total: int, first: int):
         """Begins after step `first` of `total`."""
-        self._total, self._bar = total, None
-        if _CONSOLE.is_terminal and jax.process_index() == 0:
-            self._bar = rich.progress.Progress(
-                "step {task.completed:.0f}/{task.total:.0f}",
-                rich.progress.BarColumn(None),
-                "{task.fields[shown]}",
-                rich.progress.TimeRemainingColumn(),
-                console=_CONSOLE,
-            )
-            self._task = self._bar.add_task(
-                "", total=total, completed=first, shown="compiling"
-            )
-            self._bar.start()
+        self._total = total
+        self._bar = rich.progress.Progress(
+            "step {task.completed:.0f}/{task.total:.0f}",
+            rich.progress.BarColumn(None),
+            "{task.fields[shown]}",
+            rich.progress.TimeRemainingColumn(),
+            console=_CONSOLE,
+            disable=not _CONSOLE.is_terminal or jax.process_index() > 0,
+        )
+        self._task = self._bar.add_task(
+            "", total=total, completed=first, shown="compiling"
+        )
+        self._bar.start()
 
     def reached(self, step: int) -> None:
         """Moves the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step)
 
     def tell(self, step: int, shown: str, seconds_left: float) -> None:
         """Shows a text beside the bar, or in a line with step and time left."""
-        if self._bar:
-            self._bar.update(self._task, shown=shown)
-        else:
-            logger.info(
-                "step %d/%d  %s  %s left",
-                step,
-                self._total,
-                shown,
-                _clock(seconds_left),
-            )
+        self._bar.update(self._task, shown=shown)
+        if self._bar.disable:
+            left = _clock(seconds_left)
+            logger.info("step %d/%d  %s  %s left", step, self._total, shown, left)
 
     def stop(self) -> None:
         """Ends the bar."""
-        if self._bar:
-            self._bar.stop()
+        self._bar.stop()
 
 
 def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
@@ -153,14 +145,8 @@ def counter(
         if due and rate and not _CONSOLE.is_terminal:
             latest = time.monotonic()
             left = _clock((total - now) / rate)
-            logger.info(
-                "%s: %s of %s  %s/s  %s left",
-                what,
-                amount(now),
-                amount(total),
-                amount(rate),
-                left,
-            )
+            texts = what, amount(now), amount(total), amount(rate), left
+            logger.info("%s: %s of %s  %s/s  %s left", *texts)
 
     with _bar(
         rich.progress.BarColumn(None),
