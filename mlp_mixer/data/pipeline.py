@@ -107,7 +107,10 @@ def train_batches(
     stream = stream.random_map(augment)
     rows = _local_batch_size(batch_size, process_index, process_count)
     share = _Share(stream, rows, process_index, process_count, start_step, 2**40)
-    return _name_replaced(_batches(share, workers), source, max_broken_images)
+    batches = _batches(share, workers)
+    return _name_broken(
+        batches, source, "the next good one replaces it", max_broken_images
+    )
 
 
 def eval_batches(
@@ -149,7 +152,7 @@ def eval_batches(
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
-    return _name_broken(_batches(share, workers=0), source)
+    return _name_broken(_batches(share, workers=0), source, "it is not counted")
 
 
 def _inception(
@@ -217,7 +220,7 @@ class _Augment(grain.transforms.RandomMap):
         for candidate in tried:
             try:
                 image, label = read_image(self.source, candidate)
-            except (OSError, ValueError):  # `_name_replaced` names it
+            except (OSError, ValueError):  # `_name_broken` names it
                 continue
             return image, label, -1 if candidate == index else index
         raise _too_many(self.source, tried, self.max_broken_images)
@@ -240,6 +243,7 @@ class _Prepare(grain.transforms.Map):
             "label": _target(self.source, None),
             "mask": np.bool_(False),
             "index": np.int32(index),
+            "broken": np.int32(index),
         }
         if index < 0:
             return row
@@ -250,8 +254,8 @@ class _Prepare(grain.transforms.Map):
         except (OSError, ValueError):  # `_name_broken` names it
             return row
         image = image_ops.preprocess(image, self.protocol, self.size)
-        target = _target(self.source, label)
-        return row | {"image": image, "label": target, "mask": np.bool_(True)}
+        row |= {"image": image, "label": _target(self.source, label)}
+        return row | {"mask": np.bool_(True), "broken": np.int32(-1)}
 
 
 def _target(source: Source, label: Label | None) -> np.ndarray | np.generic:
@@ -396,28 +400,20 @@ def _concatenate(chunks: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
 
 
-def _name_replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
+def _name_broken(
+    batches: Any, source: Source, consequence: str, limit: int | None = None
+) -> Iterator[Batch]:
     """Yields the batches; logs broken images by name, and raises above `limit`."""
-    seen: list[int] = []
+    seen: dict[int, None] = {}
     with _running(batches):
         for batch in batches:
             broken = batch.pop("broken")
             for index in map(int, broken[broken >= 0]):
                 if index not in seen:
-                    seen.append(index)
-                    _warn(source, index, "the next good one replaces it")
-            if len(seen) > limit:
+                    seen[index] = None
+                    _warn(source, index, consequence)
+            if limit is not None and len(seen) > limit:
                 raise _too_many(source, seen, limit)
-            yield batch
-
-
-def _name_broken(batches: Any, source: Source) -> Iterator[Batch]:
-    """Yields the batches of an evaluation; logs broken images by name."""
-    with _running(batches):
-        for batch in batches:
-            for index in map(int, batch["index"][~batch["mask"]]):
-                if index >= 0:
-                    _warn(source, index, "it is not counted")
             yield batch
 
 
