@@ -118,8 +118,8 @@ def places(
     elif names and known:
         raise ValueError(
             f"The classes of {of} and of {to} differ."
-            + _only(of, names, ours)
-            + _only(to, known, theirs)
+            + _only_in(of, names, ours)
+            + _only_in(to, known, theirs)
             + (f"\n{hint}" if hint else "")
         )
     else:
@@ -172,7 +172,7 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, n in collections.Counter(names).items() if n > 1]
 
 
-def _only(side: str, names: Sequence[str], others: Iterable[str]) -> str:
+def _only_in(side: str, names: Sequence[str], others: Iterable[str]) -> str:
     known = {*others}
     pairs = zip(names, keys(names), strict=True)
     only = [name for name, key in pairs if key not in known]
