@@ -311,14 +311,14 @@ def _problems(
     model: str = "",
     others: bool,
 ) -> Iterator[str]:
-    flat = dict(_flat(tree))
+    values = dict(flat(tree))
     for field, row in rows.items():
-        if field not in flat:
+        if field not in values:
             if not row.optional:
                 yield f"config.{prefix}{field} is missing; start from recipe.base()."
-        elif not row.fits(flat[field]):
-            yield _line(prefix + field, flat[field], row.expected(flat[field]))
-    for field in () if others else flat:
+        elif not row.fits(values[field]):
+            yield _line(prefix + field, values[field], row.expected(values[field]))
+    for field in () if others else values:
         near = known.nearest(field, rows, 3)
         if field in MOVED:
             yield f"config.{field} is now config.{MOVED[field]}."
@@ -335,9 +335,10 @@ def _line(field: str, value: Any, expected: str) -> str:
     return f"config.{field} is {value!r}; expected {expected}."
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("a.b", value) of each value in nested dicts."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -87,11 +87,11 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     except Exception as error:
         if (message := errors.message(error, modules)) is None:
             raise
-        sys.exit(_final_words(message))
+        sys.exit(_for_terminal(message))
 
 
-def _final_words(message: str) -> str:
-    """A message as a terminal shows it: it may name files and fields from outside."""
+def _for_terminal(message: str) -> str:
+    """The message, which may name files and fields from outside."""
     return printable(message, keep="\n\t")
 
 
@@ -297,13 +297,13 @@ def wrong_flags_in_one_line() -> Iterator[None]:
         cause = error.__context__
         if cause and errors.message(cause) is None and _is_in(cause, "mlp_mixer"):
             raise cause from None
-        sys.exit(_final_words(f"{error}\nSee --help for the flags."))
+        sys.exit(_for_terminal(f"{error}\nSee --help for the flags."))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if not _is_in(error, "ml_collections") or _is_in(error, "mlp_mixer.recipe"):
             raise
         reason = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ". ")
         sys.exit(
-            _final_words(
+            _for_terminal(
                 f"The recipe has no such field: {reason}\nSee --help for the flags."
             )
         )
@@ -379,31 +379,28 @@ def _end_soon() -> None:
     timer.start()
 
 
+_PLACE = re.compile(r"(\[[^]]+\]|[^:]+):(\d+),(\d+),(\d+)")
+
+
 def _place(where: str) -> tuple[str, int, int, int]:
-    """Host, port, index and count of HOST:PORT,INDEX,COUNT."""
-    address, *numbers = where.split(",")
-    host, _, port = address.rpartition(":")
-    numbers = [port, *numbers]
-    plain = ":" not in host or (host.startswith("[") and host.endswith("]"))
-    good = host and plain and len(numbers) == 3 and all(map(str.isdecimal, numbers))
-    if not good:
+    """Returns host, port, index and count of HOST:PORT,INDEX,COUNT."""
+    found = _PLACE.fullmatch(where)
+    if not found:
         raise ValueError(
             f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
             "e.g. 10.0.0.1:1234,0,2."
         )
-    found, index, count = map(int, numbers)
-    if not 0 < found < 2**16:
-        raise ValueError(
-            f"--distributed is {where!r}: port {found} is not one of 1 ... 65535."
-        )
-    if count < 1:
-        raise ValueError(f"--distributed is {where!r}: the COUNT is 1 or more.")
-    if index >= count:
-        raise ValueError(
-            f"--distributed is {where!r}: of {count} processes the INDEX is one of "
-            f"0 ... {count - 1}."
-        )
-    return host, found, index, count
+    port, index, count = map(int, found.groups()[1:])
+    wrong = ""
+    if not 0 < port < 2**16:
+        wrong = f"port {port} is not one of 1 ... 65535"
+    elif count < 1:
+        wrong = "the COUNT is 1 or more"
+    elif index >= count:
+        wrong = f"of {count} processes the INDEX is one of 0 ... {count - 1}"
+    if wrong:
+        raise ValueError(f"--distributed is {where!r}: {wrong}.")
+    return found[1], port, index, count
 
 
 def _check_address(where: str, host: str, port: int, *, listen: bool) -> None:
@@ -428,16 +425,16 @@ def _check_address(where: str, host: str, port: int, *, listen: bool) -> None:
 def _bounded_wait(others: str) -> Iterator[None]:
     """Says after a while whom this process waits for, and ends it after a long one."""
 
-    def say() -> None:
+    def announce() -> None:
         print(f"Waiting for {others}.", file=sys.stderr, flush=True)
 
-    def end() -> None:
+    def give_up() -> None:
         message = f"Waited {WAIT_SECONDS:g} seconds in vain for {others}."
         print(message, file=sys.stderr, flush=True)
         # JAX waits in C++, where no exception reaches it.
         os._exit(1)
 
-    timers = [threading.Timer(10, say), threading.Timer(WAIT_SECONDS, end)]
+    timers = [threading.Timer(10, announce), threading.Timer(WAIT_SECONDS, give_up)]
     for timer in timers:
         timer.daemon = True
         timer.start()
