@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from etils import epath
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict, config_dict
 
 from mlp_mixer import fields, files, models, shipped
 from mlp_mixer.fields import MOVED
@@ -205,41 +205,6 @@ def completed(
     plain = {field: own.pop(field) for field in ("name", "image_size")}
     config.model = ConfigDict(plain | models.fields(plain["name"], **own))
     return config
-
-
-def open_model(config: ConfigDict, name: str | None = None) -> None:
-    """Gives every field of the model a place, so that a command line may set it.
-
-    Args:
-      config: with a model of some name.
-      name: name that the command line gives the model; None: it gives none.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    if not _names_model(config):
-        return  # for `check_fields` to tell
-    for field, declared in models.declared(name or config.model.name).items():
-        one, length = fields.kind(declared.type)
-        value = config.model.get(field)
-        place = FieldReference(None, field_type=one if length is None else tuple)
-        config.model[field] = place
-        with config.ignore_type():  # for `check_fields` to tell
-            config.model[field] = value
-
-
-def close_model(config: ConfigDict) -> None:
-    """Takes away the fields of the model that have no value of their own."""
-    if not _names_model(config):
-        return
-    for field, value in config.model.to_dict().items():
-        if value is None and field not in ("name", "image_size"):
-            with config.unlocked():
-                del config.model[field]
-
-
-def _names_model(config: ConfigDict) -> bool:
-    return isinstance(config.get("model"), ConfigDict) and "name" in config.model
 
 
 def words(argument: str, known: Sequence[str]) -> list[str]:

@@ -169,7 +169,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
-    there = recipe.to_json(recipe.from_json(content["config"], str(path)))
+    there = recipe.from_json(content["config"], str(path))
     check_same(there, config, workdir, may_change)
     return math.nan if top1 is None else top1
 
@@ -185,8 +185,7 @@ def complete(
 
     Args:
       config: the recipe.
-      workdir: folder of the run.
-      data_dir: where data sets are; TFDS's own folder by default.
+      workdir, data_dir: as in `train.train`.
       trial: whether a loss that is not finite is a result, NaN.
 
     Raises:
@@ -294,7 +293,7 @@ def run(
       task: what to run.
       folder: the runs are below it, in `<task>/`.
       seeds: how many final runs.
-      data_dir: where data sets are; TFDS's own folder by default.
+      data_dir: as in `train.train`.
       drop_checkpoints: whether to delete those of a finished run of the grid.
     """
     rates = task.learning_rates if len(task.learning_rates) > 1 else ()

@@ -103,7 +103,6 @@ def claim(
 
     Args:
       config: with every field resolved.
-      workdir: folder of the run.
       class_names: names of the training data's classes, by label.
       data: `sources.fingerprint` of the training data; None: it is not recorded.
       accept_changed_data: whether other data of the same classes is accepted.
@@ -143,7 +142,6 @@ def check_run(
 
     Args:
       config: with every field resolved.
-      workdir: folder of the run.
       data: `sources.fingerprint` of the training data; None: it is not compared.
       accept_changed_data: whether other examples of the same classes are no error.
 
@@ -176,54 +174,50 @@ def check_recipe(
     """Passes unless a run of another recipe has begun in `workdir`: see `check_run`.
 
     Args:
-      config: recipe with every field resolved.
-      workdir: folder of the run.
-      data: fingerprint of the training data; None: it is not compared.
-      accept_changed_data: whether other examples of the same classes are no error.
+      config, data, accept_changed_data: as in `check_run`.
       may_change: fields that are not compared, besides `MAY_CHANGE`.
     """
     folder = epath.Path(workdir)
-    path = folder / "config.json"
     if not history.has_begun(workdir):
         return
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"{workdir} holds a run, but its config.json is missing, which says of "
             "which recipe. Bring it back, or choose another --workdir."
         )
-    history.check_kept(workdir, load(workdir).checkpoint.every_steps)
+    there = load(workdir)
+    history.check_kept(workdir, there.checkpoint.every_steps)
     may_change = (*MAY_CHANGE, *may_change)
     if accept_changed_data or (data is not None and _recorded_data(folder)):
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*may_change, "dataset.num_examples")
-    check_same(recipe.to_json(recipe.read(path)), config, workdir, may_change)
+    check_same(there, config, workdir, may_change)
 
 
 def check_same(
-    there: dict[str, Any],
+    there: ConfigDict,
     config: ConfigDict,
     workdir: epath.PathLike,
-    may_change: Sequence[str] = MAY_CHANGE,
+    may_change: Sequence[str],
 ) -> None:
     """Passes if a recipe is that of the run in `workdir`.
 
     Args:
-      there: the run's recipe, as `recipe.to_json` gives it.
-      config: recipe with every field resolved.
-      workdir: folder of the run.
+      there, config: the run's recipe and another one, with every field resolved.
       may_change: fields that are not compared.
 
     Raises:
       ValueError: they differ; lists the fields.
     """
-    here, hint = recipe.to_json(config), ""
-    if there["accumulate"] != here["accumulate"] and _has_statistics(config):
+    hint = ""
+    if there.accumulate != config.accumulate and _has_statistics(config):
         may_change = [field for field in may_change if field != "accumulate"]
         hint = (
             " In a model with BatchNorm accumulate changes which images are normalised "
             "together; --config.run.remat=full saves memory and changes no result."
         )
-    if differing := differences(there, here, may_change):
+    pair = recipe.to_json(there), recipe.to_json(config)
+    if differing := _differences(*pair, may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed(differing, 17)
@@ -277,9 +271,7 @@ def _log_changed_data(
         logger.warning("%s goes on with changed data:\n  %s", workdir, listing)
 
 
-def differences(
-    there: Any, here: Any, may_change: Sequence[str] = MAY_CHANGE
-) -> list[str]:
+def _differences(there: Any, here: Any, may_change: Sequence[str]) -> list[str]:
     """Lines for people: the fields of two recipes' `recipe.to_json` that differ."""
     before, now = dict(fields.flat(there)), dict(fields.flat(here))
     return [
