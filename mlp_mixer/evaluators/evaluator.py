@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """A score of a model on data; one class per kind of score.
+    """A score of a model on data; one class per kind of score, which inherits this.
 
     Attributes:
       every_steps: training steps between two evaluations.
@@ -81,6 +81,8 @@ class Evaluator(Protocol):
         Args:
           results: evaluator → metric → value.
         """
+        del results
+        return {}  # each evaluator speaks for itself
 
     @staticmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:

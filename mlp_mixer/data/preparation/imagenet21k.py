@@ -6,7 +6,7 @@ import re
 
 import tensorflow_datasets as tfds
 
-from mlp_mixer.data.folders import HIDDEN, LeftOut, is_hidden, listed, say_left_out
+from mlp_mixer.data.folders import HIDDEN, LeftOut, is_hidden, listed, log_left_out
 from mlp_mixer.data.preparation import tars, writing
 from mlp_mixer.data.preparation.writing import Job, Split
 from mlp_mixer.text import printable
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_imagenet21k(job: Job) -> None:
-    """Writes `imagenet21k`: one split `full`, shuffled, for slices as in the recipes.
+    """Writes `imagenet21k` with one split, `full`, of which recipes take slices.
 
-    Labels are the places of the classes' tars in sorted order.
+    Images are shuffled. Labels are the positions of the classes' tars in sorted order.
 
     Raises:
       FileNotFoundError: there are no tars.
@@ -56,9 +56,9 @@ def prepare_imagenet21k(job: Job) -> None:
 
 
 def class_tars(manual_dir: pathlib.Path) -> list[pathlib.Path]:
-    """n*.tar of the folder or of its sub-folder imagenet21k, sorted.
+    """The files n*.tar in the sub-folder imagenet21k or else in the folder, sorted.
 
-    What else lies there is counted in the log.
+    The log counts other files there.
 
     Raises:
       FileNotFoundError: there are none.
@@ -68,9 +68,11 @@ def class_tars(manual_dir: pathlib.Path) -> list[pathlib.Path]:
     for folder in places:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         found = [file for file in files if _is_class_tar(file)]
-        left_out = LeftOut(_kind(file) for file in files if file not in {*found})
+        left_out = LeftOut(
+            _kind_left_out(file) for file in files if file not in {*found}
+        )
         if found:
-            say_left_out(folder, left_out)
+            log_left_out(folder, left_out)
             return found
         others.append(f"{folder} holds {listed(left_out) or 'nothing'}")
     raise FileNotFoundError(
@@ -84,7 +86,7 @@ def _is_class_tar(path: pathlib.Path) -> bool:
     return bool(re.fullmatch(r"n\d.*\.tar", path.name)) and path.is_file()
 
 
-def _kind(path: pathlib.Path) -> str:
+def _kind_left_out(path: pathlib.Path) -> str:
     if is_hidden(path.name):
         return HIDDEN
     if path.is_dir():
