@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from mlp_mixer.models import layers
-from mlp_mixer.models.model import Model, Run
+from mlp_mixer.models.model import Model
 
 
 class ToyBlock(nn.Module):
@@ -32,8 +32,6 @@ class ToyNet(Model):
     hidden_dim: int
     power: str = "one"
     start: float = 0.5
-    num_classes: int | None = None
-    run: Run = Run()
 
     @nn.compact
     def __call__(self, image: Float[Array, "n h w 3"], *, train: bool = False):

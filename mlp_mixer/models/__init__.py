@@ -55,13 +55,8 @@ def family(name: str) -> ModuleType:
 
 
 def declared(name: str) -> dict[str, dataclasses.Field]:
-    """Returns the fields that say what a model called `name` computes.
-
-    Its classes are not among them: they follow from the data.
-    """
-    others = ("parent", "name", "num_classes", "run")
-    model = family(name).MODEL
-    return {f.name: f for f in dataclasses.fields(model) if f.name not in others}
+    """Returns the fields that say what a model called `name` computes."""
+    return family(name).MODEL.declared()
 
 
 def fields(name: str, **overrides: Any) -> dict[str, Any]:

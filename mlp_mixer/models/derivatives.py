@@ -185,7 +185,7 @@ class Dense(nn.Module):
             # The bias is added to a matrix, too: the sum that is its gradient takes
             # longer over three axes (XLA's CPU, bfloat16: a sixth of the step).
             if tokens:
-                y = add_bias(_map_columns(x.reshape(len(x), -1), kernel), bias, 0)
+                y = add_bias(_map_columns(x.reshape(x.shape[0], -1), kernel), bias, 0)
                 return y.reshape(self.features, *x.shape[1:])
             y = add_bias(_map_rows(x.reshape(-1, x.shape[-1]), kernel), bias)
             return y.reshape(*x.shape[:-1], self.features)

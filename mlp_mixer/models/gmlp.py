@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm
-from mlp_mixer.models.model import Model, Noise, Run, sizes
+from mlp_mixer.models.model import Model, Noise, Outputs, Run, axes, sizes
 
 
 class SpatialGatingUnit(nn.Module):
@@ -64,10 +64,11 @@ class GMlpBlock(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(1e-6),
         )
+        gelu = known.pick("gelu", self.gelu, GELUS)
         (branch,) = noise.branches(1)
         y = LayerNorm(name="LayerNorm_0")(x)
         y = dense(self.channels_mlp_dim, name="Dense_0")(y)
-        y = GELUS[self.gelu](checkpoint_name(y, layers.PRE_GELU))
+        y = gelu(checkpoint_name(y, layers.PRE_GELU))
         y = SpatialGatingUnit(self.run, name="gating")(y)
         y = dense(x.shape[-1], name="Dense_1")(y)
         return x + layers.scale_images(y, branch.keep)
@@ -81,31 +82,24 @@ class GMlp(Model):
       num_blocks: number of layers.
       hidden_dim: number of channels C.
       channels_mlp_dim: number of hidden units D, before the gate halves them.
-      num_classes: None leaves the head out; features are returned in its place.
       gelu: "exact" (timm's models) or "tanh".
       stochastic_depth: every block's rate; kept branches are divided by 1 − rate.
-      run: how it is computed.
     """
 
     patch_size: tuple[int, int]
     num_blocks: int
     hidden_dim: int
     channels_mlp_dim: int
-    num_classes: int | None = None
     gelu: str = "exact"
     stochastic_depth: float = 0.0
-    run: Run = Run()
 
     @nn.compact
-    def __call__(
-        self, image: Array, *, train: bool = False
-    ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+    def __call__(self, image: Array, *, train: bool = False) -> Outputs:
         """Returns logits (n, k) of images (n, h, w, 3) in [−1, 1], and outputs within.
 
         Those are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
         self.check_image(image, AXES)
-        known.require("gelu", self.gelu, GELUS)
         stem = layers.PatchEmbed(
             self.hidden_dim, self.patch_size, self.run, name="stem"
         )
@@ -115,16 +109,15 @@ class GMlp(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = Noise()
-        if train:
-            noise = trunk.draw(
-                self,
-                self.num_blocks,
-                len(image),
-                rates=(self.stochastic_depth, self.stochastic_depth),
-                rescale=True,
-                branches=1,
-            )
+        noise = trunk.draw(
+            self,
+            self.num_blocks,
+            image,
+            train=train,
+            rates=(self.stochastic_depth, self.stochastic_depth),
+            rescale=True,
+            branches=1,
+        )
         x = stem(image)
         y, states = trunk.blocks(
             self,
@@ -132,7 +125,6 @@ class GMlp(Model):
             x,
             name="GMlpBlock",
             count=self.num_blocks,
-            run=self.run,
             train=train,
             noise=noise,
         )
@@ -148,24 +140,18 @@ _ROWS = {
     "gmlp_b16": ((16, 16), 30, 512, 3072),
 }
 SIZES = {name: sizes(GMlp, row) for name, row in _ROWS.items()}
-AXES = {
-    "stem/kernel": "ph pw rgb c",
-    "stem/bias": "c",
-    "GMlpBlock_*/LayerNorm_0/scale": "c",
-    "GMlpBlock_*/LayerNorm_0/bias": "c",
-    "GMlpBlock_*/Dense_0/kernel": "c dc",
-    "GMlpBlock_*/Dense_0/bias": "dc",
-    "GMlpBlock_*/gating/LayerNorm_0/scale": "dg",
-    "GMlpBlock_*/gating/LayerNorm_0/bias": "dg",
-    "GMlpBlock_*/gating/Dense_0/kernel": "s s",
-    "GMlpBlock_*/gating/Dense_0/bias": "s",
-    "GMlpBlock_*/Dense_1/kernel": "dg c",
-    "GMlpBlock_*/Dense_1/bias": "c",
-    "pre_head_layer_norm/scale": "c",
-    "pre_head_layer_norm/bias": "c",
-    "head/kernel": "c k",
-    "head/bias": "k",
-}
+AXES = axes(
+    {
+        "stem": "ph pw rgb c",
+        "GMlpBlock_*/LayerNorm_0": "c",
+        "GMlpBlock_*/Dense_0": "c dc",
+        "GMlpBlock_*/gating/LayerNorm_0": "dg",
+        "GMlpBlock_*/gating/Dense_0": "s s",
+        "GMlpBlock_*/Dense_1": "dg c",
+        "pre_head_layer_norm": "c",
+        "head": "c k",
+    }
+)
 # What timm's gmlp_* call what: their module, ours; {} is the number of a block.
 TIMM = (
     ("stem.proj", "stem"),

@@ -21,8 +21,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from mlp_mixer import known
 from mlp_mixer.models.derivatives import GELUS, Dense, add_bias
-from mlp_mixer.models.model import Noise, Run
+from mlp_mixer.models.model import Noise, Outputs, Run
 
 # The tensor that rematerialisation keeps: a hidden layer before its GELU.
 PRE_GELU = "pre_gelu"
@@ -74,7 +75,7 @@ class MlpBlock(nn.Module):
       dropout: rate after the GELU and after the second Dense (Figure 1 names dropout
         as a component without placing it; this is where ViT's MLP block has it).
       run: the products' dtype and form.
-      kernel_init, bias_init: initial values of both Dense.
+      kernel_init: initial values of both kernels.
     """
 
     mlp_dim: int
@@ -83,29 +84,24 @@ class MlpBlock(nn.Module):
     dropout: float = 0.0
     run: Run = Run()
     kernel_init: Initializer = nn.initializers.lecun_normal()
-    bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(
         self, y: Float[Array, "s n c"], noise: Noise = Noise()
     ) -> Float[Array, "s n c"]:
         """Returns the output of the branch, with `noise` applied."""
-        rngs: Any = (None, None)
-        if noise.rng is not None and self.dropout:
-            rngs = jax.random.split(noise.rng)[::-1]
         dense = functools.partial(
-            Dense,
-            axis=self.axis,
-            run=self.run,
-            kernel_init=self.kernel_init,
-            bias_init=self.bias_init,
+            Dense, axis=self.axis, run=self.run, kernel_init=self.kernel_init
         )
+        gelu = known.pick("gelu", self.gelu, GELUS)
+        rngs: Any = (None, None)
+        if noise.rng is not None:
+            rngs = jax.random.split(noise.rng)[::-1]
         shape = y.shape
         if self.run.flat:  # so that the GELU can overwrite its input
-            y = y.reshape((len(y), -1) if self.axis == 0 else (-1, shape[-1]))
+            y = y.reshape((shape[0], -1) if self.axis == 0 else (-1, shape[-1]))
         h = dense(self.mlp_dim, name="Dense_0")(y)
-        h = GELUS[self.gelu](checkpoint_name(h, PRE_GELU))
-        h = _dropout(rngs[0], self.dropout, h)
+        h = _dropout(rngs[0], self.dropout, gelu(checkpoint_name(h, PRE_GELU)))
         y = dense(shape[self.axis], name="Dense_1")(h).reshape(shape)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
 
@@ -166,7 +162,7 @@ def readout(
     states: list[Float[Array, "s n c"]],
     num_classes: int | None,
     **head_fields: Any,
-) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+) -> Outputs:
     """Returns (logits, out) of a model that averages tokens before its `head`.
 
     Args:

@@ -13,33 +13,28 @@ The parameter tree is the official one, so published files load by identity.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
-from mlp_mixer.models.derivatives import GELUS, LayerNorm
-from mlp_mixer.models.model import Model, Noise, Run, sizes
+from mlp_mixer.models.derivatives import LayerNorm
+from mlp_mixer.models.model import Model, Noise, Outputs, axes, sizes
 
 
 class MixerBlock(nn.Module):
-    """One Mixer layer; its attributes are those of `MlpMixer`."""
+    """One Mixer layer, of hidden sizes D_S and D_C; `mlp` makes both of its MLPs."""
 
     tokens_mlp_dim: int
     channels_mlp_dim: int
-    gelu: str
-    dropout: float
-    run: Run
+    mlp: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
-        mlp = functools.partial(
-            layers.MlpBlock, gelu=self.gelu, dropout=self.dropout, run=self.run
-        )
-        token_mixing = mlp(self.tokens_mlp_dim, axis=0, name="token_mixing")
-        channel_mixing = mlp(self.channels_mlp_dim, axis=-1, name="channel_mixing")
+        token_mixing = self.mlp(self.tokens_mlp_dim, axis=0, name="token_mixing")
+        channel_mixing = self.mlp(self.channels_mlp_dim, name="channel_mixing")
         first, second = noise.branches(2)
         x = x + token_mixing(LayerNorm(name="LayerNorm_0")(x), first)
         return x + channel_mixing(LayerNorm(name="LayerNorm_1")(x), second)
@@ -54,7 +49,6 @@ class MlpMixer(Model):
       hidden_dim: number of channels C.
       tokens_mlp_dim: number of hidden units of token mixing, D_S.
       channels_mlp_dim: number of hidden units of channel mixing, D_C.
-      num_classes: None leaves the head out; features are returned in its place.
       gelu: "tanh" (the published models) or "exact".
       dropout: rate in both MLPs (0 was best everywhere, section 3).
       stochastic_depth: the last block's rate; it rises linearly from 0.
@@ -62,7 +56,6 @@ class MlpMixer(Model):
         authors do not).
       head_bias: initial value of the head's bias (pretraining with a sigmoid loss:
         about −ln k; the published listing: 0).
-      run: how it is computed.
     """
 
     patch_size: tuple[int, int]
@@ -70,45 +63,37 @@ class MlpMixer(Model):
     hidden_dim: int
     tokens_mlp_dim: int
     channels_mlp_dim: int
-    num_classes: int | None = None
     gelu: str = "tanh"
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     rescale_stochastic_depth: bool = False
     head_bias: float = 0.0
-    run: Run = Run()
 
     @nn.compact
-    def __call__(
-        self, image: Array, *, train: bool = False
-    ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+    def __call__(self, image: Array, *, train: bool = False) -> Outputs:
         """Returns logits (n, k) of images (n, h, w, 3) in [−1, 1], and outputs within.
 
         Those are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
         self.check_image(image, AXES)
-        known.require("gelu", self.gelu, GELUS)
         stem = layers.PatchEmbed(
             self.hidden_dim, self.patch_size, self.run, name="stem"
         )
-        block = functools.partial(
-            MixerBlock,
-            tokens_mlp_dim=self.tokens_mlp_dim,
-            channels_mlp_dim=self.channels_mlp_dim,
-            gelu=self.gelu,
-            dropout=self.dropout,
-            run=self.run,
+        mlp = functools.partial(
+            layers.MlpBlock, gelu=self.gelu, dropout=self.dropout, run=self.run
         )
-        noise = Noise()
-        if train:  # linear over depth, one rate for both branches (big_vision)
-            noise = trunk.draw(
-                self,
-                self.num_blocks,
-                len(image),
-                rates=(0.0, self.stochastic_depth),
-                rescale=self.rescale_stochastic_depth,
-                dropout=self.dropout,
-            )
+        block = functools.partial(
+            MixerBlock, self.tokens_mlp_dim, self.channels_mlp_dim, mlp
+        )
+        noise = trunk.draw(  # one rate for both branches (big_vision)
+            self,
+            self.num_blocks,
+            image,
+            train=train,
+            rates=(0.0, self.stochastic_depth),
+            rescale=self.rescale_stochastic_depth,
+            dropout=self.dropout,
+        )
         x = stem(image)
         y, states = trunk.blocks(
             self,
@@ -116,7 +101,6 @@ class MlpMixer(Model):
             x,
             name="MixerBlock",
             count=self.num_blocks,
-            run=self.run,
             train=train,
             noise=noise,
         )
@@ -136,26 +120,19 @@ _ROWS = {
     "mixer_h14": ((14, 14), 32, 1280, 640, 5120),
 }
 SIZES = {name: sizes(MlpMixer, row) for name, row in _ROWS.items()}
-AXES = {
-    "stem/kernel": "ph pw rgb c",
-    "stem/bias": "c",
-    "MixerBlock_*/LayerNorm_0/scale": "c",
-    "MixerBlock_*/LayerNorm_0/bias": "c",
-    "MixerBlock_*/token_mixing/Dense_0/kernel": "s ds",
-    "MixerBlock_*/token_mixing/Dense_0/bias": "ds",
-    "MixerBlock_*/token_mixing/Dense_1/kernel": "ds s",
-    "MixerBlock_*/token_mixing/Dense_1/bias": "s",
-    "MixerBlock_*/LayerNorm_1/scale": "c",
-    "MixerBlock_*/LayerNorm_1/bias": "c",
-    "MixerBlock_*/channel_mixing/Dense_0/kernel": "c dc",
-    "MixerBlock_*/channel_mixing/Dense_0/bias": "dc",
-    "MixerBlock_*/channel_mixing/Dense_1/kernel": "dc c",
-    "MixerBlock_*/channel_mixing/Dense_1/bias": "c",
-    "pre_head_layer_norm/scale": "c",
-    "pre_head_layer_norm/bias": "c",
-    "head/kernel": "c k",
-    "head/bias": "k",
-}
+AXES = axes(
+    {
+        "stem": "ph pw rgb c",
+        "MixerBlock_*/LayerNorm_0": "c",
+        "MixerBlock_*/token_mixing/Dense_0": "s ds",
+        "MixerBlock_*/token_mixing/Dense_1": "ds s",
+        "MixerBlock_*/LayerNorm_1": "c",
+        "MixerBlock_*/channel_mixing/Dense_0": "c dc",
+        "MixerBlock_*/channel_mixing/Dense_1": "dc c",
+        "pre_head_layer_norm": "c",
+        "head": "c k",
+    }
+)
 # What timm's mixer_* call what: their module, ours; {} is the number of a block.
 TIMM = (
     ("stem.proj", "stem"),

@@ -93,14 +93,31 @@ class Noise(NamedTuple):
         return [Noise(*pair) for pair in zip(keep, rng, strict=True)]
 
 
-class Model(nn.Module):
+# What `Model.__call__` returns.
+Outputs = tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]
+
+
+class Model(nn.Module, kw_only=True):
     """Base of all architectures.
 
     Attributes:
       patch_size: (height, width) in pixels of what becomes one token at the stem.
+      num_classes: None leaves the head out; features are returned in its place.
+      run: how it is computed.
     """
 
     patch_size: tuple[int, int]
+    num_classes: int | None = None
+    run: Run = Run()
+
+    @classmethod
+    def declared(cls) -> dict[str, dataclasses.Field]:
+        """Returns the fields that say what the model computes, by name.
+
+        Its classes are not among them: they follow from the data.
+        """
+        others = ("parent", "name", "num_classes", "run")
+        return {f.name: f for f in dataclasses.fields(cls) if f.name not in others}
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless images of (height, width) pixels fit the model."""
@@ -150,8 +167,7 @@ class Model(nn.Module):
 
 def sizes(model: type[Model], row: Sequence[Any]) -> dict[str, Any]:
     """Returns {field: value} of a table's row, for the first fields of a model."""
-    fields = dataclasses.fields(model)[: len(row)]
-    return {f.name: value for f, value in zip(fields, row, strict=True)}
+    return dict(zip(list(model.declared())[: len(row)], row, strict=True))
 
 
 def check_divisible(
@@ -173,3 +189,15 @@ def check_divisible(
             raise ValueError(
                 f"image_size {size} is not divisible by {what} {patch}; try {tries}."
             )
+
+
+def axes(layers: dict[str, str]) -> dict[str, str]:
+    """Returns the entries of `AXES` for layers by path, with the letters of a kernel.
+
+    A bias has the last letter. A layer of one letter is a norm: a scale and a bias.
+    """
+    found: dict[str, str] = {}
+    for path, letters in layers.items():
+        array = "kernel" if " " in letters else "scale"
+        found |= {f"{path}/{array}": letters, f"{path}/bias": letters.split()[-1]}
+    return found

@@ -21,10 +21,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
-from mlp_mixer.models.derivatives import GELUS, Dense
-from mlp_mixer.models.model import Model, Noise, Run, sizes
+from mlp_mixer.models.derivatives import Dense
+from mlp_mixer.models.model import Model, Noise, Outputs, Run, sizes
 
 NORMAL = nn.initializers.normal(0.02)
 
@@ -83,10 +82,8 @@ class ResMlp(Model):
       hidden_dim: number of channels C.
       channels_mlp_dim: number of hidden units of channel mixing, D_C.
       layer_scale: initial value of s1 and s2.
-      num_classes: None leaves the head out; features are returned in its place.
       gelu: "exact" (the published models) or "tanh".
       stochastic_depth: rate of every block; kept branches are divided by 1 − rate.
-      run: how it is computed.
     """
 
     patch_size: tuple[int, int]
@@ -94,21 +91,16 @@ class ResMlp(Model):
     hidden_dim: int
     channels_mlp_dim: int
     layer_scale: float = 0.1
-    num_classes: int | None = None
     gelu: str = "exact"
     stochastic_depth: float = 0.0
-    run: Run = Run()
 
     @nn.compact
-    def __call__(
-        self, image: Array, *, train: bool = False
-    ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+    def __call__(self, image: Array, *, train: bool = False) -> Outputs:
         """Returns logits (n, k) of images (n, h, w, 3) in [−1, 1], and outputs within.
 
         Those are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
         self.check_image(image, AXES)
-        known.require("gelu", self.gelu, GELUS)
         ph, pw = self.patch_size
         uniform = layers.uniform((ph * pw * 3) ** -0.5)
         stem = layers.PatchEmbed(
@@ -126,12 +118,14 @@ class ResMlp(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = Noise()
-        if train:
-            rates = (self.stochastic_depth, self.stochastic_depth)
-            noise = trunk.draw(
-                self, self.num_blocks, len(image), rates=rates, rescale=True
-            )
+        noise = trunk.draw(
+            self,
+            self.num_blocks,
+            image,
+            train=train,
+            rates=(self.stochastic_depth, self.stochastic_depth),
+            rescale=True,
+        )
         x = stem(image)
         y, states = trunk.blocks(
             self,
@@ -139,7 +133,6 @@ class ResMlp(Model):
             x,
             name="ResMlpBlock",
             count=self.num_blocks,
-            run=self.run,
             train=train,
             noise=noise,
         )

@@ -29,7 +29,14 @@ from jaxtyping import Array, Float
 
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm
-from mlp_mixer.models.model import Model, Noise, Run, check_divisible, sizes
+from mlp_mixer.models.model import (
+    Model,
+    Noise,
+    Outputs,
+    Run,
+    check_divisible,
+    sizes,
+)
 
 gelu = GELUS["exact"]
 # torch's initial values of kernels: uniform in ±1/√fan_in, as are those of biases.
@@ -159,8 +166,6 @@ class SmlpNet(Model):
       mlp_ratio: number of hidden units of an MLP per channel, α.
       stochastic_depth: the last block's rate; it rises linearly from 0 over all
         stages. A branch that is kept is divided by 1 − rate.
-      num_classes: None leaves the head out; features are returned in its place.
-      run: how it is computed.
     """
 
     patch_size: tuple[int, int]
@@ -168,8 +173,6 @@ class SmlpNet(Model):
     num_blocks: tuple[int, int, int, int]
     mlp_ratio: int
     stochastic_depth: float = 0.0
-    num_classes: int | None = None
-    run: Run = Run()
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
@@ -192,9 +195,7 @@ class SmlpNet(Model):
                 )
 
     @nn.compact
-    def __call__(
-        self, image: Array, *, train: bool = False
-    ) -> tuple[Float[Array, "n k"], dict[str, Float[Array, "..."]]]:
+    def __call__(self, image: Array, *, train: bool = False) -> Outputs:
         """Returns (logits, out).
 
         Args:
@@ -211,7 +212,7 @@ class SmlpNet(Model):
           ValueError: the image does not fit the strides or the parameters.
         """
         self.check_image(image, AXES)
-        noise = self._noise(image.shape[0]) if train else Noise()
+        noise = self._noise(image, train)
         block = functools.partial(
             SmlpBlock, mlp_ratio=self.mlp_ratio, train=train, run=self.run
         )
@@ -230,7 +231,6 @@ class SmlpNet(Model):
                 x,
                 name=f"stage{i}_block",
                 count=depth,
-                run=self.run,
                 train=train,
                 noise=jax.tree.map(lambda z, at=of_stage: z[at], noise),
             )
@@ -243,11 +243,12 @@ class SmlpNet(Model):
         c = pre_logits.shape[-1]
         return _linear(self.num_classes, c, Run(), name="head")(pre_logits), out
 
-    def _noise(self, images: int) -> Noise:
+    def _noise(self, image: Array, train: bool) -> Noise:
         return trunk.draw(
             self,
             sum(self.num_blocks),
-            images,
+            image,
+            train=train,
             rates=(0.0, self.stochastic_depth),
             rescale=True,
         )

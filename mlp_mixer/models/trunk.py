@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from mlp_mixer import known, sharding
 from mlp_mixer.models.layers import PRE_GELU
-from mlp_mixer.models.model import Noise, Run
+from mlp_mixer.models.model import Model, Noise, Run
 
 # What the backward pass may keep of a block besides its input; the rest is computed
 # again. With closed-form LayerNorm and GELU, "pre_gelu" costs almost no time.
@@ -28,15 +29,14 @@ CUT = "cut"
 
 
 def blocks(
-    model: nn.Module,
+    model: Model,
     block: Callable[..., nn.Module],
     x: Any,
     *,
     name: str,
     count: int,
-    run: Run,
     train: bool,
-    noise: Noise = Noise(),
+    noise: Noise,
 ) -> tuple[Any, list[Any]]:
     """Returns the last state, and the state after each block.
 
@@ -50,16 +50,16 @@ def blocks(
       x: the first state.
       name: the blocks' name, before their number.
       count: number of blocks.
-      run: whether training scans, and what its backward pass keeps.
       train: whether this is training.
       noise: noise of all blocks, as `draw` returns it.
     """
+    run = model.run
     known.require("remat", run.remat, REMAT_POLICIES)
     names = [f"{name}_{i}" for i in range(count)]
     mesh = run.mesh if CUT in model.variables else None
     if (mesh or (train and run.scan)) and not model.is_initializing():
         same = block(parent=None, name=None)
-        return _applied(model, same, x, names, run, train, noise, mesh)
+        return _applied(model, same, x, names, train, noise, mesh)
     states = []
     for i, one in enumerate(names):
         call: Any = _call
@@ -75,11 +75,10 @@ def _call(block: nn.Module, x: Any, noise: Noise) -> Any:
 
 
 def _applied(
-    model: nn.Module,
+    model: Model,
     block: nn.Module,
     x: Any,
     names: list[str],
-    run: Run,
     train: bool,
     noise: Noise,
     mesh: Mesh | None,
@@ -89,6 +88,7 @@ def _applied(
     Parameters that are cut over a mesh are gathered inside of it, and for the backward
     pass once more.
     """
+    run = model.run
     given = {
         kind: [tree[name] for name in names]
         for kind, tree in model.variables.items()
@@ -155,12 +155,13 @@ def _cast(trees: list[Any], run: Run) -> list[Any]:
 
 
 def draw(
-    model: nn.Module,
+    model: Model,
     count: int,
-    images: int,
+    image: Array,
     *,
-    rates: tuple[float, float] = (0.0, 0.0),
-    rescale: bool = False,
+    train: bool,
+    rates: tuple[float, float],
+    rescale: bool,
     dropout: float = 0.0,
     branches: int = 2,
 ) -> Noise:
@@ -172,7 +173,8 @@ def draw(
     Args:
       model: the module whose random stream it is.
       count: number of blocks.
-      images: number of images.
+      image: the batch.
+      train: whether this is training; otherwise there is no noise.
       rates: the probability with which the first and the last block's branches are
         dropped; it is linear in between. Equal: it is constant.
       rescale: whether a branch that is kept is divided by 1 − rate.
@@ -180,13 +182,15 @@ def draw(
       branches: number of branches of a block.
     """
     keep = rngs = None
-    if any(rates):
+    if train and any(rates):
         dropped = jnp.linspace(*rates, count)
-        dropped = jnp.broadcast_to(dropped[:, None, None], (count, branches, images))
+        dropped = jnp.broadcast_to(
+            dropped[:, None, None], (count, branches, image.shape[0])
+        )
         kept = jax.random.bernoulli(model.make_rng("dropout"), 1 - dropped)
         keep = kept.astype(jnp.float32)
         if rescale:
             keep = keep / (1 - dropped)
-    if dropout:
+    if train and dropout:
         rngs = jax.random.split(model.make_rng("dropout"), count)
     return Noise(keep, rngs)

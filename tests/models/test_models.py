@@ -1,5 +1,6 @@
 """Table 1 of the paper, and the errors of `models.create`."""
 
+from typing import Any
 from unittest import mock
 
 import jax
@@ -163,7 +164,7 @@ def test_inference_on_one_cpu_holds_one_hidden_layer_at_a_time():
     image = jax.ShapeDtypeStruct((2, 128, 128, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     predict = jax.jit(lambda variables, image: model.apply(variables, image)[0])
-    memory = predict.lower(variables, image).compile().memory_analysis()
+    memory: Any = predict.lower(variables, image).compile().memory_analysis()
     hidden = 4 * 2 * 8 * 8 * model.channels_mlp_dim
     # One, overwritten by its GELU, and two states; never two of them.
     assert memory.temp_size_in_bytes < 2 * hidden

@@ -175,7 +175,7 @@ def test_the_forward_is_the_papers(train):
 def test_stochastic_depth_is_linear_over_all_stages_and_rescaled():
     model, image = SmlpNet(**SMALL, stochastic_depth=0.6), images(64, (16, 16))
     variables = random_variables(model, (16, 16))
-    noise: Any = model.apply(variables, 64, method="_noise", rngs=RNGS)
+    noise: Any = model.apply(variables, image, True, method="_noise", rngs=RNGS)
     rates = np.linspace(0, 0.6, 5)
     for keep, rate in zip(noise.keep, rates, strict=True):
         values = [1] if rate == 0 else [0, 1 / (1 - rate)]
