@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from etils import epath
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 from mlp_mixer import fields, files, models, shipped
 from mlp_mixer.fields import MOVED
@@ -105,13 +105,11 @@ def base() -> ConfigDict:
     config.optim.warmup_steps = 10_000
     config.optim.decay = "linear"  # or "cosine", "staircase"
     # The last learning rate: either absolute, or a fraction of the peak.
-    config.optim.end_learning_rate = config_dict.placeholder(float)
-    config.optim.end_learning_rate = 1e-5
+    config.optim.end_learning_rate = FieldReference(1e-5)
     config.optim.end_factor = config_dict.placeholder(float)
     config.optim.weight_decay = 0.0  # decoupled; times the learning rate
     config.optim.decayed = "kernels"  # or "all"
-    config.optim.clip_norm = config_dict.placeholder(float)
-    config.optim.clip_norm = 1.0  # global norm; None: no clipping
+    config.optim.clip_norm = FieldReference(1.0)  # global norm; None: no clipping
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
@@ -245,9 +243,7 @@ def check_fields(config: ConfigDict) -> None:
     Raises:
       ValueError: names each field, what it is and what it may be.
     """
-    wrong = fields.problems(config.to_dict())
-    if not wrong:
-        wrong = _contradictions(config)
+    wrong = fields.problems(config.to_dict()) or _contradictions(config)
     if more := len(wrong) - MOST_NAMED:
         wrong[MOST_NAMED:] = [f"... and {more} more."] * (more > 0)
     if wrong:
@@ -341,7 +337,7 @@ def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     Raises:
       ValueError: it is no recipe, or has a later format.
     """
-    tree = _tuples(tree)
+    tree = _with_tuples(tree)
     number = tree.pop("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ValueError(
@@ -421,11 +417,11 @@ def _evaluator_defaults(name: str, section: Any) -> dict[str, Any]:
     return known[kind].to_dict()
 
 
-def _tuples(tree: Any) -> Any:
+def _with_tuples(tree: Any) -> Any:
     """JSON's lists back to tuples."""
     if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
+        return {key: _with_tuples(value) for key, value in tree.items()}
+    return tuple(map(_with_tuples, tree)) if isinstance(tree, list) else tree
 
 
 # --- The file of a recipe -------------------------------------------------------------

@@ -294,20 +294,20 @@ def changes(before: dict[str, Any], now: dict[str, Any], limit: int = 12) -> lis
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += [
-                f"{printable(name)}: {_shown(there.get(name))} there, "
-                f"{_shown(here.get(name))} here"
+                f"{printable(name)}: {_in_words(there.get(name))} there, "
+                f"{_in_words(here.get(name))} here"
                 for name in sorted(there.keys() | here.keys())
                 if there.get(name) != here.get(name)
             ]
         else:
-            lines.append(f"{key}: {_shown(there)} there, {_shown(here)} here")
+            lines.append(f"{key}: {_in_words(there)} there, {_in_words(here)} here")
     if not lines and before.get("order") != now.get("order"):
         lines.append("the same files, in another order")
     more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
     return lines[:limit] + more
 
 
-def _shown(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(
             f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()
