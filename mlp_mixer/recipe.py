@@ -15,13 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
-from etils import epath
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from mlp_mixer import fields, files, models, shipped
+from mlp_mixer import fields, models, shipped
 from mlp_mixer.fields import MOVED
 from mlp_mixer.known import nearest
-from mlp_mixer.text import brief, printable
+from mlp_mixer.text import brief
 
 logger = logging.getLogger(__name__)
 
@@ -314,16 +313,6 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return {"format": FORMAT} | json.loads(completed(config).to_json_best_effort())
 
 
-def read(path: epath.PathLike) -> ConfigDict:
-    """Returns the recipe that a run has written, as `from_json` does.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is damaged, holds no recipe, or has a later format.
-    """
-    return from_json(files.read_json(path), printable(os.fspath(path)))
-
-
 def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     """Returns the recipe that `to_json` of this or of an older version gave.
 
@@ -490,6 +479,7 @@ _MOVED_TO = {
     "TOKENS_MLP_DIM": "models.mixer.SIZES",
     "evaluations": "evaluators.sections",
     "check": "recipe.check_fields",
+    "read": "workdir.load",
 }
 
 if not TYPE_CHECKING:  # which would take any name to be here

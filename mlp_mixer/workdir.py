@@ -6,6 +6,7 @@ class_names.json the names of its classes by label, data.json what its training 
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,10 +40,11 @@ MAY_CHANGE = (
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:
-    """The recipe of the run in `workdir`.
+    """Returns the recipe of the run in `workdir`, as `recipe.from_json` does.
 
     Raises:
-      FileNotFoundError: no run there.
+      FileNotFoundError: there is no run.
+      ValueError: config.json is damaged, holds no recipe, or has a later format.
     """
     path = epath.Path(workdir).expanduser() / "config.json"
     if not path.exists():
@@ -50,7 +52,7 @@ def load(workdir: epath.PathLike) -> ConfigDict:
             f"{workdir} holds no run (no config.json). Name a folder that "
             "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
         )
-    return recipe.read(path)
+    return recipe.from_json(files.read_json(path), printable(os.fspath(path)))
 
 
 def load_class_names(
