@@ -243,8 +243,8 @@ def check_fields(config: ConfigDict) -> None:
       ValueError: names each field, what it is and what it may be.
     """
     wrong = fields.problems(config.to_dict()) or _contradictions(config)
-    if more := len(wrong) - MOST_NAMED:
-        wrong[MOST_NAMED:] = [f"... and {more} more."] * (more > 0)
+    if more := len(wrong[MOST_NAMED:]):
+        wrong = [*wrong[:MOST_NAMED], f"... and {more} more."]
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -437,16 +437,14 @@ def load(value: str) -> ConfigDict:
             raise
         message = str(error).strip("'\"")
         raise ValueError(f"{path}, line {lines[-1]}: {message}") from error
-    if isinstance(config, ConfigDict):
-        with config.unlocked(), config.ignore_type():  # for `check_fields` to tell
-            for old in rename(config):
-                new = MOVED[old]
-                logger.warning("%s: config.%s is now config.%s.", path, old, new)
-    else:
+    if not isinstance(config, ConfigDict):
         raise ValueError(
             f"{path} is no recipe: its get_config returns {type(config).__name__}, not "
             "a ConfigDict of recipe.base()."
         )
+    with config.unlocked(), config.ignore_type():  # for `check_fields` to tell
+        for old in rename(config):
+            logger.warning("%s: config.%s is now config.%s.", path, old, MOVED[old])
     return config
 
 
