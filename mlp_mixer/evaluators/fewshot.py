@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -195,6 +195,8 @@ class FewShot:
       preprocess: the protocol, of both splits.
       sources: both splits.
     """
+
+    of_predictions: ClassVar[bool] = False
 
     @staticmethod
     def completed(

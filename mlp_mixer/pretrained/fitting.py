@@ -30,12 +30,13 @@ def create_model(
 
     Args:
       weights: weights of `weights.read`, or parameters alone: their model is what their
-        shapes say, with its class's other values (of a Mixer the authors': tanh GELU).
+        shapes and `overrides` say, with its class's other values (of a Mixer the
+        authors': tanh GELU).
       run: how it is computed.
-      **overrides: fields of the model, e.g. `gelu="exact"`.
+      **overrides: fields of the model, e.g. `gelu="exact"`; of parameters also `name`.
     """
     if not isinstance(weights, Weights):
-        weights = Weights(weights, "parameters")
+        weights = Weights(weights, "parameters", model=overrides)
     fields = {"num_classes": weights.num_classes, **weights.model, **overrides}
     return models.create(**fields, run=run)
 

@@ -96,8 +96,7 @@ def _gelu(layer: Any, path: pathlib.Path) -> str | None:
     if layer is None:
         return None
     if not isinstance(layer, str) or layer.lower() not in GELUS:
-        tries = ", ".join(GELUS)
-        raise _wrong(path, "act_layer", layer, f"one of {tries}, all that Mixers have")
+        raise _wrong(path, "act_layer", layer, " or ".join(GELUS))
     return GELUS[layer.lower()]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
-from mlp_mixer import known
+from mlp_mixer import known, models
 from mlp_mixer.fingerprints import Params, leaves
 from mlp_mixer.pretrained import tree
 
@@ -223,11 +223,16 @@ def _grid(params: Params, grid: Grid | None) -> Grid:
     """The grid that the parameters are for, checked."""
     tokens = tree.tokens(params)
     if tokens is None:
-        file = tree.family(tree.shapes(params))
-        letters = dict.fromkeys(x for axes in file.AXES.values() for x in axes.split())
+        name = tree.family_name(tree.family(tree.shapes(params)))
+        resizable = ", ".join(
+            other
+            for other, file in models.families().items()
+            if any("s" in letters.split() for letters in file.AXES.values())
+        )
         raise ValueError(
-            f"Weights of {tree.family_name(file)} cannot be resized: no axis of theirs "
-            f"is tokens, s; they have {', '.join(letters)}."
+            f"Weights of a {name} cannot be resized: none of its arrays has an axis of "
+            "tokens, which is what `grow` and `interpolate` change. Train it at the "
+            f"resolution that is wanted, or take one of {resizable}."
         )
     side = math.isqrt(tokens)
     possible = ", ".join(

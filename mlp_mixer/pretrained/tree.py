@@ -209,9 +209,17 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
     # this size.
     row = file.SIZES.get(_nearest(file, told) or "", {})
     declared = models.declared(name)
-    usual = {f: row[f] for f in row if declared[f].default is not dataclasses.MISSING}
-    fields = models.fields(name, **usual | told | given)
-    return named(name, fields)
+    no_default = {f for f, x in declared.items() if x.default is dataclasses.MISSING}
+    usual = {f: value for f, value in row.items() if f not in no_default}
+    stated = usual | told | given
+    if without := sorted(no_default - stated.keys()):
+        raise ValueError(
+            f"These are the parameters of a {name}, whose shapes do not say its "
+            f"{', '.join(without)}. Give them, or the name of a size "
+            f"({', '.join(file.SIZES)}), as arguments of create_model; or read a run's "
+            "folder or a file of `mlp_mixer.convert`, which say them."
+        )
+    return named(name, models.fields(name, **stated))
 
 
 def named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:

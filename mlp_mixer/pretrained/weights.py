@@ -61,10 +61,10 @@ class Weights:
       step: step of the run's checkpoint.
     """
 
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     origin: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    stats: Params = dataclasses.field(default_factory=dict)
+    stats: Params = dataclasses.field(default_factory=dict, repr=False)
     image_size: tuple[int, int] | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: str | None = None
@@ -260,7 +260,7 @@ def not_finite(params: Mapping[str, Any]) -> dict[str, int]:
 def _read_run(
     folder: epath.Path, step: int | None, best: str | None, more_is_better: bool
 ) -> Weights:
-    from mlp_mixer import checkpoint, workdir  # only a run needs Orbax
+    from mlp_mixer import checkpoint, evaluators, workdir  # only a run needs Orbax
 
     if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
         raise FileNotFoundError(
@@ -273,8 +273,6 @@ def _read_run(
         folder / "checkpoints", step=step, best=best, more_is_better=more_is_better
     )
     model = config.model.to_dict()
-    sections = config.evals.values()
-    kinds = ((section.type, section.preprocess) for section in sections)
     weights = Weights(
         variables.pop("params"),
         f"run at step {at}",
@@ -282,7 +280,7 @@ def _read_run(
         model=model,
         stats=variables,
         class_names=tuple(names) if names else None,
-        preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
+        preprocess=evaluators.preprocess_of_predictions(config.evals.to_dict()),
         dtype=config.run.dtype,
         step=at,
     )
@@ -493,8 +491,10 @@ def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]
             f"it have {classes}: is it theirs? Correct it, or move it away."
         )
     if config.image_size is not None:
-        (h, w), (ph, pw) = config.image_size, (sides["ph"], sides["pw"])
-        if (h % ph, w % pw, h // ph * (w // pw)) == (0, 0, sides["s"]):
+        # What an architecture has no letter for, its arrays do not contradict.
+        (h, w), ph, pw = config.image_size, sides.get("ph", 1), sides.get("pw", 1)
+        tokens = h // ph * (w // pw)
+        if (h % ph, w % pw, tokens) == (0, 0, sides.get("s", tokens)):
             fields["image_size"] = config.image_size
         else:
             logger.warning(

@@ -121,6 +121,31 @@ def test_the_paper_says_what_no_shape_tells(tmp_path):
     assert pretrained.create_model(params).num_blocks == 3
 
 
+@pytest.mark.parametrize("name", models.names())
+def test_parameters_alone_are_a_model_or_say_what_they_lack(name):
+    """A field that no shape tells is named, with what to try; which then works."""
+    model = models.create(name, num_classes=10)
+    params = tree.variables(model, (224, 224))["params"]
+    family = tree.family_name(models.family(name))
+    try:
+        fields = pretrained.model_of(params)
+    except ValueError as error:
+        said = str(error)
+        assert said.startswith(f"These are the parameters of a {family}, whose shapes")
+        assert "Give them, or the name of a size" in said
+        declared = models.declared(name).values()
+        none = {f.name for f in declared if f.default is dataclasses.MISSING}
+        lacking = said.partition("do not say its ")[2].partition(". ")[0].split(", ")
+        assert {*lacking} <= none
+        assert name in said
+        values = {field: getattr(model, field) for field in lacking}
+        made = pretrained.create_model(params, **values)
+        assert {field: getattr(made, field) for field in values} == values
+        assert pretrained.create_model(params, name=name) == model
+    else:
+        assert fields["name"] == name
+
+
 def test_timms_names_are_what_its_file_says(tmp_path, caplog):
     """Without statistics, which no file of timm's that is read here has."""
     made = dataclasses.replace(toy(image_size=(16, 16)), stats={})
@@ -181,9 +206,10 @@ def test_without_tokens_among_its_letters_nothing_is_resized(monkeypatch):
     axes["ToyBlock_*/mix/bias"] = "t"
     monkeypatch.setattr(toy_family, "AXES", axes)
     tree._patterns.cache_clear()
-    with pytest.raises(ValueError, match="toy_family cannot be resized: no axis") as e:
+    said = "toy_family cannot be resized: none of its arrays has an axis of tokens"
+    with pytest.raises(ValueError, match=said) as error:
         resize.grow(toy().params, 2)
-    assert str(e.value).endswith("they have ph, pw, rgb, c, t, k.")
+    assert str(error.value).endswith("or take one of mixer, resmlp, gmlp.")
     # And what is tied to the resolution by two letters is found by its shape.
     monkeypatch.setitem(axes, "ToyBlock_*/mix/bias", "s")
     with pytest.raises(

@@ -400,6 +400,28 @@ def test_a_config_says_gelu_image_size_and_classes_too(foreign):
     assert (weights.model["gelu"], weights.class_names) == ("exact", tuple(names))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (8, 32), (17, 16)])
+def test_a_config_may_say_the_image_size_of_arrays_without_tokens(
+    size, weights, tmp_path, monkeypatch, caplog
+):
+    """Of an architecture that has no letter `s`, any that the patches tile."""
+    axes = {
+        path: " ".join("t" if letter == "s" else letter for letter in letters.split())
+        for path, letters in models.mixer.AXES.items()
+    }
+    path = tmp_path / "model.safetensors"
+    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    whole = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    safetensors.numpy.save_file(whole, path)
+    config_beside(path, hub_config(0.5, 0.5, model_args={"img_size": size}))
+    monkeypatch.setattr(models.mixer, "AXES", axes)
+    if size == (17, 16):
+        assert pretrained.read(path).image_size is None
+        assert "says that images are 17 x 16 px; the weights beside" in caplog.text
+    else:
+        assert pretrained.read(path).image_size == size
+
+
 def test_what_a_config_says_that_does_not_fit_is_passed_by_aloud(foreign, caplog):
     config = hub_config(0, 1, model_args={"img_size": 224}, label_names=["a", "b"])
     config_beside(foreign, config)
