@@ -90,7 +90,7 @@ def convert(
     if dtype is not None:
         params = pretrained.cast(weights.params, dtype)
         weights = dataclasses.replace(weights, params=params)
-    report = {"source": weights.called, **describe(weights)}
+    report = {"source": str(weights), **describe(weights)}
     if target is None:
         return report
     target = os.path.expanduser(target)

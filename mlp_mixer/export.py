@@ -343,7 +343,7 @@ def _checked(weights: pretrained.Weights) -> pretrained.Weights:
     )
     if bad := pretrained.not_finite({**params, **stats}):
         raise ValueError(
-            f"The weights {weights.called} are not exported: not all of their values "
+            f"The weights {weights} are not exported: not all of their values "
             "are finite:\n  "
             + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
         )

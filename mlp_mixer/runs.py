@@ -124,11 +124,11 @@ def open_model(
     strategy = "replicated" if config is None else config.sharding
     logger.info(
         "%s: %s, %dx%d px, preprocessed by %s, computed in %s",
-        *(weights.called, pretrained.describe(weights.model), *size),
+        *(weights, pretrained.describe(weights.model), *size),
         *(protocol, run.dtype),
     )
     return Opened(
-        weights.called,
+        str(weights),
         mesh,
         steps.make_predict(model, mesh),
         sharding.place(
@@ -220,7 +220,7 @@ def write_run(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     _check_empty(epath.Path(workdir))
     if broken := pretrained.not_finite(weights.params | weights.stats):
         raise ValueError(
-            f"{weights.called} cannot become a run, whose checkpoints are finite; "
+            f"{weights} cannot become a run, whose checkpoints are finite; "
             f"these arrays are not:\n{listed(list(broken))}"
         )
     size = pretrained.checked_image_size(weights)

@@ -35,7 +35,7 @@ class Config(NamedTuple):
         return self.architecture is None or family in self.architecture.lower()
 
 
-def beside(weights: str | os.PathLike[str]) -> Config | None:
+def read_config_beside(weights: str | os.PathLike[str]) -> Config | None:
     """Returns what the config.json in the folder of a weight file says, if one is.
 
     One that is not timm's, a run's recipe say, says nothing.
@@ -51,18 +51,20 @@ def beside(weights: str | os.PathLike[str]) -> Config | None:
     )
     if not isinstance(content, dict):
         return Config(path)
-    inner = _table(content, "pretrained_cfg", path)
+    inner = _inner_table(content, "pretrained_cfg", path)
     if not inner and not {"architecture", "mean", "std"} & content.keys():
         return Config(path)
     fields = {**inner, **content}
     if not isinstance(architecture := fields.get("architecture"), str | None):
-        raise _wrong(path, "architecture", architecture, "a name such as mixer_b16_224")
+        raise _wrong_field(
+            path, "architecture", architecture, "a name such as mixer_b16_224"
+        )
     config = Config(path, architecture)
     if not any(map(config.is_of, models.families())):
         return config
-    arguments = _table(content, "model_args", path)
+    arguments = _inner_table(content, "model_args", path)
     if not isinstance(classes := fields.get("num_classes"), int | None):
-        raise _wrong(path, "num_classes", classes, "a whole number")
+        raise _wrong_field(path, "num_classes", classes, "a whole number")
     # As timm reads it: `pretrained_cfg` says how images are prepared, if it is there.
     prepared = {**content, **inner}
     mean, std = prepared.get("mean"), prepared.get("std")
@@ -72,35 +74,39 @@ def beside(weights: str | os.PathLike[str]) -> Config | None:
     return config._replace(
         num_classes=classes,
         images=images,
-        gelu=_gelu(arguments.get("act_layer", fields.get("act_layer")), path),
-        image_size=_size(arguments.get("img_size"), prepared.get("input_size"), path),
-        class_names=_names(fields.get("label_names", fields.get("labels")), path),
+        gelu=_gelu_of(arguments.get("act_layer", fields.get("act_layer")), path),
+        image_size=_image_size(
+            arguments.get("img_size"), prepared.get("input_size"), path
+        ),
+        class_names=_class_names(fields.get("label_names", fields.get("labels")), path),
     )
 
 
-def _wrong(path: pathlib.Path, field: str, value: Any, expected: str) -> ValueError:
+def _wrong_field(
+    path: pathlib.Path, field: str, value: Any, expected: str
+) -> ValueError:
     return ValueError(
         f"{path} says {field} {str(value)[:80]}; expected {expected}. Correct it, or "
         "move it away from the weights."
     )
 
 
-def _table(content: Mapping[str, Any], field: str, path: pathlib.Path) -> Any:
+def _inner_table(content: Mapping[str, Any], field: str, path: pathlib.Path) -> Any:
     table = content.get(field) or {}
     if not isinstance(table, dict):
-        raise _wrong(path, field, table, "a table of fields")
+        raise _wrong_field(path, field, table, "a table of fields")
     return table
 
 
-def _gelu(layer: Any, path: pathlib.Path) -> str | None:
+def _gelu_of(layer: Any, path: pathlib.Path) -> str | None:
     if layer is None:
         return None
     if not isinstance(layer, str) or layer.lower() not in GELUS:
-        raise _wrong(path, "act_layer", layer, " or ".join(GELUS))
+        raise _wrong_field(path, "act_layer", layer, " or ".join(GELUS))
     return GELUS[layer.lower()]
 
 
-def _size(given: Any, whole: Any, path: pathlib.Path) -> tuple[int, int] | None:
+def _image_size(given: Any, whole: Any, path: pathlib.Path) -> tuple[int, int] | None:
     """Of timm's img_size, a side or (height, width), or its input_size, with RGB."""
     if given is None and whole is None:
         return None
@@ -113,11 +119,11 @@ def _size(given: Any, whole: Any, path: pathlib.Path) -> tuple[int, int] | None:
     ):
         field, value = ("input_size", whole) if given is None else ("img_size", given)
         expected = "[3, 224, 224]" if given is None else "224 or [224, 224]"
-        raise _wrong(path, field, value, f"e.g. {expected}")
+        raise _wrong_field(path, field, value, f"e.g. {expected}")
     return size[0], size[1]
 
 
-def _names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
+def _class_names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
     """By class, of a list or {number: name}; None if classes are left out."""
     if isinstance(labels, dict):
         by_number = {str(number): name for number, name in labels.items()}
@@ -127,5 +133,5 @@ def _names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
     if not labels:
         return None
     if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
-        raise _wrong(path, "label_names", labels, "a list of names, by class")
+        raise _wrong_field(path, "label_names", labels, "a list of names, by class")
     return tuple(labels)

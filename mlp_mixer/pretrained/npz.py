@@ -37,7 +37,7 @@ MAX_RATIO, SMALL_BYTES = 20, 2**30
 
 def read(
     path: str | os.PathLike[str],
-    refuse: Callable[[Flat, dict[str, str]], None] = lambda *_: None,
+    refuse: Callable[[Flat, dict[str, str]], object] = lambda *_: None,
 ) -> tuple[Flat, dict[str, str]]:
     """Returns ({name in our tree: array}, metadata).
 

@@ -30,6 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -108,9 +109,9 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def is_of(name: str) -> bool:
-    """Whether a model called `name` is of an architecture with published files."""
-    return models.family(name) in {models.family(x.model) for x in PUBLISHED.values()}
+def is_published(architecture: ModuleType) -> bool:
+    """Whether files of an architecture are published."""
+    return any(models.family(x.model) is architecture for x in PUBLISHED.values())
 
 
 def lookup(name: str) -> Published:
@@ -260,14 +261,7 @@ def _check_content(file: pathlib.Path, entry: Published) -> None:
     def check_declared(arrays: Mapping[str, np.ndarray], _: object) -> None:
         found = {name: (x.shape, str(x.dtype)) for name, x in arrays.items()}
         wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
-        refuse(
-            [
-                f"{name}: {found.get(name, 'missing')}, "
-                f"expected {wanted.get(name, 'nothing')}"
-                for name in {**wanted, **found}
-                if found.get(name) != wanted.get(name)
-            ]
-        )
+        refuse(tree.differences(found, wanted))
 
     arrays, _ = npz.read(file, check_declared)
     refuse(

@@ -20,7 +20,7 @@ CHECKSUMS = "crc32"
 
 def read(
     path: str | os.PathLike[str],
-    refuse: Callable[[dict[str, np.ndarray], dict[str, str]], None] = lambda *_: None,
+    refuse: Callable[[dict[str, np.ndarray], dict[str, str]], object] = lambda *_: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns ({name: array}, metadata); bfloat16 stays what it is.
 

@@ -14,14 +14,13 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mlp_mixer import models
 from mlp_mixer.pretrained import tree
 from mlp_mixer.text import brief
 
@@ -59,10 +58,10 @@ def our_name(name: str, file: ModuleType) -> str | None:
 
 def their_name(name: str, file: ModuleType) -> str:
     """The name in timm of an array of our tree; any other stays as it is."""
-    return _theirs(name, file)[0]
+    return _timm_name_and_rank(name, file)[0]
 
 
-def _theirs(name: str, file: ModuleType) -> tuple[str, int]:
+def _timm_name_and_rank(name: str, file: ModuleType) -> tuple[str, int]:
     """The name in timm, and the number of axes there; 0: as many as here."""
     path, number = tree.matches([name], file).get(name, (name, None))
     path = path.replace("*", "{}")
@@ -74,15 +73,11 @@ def _theirs(name: str, file: ModuleType) -> tuple[str, int]:
     return name, 0
 
 
-def family(names: Iterable[str]) -> ModuleType | None:
+def family(names: Collection[str]) -> ModuleType | None:
     """The architecture that has the most arrays of timm's names; None: none has any."""
-    names = list(names)
-    counts = {
-        file: sum(our_name(name, file) is not None for name in names)
-        for file in models.FAMILIES
-    }
-    best = max(counts, key=lambda file: counts[file])
-    return best if counts[best] else None
+    return tree.most_known(
+        lambda file: sum(our_name(name, file) is not None for name in names)
+    )
 
 
 def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
@@ -104,7 +99,7 @@ def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
                 f"{brief(name)}"
             )
         first[new] = name
-        more = _theirs(new, file)[1]
+        more = _timm_name_and_rank(new, file)[1]
         if more and array.ndim == more:
             ones = [axis for axis, size in enumerate(array.shape[:-1]) if size == 1]
             array = array.squeeze(tuple(ones))
@@ -117,14 +112,14 @@ def theirs(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
     flat: Flat = {}
     for name, array in params.items():
-        new, more = _theirs(name, file)
+        new, more = _timm_name_and_rank(name, file)
         array = array.transpose(np.argsort(AXES[array.ndim]))
         flat[new] = array.reshape((1,) * max(0, more - array.ndim) + array.shape)
     return flat
 
 
 def read_torch(
-    path: str | os.PathLike[str], refuse: Callable[[Flat], None] = lambda flat: None
+    path: str | os.PathLike[str], refuse: Callable[[Flat], object] = lambda flat: None
 ) -> Flat:
     """{name: array} of a torch state dict, bare or beside plain values.
 

@@ -11,7 +11,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -80,10 +80,13 @@ class Weights:
             model = tree.model_of(self.params, **self.model)
         object.__setattr__(self, "model", model)
 
-    @property
-    def called(self) -> str:
-        """The source and what it is, for people."""
+    def __str__(self) -> str:
         return f"{self.source} ({self.origin})" if self.source else self.origin
+
+    @property
+    def architecture(self) -> ModuleType:
+        """The file of `models` that declares their model."""
+        return models.family(self.model["name"])
 
     @property
     def num_classes(self) -> int | None:
@@ -175,12 +178,7 @@ def read(
     weights = dataclasses.replace(
         weights, params=params, stats=stats, image_size=size, source=name
     )
-    classes = weights.num_classes
-    if weights.class_names and classes not in (None, len(weights.class_names)):
-        raise ValueError(
-            f"{name} has {len(weights.class_names):,} names of classes for a head of "
-            f"{classes:,}."
-        )
+    _check_class_names(weights)
     if size is not None:
         checked_image_size(weights)
     return weights
@@ -194,47 +192,44 @@ def checked_image_size(weights: Weights) -> tuple[int, int]:
         this size; a field has a value that there is not; or more or fewer names than
         classes.
     """
-    classes, names = weights.num_classes, weights.class_names
-    if classes and names and len(names) != classes:
-        raise ValueError(
-            f"{weights.called}: {len(names)} classes are named, but the head has "
-            f"{classes}."
-        )
+    _check_class_names(weights)
     size, count = weights.image_size, tree.tokens(weights.params)
     if size is None:
-        why = f"{count} tokens, which make no square" if count else "any image size"
+        why = f", and their {count} tokens make no square" if count else ""
         raise ValueError(
-            f"The weights {weights.called} are for {why}, and do not say their image "
-            "size; `python -m mlp_mixer.convert SOURCE NEW.safetensors "
+            f"The weights {weights} do not say their image size{why}; "
+            "`python -m mlp_mixer.convert SOURCE NEW.safetensors "
             "--image_size=HEIGHT,WIDTH` writes some that do."
         )
     try:
-        model = models.create(**weights.model, num_classes=classes)
-        expected = tree.shapes(tree.variables(model, size))
+        model = models.create(**weights.model, num_classes=weights.num_classes)
+        variables = tree.variables(model, size)
     except ValueError as error:
-        raise ValueError(f"{weights.called}: {error}") from error
-    (h, w), (ph, pw) = size, model.patch_size
-    found = tree.shapes({"params": weights.params, **weights.stats})
+        raise ValueError(f"{weights}: {error}") from error
+    expected = tree.shapes(variables)
+    found = tree.shapes(weights.variables)
     if found == expected:
-        return h, w
-    inner = {k.removeprefix("params/"): shape for k, shape in expected.items()}
-    tokens = tree.sizes(inner, models.family(weights.model["name"])).get("s")
+        return size
+    tokens = tree.tokens(variables["params"])
     if count != tokens:
+        (h, w), (ph, pw) = size, model.patch_size
         raise ValueError(
-            f"{weights.called}: a {h}x{w} image makes {tokens} tokens of "
-            f"{ph}x{pw} pixels, but the weights are for {count}; give the image size "
-            "that they were trained at."
+            f"{weights}: a {h}x{w} image makes {tokens} tokens of {ph}x{pw} pixels, "
+            f"but the weights are for {count}; give the image size that they were "
+            "trained at."
         )
-    wrong = [
-        f"{name}: got {found.get(name, 'nothing')}, "
-        f"expected {expected.get(name, 'nothing')}"
-        for name in {**found, **expected}
-        if found.get(name) != expected.get(name)
-    ]
     raise ValueError(
-        f"{weights.called} has not the arrays of its model, "
-        f"{tree.describe(weights.model)}:\n{listed(wrong)}"
+        f"{weights} has not the arrays of its model, {tree.describe(weights.model)}:\n"
+        + listed(tree.differences(found, expected))
     )
+
+
+def _check_class_names(weights: Weights) -> None:
+    classes, names = weights.num_classes, weights.class_names
+    if classes and names and len(names) != classes:
+        raise ValueError(
+            f"{weights} has {len(names):,} names of classes for a head of {classes:,}."
+        )
 
 
 def cast(params: Mapping[str, Any], dtype: str) -> Params:
@@ -298,61 +293,71 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
 
-    def check_declared(arrays: Flat, metadata: Mapping[str, str]) -> None:
-        _checked(arrays, _known(metadata, path), path)
+    def model_arrays(arrays: Flat, metadata: Mapping[str, str]) -> "_ModelArrays":
+        return _model_arrays(arrays, _stated_fields(metadata, path), path)
 
     if suffix == ".npz":
-        arrays, metadata = npz.read(path, check_declared)
+        arrays, metadata = npz.read(path, model_arrays)
     elif suffix == ".safetensors":
-        arrays, metadata = safetensors.read(path, check_declared)
+        arrays, metadata = safetensors.read(path, model_arrays)
     elif suffix in TORCH_SUFFIXES:
-        arrays = timm.read_torch(path, lambda arrays: check_declared(arrays, {}))
+        arrays = timm.read_torch(path, lambda arrays: model_arrays(arrays, {}))
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
             f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
-    fields = _known(metadata, path)
-    flat, stats, file, is_timm = _checked(arrays, fields, path)
-    kind = f"{suffix[1:]} file"
-    model = fields.pop("model", {})
-    fields.pop("stats", None)
-    if is_timm:
-        kind = f"{kind}, timm's names"
-        if "gelu" in models.declared(tree.family_name(file)):
-            model = {"gelu": "exact", **model}
-    images = given or CENTRED
+    found = model_arrays(arrays, metadata)
+    origin, fields = f"{suffix[1:]} file", _stated_fields(metadata, path)
+    fields["stats"] = unflatten_dict(found.stats, sep="/")
+    config = hub.Config(path)
+    if found.is_timm:
+        origin += ", timm's names"
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
-    elif is_timm:
-        kind, images, stated = _of_timm(path, flat, kind, given, file)
-        model |= stated.pop("model")
-        fields |= stated
-    return Weights(
-        unflatten_dict(fold(flat, images), sep="/"),
-        kind,
-        model=model,
-        stats=unflatten_dict(stats, sep="/"),
-        normalisation=images,
-        **fields,
-    )
+    elif found.is_timm:
+        config = _config_beside(path, found, given)
+        fields |= _fitting_fields(config, found)
+        if given is None and config.images is None:
+            origin += ", normalisation assumed"
+    images = given or config.images or CENTRED
+    if found.is_timm and "gelu" in models.declared(tree.family_name(found.file)):
+        gelu = config.gelu or "exact"  # which timm computes
+        fields["model"] = {"gelu": gelu, **fields.get("model", {})}
+    try:
+        params = unflatten_dict(fold(found.params, images), sep="/")
+        return Weights(params, origin, normalisation=images, **fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _checked(
+class _ModelArrays(NamedTuple):
+    """The arrays of one model, by their names in our tree."""
+
+    params: Flat
+    stats: Flat
+    file: ModuleType  # the architecture's
+    is_timm: bool  # whether the names were timm's
+
+
+def _model_arrays(
     arrays: Flat, fields: Mapping[str, Any], source: object
-) -> tuple[Flat, Flat, ModuleType, bool]:
-    """The parameters and statistics of one model, by their names in our tree.
+) -> _ModelArrays:
+    """Returns the arrays of a file, if they are those of one model.
 
-    Returns:
-      Parameters, statistics, the architecture, and whether the names were timm's.
+    Args:
+      arrays: arrays, or what has their names, shapes and dtypes.
+      fields: what the file states of them.
+      source: the file.
 
     Raises:
-      ValueError: they are none; names what is wrong as the source does.
+      ValueError: they are not; names what is wrong as the source does.
     """
-    theirs = timm.family(arrays)
-    file = theirs or tree.find(arrays)
-    if "name" in fields.get("model", {}):
-        file = models.family(fields["model"]["name"])
+    stated = fields.get("model", {})
+    timm_file = timm.family(arrays)
+    file = timm_file or tree.find_family(arrays)
+    if "name" in stated:
+        file = models.family(stated["name"])
     if file is None:
         strange = [f"unexpected: {name} {x.shape}" for name, x in arrays.items()]
         raise ValueError(
@@ -360,12 +365,12 @@ def _checked(
             f"({', '.join(models.families())}):\n{listed(strange)}"
         )
     try:
-        flat = dict(arrays) if theirs is None else timm.ours(arrays, file)
+        flat = timm.ours(arrays, file) if timm_file else dict(arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
 
     def called(name: str) -> str:
-        its = timm.their_name(name, file) if theirs else name
+        its = timm.their_name(name, file) if timm_file else name
         return name if its == name else f"{its} as {name}"
 
     starts = tuple(f"{collection}/" for collection in fields.get("stats", ()))
@@ -376,13 +381,12 @@ def _checked(
         for name, x in flat.items()
         if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
-    found = {name: x.shape for name, x in flat.items()}
-    wrong += tree.problems(found, file, called)
-    stated = fields.get("model", {})
+    shapes = {name: x.shape for name, x in flat.items()}
+    wrong += tree.problems(shapes, file, called)
     if not wrong and "name" in stated:
         wrong = [
             f"{field}: {stated[field]} is stated, the arrays have {value}"
-            for field, value in tree.geometry(found, file).items()
+            for field, value in tree.geometry(shapes, file).items()
             if stated[field] != value
         ]
     if wrong:
@@ -390,53 +394,7 @@ def _checked(
         raise ValueError(
             f"{source} does not hold the parameters of one {name}:\n{listed(wrong)}"
         )
-    return flat, stats, file, theirs is not None
-
-
-def _known(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
-    """Fields of `Weights` from our metadata, as far as this version has them."""
-    try:
-        content = files.parse_json(metadata.get(METADATA, "{}"), "what it says")
-        number = content.get("format", 1)
-        if type(number) is int and number > FORMAT:
-            writer = brief(str(content.get("version", "a later version")), 60)
-            raise _LaterError(
-                f"{path} has the format {number}, written by mlp_mixer {writer}; this "
-                f"version reads the formats 1 to {FORMAT}. Read it with the version "
-                "that wrote it, or a later one."
-            )
-        fields = {field: content[field] for field in _FITS if field in content}
-        for field, value in fields.items():
-            if not _FITS[field](value):
-                raise ValueError(f"{field} is {brief(value)}")
-        if model := _tuples(fields.pop("model", {})):
-            name = model.pop("name")
-            fields["model"] = {"name": name, **models.fields(name, **model)}
-            fields.pop("gelu", None)
-        elif gelu := fields.pop("gelu", None):  # format 1, which had Mixers alone
-            fields["model"] = {"gelu": gelu}
-    except _LaterError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
-    for field in {"image_size", "class_names"} & fields.keys():
-        fields[field] = tuple(fields[field])
-    return fields
-
-
-class _LaterError(ValueError):
-    """A file is of a format that only a later version knows."""
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(inner) is kind for inner in value)
+    return _ModelArrays(flat, stats, file, timm_file is not None)
 
 
 def _check_agreed(
@@ -449,16 +407,15 @@ def _check_agreed(
         )
 
 
-def _of_timm(
-    path: pathlib.Path,
-    flat: Flat,
-    kind: str,
-    given: Normalisation | None,
-    file: ModuleType,
-) -> tuple[str, Normalisation, dict[str, Any]]:
-    """Of a file that somebody else wrote: what its config.json says, and what not."""
-    config, why = hub.beside(path), f"no {hub.NAME} is beside it"
-    name = tree.family_name(file)
+def _config_beside(
+    path: pathlib.Path, found: _ModelArrays, given: Normalisation | None
+) -> hub.Config:
+    """The config.json beside a file of timm's names; an empty one if it says nothing.
+
+    What is assumed where neither it nor anybody else says the normalisation is logged.
+    """
+    config, why = hub.read_config_beside(path), f"no {hub.NAME} is beside it"
+    name = tree.family_name(found.file)
     if config is not None and not config.is_of(name):
         why = f"{config.path} is of a {config.architecture}"
         config = None
@@ -466,9 +423,7 @@ def _of_timm(
         why = f"nor does {config.path}"
         _check_agreed(f"{path}, says {config.path},", config.images, given)
     config = config or hub.Config(path)
-    images = given or config.images
-    if images is None:
-        kind = f"{kind}, normalisation assumed"
+    if given is None and config.images is None:
         logger.warning(
             "%s does not say what its images were normalised by (%s). It is taken to "
             "be for %s, images in [-1, 1], and for the %s GELU. If it is not, "
@@ -477,13 +432,12 @@ def _of_timm(
             "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
             *(path, why, CENTRED, config.gelu or "exact", path),
         )
-    stated = {"model": {"gelu": config.gelu} if config.gelu else {}}
-    return kind, images or CENTRED, stated | _fitting(config, flat, file)
+    return config
 
 
-def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]:
+def _fitting_fields(config: hub.Config, found: _ModelArrays) -> dict[str, Any]:
     """The image size and the class names that fit the arrays; others are logged."""
-    sides = tree.sizes(tree.shapes(flat), file)
+    sides = tree.sizes(tree.shapes(found.params), found.file)
     classes, fields = sides.get("k"), dict[str, Any]()
     if classes and config.num_classes not in (None, classes):
         raise ValueError(
@@ -512,15 +466,14 @@ def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]
     return fields
 
 
-# --- Writing --------------------------------------------------------------------------
+# --- Metadata -------------------------------------------------------------------------
 
 # JSON of these fields of `Weights`, as far as they are known, and of the format: in a
 # safetensors file's metadata, and as an array of bytes in an npz file that is not of a
 # published architecture. Format 1, which does not say so, has Mixers: "gelu" and no
 # "model".
 METADATA, FORMAT = "mlp_mixer", 2
-KNOWN = ("model", "stats", "image_size", "class_names", "preprocess")
-_FITS: dict[str, Callable[[Any], bool]] = {
+_IS_FIELD: dict[str, Callable[[Any], bool]] = {
     "model": lambda value: (
         isinstance(value, dict) and isinstance(value.get("name"), str)
     ),
@@ -532,14 +485,56 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(inner) is kind for inner in value)
+
+
 def _metadata(weights: Weights) -> dict[str, str]:
-    content = {"format": FORMAT, "version": mlp_mixer.__version__}
-    # The versions that know no "model" read this alone.
-    content |= {"gelu": weights.model["gelu"]} if "gelu" in weights.model else {}
-    values = {field: getattr(weights, field) for field in KNOWN}
-    values["stats"] = list(weights.stats) or None
-    content |= {field: value for field, value in values.items() if value is not None}
+    values = {field: getattr(weights, field, None) for field in _IS_FIELD}
+    # The versions that know no "model" read "gelu" alone.
+    values |= {"gelu": weights.model.get("gelu"), "stats": [*weights.stats] or None}
+    known = {field: value for field, value in values.items() if value is not None}
+    content = {"format": FORMAT, "version": mlp_mixer.__version__, **known}
     return {METADATA: json.dumps(content)}
+
+
+def _stated_fields(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
+    """Fields of `Weights` from our metadata, as far as this version has them."""
+    strange = f"{path} has metadata that is not ours"
+    content = files.parse_json(metadata.get(METADATA, "{}"), f"{strange}: it")
+    number = content.get("format", 1)
+    if type(number) is int and number > FORMAT:
+        writer = brief(str(content.get("version", "a later version")), 60)
+        raise ValueError(
+            f"{path} has the format {number}, written by mlp_mixer {writer}; this "
+            f"version reads the formats 1 to {FORMAT}. Read it with the version that "
+            "wrote it, or a later one."
+        )
+    fields = {field: content[field] for field in _IS_FIELD if field in content}
+    for field, value in fields.items():
+        if not _IS_FIELD[field](value):
+            raise ValueError(f"{strange}: {field} is {brief(value)}.")
+    fields = _with_tuples(fields)
+    gelu = fields.pop("gelu", None)
+    if "model" in fields:
+        try:
+            values = models.fields(**fields["model"])
+        except ValueError as error:
+            raise ValueError(f"{strange}: {error}") from error
+        fields["model"] = {"name": fields["model"]["name"], **values}
+    elif gelu is not None:  # format 1, which had Mixers alone
+        fields["model"] = {"gelu": gelu}
+    return fields
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+# --- Writing --------------------------------------------------------------------------
 
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
@@ -548,13 +543,15 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
     Files of an architecture that nobody has published so say what they are besides.
     """
     with files.writing(path) as file:
-        metadata = {} if published.is_of(weights.model["name"]) else _metadata(weights)
+        metadata = (
+            {} if published.is_published(weights.architecture) else _metadata(weights)
+        )
         npz.write_arrays(file, dict(leaves(weights.params | weights.stats)), metadata)
 
 
 def lost_in_npz(weights: Weights) -> dict[str, Any]:
     """What a reader of `write_npz` takes for something else: {field: value}."""
-    if not published.is_of(weights.model["name"]):
+    if not published.is_published(weights.architecture):
         return {}
     again = Weights(weights.params, "")
     lost = {k: v for k, v in weights.model.items() if type(v) is str}
@@ -581,12 +578,11 @@ def write_safetensors(
     known.require("names", names, NAMES)
     flat = dict(leaves(weights.params | weights.stats))
     if names == "timm":
-        file = models.family(weights.model["name"])
-        if not hasattr(file, "TIMM"):
+        if not hasattr(weights.architecture, "TIMM"):
             raise ValueError(
                 f"timm has no names for {tree.describe(weights.model)}; leave "
                 "--names=timm out."
             )
-        flat = timm.theirs(flat, file)
+        flat = timm.theirs(flat, weights.architecture)
     with files.writing(path) as out:
         out.write(safetensors.dumps(flat, _metadata(weights)))

@@ -634,7 +634,10 @@ IMPOSTORS = {
     "an infinite value": (changed(one_infinite_value), "stem/kernel: values are inf"),
     "no number": (changed(one_that_is_no_number), "head/bias: values are infinite or"),
     "another model": (changed(another_model), r"Dense_0/kernel: \(\(128, 64\), 'float"),
-    "another name": (changed(another_name), r"head/bias: missing, expected \(\(7,\),"),
+    "another name": (
+        changed(another_name),
+        r"head/bias: got nothing, expected \(\(7,\),",
+    ),
     "whole numbers": (changed(whole_numbers), r"stem/bias: \(\(64,\), 'int32'\), exp"),
 }
 

@@ -378,7 +378,7 @@ def test_what_a_timm_file_does_not_say_is_said_to_be_assumed(
     if config is not None:
         config_beside(foreign, config)
     weights = pretrained.read(foreign)
-    assert weights.called.endswith("timm's names, normalisation assumed)")
+    assert str(weights).endswith("timm's names, normalisation assumed)")
     assert_bitwise(weights.params, pretrained.load(GOLDEN / "timm_mixer.safetensors"))
     warning = caplog.records[0].getMessage()
     assert warning.startswith(f"{foreign} does not say")
