@@ -6,6 +6,7 @@
 An older form has the fields of `pretrained_cfg` at the top.
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -51,75 +52,66 @@ def read_config_beside(weights: str | os.PathLike[str]) -> Config | None:
     )
     if not isinstance(content, dict):
         return Config(path)
-    inner = _inner_table(content, "pretrained_cfg", path)
+    inner = content.get("pretrained_cfg") or {}
+    check_field = functools.partial(_check_field, path)
+    check_field("pretrained_cfg", inner, isinstance(inner, dict), "a table of fields")
     if not inner and not {"architecture", "mean", "std"} & content.keys():
         return Config(path)
     fields = {**inner, **content}
-    if not isinstance(architecture := fields.get("architecture"), str | None):
-        raise _wrong_field(
-            path, "architecture", architecture, "a name such as mixer_b16_224"
-        )
+    architecture, classes = fields.get("architecture"), fields.get("num_classes")
+    fits = isinstance(architecture, str | None)
+    check_field("architecture", architecture, fits, "a name such as mixer_b16_224")
     config = Config(path, architecture)
     if not any(map(config.is_of, models.families())):
         return config
-    arguments = _inner_table(content, "model_args", path)
-    if not isinstance(classes := fields.get("num_classes"), int | None):
-        raise _wrong_field(path, "num_classes", classes, "a whole number")
+    check_field(
+        "num_classes", classes, isinstance(classes, int | None), "a whole number"
+    )
+    arguments = content.get("model_args") or {}
+    check_field(
+        "model_args", arguments, isinstance(arguments, dict), "a table of fields"
+    )
+    layer, gelu = arguments.get("act_layer", fields.get("act_layer")), None
+    if layer is not None:
+        gelu = GELUS.get(str(layer).lower())
+        check_field("act_layer", layer, gelu is not None, " or ".join(GELUS))
     # As timm reads it: `pretrained_cfg` says how images are prepared, if it is there.
     prepared = {**content, **inner}
-    mean, std = prepared.get("mean"), prepared.get("std")
-    images = None
-    if mean is not None or std is not None:
-        images = normalisation(mean, std, path)
     return config._replace(
         num_classes=classes,
-        images=images,
-        gelu=_gelu_of(arguments.get("act_layer", fields.get("act_layer")), path),
-        image_size=_image_size(
-            arguments.get("img_size"), prepared.get("input_size"), path
-        ),
+        images=normalisation(prepared.get("mean"), prepared.get("std"), path),
+        gelu=gelu,
+        image_size=_image_size(arguments, prepared, path),
         class_names=_class_names(fields.get("label_names", fields.get("labels")), path),
     )
 
 
-def _wrong_field(
-    path: pathlib.Path, field: str, value: Any, expected: str
-) -> ValueError:
-    return ValueError(
-        f"{path} says {field} {str(value)[:80]}; expected {expected}. Correct it, or "
-        "move it away from the weights."
-    )
+def _check_field(
+    path: pathlib.Path, field: str, value: Any, fits: bool, expected: str
+) -> None:
+    if not fits:
+        raise ValueError(
+            f"{path} says {field} {str(value)[:80]}; expected {expected}. Correct it, "
+            "or move it away from the weights."
+        )
 
 
-def _inner_table(content: Mapping[str, Any], field: str, path: pathlib.Path) -> Any:
-    table = content.get(field) or {}
-    if not isinstance(table, dict):
-        raise _wrong_field(path, field, table, "a table of fields")
-    return table
-
-
-def _gelu_of(layer: Any, path: pathlib.Path) -> str | None:
-    if layer is None:
-        return None
-    if not isinstance(layer, str) or layer.lower() not in GELUS:
-        raise _wrong_field(path, "act_layer", layer, " or ".join(GELUS))
-    return GELUS[layer.lower()]
-
-
-def _image_size(given: Any, whole: Any, path: pathlib.Path) -> tuple[int, int] | None:
+def _image_size(
+    arguments: Mapping[str, Any], prepared: Mapping[str, Any], path: pathlib.Path
+) -> tuple[int, int] | None:
     """Of timm's img_size, a side or (height, width), or its input_size, with RGB."""
-    if given is None and whole is None:
+    field, expected = "img_size", "e.g. 224 or [224, 224]"
+    value: Any = arguments.get(field)
+    size = [value, value] if isinstance(value, int) else value
+    if value is None:
+        field, expected = "input_size", "e.g. [3, 224, 224]"
+        value = prepared.get(field)
+        size = value[1:] if isinstance(value, list) else value
+    if value is None:
         return None
-    size = whole[1:] if given is None and isinstance(whole, list) else given
-    size = [size, size] if isinstance(size, int) else size
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(isinstance(x, int) and x > 0 for x in size)
-    ):
-        field, value = ("input_size", whole) if given is None else ("img_size", given)
-        expected = "[3, 224, 224]" if given is None else "224 or [224, 224]"
-        raise _wrong_field(path, field, value, f"e.g. {expected}")
+    two = isinstance(size, list) and len(size) == 2
+    fits = two and all(isinstance(x, int) and x > 0 for x in size)
+    _check_field(path, field, value, fits, expected)
     return size[0], size[1]
 
 
@@ -132,6 +124,6 @@ def _class_names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
             return None
     if not labels:
         return None
-    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
-        raise _wrong_field(path, "label_names", labels, "a list of names, by class")
+    fits = isinstance(labels, list) and all(isinstance(x, str) for x in labels)
+    _check_field(path, "label_names", labels, fits, "a list of names, by class")
     return tuple(labels)

@@ -114,18 +114,6 @@ def is_published(architecture: ModuleType) -> bool:
     return any(models.family(x.model) is architecture for x in PUBLISHED.values())
 
 
-def lookup(name: str) -> Published:
-    """Returns what is known of a published file.
-
-    Raises:
-      ValueError: no such name; the nearest are listed first.
-    """
-    if name not in PUBLISHED:
-        near = known.nearest(name, PUBLISHED)
-        raise ValueError(f"No weights {name!r} are published; try {near}.")
-    return PUBLISHED[name]
-
-
 def address(name: str) -> str:
     """Where a published file is downloaded from.
 
@@ -173,7 +161,10 @@ def fetch(
       ValueError: unknown name; a size that the model's file cannot have; not what was
         recorded when the file first came.
     """
-    entry = lookup(name)
+    if name not in PUBLISHED:
+        near = known.nearest(name, PUBLISHED)
+        raise ValueError(f"No weights {name!r} are published; try {near}.")
+    entry = PUBLISHED[name]
     path = default_cache_dir() / f"{name}.npz"
     if entry.note:
         logger.info("%s is %s.", name, entry.note)
@@ -244,11 +235,8 @@ def _recorded(record: pathlib.Path, path: pathlib.Path) -> str:
 
 
 def _check_content(file: pathlib.Path, entry: Published) -> None:
-    """Passes if an npz file holds what it should, every value finite.
-
-    Raises:
-      ValueError: it does not.
-    """
+    """Raises ValueError unless an npz file holds what it should, every value finite."""
+    wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
 
     def refuse(wrong: Sequence[str]) -> None:
         if wrong:
@@ -260,7 +248,6 @@ def _check_content(file: pathlib.Path, entry: Published) -> None:
 
     def check_declared(arrays: Mapping[str, np.ndarray], _: object) -> None:
         found = {name: (x.shape, str(x.dtype)) for name, x in arrays.items()}
-        wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
         refuse(tree.differences(found, wanted))
 
     arrays, _ = npz.read(file, check_declared)
@@ -425,20 +412,18 @@ def _attempt(
                 have += len(block)
                 advance(len(block))
                 if (seconds := time.monotonic() - since) >= WINDOW_SECONDS:
-                    _check_rate((have - had) / seconds)
+                    rate = (have - had) / seconds
+                    if rate < SLOWEST_BYTES_PER_SECOND:
+                        raise _Failed(
+                            f"the server sent {rate:,.1f} bytes/s over "
+                            f"{WINDOW_SECONDS:g} s, less than "
+                            f"{SLOWEST_BYTES_PER_SECOND:,}",
+                            again=True,
+                            slow=True,
+                        )
                     had, since = have, time.monotonic()
             file.flush()
             os.fsync(file.fileno())
-
-
-def _check_rate(rate: float) -> None:
-    if rate < SLOWEST_BYTES_PER_SECOND:
-        raise _Failed(
-            f"the server sent {rate:,.1f} bytes/s over {WINDOW_SECONDS:g} s, less than "
-            f"{SLOWEST_BYTES_PER_SECOND:,}",
-            again=True,
-            slow=True,
-        )
 
 
 class _Connection(http.client.HTTPSConnection):

@@ -11,6 +11,9 @@ tokens.
 
 `interpolate` is ours: any other grid, with the hidden layer as wide as it was. The
 weights of a hidden unit are read as an image over the grid and resampled like one.
+
+Both take and return nested dicts of host arrays with the official names. Nothing is
+modified, and what does not change is shared.
 """
 
 import math
@@ -36,8 +39,7 @@ def resized(
     """Returns the parameters for `new_grid`, made by `grow` or by `interpolate`.
 
     Args:
-      params: nested dict of host arrays; not modified, and returned as it is if the
-        grids are equal.
+      params: parameters; returned as they are if the grids are equal.
       old_grid: (rows, columns) of patches that `params` are for; square by default.
       new_grid: (rows, columns) of patches wanted.
       how: "grow" or "interpolate".
@@ -47,7 +49,7 @@ def resized(
         cannot make this grid.
     """
     known.require("Resizing by", how, METHODS)
-    old = _grid(params, old_grid)
+    old = _checked_grid(params, old_grid)
     if new_grid == old:
         return params
     if how == "interpolate":
@@ -55,12 +57,12 @@ def resized(
     factor = max(1, min(new_grid[0] // old[0], new_grid[1] // old[1]))
     if new_grid != (factor * old[0], factor * old[1]):
         tries = " or ".join(
-            _in_words((k * old[0], k * old[1]))
+            _grid_in_words((k * old[0], k * old[1]))
             for k in range(max(2, factor), factor + 2)
         )
         raise ValueError(
-            f"Weights for {_in_words(old)} patches cannot grow to "
-            f"{_in_words(new_grid)}: the paper multiplies rows and "
+            f"Weights for {_grid_in_words(old)} patches cannot grow to "
+            f"{_grid_in_words(new_grid)}: the paper multiplies rows and "
             f"columns by one whole number. Try {tries}, or interpolate, which takes "
             "any grid."
         )
@@ -77,14 +79,10 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
     of each part, its logits the mean over the parts. The zeros are trained.
 
     Args:
-      params: nested dict of host arrays with the official names; not modified. What
-        does not change is shared with it.
+      params: parameters; of a Mixer `token_mixing/Dense_0/kernel` becomes
+        (factor²·s, factor²·d), and so on.
       factor: K, a whole number, e.g. 2 from 224 to 448 pixels.
       grid: (rows, columns) of patches that `params` are for; square by default.
-
-    Returns:
-      The same tree and dtypes; per block `token_mixing/Dense_0/kernel`
-      (factor²·s, factor²·d) and so on.
 
     Raises:
       ValueError: `factor` is below 1, or `grid` does not fit the tokens.
@@ -94,7 +92,7 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
             f"factor is {factor!r}; expected a whole number of at least 1. Try "
             "interpolate, which takes any grid."
         )
-    h, w = _grid(params, grid)
+    h, w = _checked_grid(params, grid)
     k = factor
 
     def tiled(tokens: Float[np.ndarray, "s ..."]) -> Float[np.ndarray, "t ..."]:
@@ -126,7 +124,7 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
             new = np.where(same, new, np.zeros((), new.dtype))
         return np.ascontiguousarray(new)
 
-    return _change(params, change)
+    return _with_arrays_changed(params, change)
 
 
 def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> Params:
@@ -147,19 +145,15 @@ def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> 
     object, which no resampling undoes.
 
     Args:
-      params: nested dict of host arrays with the official names; not modified. What
-        does not change is shared with it.
+      params: parameters; of a Mixer `token_mixing/Dense_0/kernel` becomes
+        (rows·columns, d), and so on.
       new_grid: (rows, columns) of patches wanted, each at least 1.
       grid: (rows, columns) of patches that `params` are for; square by default.
-
-    Returns:
-      The same tree and dtypes; per block `token_mixing/Dense_0/kernel`
-      (rows·columns, d), `Dense_1/kernel` (d, rows·columns) and its bias.
 
     Raises:
       ValueError: `grid` does not fit the tokens, or `new_grid` is no grid.
     """
-    old = _grid(params, grid)
+    old = _checked_grid(params, grid)
     if min(new_grid) < 1:
         raise ValueError(
             f"new_grid is {new_grid}; expected (rows, columns) of at least 1."
@@ -185,7 +179,7 @@ def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> 
                 array = np.ascontiguousarray(np.moveaxis(resampled, 0, i))
         return array
 
-    return _change(params, change)
+    return _with_arrays_changed(params, change)
 
 
 def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
@@ -203,7 +197,7 @@ def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return (sampled(new) * weights) @ sampled(old).T
 
 
-def _change(
+def _with_arrays_changed(
     params: Params,
     change: Callable[[str, np.ndarray, tuple[str, ...]], np.ndarray],
 ) -> Params:
@@ -219,7 +213,7 @@ def _change(
     return unflatten_dict(new, sep="/")
 
 
-def _grid(params: Params, grid: Grid | None) -> Grid:
+def _checked_grid(params: Params, grid: Grid | None) -> Grid:
     """The grid that the parameters are for, checked."""
     tokens = tree.tokens(params)
     if tokens is None:
@@ -236,7 +230,9 @@ def _grid(params: Params, grid: Grid | None) -> Grid:
         )
     side = math.isqrt(tokens)
     possible = ", ".join(
-        f"{_in_words((r, tokens // r))}" for r in range(side, 0, -1) if tokens % r == 0
+        f"{_grid_in_words((r, tokens // r))}"
+        for r in range(side, 0, -1)
+        if tokens % r == 0
     )
     if grid is None:
         if side * side != tokens:
@@ -247,11 +243,11 @@ def _grid(params: Params, grid: Grid | None) -> Grid:
         return side, side
     if min(grid) < 1 or math.prod(grid) != tokens:
         raise ValueError(
-            f"A grid of {_in_words(grid)} patches does not fit the parameters, which "
-            f"are for {tokens} tokens; try {possible}, or one of these turned."
+            f"A grid of {_grid_in_words(grid)} patches does not fit the parameters, "
+            f"which are for {tokens} tokens; try {possible}, or one of these turned."
         )
     return grid
 
 
-def _in_words(grid: Grid) -> str:
+def _grid_in_words(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"

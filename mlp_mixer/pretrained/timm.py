@@ -11,9 +11,7 @@ which it ships, were trained with the tanh approximation.
 import os
 import pickle
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mlp_mixer.pretrained import tree
+from mlp_mixer.pretrained import damage, tree
 from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
@@ -38,10 +36,6 @@ def our_name(name: str, file: ModuleType) -> str | None:
     """The name in our tree of an array of timm's, in whichever wrapper; None: no such.
 
     Of any depth: also a block that there is not has a name.
-
-    Args:
-      name: name in timm.
-      file: the architecture, whose `TIMM` says what is called how.
     """
     bare = re.sub(WRAPPERS, "", name)
     number = re.search(r"\.([0-9]+)\.", bare)
@@ -56,13 +50,11 @@ def our_name(name: str, file: ModuleType) -> str | None:
     return path and path.format(number and number[1])
 
 
-def their_name(name: str, file: ModuleType) -> str:
-    """The name in timm of an array of our tree; any other stays as it is."""
-    return _timm_name_and_rank(name, file)[0]
+def their_name_and_rank(name: str, file: ModuleType) -> tuple[str, int]:
+    """The name in timm of an array of our tree, or its own; and its number of axes.
 
-
-def _timm_name_and_rank(name: str, file: ModuleType) -> tuple[str, int]:
-    """The name in timm, and the number of axes there; 0: as many as here."""
+    The number is 0 if there are as many as here.
+    """
     path, number = tree.matches([name], file).get(name, (name, None))
     path = path.replace("*", "{}")
     home, _, leaf = path.rpartition("/")
@@ -99,7 +91,7 @@ def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
                 f"{brief(name)}"
             )
         first[new] = name
-        more = _timm_name_and_rank(new, file)[1]
+        more = their_name_and_rank(new, file)[1]
         if more and array.ndim == more:
             ones = [axis for axis, size in enumerate(array.shape[:-1]) if size == 1]
             array = array.squeeze(tuple(ones))
@@ -112,7 +104,7 @@ def theirs(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
     flat: Flat = {}
     for name, array in params.items():
-        new, more = _timm_name_and_rank(name, file)
+        new, more = their_name_and_rank(name, file)
         array = array.transpose(np.argsort(AXES[array.ndim]))
         flat[new] = array.reshape((1,) * max(0, more - array.ndim) + array.shape)
     return flat
@@ -139,31 +131,15 @@ def read_torch(
             f"{path} is a torch file, and torch is not installed: pip install torch, "
             "or convert it to safetensors where torch is."
         ) from error
-    try:
+    with damage.named(
+        path,
+        "torch file of weights alone",
+        *(pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError),
+    ):
         if zipfile.is_zipfile(path):
             _check_zip(path)
         # Never unpickles code.
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{path} is not a whole torch file of weights alone: "
-            f"{brief((str(error).splitlines() or [type(error).__name__])[0])}"
-        ) from error
     for nest in NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]

@@ -160,11 +160,7 @@ def problems(
     """What is unexpected, of a shape that contradicts the others, or missing.
 
     In this order: one stray array stands before all that is missing on its account.
-
-    Args:
-      found: {name in our tree: shape}.
-      file: the architecture.
-      called: the name of an array for people, by that in our tree.
+    `called` gives the name of an array for people, by that in our tree.
     """
     expected, sized = layout(found, file), sizes(found, file)
     unexpected = [name for name in found if name not in expected]
@@ -234,12 +230,7 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
 
 
 def named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a model and its name, the size's if a paper has them.
-
-    Args:
-      name: name of any size of the architecture, or its own.
-      fields: all that say what the model computes.
-    """
+    """Returns fields of a model with its name: the size's if a paper has them."""
     file = models.family(name)
     return {"name": variant(file, fields) or family_name(file), **fields}
 

@@ -139,9 +139,7 @@ def read(
         model: an array is missing or unexpected, or shapes contradict each other;
         or the source says another normalisation than `mean` and `std`.
     """
-    given = None
-    if mean is not None or std is not None:
-        given = normalisation(mean, std, "--mean and --std")
+    given = normalisation(mean, std, "--mean and --std")
     name = os.fspath(source)
     if not name or name.startswith(("http://", "https://")):
         raise ValueError(
@@ -195,9 +193,9 @@ def checked_image_size(weights: Weights) -> tuple[int, int]:
     _check_class_names(weights)
     size, count = weights.image_size, tree.tokens(weights.params)
     if size is None:
-        why = f", and their {count} tokens make no square" if count else ""
+        why = f"are for {count} tokens, which make no square, and " if count else ""
         raise ValueError(
-            f"The weights {weights} do not say their image size{why}; "
+            f"The weights {weights} {why}do not say their image size; "
             "`python -m mlp_mixer.convert SOURCE NEW.safetensors "
             "--image_size=HEIGHT,WIDTH` writes some that do."
         )
@@ -370,7 +368,7 @@ def _model_arrays(
         raise ValueError(f"{source}: {error}.") from error
 
     def called(name: str) -> str:
-        its = timm.their_name(name, file) if timm_file else name
+        its = timm.their_name_and_rank(name, file)[0] if timm_file else name
         return name if its == name else f"{its} as {name}"
 
     starts = tuple(f"{collection}/" for collection in fields.get("stats", ()))
@@ -542,11 +540,13 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
 
     Files of an architecture that nobody has published so say what they are besides.
     """
+    flat = leaves(weights.params | weights.stats)
+    arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat}
+    if not published.is_published(weights.architecture):
+        for name, text in _metadata(weights).items():
+            arrays[name] = np.frombuffer(text.encode(), np.uint8)
     with files.writing(path) as file:
-        metadata = (
-            {} if published.is_published(weights.architecture) else _metadata(weights)
-        )
-        npz.write_arrays(file, dict(leaves(weights.params | weights.stats)), metadata)
+        np.savez(file, **arrays)
 
 
 def lost_in_npz(weights: Weights) -> dict[str, Any]:
