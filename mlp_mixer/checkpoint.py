@@ -1,8 +1,8 @@
 """Checkpoints: saved asynchronously, verified when read, restored on any mesh.
 
-Which checkpoint is saved, kept, restored or set aside; how one is written and read is
-in `orbax_io`. Files that do not hold what was saved are set aside as
-`damaged-<step>-…`, never deleted, and an older checkpoint is tried.
+This module decides which checkpoint is saved, kept, restored or set aside; `orbax_io`
+writes and reads them. A damaged checkpoint is renamed to `damaged-<step>-…`, never
+deleted, and the one before it is tried.
 """
 
 import contextlib
@@ -21,19 +21,20 @@ from mlp_mixer import orbax_io
 from mlp_mixer.fingerprints import PyTree, examine, leaves
 from mlp_mixer.orbax_io import DamagedError
 from mlp_mixer.signals import StopFlag
+from mlp_mixer.text import quoted
 
 logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A save that failed, or a checkpoint that was asked for and is damaged."""
+    """A save failed, or a checkpoint that was asked for is damaged."""
 
 
 class Checkpointer:
     """Saves and restores the training state in one directory; a context manager.
 
-    One training run writes to a directory; to read beside it use `restore_variables`.
-    In a run of several processes every method is to be called by all of them, after
+    One training run writes to a directory; others read with `restore_variables`. If a
+    run has several processes, all must call each method, after
     `jax.distributed.initialize`.
 
     Example:
@@ -47,11 +48,11 @@ class Checkpointer:
                 checkpointer.save(step, state, force=stop or step == num_steps)
 
     Args:
-      directory: relative, absolute or on a bucket (`gs://…`); created if missing.
-      every_steps: `save` acts on the multiples of it.
-      keep_latest: how many of the newest checkpoints are kept.
-      keep_every_steps: checkpoints at multiples of it are kept for ever.
-      keep_best: the name of a metric; the checkpoint with its best value is kept.
+      directory: local folder or one on a bucket (`gs://…`); created if missing.
+      every_steps: number of steps; `save` acts on its multiples.
+      keep_latest: number of the newest checkpoints that are kept.
+      keep_every_steps: number of steps; checkpoints at its multiples are kept for ever.
+      keep_best: name of a metric; the checkpoint with its best value is kept.
       more_is_better: whether the best value of that metric is the highest.
     """
 
@@ -78,12 +79,12 @@ class Checkpointer:
         self._complete: int | None = None  # the newest known to be whole
         self._saving = 0  # the step of the save that is under way
         self._scores: dict[int, float] = {}
-        # Orbax removes what a killed save has left, in the background, without a word.
-        unfinished = orbax_io.unfinished(self.directory)
+        # Orbax removes them in the background, without a word.
+        unfinished = orbax_io.unfinished_saves(self.directory)
         if unfinished and jax.process_index() == 0:
             logger.warning("Removing unfinished saves in %s: %s", directory, unfinished)
-        # Before the folder appears: from then on the run is there to be stopped.
-        # In a run of several processes JAX's own preemption notice would stay silent.
+        # Before the folder appears, which shows others that the run can be stopped.
+        # With several processes JAX's preemption notice needs the signals itself.
         self._stop = None if jax.distributed.is_initialized() else StopFlag()
         try:
             self._manager = orbax_io.open_for_writing(
@@ -114,7 +115,7 @@ class Checkpointer:
                 logger.error("%s", late)
 
     def close(self) -> None:
-        """Waits for the unfinished save and gives the signal handlers back.
+        """Waits for the unfinished save and restores the signal handlers.
 
         Raises:
           CheckpointError: if the unfinished save failed.
@@ -124,11 +125,11 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            with self._failure_named():  # one save may fail in two places
+            with self._failure_named():  # a save may also fail here
                 self._manager.close()
 
     def all_steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending, with one being written."""
+        """The steps that have a checkpoint, sorted, also one that is being written."""
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
@@ -136,11 +137,11 @@ class Checkpointer:
         return max(self.all_steps(), default=None)
 
     def complete_step(self) -> int | None:
-        """The step last saved or restored whole, as far as is known without waiting."""
+        """The step last saved or restored completely, as known without waiting."""
         step = self._position
         if step is not None and step != self._complete:
             done = not self._manager.is_saving_in_progress()
-            # A save that failed has left none; `wait` will tell.
+            # After a save that failed there is no folder; `wait` raises its error.
             if done and orbax_io.step_folder(self.directory, step).exists():
                 self._complete = step
         return self._complete
@@ -160,13 +161,13 @@ class Checkpointer:
         """Starts to save the state; when this returns, its buffers may be donated.
 
         Args:
-          step: the position of the run; a checkpoint is named after it.
+          step: position of the run, after which the checkpoint is named.
           state: a tree of `jax.Array`, global ones if there are several processes.
-          metrics: kept beside the state; `keep_best` is looked up in them.
-          force: for the last step and before a stop: do not ask whether it is due.
+          metrics: metrics that are saved too, among them `keep_best`'s.
+          force: whether to save also if the step is not due.
 
         Returns:
-          Whether a save was started: not if it is not due or already saved.
+          Whether a save was started; it is not if this step is saved already.
 
         Raises:
           CheckpointError: this save, or the one before it, failed.
@@ -205,11 +206,10 @@ class Checkpointer:
         return True
 
     def _not_finite(self, step: int, arrays: Sequence[str]) -> str:
-        more = f" and {len(arrays) - 3} more" if len(arrays) > 3 else ""
         good = self.latest_step()
         return (
             f"After step {step} these arrays are not finite: "
-            f"{', '.join(arrays[:3])}{more}. Nothing is saved in {self.directory}. "
+            f"{quoted(arrays, 3)}. Nothing is saved in {self.directory}. "
             + (
                 "There is no checkpoint yet. "
                 if good is None
@@ -219,15 +219,14 @@ class Checkpointer:
         )
 
     def add_metrics(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Adds metrics to a checkpoint that is saved, e.g. of a late evaluation.
+        """Adds metrics to a checkpoint that is saved, e.g. those of a late evaluation.
 
-        They are on disk when this returns, and `keep_best` and
-        `restore_variables(best=)` see them beside those given to `save`; of one name
-        the later value counts.
+        They are on disk when this returns. `keep_best` and `restore_variables(best=)`
+        use them beside those given to `save`; they replace metrics of the same name.
 
         Raises:
           FileNotFoundError: there is no checkpoint of that step.
-          CheckpointError: they, or the last save, could not be written.
+          CheckpointError: they could not be written, or the last save failed.
         """
         self.wait()
         if step not in self.all_steps():
@@ -243,8 +242,8 @@ class Checkpointer:
             except OSError as error:
                 raise CheckpointError(
                     f"Adding metrics to checkpoint {step} in {self.directory} failed: "
-                    f"{orbax_io.brief(error)}. The checkpoint itself is intact. Check "
-                    f"the free space and the permissions there, then start again."
+                    f"{orbax_io.first_line(error)}. The checkpoint itself is intact. "
+                    f"Check the free space and the permissions there, then start again."
                 ) from error
         if self._keep_best in values:
             self._scores[step] = values[self._keep_best]
@@ -262,26 +261,26 @@ class Checkpointer:
     def _failure_named(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever the writing threads met
+        except Exception as error:  # any error of the writing threads
             self._position = None
             self._manager.reload()
             raise CheckpointError(
                 f"Saving step {self._saving} in {self.directory} failed: "
-                f"{orbax_io.brief(error)}. The checkpoints before it are intact: "
+                f"{orbax_io.first_line(error)}. The checkpoints before it are intact: "
                 f"{self.all_steps()}. Check the free space and the permissions there, "
                 f"then start again."
             ) from error
 
     def restore(self, target: PyTree) -> PyTree:
-        """The newest intact checkpoint, or None if there never was one.
+        """Returns the newest intact checkpoint, or None if there never was one.
 
-        A damaged checkpoint is reported and set aside under another name, and the one
-        before it is tried. With several processes damage that only some can see ends
-        the job, because the others wait for them: the next start takes the one before.
+        A damaged checkpoint is logged and renamed, and the one before it is tried. If
+        only some of several processes see the damage, the job ends, because the others
+        wait for them; the next start takes the checkpoint before.
 
         Args:
           target: a tree of `jax.ShapeDtypeStruct` with shardings on the mesh to use,
-            whatever mesh wrote the checkpoint.
+            which may differ from the mesh that wrote the checkpoint.
 
         Raises:
           ValueError: the checkpoint holds another model, or another step.
@@ -292,7 +291,7 @@ class Checkpointer:
         _check_target(target)
         for step in reversed(self.all_steps()):
             try:
-                state = orbax_io.read(self._manager, step, target)
+                state = orbax_io.read_checkpoint(self._manager, step, target)
             except DamagedError as damage:
                 self._set_aside(step, damage)
                 if not damage.agreed and jax.process_count() > 1:
@@ -305,12 +304,12 @@ class Checkpointer:
                 logger.info("Restored step %d from %s", step, self.directory)
                 self._position = step
                 return state
-        if damaged := orbax_io.names(self.directory, "damaged-*"):
+        if damaged := orbax_io.list_names(self.directory, "damaged-*"):
             raise FileNotFoundError(_none_left(self.directory, damaged))
         return None
 
     def _set_aside(self, step: int, damage: DamagedError) -> None:
-        # Until it is renamed, Orbax takes a damaged step for the latest one.
+        # Orbax counts a damaged step as the latest until it is renamed.
         folder = orbax_io.step_folder(self.directory, step)
         aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
         if jax.process_index() == 0 or not damage.agreed:
@@ -334,14 +333,14 @@ class Checkpointer:
         best = _best(
             {s: x for s, x in self._scores.items() if s in steps}, self._more_is_better
         )
-        # Without a score its metrics could not be read: it may have been the best.
+        # A step without a score has unreadable metrics: it may have been the best.
         return [step == best or step not in self._scores for step in steps]
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save and stop: SIGTERM, SIGINT or a preemption notice came.
+        """Whether to save and stop, because of SIGTERM, SIGINT or a preemption notice.
 
-        With several processes all agree on a step, some time after the signal: ask
-        with the same step numbers on each.
+        Several processes agree on a step some time after the signal, so all must call
+        this with the same steps.
         """
         if self._stop:
             return self._stop.is_set
@@ -355,15 +354,15 @@ def restore_variables(
     best: str | None = None,
     more_is_better: bool = True,
 ) -> tuple[int, PyTree]:
-    """The step of one checkpoint, and the model's variables: {"params": …, …}.
+    """Returns the step of one checkpoint and its variables: {"params": …, …}.
 
-    They are NumPy arrays in nested dicts. May be used while a training run writes
-    there: nothing in the directory changes. The optimiser state is not read.
+    They are NumPy arrays in nested dicts. Nothing in the directory changes, so this may
+    be used while a training run writes there. The optimiser state is not read.
 
     Args:
-      directory: the folder of a `Checkpointer`.
-      step: which checkpoint; without it the newest intact one.
-      best: instead of a step, the metric whose best value chooses it.
+      directory: folder of a `Checkpointer`.
+      step: step of the checkpoint; None is the newest intact one.
+      best: name of a metric, whose best value chooses the step instead.
       more_is_better: whether the best value of that metric is the highest.
 
     Raises:
@@ -394,7 +393,7 @@ def restore_variables(
 
 
 class _DroppedError(Exception):
-    """The step of a checkpoint that a training run drops while it is to be read."""
+    """A training run drops the checkpoint of this step while it is read."""
 
 
 def _restore_variables(
@@ -406,14 +405,16 @@ def _restore_variables(
     try:
         manager = orbax_io.open_for_reading(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
-        # It looks at each folder that it has listed, and again whether it is one.
+        # Orbax lists the folders, then looks at each, which may be gone by then.
         raise _DroppedError(os.path.basename(error.filename or "?")) from error
     with manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps or step not in (None, *steps):
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
             others = (
-                steps or orbax_io.names(folder) or "nothing: has the run saved one?"
+                steps
+                or orbax_io.list_names(folder)
+                or "nothing: has the run saved one?"
             )
             raise FileNotFoundError(f"There is no {wanted} in {folder}, only {others}")
         if best is not None:
@@ -427,8 +428,12 @@ def _restore_variables(
                 )
         for candidate in steps if step is None else [step]:
             try:
-                params = orbax_io.read(manager, candidate, None, subtree="params")
-                stats = orbax_io.read(manager, candidate, None, subtree="stats")
+                params = orbax_io.read_checkpoint(
+                    manager, candidate, None, subtree="params"
+                )
+                stats = orbax_io.read_checkpoint(
+                    manager, candidate, None, subtree="stats"
+                )
                 return candidate, {"params": params, **stats}
             except Exception as error:
                 if orbax_io.is_dropped(orbax_io.step_folder(folder, candidate)):
@@ -453,7 +458,7 @@ def _restore_variables(
 def _read_metrics(
     directory: epath.Path, steps: Sequence[int]
 ) -> dict[int, dict[str, float]]:
-    """{step: metrics} of those that can be read; _DroppedError of one that is gone."""
+    """{step: metrics} if they can be read; _DroppedError if the step is gone."""
     found = {}
     for step in steps:
         folder = orbax_io.step_folder(directory, step)
@@ -472,7 +477,7 @@ def _scores(metrics: Mapping[int, Mapping[str, float]], name: str) -> dict[int, 
 
 
 def _best(scores: Mapping[int, float], more_is_better: bool) -> int | None:
-    """The step of the best score, the later one of equals."""
+    """The step of the best score, the latest one if several are equal."""
     sign = 1 if more_is_better else -1
     known = [(sign * x, step) for step, x in scores.items() if math.isfinite(x)]
     return max(known)[1] if known else None
@@ -487,7 +492,7 @@ def _none_left(directory: epath.Path, damaged: Sequence[str]) -> str:
 
 
 def _check_target(target: PyTree) -> None:
-    """What Orbax would only notice while reading must not pass for damage."""
+    """Raises if a leaf has no sharding, or none that fits its shape."""
     for name, x in leaves(target):
         if getattr(x, "sharding", None) is None:
             raise TypeError(

@@ -1,6 +1,6 @@
-"""What the programs show a person: their log, progress and tables.
+"""The programs' log, progress and tables.
 
-On a terminal progress is a bar, elsewhere plain lines.
+Progress is a bar on a terminal, elsewhere plain lines.
 """
 
 import contextlib
@@ -22,24 +22,20 @@ from mlp_mixer import text
 logger = logging.getLogger(__name__)
 _CONSOLE = rich.console.Console(stderr=True)
 
-# (what, total, unit, done) → a context that gives `advance(amount)`, as `counter` does.
-Progress = Callable[
-    [str, int, str, int], contextlib.AbstractContextManager[Callable[[int], None]]
-]
-
 
 class _Printable(logging.Formatter):
-    """Shows whatever a name in a message holds, and obeys none of it."""
+    """Escapes control characters, which a name in a message may hold."""
 
     def format(self, record: logging.LogRecord) -> str:
         return text.printable(super().format(record), keep="\n\t")
 
 
 def log_to_terminal() -> None:
-    """Sends the programs' own lines to stderr, above the progress bar if there is one.
+    """Sends log lines to stderr, above the progress bar if there is one.
 
-    Absl's handler would prefix each with its source; what libraries say through absl
-    is shown from warnings on. From here on stdout and stderr print any text.
+    It replaces absl's handler, which would begin each line with its place in the code;
+    absl's own lines are shown from warnings on. stdout and stderr print any text from
+    here on.
     """
     text.accept_any_text(sys.stdout, sys.stderr)
     root = logging.getLogger()
@@ -59,46 +55,38 @@ def log_to_terminal() -> None:
 
 
 class Steps:
-    """How far a run is: a bar on a terminal, lines of the log elsewhere."""
+    """Progress of a run: a bar on a terminal, lines of the log elsewhere."""
 
     def __init__(self, total: int, first: int):
         """Begins after step `first` of `total`."""
-        self._total, self._bar = total, None
-        if _CONSOLE.is_terminal and jax.process_index() == 0:
-            self._bar = rich.progress.Progress(
-                "step {task.completed:.0f}/{task.total:.0f}",
-                rich.progress.BarColumn(None),
-                "{task.fields[shown]}",
-                rich.progress.TimeRemainingColumn(),
-                console=_CONSOLE,
-            )
-            self._task = self._bar.add_task(
-                "", total=total, completed=first, shown="compiling"
-            )
-            self._bar.start()
+        self._total = total
+        self._bar = rich.progress.Progress(
+            "step {task.completed:.0f}/{task.total:.0f}",
+            rich.progress.BarColumn(None),
+            "{task.fields[shown]}",
+            rich.progress.TimeRemainingColumn(),
+            console=_CONSOLE,
+            disable=not _CONSOLE.is_terminal or jax.process_index() > 0,
+        )
+        self._task = self._bar.add_task(
+            "", total=total, completed=first, shown="compiling"
+        )
+        self._bar.start()
 
     def reached(self, step: int) -> None:
         """Moves the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step)
 
     def tell(self, step: int, shown: str, seconds_left: float) -> None:
         """Shows a text beside the bar, or in a line with step and time left."""
-        if self._bar:
-            self._bar.update(self._task, shown=shown)
-        else:
-            logger.info(
-                "step %d/%d  %s  %s left",
-                step,
-                self._total,
-                shown,
-                _clock(seconds_left),
-            )
+        self._bar.update(self._task, shown=shown)
+        if self._bar.disable:
+            left = _clock(seconds_left)
+            logger.info("step %d/%d  %s  %s left", step, self._total, shown, left)
 
     def stop(self) -> None:
-        """Removes the bar's hold of the terminal."""
-        if self._bar:
-            self._bar.stop()
+        """Ends the bar."""
+        self._bar.stop()
 
 
 def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
@@ -116,7 +104,7 @@ def progress(name: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
 
 
 def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
-    """A bar for a while, on a terminal only; brackets in its description are text."""
+    """A bar that disappears at its end, on a terminal only."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description}", markup=False),
         *columns,
@@ -130,17 +118,17 @@ def _bar(*columns: rich.progress.ProgressColumn) -> rich.progress.Progress:
 def counter(
     what: str, total: int, unit: str, done: int = 0, *, every_seconds: float = 30.0
 ) -> Iterator[Callable[[int], None]]:
-    """Shows how far something long is: a bar on a terminal, now and then a line else.
+    """Shows the progress of a long task: a bar on a terminal, elsewhere lines.
 
     Args:
       what: name of the task.
       total: amount of work.
-      unit: "bytes", shown as GB, or the name of what is counted.
+      unit: name of what is counted; "bytes" are shown as GB.
       done: amount of work that an earlier start has done.
-      every_seconds: seconds between two lines.
+      every_seconds: number of seconds between two lines.
 
     Yields:
-      `advance(amount)`, to be called as it goes on.
+      `advance(amount)`, to be called for each finished amount.
     """
     began = latest = time.monotonic()
     now = done
@@ -157,14 +145,8 @@ def counter(
         if due and rate and not _CONSOLE.is_terminal:
             latest = time.monotonic()
             left = _clock((total - now) / rate)
-            logger.info(
-                "%s: %s of %s  %s/s  %s left",
-                what,
-                amount(now),
-                amount(total),
-                amount(rate),
-                left,
-            )
+            texts = what, amount(now), amount(total), amount(rate), left
+            logger.info("%s: %s of %s  %s/s  %s left", *texts)
 
     with _bar(
         rich.progress.BarColumn(None),
@@ -177,7 +159,7 @@ def counter(
 
 
 class Table(NamedTuple):
-    """A table for people; its texts are shown as they are, without markup.
+    """A table whose texts are shown as they are, without markup.
 
     Attributes:
       title: text above the table.

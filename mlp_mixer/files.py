@@ -1,7 +1,7 @@
-"""Reads files that anything may have happened to; writes files whole or not at all.
+"""Reads files that may be damaged; writes files whole or not at all.
 
-Besides what is no JSON, these are refused: a key that stands twice, a number that JSON
-does not have, and deeper nesting or more bytes than any file of ours has.
+JSON is refused not only if it cannot be parsed, but also if a key is there twice, a
+number is not finite, or it has deeper nesting or more bytes than this project writes.
 """
 
 import contextlib
@@ -36,28 +36,28 @@ _NAMES = {
 
 
 def read_json(path: epath.PathLike, *kinds: type) -> Any:
-    """Returns what the JSON file holds.
+    """Returns the value in a JSON file.
 
     Args:
-      path: the JSON file.
-      *kinds: what it may be: dict, list, …, type(None); an object if none is named.
+      path: path of the file.
+      *kinds: allowed types: dict, list, …, type(None); dict alone if none is given.
 
     Raises:
       FileNotFoundError: there is no such file.
-      OSError: it cannot be read, e.g. since it is a folder.
-      ValueError: it holds anything else.
+      OSError: it cannot be read, e.g. because it is a folder.
+      ValueError: it is damaged, or its value has another type.
     """
     where = printable(os.fspath(path))
     return parse_json(read_bytes(path, MAX_BYTES), where, *kinds)
 
 
 def read_bytes(path: epath.PathLike, most: int) -> bytes:
-    """Returns the content of a file.
+    """Returns the content of a file of at most `most` bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      OSError: it cannot be read, e.g. since it is a folder.
-      ValueError: it has more than `most` bytes.
+      OSError: it cannot be read, e.g. because it is a folder.
+      ValueError: it has more bytes.
     """
     where = printable(os.fspath(path))
     try:
@@ -73,21 +73,21 @@ def read_bytes(path: epath.PathLike, most: int) -> bytes:
 
 
 def parse_json(data: bytes | str, where: str, *kinds: type, finite: bool = True) -> Any:
-    """Returns the value that JSON text stands for.
+    """Returns the value of JSON text.
 
     Args:
       data: the text; bytes are UTF-8.
-      where: where it is from, for the message of an error.
-      *kinds: what it may be: dict, list, …, type(None); an object if none is named.
+      where: name of its source, for messages.
+      *kinds: allowed types, as in `read_json`.
       finite: whether NaN and Infinity are refused.
 
     Raises:
-      ValueError: it is damaged, or another kind of value.
+      ValueError: it is damaged, or its value has another type.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_object)
-        _check(value, finite, MAX_DEPTH)
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys)
+        _check_value(value, finite, MAX_DEPTH)
     except (ValueError, RecursionError) as error:
         what = brief(error)
         raise ValueError(f"{where} is no JSON that can be read: {what}.") from error
@@ -98,11 +98,11 @@ def parse_json(data: bytes | str, where: str, *kinds: type, finite: bool = True)
 
 
 def kind_of(value: object) -> str:
-    """What JSON calls a value, for messages: "a list"."""
+    """JSON's word for the type of a value, for messages: "a list"."""
     return _NAMES[type(value)]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -111,7 +111,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check(value: object, finite: bool, depth: int) -> None:
+def _check_value(value: object, finite: bool, depth: int) -> None:
     if finite and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no number of JSON's")
     if not isinstance(value, dict | list):
@@ -119,22 +119,22 @@ def _check(value: object, finite: bool, depth: int) -> None:
     if not depth:
         raise ValueError(f"its values are nested deeper than {MAX_DEPTH}")
     for inner in value.values() if isinstance(value, dict) else value:
-        _check(inner, finite, depth - 1)
+        _check_value(inner, finite, depth - 1)
 
 
 @contextlib.contextmanager
 def draft(path: epath.PathLike) -> Iterator[epath.Path]:
-    """A new path beside `path`, which takes its name once the block ends.
+    """Yields a path beside `path`, which is renamed to `path` when the block ends.
 
-    If the block raises, the process is killed or the machine loses power, what was
-    there before is still there, whole. A link stays one. The folder is not made.
+    If the block raises, the process is killed or the machine loses power, an older file
+    stays whole. A link stays a link. The folder is not made.
 
     Args:
-      path: the file that is written or replaced; on a bucket too.
+      path: the file that is written or replaced, local or on a bucket.
     """
     is_local = "://" not in os.fspath(path)
     path = epath.Path(os.path.realpath(path) if is_local else path)
-    # Not the whole name, which may be as long as a name can be.
+    # Only a part of the name, which may have the greatest length that is allowed.
     unfinished = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}")
     try:
         yield unfinished
@@ -150,11 +150,11 @@ def draft(path: epath.PathLike) -> Iterator[epath.Path]:
 def writing(
     path: str | os.PathLike[str], mode: str = "wb", **options: Any
 ) -> Iterator[IO[Any]]:
-    """Opens a local file that is written whole or not at all, as `draft` does.
+    """Opens a local file that is written whole or not at all, as by `draft`.
 
     Args:
-      path: the file; its folder is made. What is no file, e.g. /dev/stdout, is written
-        to and not replaced.
+      path: the file, whose folder is made. A device, e.g. /dev/stdout, is written to
+        and not replaced.
       mode: "wb" or "w".
       **options: further arguments of `open`.
     """
@@ -169,13 +169,13 @@ def writing(
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes UTF-8 whole or not at all, as `draft` does."""
+    """Writes UTF-8 whole or not at all, as by `draft`."""
     with draft(path) as unfinished:
         unfinished.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
-    """Writes indented JSON whole or not at all, as `draft` does."""
+    """Writes indented JSON whole or not at all, as by `draft`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -184,8 +184,8 @@ def locked(path: str | os.PathLike[str], busy: str) -> Iterator[None]:
     """Holds a lock until the block ends; the kernel releases it if the process dies.
 
     Args:
-      path: a local file that stands for the lock; it stays.
-      busy: what another process does that holds it; logged before waiting for its end.
+      path: a local file that is locked, and remains.
+      busy: what the holder of the lock does, e.g. "prepares the digits", for the log.
     """
     with open(path, "a") as lock:
         try:
@@ -197,16 +197,13 @@ def locked(path: str | os.PathLike[str], busy: str) -> Iterator[None]:
 
 
 def check_room(folder: pathlib.Path, num_bytes: int, what: str, option: str) -> None:
-    """Passes if a folder's disk has so much room.
+    """Raises OSError if a folder's disk has too little room.
 
     Args:
       folder: an existing folder.
-      num_bytes: the room that is needed.
-      what: name of the thing that needs it.
-      option: what chooses another disk, e.g. "--data_dir".
-
-    Raises:
-      OSError: there is less room.
+      num_bytes: number of bytes that are needed.
+      what: name of what is to be written, for the message.
+      option: the flag that chooses another disk, e.g. "--data_dir".
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:

@@ -1,6 +1,6 @@
-"""What the arrays of a tree are: their names, shapes, dtypes and fingerprints.
+"""Names, shapes, dtypes and fingerprints of the arrays of a tree.
 
-All of it is independent of how the arrays are cut over devices.
+None of these depends on how the arrays are sharded.
 """
 
 from typing import Any
@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mlp_mixer.text import listed
+
 PyTree = Any
 Params = dict[str, Any]  # nested, of arrays or shapes
 Arrays = dict[str, list[Any]]  # {"params/w": [[64, 32], "float32"]}
 
 
 def leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(name, leaf); a dict's key and a named tuple's field give the same name."""
+    """(name, leaf) of each leaf; dict keys and fields of tuples give the same names."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -27,34 +29,32 @@ def describe(tree: PyTree) -> Arrays:
     return {name: [list(x.shape), str(x.dtype)] for name, x in leaves(tree)}
 
 
-def differences(saved: Arrays, expected: Arrays, limit: int = 20) -> str:
-    """Lines for people, at most `limit`; empty if there is no difference."""
+def differences(saved: Arrays, expected: Arrays) -> str:
+    """The differences for people, one a line; empty if there are none."""
     lines = [
-        f"  {name}: got {saved.get(name, 'nothing')}, "
+        f"{name}: got {saved.get(name, 'nothing')}, "
         f"expected {expected.get(name, 'nothing')}"
         for name in {**saved, **expected}
         if saved.get(name) != expected.get(name)
     ]
-    more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
-    return "\n".join(lines[:limit] + more)
+    return listed(lines)
 
 
 def fingerprint(tree: PyTree) -> dict[str, int]:
     """A 32-bit fingerprint of each array by its path, equal on every topology.
 
-    The sum of the hashed (bits, position) of all elements modulo 2**32: sums commute,
-    so it does not matter how an array is sharded. The hash is the finaliser of
-    MurmurHash3 (Appleby, public domain), a bijection: one changed element is always
-    noticed, several are missed with probability 2**-32.
+    It is the sum, modulo 2**32, of a hash of each element's bits and position; a sum
+    does not depend on how an array is sharded. The hash is the finaliser of MurmurHash3
+    (Appleby, public domain), a bijection: one changed element always changes the sum,
+    several leave it as it is with probability 2**-32.
     """
     return examine(tree)[0]
 
 
 def examine(tree: PyTree) -> tuple[dict[str, int], list[str]]:
     """The fingerprints, and the paths of float arrays that are not finite."""
-    # One array at a time: a jit of the whole tree compiles for minutes. And each is
-    # awaited: many small collectives in flight can starve the CPU backend's threads
-    # until all wait for one another.
+    # One array at a time, because a jit of the whole tree compiles for minutes. Each is
+    # awaited, because many small collectives at once can deadlock on a CPU.
     found = {name: jax.device_get(_examined(x)) for name, x in leaves(tree)}
     return (
         {name: int(total) for name, (total, _) in found.items()},

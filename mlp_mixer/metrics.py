@@ -21,8 +21,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from mlp_mixer import console, files, processes
 from mlp_mixer.text import brief, printable
 
-# Of metrics.jsonl: two million records.
-MAX_BYTES = 2**29
+MAX_BYTES = 2**29  # of metrics.jsonl, two million records
 logger = logging.getLogger(__name__)
 
 
@@ -49,13 +48,12 @@ class Writer(contextlib.AbstractContextManager):
 
         Args:
           workdir: folder of the run.
-          first_step: what came after it is dropped from metrics.jsonl: those steps
-            are done again.
+          first_step: step after which the run goes on; later records are dropped.
           total_steps: last step of the run.
-          batch_size: images per step.
-          every_steps: steps between two records of training metrics.
+          batch_size: number of images per step.
+          every_steps: number of steps between two records of training metrics.
           learning_rate: update, counted from 0 → its learning rate.
-          last_good: the newest checkpoint, named when the loss is not finite.
+          last_good: function that returns the step of the newest checkpoint, or None.
         """
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._board_path = epath.Path(workdir) / "tensorboard"
@@ -65,7 +63,7 @@ class Writer(contextlib.AbstractContextManager):
         self._mark = (first_step, time.perf_counter())
         self._file: Any = None
         self._board: _Board | None = None
-        # What is recorded of the first step; the same on every process.
+        # Evaluators with a record for the first step; the same on every process.
         self._evaluated: set[str] = set()
         with processes.together():
             if jax.process_index() == 0:
@@ -112,17 +110,17 @@ class Writer(contextlib.AbstractContextManager):
     def is_due(self, step: int, name: str, every_steps: int) -> bool:
         """Whether an evaluator is to run after `step`.
 
-        It is after the last step and after every multiple of `every_steps`; after the
-        first one of this run only where a stop has kept it from running.
+        It is due after the last step and after each multiple of `every_steps`, unless
+        it has a record for the step at which this start began.
         """
         if step == 0 or name in self._evaluated:
             return False
         return step == self._total or step % every_steps == 0
 
     def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
-        """Takes a step's metrics, still on the device, and records the one's before.
+        """Takes a step's metrics, which stay on the device, and records the previous.
 
-        Fetching them a step late keeps the device busy.
+        To fetch them a step late keeps the device busy.
 
         Raises:
           FloatingPointError: a loss or gradient norm is not finite.
@@ -152,41 +150,42 @@ class Writer(contextlib.AbstractContextManager):
         self._shown.reached(step)
         if step % self._every and step != self._total:
             return
-        at, since = self._mark
+        before, since = self._mark
         self._mark = step, time.perf_counter()
-        rate = (step - at) / max(self._mark[1] - since, 1e-9)
+        rate = (step - before) / max(self._mark[1] - since, 1e-9)
         lr = float(self._learning_rate(step - 1))
         record = {f"train/{k}": v for k, v in values.items()}
-        self.write(
-            step, record | {"train/lr": lr, "images_per_second": rate * self._batch}
-        )
+        record |= {"train/lr": lr, "images_per_second": rate * self._batch}
+        self.write_scalars(step, record)
         line = f"loss {values['loss']:.4f}  {rate * self._batch:,.0f} images/s"
         self._shown.tell(step, line, (self._total - step) / rate)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records `scalars` for `step`."""
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes a record."""
         if self._file is None or self._board is None:
             return
         with self._failure_named(self._path):
             self._file.write(json.dumps({"step": step, **scalars}) + "\n")
             self._file.flush()
         with self._failure_named(self._board_path):
-            self._board.write(step, scalars)
+            self._board.write_scalars(step, scalars)
 
     def evaluation(self, step: int, name: str, results: Mapping[str, float]) -> None:
-        """Records an evaluator's results and says them."""
-        self.write(step, {f"{name}/{key}": value for key, value in results.items()})
+        """Records and logs an evaluator's results."""
+        self.write_scalars(
+            step, {f"{name}/{key}": value for key, value in results.items()}
+        )
         values = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
         logger.info("step %d  %s: %s", step, name, values)
-        # The time it took is not the training's.
+        # The time of an evaluation does not count as training's.
         self._mark = step, time.perf_counter()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Closes the files and the bar.
 
         Raises:
-          OSError: what is recorded could not be written; only where nothing else has
-            failed before, which it would hide.
+          OSError: records could not be written; not raised if the block has raised an
+            error, which this would hide.
         """
         self._shown.stop()
         failed = []
@@ -204,15 +203,15 @@ class Writer(contextlib.AbstractContextManager):
 class _Board:
     """A file of TensorBoard's.
 
-    Written here, not in a thread of tensorboardX's: when that ends on a full disk,
-    whoever writes next waits for ever.
+    tensorboardX's own writer has a thread; after that has ended on a full disk, the
+    next write would wait for ever.
     """
 
     def __init__(self, folder: epath.Path, first_step: int):
-        """Opens a new file; what came after `first_step` is hidden in the others."""
+        """Opens a new file, which hides what older files hold after `first_step`."""
         folder.mkdir(parents=True, exist_ok=True)
         path = os.fspath(folder)
-        # tensorboardX takes what stands before a colon for the name of a service.
+        # tensorboardX reads the part before a colon as the name of a service.
         where = path if "://" in path else os.path.abspath(path)
         host = socket.gethostname()
         self._file = tensorboardX.RecordWriter(
@@ -225,14 +224,14 @@ class _Board:
         self._add(first_step + 1, file_version=version)
         self._add(first_step + 1, session_log=start)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Records scalars; they are on the disk within some minutes."""
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes scalars; they are on the disk within some minutes."""
         values = [
             summary_pb2.Summary.Value(tag=name, simple_value=float(value))
             for name, value in scalars.items()
         ]
         self._add(step, summary=summary_pb2.Summary(value=values))
-        if time.monotonic() > self._flushed + 120:  # seconds; a bucket gets it whole
+        if time.monotonic() > self._flushed + 120:  # rarely: a bucket gets all again
             self._flushed = time.monotonic()
             self._file.flush()
 
@@ -246,23 +245,18 @@ class _Board:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of a run, in order; an unfinished last line is left out.
-
-    Raises:
-      OSError: they cannot be read.
-      ValueError: a line is no record.
-    """
+    """Returns the records of a run, none if there is no file; see `read_file`."""
     path = epath.Path(workdir) / "metrics.jsonl"
     return read_file(path) if path.exists() else []
 
 
 def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The records of such a file, in order; an unfinished last line is left out.
+    """Returns the records of a file, in order, without an unfinished last line.
 
     Raises:
       FileNotFoundError: there is no such file.
       OSError: it cannot be read.
-      ValueError: a line is no record: an object of numbers, one of them the step.
+      ValueError: a line is not an object of numbers with a step.
     """
     *lines, last = files.read_bytes(path, MAX_BYTES).split(b"\n")
     where = printable(os.fspath(path))
@@ -270,7 +264,7 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
         _record(line, f"Line {number} of {where}")
         for number, line in enumerate(lines, 1)
     ]
-    if last.endswith(b"}"):  # Whole, but for the line's end.
+    if last.endswith(b"}"):  # complete, only the end of the line is missing
         records.append(_record(last, f"Line {len(lines) + 1} of {where}"))
     return records
 
@@ -293,10 +287,15 @@ class Profiler:
     """Writes a trace of some steps, for TensorBoard or Perfetto."""
 
     def __init__(self, workdir: epath.PathLike, steps: str | None, *, total_steps: int):
-        """`steps` is "START:STOP" (both traced) of a run of `total_steps`, or None.
+        """Parses which steps to trace.
+
+        Args:
+          workdir: folder of the run.
+          steps: "START:STOP", the first and last step; None traces nothing.
+          total_steps: number of steps of the run.
 
         Raises:
-          ValueError: not two step numbers of the run in order.
+          ValueError: `steps` are not two steps of the run in order.
         """
         self._folder, self._steps = f"{workdir}/profile", (0, 0)
         if not steps:

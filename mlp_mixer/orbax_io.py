@@ -1,11 +1,11 @@
-"""The door to Orbax: checkpoints opened, described, and verified when read.
+"""Writes checkpoints with Orbax, and verifies them when they are read.
 
-The only module that knows Orbax and the files of a checkpoint. A checkpoint is a folder
-named after its step with two items: `state` (the arrays) and `meta` (the description:
-step, names, shapes, dtypes and fingerprints of the arrays, and the metrics). Orbax
-notices most truncated files but no flipped bit; the description and the fingerprints
-notice all. Damage is only what contradicts a record of ours, a missing or cut file, or
-a file that is not what its format asks for; any other error is passed on as it is.
+No other module uses Orbax or the files of a checkpoint. A checkpoint is a folder named
+after its step with two items: `state` (the arrays) and `meta` (the description: step,
+names, shapes, dtypes and fingerprints of the arrays, and the metrics). Orbax notices
+most truncated files but no flipped bit; the description and the fingerprints notice
+both. A checkpoint counts as damaged only if it contradicts a recorded checksum, or a
+file is missing, cut or not in its format; any other error is passed on as it is.
 """
 
 import contextlib
@@ -36,68 +36,74 @@ from mlp_mixer.fingerprints import (
     fingerprint,
     leaves,
 )
+from mlp_mixer.text import quoted
 
 logger = logging.getLogger(__name__)
 
 
 class DamagedError(Exception):
-    """What was read is not what was saved; `agreed` if every process can tell."""
+    """What was read is not what was saved.
+
+    Attributes:
+      agreed: whether every process can tell.
+    """
 
     def __init__(self, reason: str, *, agreed: bool = False):
         super().__init__(reason)
         self.agreed = agreed
 
 
-# --- Where a checkpoint lies ----------------------------------------------------------
+# --- Paths ----------------------------------------------------------------------------
 
 
-@epath.register_path_cls  # so Orbax takes it as it is
+@epath.register_path_cls  # so that Orbax does not convert it
 class _Path(type(epath.Path())):  # type: ignore[misc]
-    """A path that is no pattern, and goes by an alias where Orbax cannot name it."""
+    """A path whose name is never a pattern, with an alias for TensorStore if needed."""
 
     def glob(self, pattern: str) -> Iterator["_Path"]:
-        """The paths below that match; `pattern` has no "**"."""
+        """Yields the paths below that match; `pattern` has no "**"."""
         first, _, rest = pattern.partition("/")
         for path in sorted(self.iterdir()) if self.is_dir() else ():
             if fnmatch.fnmatchcase(path.name, first):
                 yield from path.glob(rest) if rest else [path]
 
     def write_text(self, data: str, *args: Any, **options: Any) -> int:
-        """Writes UTF-8; Orbax notes the path, which in some locales is none."""
+        """Writes UTF-8 in any locale; Orbax writes paths, which may hold any bytes."""
         return self.write_bytes(data.encode("utf-8", "surrogateescape"))
 
     def as_posix(self) -> str:
-        """What Orbax gives to TensorStore."""
+        """The name that Orbax passes to TensorStore."""
         odd = [i for i, part in enumerate(self.parts) if _NEEDS_ALIAS.search(part)]
         if not odd or "://" in os.fspath(self):
             return os.fspath(self)
         return str(
             pathlib.PurePosixPath(
-                _alias("/".join(self.parts[: odd[-1] + 1])), *self.parts[odd[-1] + 1 :]
+                _alias_of("/".join(self.parts[: odd[-1] + 1])),
+                *self.parts[odd[-1] + 1 :],
             )
         )
 
 
-# TensorStore takes "\\" for "/", and only UTF-8; Orbax takes "gs:" for a bucket's.
+# TensorStore reads "\\" as "/" and accepts only UTF-8; "gs:" is a bucket to Orbax.
 _NEEDS_ALIAS = re.compile(r"\\|gs:$|[\ud800-\udfff]")
 _ALIASES = "/proc/self/fd"
 _open_folders: dict[tuple[int, int], int] = {}
 
 
-def _alias(folder: str) -> str:
-    """Another name of an existing folder, good while this process lives."""
+def _alias_of(folder: str) -> str:
+    """Another name of an existing folder, valid while this process lives."""
     found = os.stat(folder)
-    which = found.st_dev, found.st_ino
-    if which not in _open_folders:
-        _open_folders[which] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    return f"{_ALIASES}/{_open_folders[which]}"
+    inode = found.st_dev, found.st_ino
+    if inode not in _open_folders:
+        _open_folders[inode] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    return f"{_ALIASES}/{_open_folders[inode]}"
 
 
 def locate(directory: str | os.PathLike[str]) -> epath.Path:
-    """The directory as an absolute path, whatever its name; or a bucket's (`gs://…`).
+    """The directory as an absolute path, or a bucket's path (`gs://…`).
 
     Raises:
-      ValueError: a name that Python or TensorStore cannot pass to the system.
+      ValueError: Python or TensorStore cannot open a directory of this name.
     """
     name = os.fspath(directory)
     if scheme := re.match(r"\w[\w+.-]*://", name):
@@ -108,7 +114,7 @@ def locate(directory: str | os.PathLike[str]) -> epath.Path:
                 f"{name} begins with {scheme[0]}; expected a folder, or a bucket such "
                 f"as gs://…"
             ) from error
-    # Across a link, ".." is not the folder before it.
+    # After a link, ".." is not the folder before it in the name.
     dots = os.pardir in pathlib.PurePath(name).parts
     absolute = os.path.realpath(name) if dots else os.path.abspath(name)
     try:
@@ -136,28 +142,28 @@ def step_folder(directory: epath.Path, step: int) -> epath.Path:
     return directory / f"{step:08d}"
 
 
-def names(directory: epath.Path, pattern: str = "*") -> list[str]:
-    """The names in the directory that match, in order; none if it does not exist."""
+def list_names(directory: epath.Path, pattern: str = "*") -> list[str]:
+    """The names in the directory that match, sorted; none if it does not exist."""
     return [path.name for path in directory.glob(pattern)]
 
 
-def unfinished(directory: epath.Path) -> list[str]:
-    """The names of saves that a killed process has left."""
-    return names(directory, f"*{_UNFINISHED}*")
+def unfinished_saves(directory: epath.Path) -> list[str]:
+    """The names of unfinished saves that a killed process has left."""
+    return list_names(directory, f"*{_UNFINISHED}*")
 
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 def is_dropped(folder: epath.Path, patience: float = 1.0) -> bool:
-    """Whether a training run has dropped a checkpoint, or does so just now.
+    """Whether a training run has dropped this checkpoint, or is dropping it now.
 
-    It drops no newest one. `patience` is the time in seconds after which a folder that
-    does not change is taken to stay.
+    The newest one is never dropped. A folder that does not change for `patience`
+    seconds is taken to stay.
     """
     seen, since = None, time.monotonic()
     while folder.exists():
-        if max(names(folder.parent, "[0-9]" * 8), default="") == folder.name:
+        if max(list_names(folder.parent, "[0-9]" * 8), default="") == folder.name:
             return False
         now = sorted(
             f"{root}/{name}" for root, _, files in folder.walk() for name in files
@@ -174,7 +180,7 @@ def is_dropped(folder: epath.Path, patience: float = 1.0) -> bool:
 
 
 def open_for_reading(directory: epath.Path) -> ocp.CheckpointManager:
-    """Opens without the clean-up that would delete what a run is writing just now."""
+    """Opens a directory without deleting what a training run is writing there."""
     return _open(directory, read_only=True)
 
 
@@ -186,14 +192,14 @@ def open_for_writing(
     keep_also: Callable[[Sequence[int]], Sequence[bool]],
     saving: Callable[[], int],
 ) -> ocp.CheckpointManager:
-    """Opens a directory, which is made, and removes unfinished saves from it.
+    """Opens a directory, makes it if needed, and removes unfinished saves.
 
     Args:
-      directory: folder, as `locate` gives it.
+      directory: result of `locate`.
       keep_latest: number of the newest checkpoints that are kept.
-      keep_every_steps: checkpoints at multiples of it are kept for ever.
-      keep_also: steps → which of them are kept besides.
-      saving: the step that is being saved.
+      keep_every_steps: number of steps; checkpoints at its multiples are kept for ever.
+      keep_also: steps → whether each is kept for another reason.
+      saving: function that returns the step that is being saved.
     """
     policies = ocp.checkpoint_managers
     keep: list[Any] = [policies.LatestN(keep_latest), _KeepAlso(keep_also)]
@@ -210,9 +216,10 @@ def open_for_writing(
 
 
 class _KeepAlso:
-    """Orbax's preservation policy by a function of ours.
+    """A preservation policy of Orbax's that asks a function.
 
-    Orbax keeps its own metrics in a file that, damaged, stops the manager from opening.
+    Orbax's own policy for the best keeps metrics in a file; if that is damaged, the
+    manager cannot be opened.
     """
 
     def __init__(self, keep: Callable[[Sequence[int]], Sequence[bool]]):
@@ -239,7 +246,7 @@ def start_saving(
     fingerprints: Mapping[str, int],
     metrics: Mapping[str, float],
 ) -> None:
-    """Saves in the background; on return the buffers of `state` may be donated."""
+    """Saves in the background; after it returns, buffers of `state` may be donated."""
     description = {
         "step": step,
         "arrays": describe(state),
@@ -248,9 +255,9 @@ def start_saving(
     }
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(_with_arrays(state)),
-        meta=ocp.args.JsonSave(_sealed(description)),
+        meta=ocp.args.JsonSave(_with_checksum(description)),
     )
-    # `force`: it is decided, and Orbax's own decision would be a silent one.
+    # Without `force` Orbax would decide itself whether to save, without a word.
     manager.save(step, args=items, force=True)
 
 
@@ -258,13 +265,13 @@ _FILES = "meta/files"
 
 
 def _record_files(directory: epath.Path, step: int) -> None:
-    """Notes checksums of what Orbax wrote about the arrays, before it names the folder.
+    """Writes checksums of Orbax's files, before Orbax gives the folder its name.
 
-    TensorStore checks its own files; nobody checks these.
+    TensorStore checks the files of the arrays; nobody checks these.
     """
     if jax.process_index() > 0:
         return
-    folder = step_folder(directory, step)  # on a bucket it has its name at once
+    folder = step_folder(directory, step)  # on a bucket it has its name already
     [*written] = directory.glob(f"{folder.name}{_UNFINISHED}*")
     folder = written[0] if written else folder
     checksums = {
@@ -273,15 +280,15 @@ def _record_files(directory: epath.Path, step: int) -> None:
         for path in folder.glob(pattern)
         if path.is_file()
     }
-    (folder / _FILES).write_text(json.dumps(_sealed({"files": checksums})))
+    (folder / _FILES).write_text(json.dumps(_with_checksum({"files": checksums})))
 
 
 def _changed_files(folder: epath.Path) -> list[str]:
-    """What differs from the record of `_record_files`, if there is one."""
+    """The files that differ from the record of `_record_files`, if there is one."""
     if not (folder / _FILES).exists():
         return []
     try:
-        checksums = _unsealed(folder / _FILES)["files"]
+        checksums = _read_checked(folder / _FILES)["files"]
     except DamagedError as damage:
         return [str(damage)]
     return [
@@ -295,29 +302,35 @@ def _changed_files(folder: epath.Path) -> list[str]:
 # --- Reading --------------------------------------------------------------------------
 
 
-def read(
+def read_checkpoint(
     manager: ocp.CheckpointManager, step: int, target: PyTree, subtree: str = ""
 ) -> PyTree:
-    """One checkpoint, or a subtree of it, verified.
+    """Reads one checkpoint, or a subtree of it, and verifies it.
 
     Args:
-      manager: what `open_for_reading` or `open_for_writing` returns.
-      step: the step of the checkpoint.
+      manager: result of `open_for_reading` or `open_for_writing`.
+      step: step of the checkpoint.
       target: a tree of `jax.ShapeDtypeStruct` with shardings; None for NumPy arrays.
-      subtree: the name of a branch of the state, which alone is read.
+      subtree: name of the only branch of the state that is read; all if empty.
 
     Raises:
       DamagedError: it is not what was saved.
       ValueError: it holds another model, or another step.
     """
     folder = step_folder(epath.Path(manager.directory), step)
-    with _errors_named(folder):
+    with _damage_recognised(folder):
         description = _read_description(folder)
         if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder / 'state'} is missing")
     _check_step(folder, step, description)
+    start = f"{subtree}/" if subtree else ""
     saved, prints = (
-        _below(subtree, description[key]) for key in ("arrays", "fingerprints")
+        {
+            name.removeprefix(start): value
+            for name, value in description[key].items()
+            if name.startswith(start)
+        }
+        for key in ("arrays", "fingerprints")
     )
     if subtree and not saved and target is None:
         return {}
@@ -340,27 +353,26 @@ def read(
     args = ocp.args.PyTreeRestore(
         item, restore_args=restore_args, partial_restore=bool(subtree)
     )
-    with _errors_named(folder):
+    with _damage_recognised(folder):
         state = manager.restore(step, args=ocp.args.Composite(state=args)).state
     if subtree:
         state = state[subtree]
     elif item is not target:
         state = target._replace(**state)
-    # A partial restore leaves what it does not find as it was, without a word.
+    # A partial restore returns the target itself for what it does not find.
     array = np.ndarray if on_host else jax.Array
     if missing := [n for n, x in leaves(state) if not isinstance(x, array)]:
         raise DamagedError(f"it lacks {missing}", agreed=True)
     found = fingerprint(state)
     if wrong := sorted(name for name in found if found[name] != prints[name]):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise DamagedError(f"wrong bits in {wrong[:3]}{more}", agreed=True)
+        raise DamagedError(f"wrong bits in [{quoted(wrong, 3)}]", agreed=True)
     return state
 
 
 def _with_arrays(state: PyTree) -> PyTree:
-    """A named tuple's fields without those that are {}, which Orbax would note.
+    """A named tuple as a dict without the fields that are {}, which Orbax would record.
 
-    So a model without statistics has the checkpoints that it had before there were any.
+    So checkpoints of a model without statistics are as they were before `stats`.
     """
     if not hasattr(state, "_asdict"):
         return state
@@ -372,7 +384,7 @@ def _check_step(folder: epath.Path, step: int, description: Mapping[str, Any]) -
     held = description.get("step")
     if held == step:
         return
-    if held is None:  # written before steps were noted; a state may have its own
+    if held is None:  # an old description has no step, but the state may have one
         shape, dtype = description["arrays"].get("step", (None, None))
         if shape != [] or not dtype.startswith(("int", "uint")):
             return
@@ -387,20 +399,20 @@ def _check_step(folder: epath.Path, step: int, description: Mapping[str, Any]) -
 
 
 def read_metrics(folder: epath.Path) -> dict[str, float]:
-    """The metrics of one checkpoint; DamagedError if they cannot be read."""
-    with _errors_named(folder):
+    """The metrics of one checkpoint; raises DamagedError if they are damaged."""
+    with _damage_recognised(folder):
         return _read_description(folder)["metrics"] | _read_added_metrics(folder)
 
 
 def add_metrics(folder: epath.Path, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes metrics beside the description; OSError if they cannot be written."""
+    """Writes metrics beside the description; raises OSError if that fails."""
     try:
         before = _read_added_metrics(folder)
     except DamagedError as damage:
         logger.error("Checkpoint %d: %s; they are replaced", step, damage)
         before = {}
     record = {"step": step, "metrics": {**before, **metrics}}
-    files.write_text(folder / _ADDED, json.dumps(_sealed(record)))
+    files.write_text(folder / _ADDED, json.dumps(_with_checksum(record)))
 
 
 _ADDED = "added_metrics.json"
@@ -408,24 +420,25 @@ _ADDED = "added_metrics.json"
 
 def _read_added_metrics(folder: epath.Path) -> dict[str, float]:
     path = folder / _ADDED
-    return _unsealed(path)["metrics"] if path.exists() else {}
+    return _read_checked(path)["metrics"] if path.exists() else {}
 
 
 def _read_description(folder: epath.Path) -> dict[str, Any]:
-    return _unsealed(folder / "meta" / "metadata")
+    return _read_checked(folder / "meta" / "metadata")
 
 
-def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with its own checksum: a changed shape passes for no other model."""
+def _with_checksum(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a checksum, so that damage does not look like another model."""
     return {**record, "checksum": _checksum(record)}
 
 
-def _unsealed(path: epath.Path) -> dict[str, Any]:
+def _read_checked(path: epath.Path) -> dict[str, Any]:
+    """The record in a file; raises DamagedError if its checksum is wrong."""
     where = f"{path.parent.name}/{path.name}"
     try:
         record = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON
-        raise DamagedError(f"{where} is no JSON: {brief(error)}") from error
+        raise DamagedError(f"{where} is no JSON: {first_line(error)}") from error
     if isinstance(record, dict) and record.pop("checksum", None) == _checksum(record):
         return record
     raise DamagedError(f"wrong bits in {where}")
@@ -435,16 +448,11 @@ def _checksum(record: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _below(subtree: str, named: Mapping[str, Any]) -> dict[str, Any]:
-    start = f"{subtree}/" if subtree else ""
-    return {n.removeprefix(start): v for n, v in named.items() if n.startswith(start)}
-
-
-# --- What is damage -------------------------------------------------------------------
+# --- Which errors are damage ----------------------------------------------------------
 
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # TensorStore raises ValueError with a status: wrong checksum, missing file, cut file,
-# file of another size. "Error decoding" stands for bytes that do not unpack.
+# file of another size. It says "Error decoding" of bytes that it cannot decompress.
 _DAMAGED = re.compile("(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION): ")
 
 
@@ -463,8 +471,8 @@ def _shows_damage(error: BaseException, folder: epath.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _errors_named(folder: epath.Path) -> Iterator[None]:
-    """Turns what shows damage into a DamagedError, and says where any other arose."""
+def _damage_recognised(folder: epath.Path) -> Iterator[None]:
+    """Turns errors that show damage into DamagedError; adds the folder to others."""
     try:
         yield
     except DamagedError:
@@ -473,12 +481,12 @@ def _errors_named(folder: epath.Path) -> Iterator[None]:
         try:
             changed = _changed_files(folder)
             if not changed and _shows_damage(error, folder):
-                _list_all(folder)
-                changed = [brief(error)]
-        except OSError as trouble:  # what Orbax reports as missing may be forbidden
+                _list_recursively(folder)
+                changed = [first_line(error)]
+        except OSError as trouble:  # Orbax calls files missing that are forbidden
             if not isinstance(trouble, _MISSING):
                 raise trouble from error
-            changed = [brief(error)]
+            changed = [first_line(error)]
         if changed:
             raise DamagedError("; ".join(changed[:3])) from error
         error.add_note(
@@ -488,30 +496,31 @@ def _errors_named(folder: epath.Path) -> Iterator[None]:
         raise
 
 
-def _list_all(folder: epath.Path) -> None:
+def _list_recursively(folder: epath.Path) -> None:
+    """Raises OSError if a folder cannot be listed."""
     for path in folder.iterdir():
         if path.is_dir():
-            _list_all(path)
+            _list_recursively(path)
 
 
-def brief(error: BaseException) -> str:
-    """Its type and first line, without TensorStore's pages of specifications."""
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error, without TensorStore's specifications."""
     line = str(error).strip().partition("\n")[0].partition(" [tensorstore_spec=")[0]
     if len(line) > 240:
         line = f"{line[:80]} … {line[-150:]}"
     return f"{type(error).__name__}: {line}"
 
 
-# --- What Orbax says below an error ---------------------------------------------------
+# --- Orbax's logging ------------------------------------------------------------------
 
 
 def _silence_orbax() -> None:
-    """Silences Orbax below ERROR, and nobody else.
+    """Silences Orbax below ERROR, and no other library.
 
-    It logs some hundred lines per save to absl's logger, and a page for each error;
-    absl's verbosity is left alone because under `app.run` it is the root logger's,
-    where our own lines pass. After one failed read or write the remaining ones fail
-    later, in threads that nobody awaits, and each would print a page of traceback.
+    It logs some hundred lines per save to absl's logger, and a page for each error.
+    absl's verbosity is not changed, because under `app.run` it is the root logger's,
+    which also takes this project's lines. After one failed read or write the remaining
+    ones fail later, in threads that nobody awaits: each would print a traceback.
     """
     logging.getLogger("absl").addFilter(_is_not_chatter)
     logging.getLogger("asyncio").addFilter(_is_not_late)
@@ -537,13 +546,13 @@ _ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
 def _is_not_chatter(record: logging.LogRecord) -> bool:
     if _ORBAX not in record.pathname:
         return True
-    # What else it logs as an error it raises, too. A removal that the end of the
-    # program overtakes is done by the next start.
+    # It also raises whatever else it logs as an error. If the program ends before a
+    # removal, the next start repeats that.
     message = record.getMessage()
     if "Failed to remove" not in message or "cannot schedule new futures" in message:
         return False
     error = record.exc_info and record.exc_info[1]
-    record.msg = f"{message}: {brief(error)}" if error else message
+    record.msg = f"{message}: {first_line(error)}" if error else message
     record.args = record.exc_info = None
     return True
 

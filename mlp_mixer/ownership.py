@@ -1,8 +1,8 @@
 """One process at a time trains in a run's folder.
 
-The owner locks a file there, which the system lets go when the process ends, however
-it ends. Where there are no locks, as on a bucket, the file itself says that the folder
-is taken, and remains if its process is killed.
+The owner locks a file there; the system releases the lock when the process ends, even
+if it is killed. Where there are no locks, as on a bucket, the file itself says that the
+folder is in use, and remains if its process is killed.
 """
 
 import contextlib
@@ -28,31 +28,31 @@ from mlp_mixer import files, processes, text
 logger = logging.getLogger(__name__)
 
 FILE = "owner.json"
-# What the systems say that have no locks.
+# Errors of file systems that have no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# How long another host may need to see what was written, seconds.
+# Seconds that another host may need to see a new file.
 _PATIENCE = 5.0
-# Tasks of one job, as Slurm and the usual MPI starters count them.
+# Variables in which Slurm and the usual MPI launchers say the number of a job's tasks.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_WIDTH = 300  # characters, of a command in a message
+_WIDTH = 300  # characters of a command in a message
 
-_locked: set[int] = set()  # descriptors
+_locked: set[int] = set()  # descriptors of locked files
 
 
 class OwnedError(RuntimeError):
-    """Another process trains in the folder, or it is not there any more."""
+    """Another process trains in the folder, or the folder is gone."""
 
 
 @contextlib.contextmanager
 def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
-    """Owns the folder, which is made if there is none, until the end of the block.
+    """Owns the folder, and makes it if it is missing, until the end of the block.
 
-    In a run of several processes the first one owns it for all, and every process has
-    to see that in its own `workdir`.
+    The first of several processes owns it for all; each checks that it sees the same
+    file in its own `workdir`.
 
     Yields:
-      `check()`, to be called before writing: an OwnedError if the folder was removed,
-      renamed or taken meanwhile.
+      `check_kept()`, to be called before writing: raises OwnedError if the folder was
+      removed, renamed or taken meanwhile.
 
     Raises:
       OwnedError: another process owns it; says which.
@@ -69,7 +69,7 @@ def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     with contextlib.ExitStack() as held:
         with processes.together():
             if jax.process_index() == 0:
-                held.enter_context(_held(path, owner))
+                held.enter_context(_locked_by(owner, path))
         owner = processes.first(owner)
         with processes.together():
             if jax.process_index() > 0:
@@ -78,7 +78,7 @@ def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
 
 
 def _check_kept(path: epath.Path, token: str) -> None:
-    """What is written by name would make the folder again, or go into another run."""
+    """Raises OwnedError if the folder was removed, renamed or taken."""
     if jax.process_index() > 0:
         return
     if path.exists() and _read(path).get("token", token) == token:
@@ -104,7 +104,7 @@ def _check_seen(path: epath.Path, owner: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _held(path: epath.Path, owner: dict[str, Any]) -> Iterator[None]:
+def _locked_by(owner: dict[str, Any], path: epath.Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_local = "://" not in os.fspath(path)
     descriptor = _lock(path) if is_local else None
@@ -126,12 +126,12 @@ def _held(path: epath.Path, owner: dict[str, Any]) -> Iterator[None]:
 
 
 def _lock(path: epath.Path) -> int | None:
-    """A descriptor of the locked file; None where the system has no locks."""
+    """Locks the file and returns its descriptor; None where there are no locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its owner may have ended and removed it meanwhile.
+            # Its owner may have removed it and ended meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
@@ -146,17 +146,17 @@ def _lock(path: epath.Path) -> int | None:
         os.close(descriptor)
 
 
-def _let_go() -> None:
-    """A forked child does not own the folder."""
+def _close_locks() -> None:
+    """Closes the locked files in a forked child, which does not own the folder."""
     while _locked:
         os.close(_locked.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def _check_free(path: epath.Path) -> None:
-    """Without locks the file alone says that the folder is taken."""
+    """Raises OwnedError if the file says that the folder is in use, without locks."""
     owner = _read(path)
     if owner and not _has_ended(owner):
         raise OwnedError(
@@ -166,30 +166,30 @@ def _check_free(path: epath.Path) -> None:
 
 
 def _check_still_mine(path: epath.Path, owner: dict[str, Any]) -> None:
-    """Without locks, of two that start at once the last to write is the owner."""
+    """Raises unless this process wrote the file last, and so owns it without a lock."""
     time.sleep(1.0)
     if _read(path).get("token") != owner["token"]:
         raise OwnedError(_refusal(path))
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether its process is known to be gone; on another host nobody knows."""
+    """Whether the owner's process has certainly ended; unknown on another host."""
     number = owner.get("process")
     if owner.get("host") != socket.gethostname() or not isinstance(number, int):
         return False
-    if number == os.getpid():  # of a container that was started again
+    if number == os.getpid():  # a container was started again
         return True
     try:
         os.kill(number, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
     return False
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
-    """What the file says; {} if there is none, or none that is complete."""
+    """Content of the file; {} if it is missing or incomplete."""
     try:
         return files.read_json(path)
     except (FileNotFoundError, ValueError):

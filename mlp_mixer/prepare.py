@@ -41,11 +41,7 @@ def main(arguments: list[str]) -> None:
         return
     for name in arguments:
         preparation.prepare(
-            name,
-            data_dir=data_dir,
-            manual_dir=manual_dir,
-            verify=flags.FLAGS.verify,
-            progress=console.counter,
+            name, data_dir=data_dir, manual_dir=manual_dir, verify=flags.FLAGS.verify
         )
 
 

@@ -183,7 +183,7 @@ def _model_name(argv: Sequence[str]) -> str | None:
     name = None
     for word, after in itertools.pairwise([*argv, ""]):
         if (field := _FIELD.fullmatch(word)) and field[2] == "model.name":
-            name = field[3].removeprefix("=") or after
+            name = field[3][1:] if field[3].startswith("=") else after
     return None if name == "None" else name
 
 

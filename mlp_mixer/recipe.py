@@ -534,18 +534,27 @@ def run_file(path: str) -> dict[str, Any]:
 
 # --- Names that this module had -------------------------------------------------------
 
-_MOVED_TO_PAPER = {
-    **{name: name for name in ("pretraining", "finetuning", "evaluate_on")},
-    **{name: name for name in ("PRETRAINING", "FINETUNING", "PRETRAINED", "PUBLISHED")},
-    **{"RATES": "RATES", "table_4": "TABLE_4", "TOKENS_MLP_DIM": "MIXERS"},
+_MOVED_TO = {
+    **{name: f"paper.{name}" for name in ("pretraining", "finetuning", "evaluate_on")},
+    **{name: f"paper.{name}" for name in ("PRETRAINING", "FINETUNING", "RATES")},
+    **{name: f"paper.{name}" for name in ("PUBLISHED", "PRETRAINED")},
+    **{name: f"shipped.{name}" for name in ("find", "split", "run_name", "PACKAGE")},
+    **{name: f"shipped.{name}" for name in ("default_workdir", "LONGEST_NAME")},
+    "table_4": "paper.TABLE_4",
+    "TOKENS_MLP_DIM": "models.mixer.SIZES",
+    "evaluations": "evaluators.sections",
+    "check": "recipe.check_fields",
 }
 
 if not TYPE_CHECKING:  # which would take any name to be here
 
     def __getattr__(name: str) -> Any:
-        if name in _MOVED_TO_PAPER:
-            raise AttributeError(
-                f"recipe.{name} is now paper.{_MOVED_TO_PAPER[name]}; "
-                "`from mlp_mixer import paper`, and see there for its arguments."
-            )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in _MOVED_TO:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Of an AttributeError `from mlp_mixer.recipe import …` hides the message.
+        place = _MOVED_TO[name]
+        raise ImportError(
+            f"recipe.{name} is now {place}; "
+            f"`from mlp_mixer import {place.partition('.')[0]}`, and see there for its "
+            "arguments."
+        )

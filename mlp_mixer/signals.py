@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question that a loop can ask."""
+"""Turns SIGTERM and SIGINT into a flag that a loop can ask."""
 
 import contextlib
 import logging
@@ -10,9 +10,10 @@ logger = logging.getLogger(__name__)
 
 
 class StopFlag:
-    """Set by the first SIGTERM or SIGINT; the second does what it did before.
+    """A flag that the first SIGTERM or SIGINT sets; the second acts as usual.
 
-    Signals that are ignored (nohup) stay so; outside the main thread nothing is set.
+    Signals that were ignored (nohup) stay ignored. Outside of the main thread the flag
+    is never set.
     """
 
     def __init__(self) -> None:
@@ -21,14 +22,14 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 before = signal.getsignal(signum)
-                if before is not signal.SIG_IGN:  # nohup and the like mean it
+                if before is not signal.SIG_IGN:
                     self._before[signum] = before or signal.SIG_DFL
                     signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self.is_set = True
         self.uninstall()
-        # A print interrupted by this signal may not be entered again.
+        # A print that this signal interrupts cannot be entered again.
         with contextlib.suppress(RuntimeError):
             logger.warning(
                 "%s received: saving and stopping after this step; again to stop now",
@@ -36,7 +37,7 @@ class StopFlag:
             )
 
     def uninstall(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Restores the former handlers."""
         for signum, before in self._before.items():
             if signal.getsignal(signum) == self._on_signal:
                 signal.signal(signum, before)

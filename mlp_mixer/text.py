@@ -1,7 +1,6 @@
-"""Text from outside (names of files, classes and data sets), for people to read.
+"""Makes names of files, classes and data sets readable where they are shown.
 
-Names are kept as they are, and are made readable where they are shown: any character is
-allowed in them, and bytes that are no text too (Python's lone surrogates).
+Names may hold any character, and bytes that are no text (Python's lone surrogates).
 """
 
 import codecs
@@ -19,11 +18,11 @@ from typing import Any
 _UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Of these, those that do not stand for a byte.
+# Lone surrogates that do not stand for a byte.
 _HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
-# What this project writes itself, for an encoding that lacks it.
+# Stand-ins for this project's own characters, for encodings that lack them.
 _PLAIN = {"×": "x", "→": "->", "…": "~", "−": "-", "Δ": "d", "│": "|", "─": "-"}
-# In GitHub's Markdown; an underscore only where it could begin or end emphasis.
+# Markup in GitHub's Markdown; an underscore only where emphasis could begin or end.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|$~#]|(?<!\w)_|_(?!\w)")
 
 
@@ -53,6 +52,12 @@ def listed(lines: Sequence[str], most: int = 18) -> str:
     shown = [f"  {brief(line)}" for line in lines[:most]]
     more = [f"  and {len(lines) - most:,} more"] if len(lines) > most else []
     return "\n".join(shown + more)
+
+
+def quoted(names: Sequence[str], most: int = 10) -> str:
+    """The first `most` names on one line, in quotes, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(f"'{printable(name)}'" for name in names[:most]) + more
 
 
 def width(text: str) -> int:
@@ -88,10 +93,10 @@ def padded(text: str, room: int) -> str:
 
 
 def encodable(text: str) -> str:
-    r"""The text with what even `errors="surrogateescape"` cannot encode escaped.
+    r"""The text, escaped where `errors="surrogateescape"` cannot encode it.
 
-    Bytes that are no text stay those bytes; halves of pairs of surrogates, which JSON
-    can hold, are written like \ud83d.
+    Bytes that are no text stay those bytes; halves of surrogate pairs, which JSON can
+    hold, are written like \ud83d.
     """
     return _HALVES.sub(lambda match: _escaped(match[0]), text)
 
@@ -111,10 +116,10 @@ def markdown(text: str) -> str:
 
 
 def accept_any_text(*streams: object) -> None:
-    """Lets text files print what their encoding lacks, with a stand-in or escaped.
+    """Lets text files replace or escape what their encoding lacks.
 
     Args:
-      streams: e.g. `sys.stdout`; what is no text file over bytes stays as it is.
+      streams: e.g. `sys.stdout`; only text files that encode to bytes are changed.
     """
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
@@ -123,13 +128,13 @@ def accept_any_text(*streams: object) -> None:
 
 @contextlib.contextmanager
 def flushed(stdout: Any) -> Iterator[None]:
-    """Sends on what is written to stdout meanwhile; a failure is one, not two.
+    """Flushes stdout when the block ends; Python does not report a failure again.
 
     Args:
       stdout: `sys.stdout`; None if it is closed.
 
     Raises:
-      BrokenPipeError: the reader has gone.
+      BrokenPipeError: nobody reads it any more.
       OSError: it cannot be written, e.g. its disk is full.
     """
     try:
@@ -139,7 +144,7 @@ def flushed(stdout: Any) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # At the exit Python would try once more to write what is left.
+        # Python would try at the exit to write what is left, and fail again.
         if stdout:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         raise OSError(f"stdout cannot be written: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""Pictures for people who would rather look: a run, and predictions, at a glance."""
+"""Draws pictures: the report of a run, a sheet of predictions, learning rates."""
 
 import io
 import logging
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Where it may not keep its fonts it says so twice, and that only here.
+# It warns twice if it cannot write its cache of fonts, and only at the import.
 logging.getLogger("matplotlib").addFilter(lambda record: "mkdir" not in record.msg)
 
 import numpy as np  # noqa: E402
@@ -19,7 +19,7 @@ from mlp_mixer.text import printable, shortened  # noqa: E402
 
 Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
-# More classes make a confusion matrix that nobody can read.
+# With more classes nobody can read a confusion matrix.
 MAX_CONFUSION_CLASSES = 40
 
 
@@ -39,7 +39,7 @@ def report(
     truths: Sequence[Sequence[int]],
     class_names: Sequence[str],
 ) -> Figure:
-    """Curves of a run and what its model makes of a split.
+    """Curves of a run, and its model's predictions for a split.
 
     Args:
       records: records of metrics.jsonl.
@@ -47,7 +47,7 @@ def report(
       examples: `evaluators.accuracy.Examples` of the split.
       shown: positions of the examples on the sheet.
       images: images of these, uint8 (h, w, 3).
-      truths: true classes of these, one or several each.
+      truths: true classes of each of these, one or several.
       class_names: names of all classes.
     """
     confusion = len(class_names) <= MAX_CONFUSION_CLASSES
@@ -126,7 +126,7 @@ def sheet(
         axis = place(left, upper, side, side)
         axis.set_anchor("S")
         axis.imshow(image)
-        # Of a path the end tells more.
+        # The end of a path says more than its beginning.
         caption = shortened(captions[i], room, end=room - 1)
         axis.set_title(caption, size=7, pad=3, parse_math=False)
         axis = place(left, upper + side + 0.05, side, bars)
@@ -134,11 +134,11 @@ def sheet(
         axis.set(xlim=(0, 1), ylim=(len(classes[i]) - 0.5, -0.5))
         values = probabilities[i]
         axis.barh(range(len(values)), values, height=0.86, color="#a6cbe8")
-        for at, (name, p) in enumerate(zip(classes[i], values, strict=True)):
+        for y, (name, p) in enumerate(zip(classes[i], values, strict=True)):
             shown = shortened(name, room - 8)
             style: dict[str, Any] = {"size": 7, "va": "center_baseline"}
-            axis.text(0.01, at, shown, ha="left", parse_math=False, **style)
-            axis.text(0.99, at, f"{100 * p:.1f} %", ha="right", **style)
+            axis.text(0.01, y, shown, ha="left", parse_math=False, **style)
+            axis.text(0.99, y, f"{100 * p:.1f} %", ha="right", **style)
     return figure
 
 
@@ -158,8 +158,8 @@ def learning_rates(
         known = {r: 100 * a for r, a in sorted(curve.items()) if a is not None}
         (line,) = axis.plot([*known], [*known.values()], ".-")
         lines[name] = line
-        at, colour = chosen[name], line.get_color()
-        axis.plot(at, known[at], "o", mfc="none", markersize=11, color=colour)
+        rate, colour = chosen[name], line.get_color()
+        axis.plot(rate, known[rate], "o", mfc="none", markersize=11, color=colour)
     axis.set(xscale="log", xlabel="learning rate", ylabel="top-1, %")
     axis.set_title("on held-out training images; ringed: chosen")
     ticks = sorted({rate for curve in curves.values() for rate in curve})
@@ -173,8 +173,8 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Names in scripts that the font lacks are drawn as boxes: bad enough. Older
-        # versions draw some scripts in the wrong direction.
+        # It warns of names in scripts that the font lacks, and older versions warn of
+        # scripts that they draw in the wrong direction.
         for warned in (r"Glyph \d+ .* missing from", "Matplotlib currently does not"):
             warnings.filterwarnings("ignore", warned)
         figure.savefig(buffer, format="png", dpi=100)
@@ -219,7 +219,7 @@ def _accuracy(axis: Axes, records: Records) -> None:
 
 
 def _legend(owner: Axes | Figure, lines: Mapping[str, Line2D], **style: Any) -> None:
-    """Names lines as they are called, with a dollar or an underscore in front too."""
+    """Adds a legend with the names as they are: "$" and "_" have no meaning there."""
     names = [_short(name, 40) for name in lines]
     for entry in owner.legend([*lines.values()], names, **style).get_texts():
         entry.set_parse_math(False)
@@ -244,5 +244,5 @@ def _confusion(axis: Axes, examples: Any, class_names: Sequence[str]) -> None:
 
 
 def _short(name: str, room: int = 14) -> str:
-    """Of a name that is longer the beginning and the end: classes stay apart."""
+    """Shortens in the middle: names of classes often differ at the end."""
     return shortened(name, room, end=room // 3)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from mlp_mixer import files, history, ownership, processes, recipe
+from mlp_mixer import files, history, models, ownership, processes, recipe
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.text import listed, printable
 
@@ -21,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 # Fields that may change between two starts of one run: they do not change results,
-# up to the order of float additions, or only what is looked at and kept. (With
-# BatchNorm `accumulate` changes what is normalised together: see `recipe.base`.)
+# up to the order of float additions, or only what is looked at and kept. `accumulate`
+# also changes which dropout is drawn and, in a model with BatchNorm, which images are
+# normalised together: there `check_same` refuses it.
 MAY_CHANGE = (
     "mesh",
     "sharding",
@@ -225,12 +227,26 @@ def check_same(
     Raises:
       ValueError: they differ; lists the fields.
     """
-    if differing := differences(there, recipe.to_json(config), may_change):
+    here, hint = recipe.to_json(config), ""
+    if there["accumulate"] != here["accumulate"] and _has_statistics(config):
+        may_change = [field for field in may_change if field != "accumulate"]
+        hint = (
+            " In a model with BatchNorm accumulate changes which images are normalised "
+            "together; --config.run.remat=full saves memory and changes no result."
+        )
+    if differing := differences(there, here, may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
             + listed([line.strip() for line in differing], 17)
-            + "\nChoose another --workdir, or give the fields their old values."
+            + f"\nChoose another --workdir, or give the fields their old values.{hint}"
         )
+
+
+def _has_statistics(config: ConfigDict) -> bool:
+    """Whether the model has more than parameters: BatchNorm's running statistics."""
+    model = models.create(**config.model)
+    image = jnp.zeros((1, *config.model.image_size, 3))
+    return jax.eval_shape(model.init, jax.random.key(0), image).keys() != {"params"}
 
 
 def trained_classes(workdir: epath.PathLike) -> list[str] | None:

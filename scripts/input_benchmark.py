@@ -65,16 +65,16 @@ class Memory:
         }
 
     def label(self, index: int) -> int:
-        """The same for all."""
+        """The only label."""
         return 0
 
     def name_of(self, index: int) -> str:
-        """Its number."""
+        """The number of the image."""
         return f"image {index}"
 
 
 def photos(count: int, height: int, width: int, size: int) -> list[bytes]:
-    """Deterministic JPEGs of about `size` bytes whose spectrum falls as a photo's."""
+    """Makes JPEGs of about `size` bytes with a photo's spectrum, always the same."""
     ky, kx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
     falloff = np.maximum(np.hypot(ky, kx), 1 / max(height, width)) ** -1.2
     out = []
@@ -84,7 +84,7 @@ def photos(count: int, height: int, width: int, size: int) -> list[bytes]:
         layers = np.fft.irfft2(noise, (height, width))
         layers -= layers.mean(axis=(1, 2), keepdims=True)
         layers /= layers.std(axis=(1, 2), keepdims=True)
-        # One layer of light, three of colour: a photo's channels go together.
+        # One layer of light, three of colour, as a photo's channels are correlated.
         levels = 118 + 55 * (layers[0] + 0.35 * layers[1:])
         image = np.clip(levels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         image = np.ascontiguousarray(image)
@@ -100,7 +100,7 @@ def files(folder: str, count: int) -> list[bytes]:
     """The first JPEGs below a folder.
 
     Raises:
-        ValueError: there are none.
+      ValueError: there are none.
     """
     paths = (p for p in sorted(pathlib.Path(folder).rglob("*")) if p.is_file())
     contents = (path.read_bytes() for path in paths)
@@ -116,7 +116,7 @@ def files(folder: str, count: int) -> list[bytes]:
 def direct(
     jpegs: list[bytes], size: int, layers: int, magnitude: float, spent: Any = None
 ) -> Iterator[np.ndarray]:
-    """Images as the pipeline makes them, without it; fills `spent` by stage."""
+    """Yields the pipeline's images without it; adds to the seconds of each stage."""
     rng = np.random.default_rng(0)
     for data in itertools.cycle(jpegs):
         laps = [time.perf_counter()]
@@ -137,7 +137,7 @@ def direct(
 
 
 def clock(batches: Iterator[Any], size: int, warm: int, seconds: float) -> dict:
-    """CPU and wall seconds per image, once what was made ahead is used up."""
+    """CPU and wall seconds per image, after `warm` batches."""
     for _ in range(warm):
         next(batches)
     cpu, wall, count = time.process_time(), time.perf_counter(), 0
@@ -150,13 +150,13 @@ def clock(batches: Iterator[Any], size: int, warm: int, seconds: float) -> dict:
 
 @dataclasses.dataclass
 class Bench:
-    """All variants on the same JPEGs: a name gives endless batches."""
+    """The variants that are timed, all on the same JPEGs."""
 
     jpegs: list[bytes]
     args: argparse.Namespace
 
     def variants(self, peer: bool) -> dict[str, tuple[int, Callable[[], Iterator]]]:
-        """Name → cores it may use and how to start it."""
+        """Name → number of cores, and a function that starts endless batches."""
         out: dict[str, tuple[int, Callable[[], Iterator]]] = {}
         for layers in (0, 2):
             end = " + RandAugment" if layers else ""
@@ -202,13 +202,13 @@ class Bench:
 
 
 def pin(count: int, cores: list[int]) -> None:
-    """Keeps this thread, and what it starts, on `count` of the machine's cores."""
+    """Restricts this thread, and what it starts, to `count` of the machine's cores."""
     if hasattr(os, "sched_setaffinity"):  # Linux
         os.sched_setaffinity(0, cores[-count:])
 
 
 def measure(bench: Bench, peer: bool) -> dict[str, Any]:
-    """The raw times of all variants, and of the stages of ours."""
+    """The times of all variants, and of the stages of our functions."""
     args = bench.args
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = sorted(os.sched_getaffinity(0)) if has_affinity else [0]
@@ -221,12 +221,12 @@ def measure(bench: Bench, peer: bool) -> dict[str, Any]:
     try:
         for i in range(args.rounds):
             print(f"round {i + 1}/{args.rounds} ...", file=sys.stderr, flush=True)
-            # There and back, so that a drift of the machine favours nobody.
+            # Forwards and backwards, so that a drift of the machine favours none.
             for name in list(variants)[:: 1 if i % 2 == 0 else -1]:
                 count, start = variants[name]
                 pin(count, cores)
                 batches = start()
-                # The pipeline holds up to four batches ready.
+                # The pipeline prepares up to four batches in advance.
                 times = clock(batches, args.batch, 6, args.seconds)
                 if hasattr(batches, "close"):
                     batches.close()
@@ -277,7 +277,7 @@ def summarise(report: dict[str, Any], rates: list[float]) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report to read."""
+    """The report as a table of text."""
     heads = (
         "images/s/core",
         "ms/image",

@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Before TensorFlow's first operation, or it refuses.
+# TensorFlow refuses this after its first operation.
 tf.config.threading.set_intra_op_parallelism_threads(1)
 tf.config.threading.set_inter_op_parallelism_threads(1)
 
@@ -33,14 +33,14 @@ def batches(
     options.threading.private_threadpool_size = 1
     options.threading.max_intra_op_parallelism = 1
     options.autotune.enabled = False
-    # A prefetched batch would be work done outside of the clock.
+    # A batch that is prefetched would not be timed.
     options.experimental_optimization.inject_prefetch = False
     data = tf.data.Dataset.from_tensor_slices(jpegs).repeat().map(prepare)
     return iter(data.batch(batch, drop_remainder=True).with_options(options))
 
 
 def crop_resize_flip(data, size: int):
-    """From JPEG bytes to uint8 (size, size, 3)."""
+    """Turns JPEG bytes into a uint8 image (size, size, 3)."""
     begin, extent, _ = tf.image.sample_distorted_bounding_box(
         tf.image.extract_jpeg_shape(data),
         tf.zeros([0, 0, 4]),
@@ -58,7 +58,7 @@ def crop_resize_flip(data, size: int):
 
 
 def randaugment_layer(image, magnitude: float):
-    """One op out of the 16, drawn uniformly."""
+    """Applies one of the 16 ops, drawn uniformly."""
     ops = list(operations(magnitude).values())
     drawn = tf.random.uniform([], 0, len(ops), tf.int32)
     branches = [lambda op=op: op(image) for op in ops]
@@ -66,7 +66,7 @@ def randaugment_layer(image, magnitude: float):
 
 
 def operations(magnitude: float) -> dict[str, Callable[[Any], Any]]:
-    """The 16 ops, each of a uint8 image (h, w, 3), signs and places drawn inside."""
+    """The 16 ops on uint8 images (h, w, 3), which draw signs and places themselves."""
     level = magnitude / 10
     factor = level * 1.8 + 0.1
     return {
@@ -95,18 +95,18 @@ def signed(value: float):
 
 
 def truncated(levels):
-    """To uint8, clipped."""
+    """Clips levels to 0..255 and casts them to uint8."""
     return tf.cast(tf.clip_by_value(levels, 0.0, 255.0), tf.uint8)
 
 
 def blend(start, image, factor: float):
-    """start + factor·(image - start)."""
+    """Returns start + factor·(image - start)."""
     end = tf.cast(image, tf.float32)
     return truncated(start + factor * (end - start))
 
 
 def auto_contrast(image):
-    """Each channel stretched to 0..255."""
+    """Stretches each channel to 0..255."""
     x = tf.cast(image, tf.float32)
     low, high = tf.reduce_min(x, axis=[0, 1]), tf.reduce_max(x, axis=[0, 1])
     scale = 255.0 / tf.maximum(high - low, 1.0)
@@ -114,7 +114,7 @@ def auto_contrast(image):
 
 
 def equalize(image):
-    """Each channel's histogram flattened."""
+    """Flattens each channel's histogram."""
 
     def channel(c):
         x = tf.cast(image[..., c], tf.int32)
@@ -132,30 +132,30 @@ def equalize(image):
 
 
 def posterize(image, bits: int):
-    """The upper `bits` bits."""
+    """Keeps the upper `bits` bits."""
     shift = tf.constant(min(8 - bits, 7), tf.uint8)
     return tf.bitwise.left_shift(tf.bitwise.right_shift(image, shift), shift)
 
 
 def solarize_add(image, addition: int):
-    """Added to the levels below 128."""
+    """Adds to the levels below 128."""
     added = tf.clip_by_value(tf.cast(image, tf.int32) + addition, 0, 255)
     return tf.where(image < 128, tf.cast(added, tf.uint8), image)
 
 
 def color(image, factor: float):
-    """From greyscale through the image and beyond."""
+    """Blends from greyscale through the image and beyond."""
     return blend(tf.cast(tf.image.rgb_to_grayscale(image), tf.float32), image, factor)
 
 
 def contrast(image, factor: float):
-    """From a constant grey through the image and beyond."""
+    """Blends from a constant grey through the image and beyond."""
     pixels = tf.cast(tf.size(image) // 3, tf.float32)
     return blend(tf.floor(tf.minimum(pixels / 256, 255.0)), image, factor)
 
 
 def sharpness(image, factor: float):
-    """From a smoothed image through the image and beyond."""
+    """Blends from a smoothed image through the image and beyond."""
     x = tf.cast(image, tf.float32)[None]
     taps = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13.0
     kernel = tf.tile(taps[:, :, None, None], [1, 1, 3, 1])
@@ -167,7 +167,7 @@ def sharpness(image, factor: float):
 
 
 def rotate(image, degrees):
-    """About the centre."""
+    """Rotates about the centre."""
     radians = degrees * (math.pi / 180)
     cos, sin = tf.cos(radians), tf.sin(radians)
     height, width, _ = tf.unstack(tf.cast(tf.shape(image), tf.float32))
@@ -177,7 +177,7 @@ def rotate(image, degrees):
 
 
 def project(image, row):
-    """An affine transform of coordinates, to the nearest pixel, filled with grey."""
+    """Samples at transformed coordinates, to the nearest pixel; outside is grey."""
     row = tf.stack([tf.cast(value, tf.float32) for value in [*row, 0, 0]])
     return tf.raw_ops.ImageProjectiveTransformV3(
         images=image[None],
@@ -190,7 +190,7 @@ def project(image, row):
 
 
 def cutout(image, radius: int):
-    """A grey square at a random centre."""
+    """Greys a square at a random centre."""
     height, width, _ = tf.unstack(tf.shape(image))
 
     def covered(length):

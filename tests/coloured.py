@@ -1,6 +1,5 @@
 """Images of one colour a class: what is right on them is known without any training."""
 
-import contextlib
 import io
 import pathlib
 
@@ -40,11 +39,8 @@ def write_prepared(data_dir, name, names, count=4, several=False):
     Its images do not depend on that order.
     """
 
-    def quiet(what, total, unit, done):
-        return contextlib.nullcontext(lambda amount: None)
-
     data_dir = pathlib.Path(data_dir)
-    job = writing.Job(name, "1.0.0", data_dir, data_dir, False, quiet)
+    job = writing.Job(name, "1.0.0", data_dir, data_dir, False)
     order = [sorted(names)[i % len(names)] for i in range(count * len(names))]
 
     def read(start, stop):

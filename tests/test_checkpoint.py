@@ -615,7 +615,7 @@ def old(directory, step):
     path = folder(directory, step) / "meta" / "metadata"
     meta = json.loads(path.read_text())
     del meta["step"], meta["checksum"]
-    path.write_text(json.dumps(orbax_io._sealed(meta)))
+    path.write_text(json.dumps(orbax_io._with_checksum(meta)))
 
 
 @pytest.mark.parametrize("move", [shutil.copytree, os.rename])
@@ -763,14 +763,14 @@ def test_a_folder_that_may_not_be_read_is_not_damage(tmp_path, monkeypatch):
     write(tmp_path, 10)
     forbidden = folder(tmp_path, 10) / "meta"
     if os.getuid() == 0:  # root may read everything
-        list_all = orbax_io._list_all
+        list_all = orbax_io._list_recursively
 
         def refuse(path):
             if os.fspath(path) == os.fspath(forbidden):
                 raise PermissionError(13, "Permission denied", os.fspath(path))
             list_all(path)
 
-        monkeypatch.setattr(orbax_io, "_list_all", refuse)
+        monkeypatch.setattr(orbax_io, "_list_recursively", refuse)
         (forbidden / "metadata").unlink()
     else:
         forbidden.chmod(0)
@@ -863,7 +863,7 @@ def test_reading_changes_nothing_however_damaged(tmp_path, caplog):
 
 def training_drops(monkeypatch, directory, times, slowly=False):
     """Before each read, a training run saves the next step and drops that one."""
-    read = orbax_io.read
+    read = orbax_io.read_checkpoint
     dropped: list[int] = []
 
     def remove(path):
@@ -882,7 +882,7 @@ def training_drops(monkeypatch, directory, times, slowly=False):
             thread.join(0.1 if slowly else None)
         return read(manager, step, *args, **kwargs)
 
-    monkeypatch.setattr(orbax_io, "read", read_late)
+    monkeypatch.setattr(orbax_io, "read_checkpoint", read_late)
     return dropped
 
 

@@ -152,6 +152,8 @@ def check_command(words, monkeypatch):
             check_program(arguments[1], arguments[2:], monkeypatch)
         else:
             assert arguments[1] in ("pytest", "venv"), arguments[1]
+    elif name == "python" and arguments[0] == "scripts/convert_checkpoint.py":
+        check_program("mlp_mixer.convert", arguments[1:], monkeypatch)
     elif name == "python" and arguments[0].endswith(".py"):
         check_script(arguments[0], arguments[1:], monkeypatch)
     else:
@@ -179,7 +181,6 @@ def check_program(module, arguments, monkeypatch):
     finally:
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
-        flags.FLAGS.set_gnu_getopt(False)
 
 
 def check_script(path, arguments, monkeypatch):
@@ -458,6 +459,7 @@ def test_readme_names_every_model_and_its_file():
         "python scripts/sweep.py --config=configs/digits.py --config.nothing=1",
         "python scripts/sweep.py --config=configs/digits.py --sede=3",
         "python scripts/compare_runs.py runs/digits",
+        "python scripts/convert_checkpoint.py runs/digits x.npz --nmaes=timm",
         "python -m mlp_mixer.predict --weights=x docs/digit",
         "make quikstart",
         "frobnicate",

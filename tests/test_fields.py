@@ -376,6 +376,10 @@ def test_the_fields_are_those_of_the_model_that_the_command_line_names(tiny):
     assert (config.model.name, config.model.hidden_dim) == ("mixer", 24)
     with pytest.raises(ValueError, match="'mixr' is unknown; try mixer"):
         program.override(tiny, ["--config.model.name", "mixr"])
+    # No name is no name, whatever stands behind it.
+    config = program.override(tiny, ["--config.model.name=", "--config.seed=1"])
+    with pytest.raises(ValueError, match=r"config\.model\.name is ''; expected mixer"):
+        recipe.check_fields(config)
 
 
 @pytest.mark.parametrize(

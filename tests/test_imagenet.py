@@ -1,6 +1,5 @@
 """ImageNet from its tars to the report, in small: every program, nothing mocked."""
 
-import contextlib
 import json
 
 import compare_runs
@@ -9,11 +8,6 @@ import tensorflow_datasets as tfds
 import toy_imagenet
 
 from mlp_mixer.data.preparation import imagenet, writing
-
-
-def quiet(what, total, unit, done):
-    return contextlib.nullcontext(lambda amount: None)
-
 
 EVALUATORS = ("val", "minival", "real", "v2", "fewshot")
 # The recipe, but for what the size of toys forbids.
@@ -40,7 +34,7 @@ SHRUNK = [
 
 def write_v2(data_dir):
     """ImageNet-v2's layout; its own builder needs TensorFlow and a download."""
-    job = writing.Job("imagenet_v2", "3.0.0", data_dir, data_dir, False, quiet)
+    job = writing.Job("imagenet_v2", "3.0.0", data_dir, data_dir, False)
     images = [(toy_imagenet.photo(7 + i), name) for i, name in enumerate("abcdef")]
 
     def read(start, stop):

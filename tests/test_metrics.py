@@ -148,11 +148,11 @@ def fill(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 def train(w):
-    w.write(1, record)
+    w.write_scalars(1, record)
     if case == "records":
         fill(1000)
         for step in range(2, 100):
-            w.write(step, record)
+            w.write_scalars(step, record)
     fill(100)  # what is buffered for TensorBoard finds no place at the end
     if case == "first":
         raise FloatingPointError("At step 3 loss is nan.")
@@ -189,9 +189,9 @@ def test_a_full_disk_is_named_and_covers_no_earlier_error(tmp_path, case, last):
 
 def test_tensorboard_reads_what_is_written_and_hides_what_is_done_again(tmp_path):
     with writer(tmp_path) as w:
-        w.write(1, {"train/loss": 1.5})
+        w.write_scalars(1, {"train/loss": 1.5})
     with writer(tmp_path, first_step=1) as w:
-        w.write(2, {"train/loss": 0.5, "val/count": 10})
+        w.write_scalars(2, {"train/loss": 0.5, "val/count": 10})
     first, second = sorted((tmp_path / "tensorboard").iterdir())
     assert events(first)[0].file_version == "brain.Event:2"
     assert values(first) == [(1, "train/loss", 1.5)]

@@ -1,5 +1,6 @@
 """The numbers of Table 4, where recipes are found, and how a run explains itself."""
 
+import importlib
 import json
 from collections import Counter
 
@@ -479,24 +480,46 @@ def test_what_is_wrong_in_a_recipe_is_said_with_its_line(text, message, tmp_path
     assert errors.message(caught.value) == str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("recipe.pretraining('mixer_b16', '', {}, gpu8=4)", "paper.pretraining"),
-        ("recipe.FINETUNING['digits']", "paper.FINETUNING"),
-        ("recipe.table_4(epochs=7)", "paper.TABLE_4"),
-    ],
-)
+# What recipe.py had before paper.py and shipped.py were there, and where it is now.
+MOVED = {
+    **{name: f"paper.{name}" for name in ("pretraining", "finetuning", "evaluate_on")},
+    **{name: f"paper.{name}" for name in ("PRETRAINING", "FINETUNING", "RATES")},
+    **{name: f"paper.{name}" for name in ("PUBLISHED", "PRETRAINED")},
+    **{name: f"shipped.{name}" for name in ("find", "split", "run_name", "PACKAGE")},
+    **{name: f"shipped.{name}" for name in ("default_workdir", "LONGEST_NAME")},
+    "table_4": "paper.TABLE_4",
+    "TOKENS_MLP_DIM": "models.mixer.SIZES",
+    "evaluations": "evaluators.sections",
+    "check": "recipe.check_fields",
+}
+STAYED = [
+    *("base", "completed", "evaluation", "fewshot", "load", "read", "run_file"),
+    *("total_steps", "words", "MOST_NAMED"),
+]
+
+
+@pytest.mark.parametrize("imported", [False, True], ids=["attribute", "imported"])
+@pytest.mark.parametrize("name", MOVED)
 def test_a_recipe_that_asks_for_a_name_that_has_moved_is_told_where(
-    text, name, tmp_path
+    name, imported, tmp_path
 ):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        f"from mlp_mixer import recipe\ndef get_config():\n  return {text}\n"
-    )
-    with pytest.raises(AttributeError, match=rf"is now {name}; `from mlp_mi") as caught:
+    path, place = tmp_path / "mine.py", MOVED[name]
+    start = f"mlp_mixer.recipe import {name}" if imported else "mlp_mixer import recipe"
+    body = f"def get_config():\n  return recipe.{name}\n"
+    path.write_text(f"from {start}\n{body}")
+    told = rf"^recipe\.{name} is now {place}; `from mlp_mixer import (\w+)`"
+    with pytest.raises(ImportError, match=told) as caught:
         recipe.load(str(path))
     assert errors.message(caught.value) == str(caught.value)
+    module, *names = place.split(".")
+    found = importlib.import_module(f"mlp_mixer.{module}")
+    for each in names:
+        found = getattr(found, each)
+    assert f"import {module}`" in str(caught.value)
+
+
+def test_every_other_name_of_old_recipes_is_still_there():
+    assert all(hasattr(recipe, name) for name in STAYED)
     assert not hasattr(recipe, "pretraning")
 
 

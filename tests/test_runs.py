@@ -57,6 +57,35 @@ def test_another_recipe_may_take_a_folder_until_there_is_a_result(tmp_path):
         workdir.claim(config, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("digits", False),
+        ("family/resmlp", False),
+        ("family/gmlp", False),
+        ("family/smlpnet", True),
+    ],
+)
+def test_only_with_batchnorm_is_another_accumulate_another_run(name, refused, tmp_path):
+    """It normalises each micro-batch by itself, which `mesh` does not change."""
+    config = recipe.load(f"configs/{name}.py")
+    config.dataset.num_classes = 10
+    workdir.claim(config, tmp_path)
+    begun(tmp_path)
+    config.mesh.data = config.mesh.fsdp = 2
+    workdir.claim(config, tmp_path)
+    config.accumulate = 2
+    if not refused:
+        workdir.claim(config, tmp_path)
+        return
+    with pytest.raises(ValueError, match="holds a run of another recipe") as caught:
+        workdir.claim(config, tmp_path)
+    _, line, advice = str(caught.value).splitlines()
+    assert line == "  accumulate: 1 there, 2 here"
+    assert "--config.run.remat=full saves memory" in advice
+    assert workdir.load(tmp_path).accumulate == 1
+
+
 # --- The classes and the data of a run ------------------------------------------------
 
 

@@ -1,7 +1,4 @@
-"""Names of classes, and how those of two sides are matched: by name, not by number.
-
-`places` matches them. ImageNet-1k's names are here too, and names from a file.
-"""
+"""Names of classes: matched between two sides, ImageNet-1k's, and read from files."""
 
 import collections
 import contextlib
@@ -15,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from etils import epath
 
 from mlp_mixer import files
-from mlp_mixer.text import printable
+from mlp_mixer.text import printable, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +43,11 @@ def readable(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def assumed(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
-    """Returns names for a model's `count` classes that have none, or None.
+    """Returns ImageNet-1k's names for a model whose classes have no names, or None.
 
-    They are ImageNet-1k's, as in `choose`, if all `names` of the data are of these.
+    Args:
+      names: names of the data's classes; all must be ImageNet-1k's.
+      count: number of the model's classes; it must be ImageNet-1k's.
     """
     known = imagenet()
     if not names or count != len(known) or not {*keys(names)} <= known.keys():
@@ -57,14 +56,14 @@ def assumed(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
 
 
 def canonical(name: str) -> str:
-    """Returns a name in one spelling, however a file system or a locale spells it.
+    """Returns a name in the one spelling that is compared.
 
-    macOS may give "é" as "e" and an accent, and without a UTF-8 locale Python gives its
-    bytes as surrogates.
+    File systems and locales spell "é" differently: macOS as "e" and an accent, Python
+    without a UTF-8 locale as surrogates that stand for its bytes.
     """
     if name.isascii():
         return name
-    with contextlib.suppress(UnicodeError):  # surrogates that stand for no bytes
+    with contextlib.suppress(UnicodeError):  # other surrogates stay
         data = name.encode("utf-8", "surrogateescape")
         name = data.decode("utf-8", "surrogateescape")
     return unicodedata.normalize("NFC", name)
@@ -78,26 +77,26 @@ def places(
     to: str,
     hint: str = "",
 ) -> tuple[int, ...] | None:
-    """Returns the place of each class of `names` among those of `known`.
+    """Returns the position of each class of `names` among those of `known`.
 
-    The spelling of accents does not matter, and ImageNet-1k's synset ids are its words.
-    Numbers ("0", "1", "10", "2", … in a folder) are labels rather than names: each is
-    the class with that label, whatever it is called.
+    The spelling of accents does not matter, and ImageNet-1k's synset ids equal its
+    words. Numbers ("0", "1", "10", "2", … of folders) are labels rather than names:
+    each is the class with that label, whatever its name.
 
     Args:
       names: names by label, perhaps of a part of the classes; None if they have none.
-      known: names by label, of all classes.
-      of: owner of `names`, as a person would call it.
-      to: owner of `known`, as a person would call it.
+      known: names of all classes, by label; None if they have none.
+      of: name of the owner of `names`, for messages.
+      to: name of the owner of `known`, for messages.
       hint: advice at the end of the message about different names.
 
     Returns:
-      The places; None if each name stands where it stands in `known`, or if one side
+      The positions; None if each class has the same position in `known`, or if a side
       has no names.
 
     Raises:
-      ValueError: `known` lacks some of them; lists what only one side has. Or a name
-        that stands elsewhere in `known` is there twice.
+      ValueError: `known` lacks some of them; lists the names that only one side has.
+        Or the order differs and a name is there twice.
     """
     theirs, ours = keys(names or ()), keys(known or ())
     numbers, known_numbers = _numbers(names), _numbers(known)
@@ -108,7 +107,7 @@ def places(
         if twice := _repeated(theirs) or _repeated(ours):
             raise ValueError(
                 f"The classes of {of} and of {to} are in another order, and cannot be "
-                f"told apart by name: {_listed(twice)} is there more than once."
+                f"told apart by name: {quoted(twice)} is there more than once."
             )
         place = {name: i for i, name in enumerate(ours)}
         found = [place[name] for name in theirs]
@@ -127,7 +126,7 @@ def places(
         return None
     if found == list(range(len(found))):
         return None
-    moved = next(i for i, at in enumerate(found) if i != at)
+    moved = next(i for i, place in enumerate(found) if i != place)
     has = f"the classes of {to} in another order"
     if known and len(found) < len(known):
         has = f"{len(found)} of the {len(known)} classes of {to}"
@@ -135,7 +134,7 @@ def places(
         "%s has %s: they are mapped by name, e.g. %s, %d there, to %d.",
         of,
         has,
-        _listed([names[moved] if names else str(moved)]),
+        quoted([names[moved] if names else str(moved)]),
         moved,
         found[moved],
     )
@@ -143,10 +142,9 @@ def places(
 
 
 def keys(names: Iterable[str]) -> list[str]:
-    """What names are compared by: equal for two names of one class."""
+    """The keys by which names are compared: equal for two names of one class."""
     ids = _synset_ids()
-    spelt = (canonical(name) for name in names)
-    return [ids.get(name, name) for name in spelt]
+    return [ids.get(name, name) for name in map(canonical, names)]
 
 
 @functools.cache
@@ -155,7 +153,7 @@ def _synset_ids() -> dict[str, str]:
 
 
 def _numbers(names: Sequence[str] | None) -> list[int] | None:
-    """The names as labels if they are those from 0 on, in any order."""
+    """The names as numbers if these are 0, 1, 2, … in any order, else None."""
     if not names or not all(name.isascii() and name.isdigit() for name in names):
         return None
     numbers = [int(name) for name in names]
@@ -163,7 +161,7 @@ def _numbers(names: Sequence[str] | None) -> list[int] | None:
 
 
 def _other_digits(names: Sequence[str] | None, known: Sequence[str] | None) -> bool:
-    """Whether both are numbers, but not the same: "1" to "10" are not "0" to "9"."""
+    """Whether both are numbers, but others: "1" to "10" are not "0" to "9"."""
     both = [*(names or [""]), *(known or [""])]
     return all(name.isdigit() for name in both) and (
         _numbers(names) is None or _numbers(known) is None
@@ -178,12 +176,7 @@ def _only(side: str, names: Sequence[str], others: Iterable[str]) -> str:
     known = {*others}
     pairs = zip(names, keys(names), strict=True)
     only = [name for name, key in pairs if key not in known]
-    return f"\n  Only {side}: {_listed(only)}." if only else ""
-
-
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"'{printable(name)}'" for name in names[:limit]) + more
+    return f"\n  Only {side}: {quoted(only)}." if only else ""
 
 
 def choose(
@@ -192,17 +185,17 @@ def choose(
     *,
     labels: str | os.PathLike[str] | None = None,
 ) -> tuple[str, ...]:
-    """Returns the names of a model's classes, for people; the log tells of a guess.
+    """Returns the names of a model's classes, for people; logs whether it guesses.
 
     Args:
-      known: what the weights say they are, if they do.
+      known: names that the weights hold, or None.
       count: number of classes.
       labels: file to `read` instead, with other words for the same classes.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: there are other than `count` names; or the file gives a class what is
-        another class's name by `known`.
+      ValueError: the number of names is not `count`; or the file gives a class the name
+        that another class has in `known`.
     """
     if known and len(known) != count:
         raise ValueError(
@@ -236,9 +229,9 @@ def _check_same_classes(
     if wrong:
         i = wrong[0]
         raise ValueError(
-            f"Line {i + 1} of {path} is {_listed([words[i]])}, but by the weights this "
+            f"Line {i + 1} of {path} is {quoted([words[i]])}, but by the weights this "
             f"is the name of class {place[given[i]]}, and class {i} is "
-            f"{_listed([known[i]])} ({len(wrong)} such lines). Order the lines as the "
+            f"{quoted([known[i]])} ({len(wrong)} such lines). Order the lines as the "
             "weights do, or leave --labels out: the weights name their classes."
         )
     if other:
@@ -248,17 +241,17 @@ def _check_same_classes(
             path,
             len(other),
             len(words),
-            _listed([words[i]]),
-            _listed([known[i]]),
+            quoted([words[i]]),
+            quoted([known[i]]),
         )
 
 
 def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
-    """Names from a text file, one a line, in the order of the labels.
+    """Returns names from a text file, one a line, in the order of the labels.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it has other than `count` names, or an empty one.
+      ValueError: the number of names is not `count`, or one is empty.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -280,15 +273,15 @@ def read(path: str | os.PathLike[str], count: int) -> tuple[str, ...]:
 
 
 def of_run(path: epath.PathLike, count: int | None = None) -> list[str] | None:
-    """Names from a run's class_names.json; None if its data set has none.
+    """Returns names from a run's class_names.json; None if its data set has none.
 
     Args:
-      path: the file class_names.json.
+      path: path of class_names.json.
       count: number of the model's classes, if it is known.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged, or has other than `count` names.
+      ValueError: it is damaged, or the number of names is not `count`.
     """
     names = files.read_json(path, list, type(None))
     if names is None:

@@ -1,6 +1,6 @@
-"""Encoded images to pixels: TensorFlow's, bit for bit, or an error.
+"""Decodes images to the pixels that TensorFlow gives, bit for bit, or raises.
 
-JPEGs by libjpeg-turbo (simplejpeg), everything else by Pillow.
+libjpeg-turbo (simplejpeg) decodes JPEGs, Pillow everything else.
 """
 
 import contextlib
@@ -16,23 +16,24 @@ from jaxtyping import UInt8
 
 from mlp_mixer.text import brief
 
-# The largest image that is decoded: twice what Pillow warns of. Above `PIXELS` bytes
-# are the limit too: 34 bytes of WebP declare 169 million pixels (27 s and 3.6 GB), and
-# a photograph has fewer pixels to a byte.
+# The largest image that is decoded: twice what Pillow warns of. Above `PIXELS` the size
+# of the file is a limit too: 34 bytes of WebP can declare 169 million pixels (27 s and
+# 3.6 GB), and photographs have fewer pixels per byte than that.
 MAX_PIXELS = 178_956_970
 PIXELS, PIXELS_PER_BYTE = 2**24, 500
-# What Pillow hands to another program, Ghostscript, to be run.
+# PostScript, which Pillow would pass to Ghostscript to be run.
 _PROGRAMS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
-# What its plugins raise about damaged data.
+# Errors that Pillow's plugins raise about damaged data.
 _PILLOWS_ERRORS = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
     PIL.Image.DecompressionBombError,
 )
 
-# How files end that `decode` reads, the most common first. Not all that Pillow knows:
-# some formats need another program, hold no picture of up to 16 bits, or are leaving.
+# Endings of files that `decode` reads, the most common first. Formats of Pillow's are
+# left out that need another program, have no picture of up to 16 bits, or are
+# deprecated.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
     *(".jpe", ".jfif", ".mpo", ".apng", ".avifs", ".dib", ".ico", ".icns", ".cur"),
@@ -43,8 +44,8 @@ SUFFIXES = (
     *(".pcd", ".pxr", ".xbm", ".xpm"),
 )
 
-# Complaints about a JPEG that end it: libjpeg merely warns, and makes up the pixels.
-# The last one is ours.
+# Warnings of libjpeg about a JPEG that are errors here, because it invents the pixels.
+# The last one is from `_check_pixels`.
 _DAMAGE = (
     "premature end",
     "bad huffman code",
@@ -54,9 +55,8 @@ _DAMAGE = (
     "too many pixels",
 )
 
-
-# Of an image as it is stored: whether it is transposed, then turned around down and
-# across, for each of Exif's orientations (1 is none).
+# Exif's orientation → whether the stored image is transposed, then the steps (1 or -1)
+# by which its rows and columns are read. 1 is upright.
 _TURNS = {
     2: (False, 1, -1),
     3: (False, -1, -1),
@@ -66,7 +66,7 @@ _TURNS = {
     7: (True, -1, -1),
     8: (True, -1, 1),
 }
-# A PNG with an orientation has one of them: Pillow decodes it before it says more.
+# A PNG with an orientation holds one of these. Pillow would have to decode it to tell.
 _PNG_EXIF = (b"eXIf", b"type exif", b"tiff:Orientation")
 
 
@@ -76,8 +76,8 @@ def decode(
     """Decodes an encoded image to RGB; the content decides the format, not a name.
 
     As in `tf.io.decode_image(channels=3)` alpha is dropped, 16-bit samples lose their
-    low byte, and Exif's orientation is ignored, in every format. Of an animation the
-    first frame is taken.
+    low byte, and Exif's orientation is ignored, in every format. An animation gives its
+    first frame.
 
     Args:
       data: the bytes of a JPEG, or of anything that Pillow reads.
@@ -87,7 +87,7 @@ def decode(
 
     Raises:
       ValueError: `dct` is unknown, or the data are damaged, not an image, or declare
-        more pixels than `MAX_PIXELS`, or than their bytes can be a photograph of.
+        more pixels than `MAX_PIXELS` or than is plausible for their size.
     """
     if dct not in ("fast", "accurate"):
         raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
@@ -103,7 +103,7 @@ def decode(
 def orientation(data: bytes) -> int:
     """Exif's orientation of an encoded image, 1 ... 8; 1, upright, if it has none.
 
-    It reads the header alone, except for a PNG.
+    Only the header is read, except for a PNG.
     """
     if data[:4] == b"\x89PNG" and not any(mark in data for mark in _PNG_EXIF):
         return 1
@@ -111,7 +111,7 @@ def orientation(data: bytes) -> int:
         with PIL.Image.open(io.BytesIO(data)) as image:
             _check_pixels(data, image.height, image.width)
             found = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
-    except _PILLOWS_ERRORS:  # an image is read without what else its file says
+    except _PILLOWS_ERRORS:  # damaged metadata do not make the image unreadable
         return 1
     return int(found) if found in _TURNS else 1
 
@@ -125,7 +125,7 @@ def _decode(data: bytes, dct: str) -> UInt8[np.ndarray, "h w 3"]:
         reason = str(error)
         if any(damage in reason.lower() for damage in _DAMAGE):
             raise _undecodable(data, reason) from error
-    # TensorFlow reads over stray bytes. What else is wrong Pillow will say.
+    # TensorFlow ignores stray bytes. If anything else is wrong, Pillow says it.
     image = _decode_with_pillow(data)
     if "extraneous" in reason:
         with contextlib.suppress(ValueError):  # in the header: simplejpeg insists
@@ -151,17 +151,17 @@ def _decode_with_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     try:
         image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data))
         _check_pixels(data, image.height, image.width)
-        if image.format == "TIFF":  # of all formats Pillow would turn this one
+        if image.format == "TIFF":  # the only format that Pillow turns by itself
             image.getexif().pop(PIL.ExifTags.Base.Orientation, None)
             image.load()
-            image = image.copy()  # of the size that it is stored in
+            image = image.copy()  # which has the size that is stored
         image.load()
     except PIL.UnidentifiedImageError as error:
         raise _undecodable(data, "no image format that Pillow knows") from error
     except _PILLOWS_ERRORS as error:
         raise _undecodable(data, str(error)) from error
     if image.mode.startswith(("I", "F")):
-        # Pillow clips 16-bit grey to 255 where everyone else keeps the high byte.
+        # Pillow would clip 16-bit grey to 255; TensorFlow keeps the high byte.
         samples = np.asarray(image)
         if image.mode == "F" or samples.min() < 0 or samples.max() > 65535:
             raise _undecodable(data, "its samples have more than 16 bits")

@@ -1,6 +1,6 @@
 """Image files: folders with one sub-folder per class, and files without labels.
 
-What a search leaves out is counted by kind and said in one line.
+Files that are left out are counted by kind, and the log says the counts in one line.
 """
 
 import collections
@@ -21,13 +21,13 @@ import tensorflow_datasets as tfds
 
 from mlp_mixer.data import decoding
 from mlp_mixer.data.decoding import SUFFIXES
-from mlp_mixer.text import printable
+from mlp_mixer.text import printable, quoted
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 200  # files of a folder, for an Exif orientation
-# Files and folders of operating systems and servers, beside those with a dot in front.
-OF_SYSTEMS = frozenset(
+EXIF_SAMPLES = 200  # files of a folder whose Exif orientation is read
+# Files and folders of operating systems and servers that do not begin with a dot.
+SYSTEM_NAMES = frozenset(
     (
         *("__macosx", "icon\r", "network trash folder"),
         *("thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -40,7 +40,7 @@ _DEEPER = "image(s) in folders of a class"
 _BESIDE = "image(s) beside the folders of classes"
 _SPLITS = ("train", "val", "valid", "validation", "test")
 _ENDINGS = f"images end in {', '.join(SUFFIXES[:11])}, or as others that Pillow reads"
-# Kind of file → how many.
+# Kind of file → number of files.
 LeftOut = collections.Counter[str]
 
 
@@ -77,13 +77,13 @@ class FolderSource:
 def open_folder(path: str, split: str) -> FolderSource:
     """Opens `<path>/train/<class>/*` for split "train", `<path>/<class>/*` for "all".
 
-    Slices ("all[:90%]") are of a fixed permutation, so that each has all classes.
+    A slice ("all[:90%]") is taken from a fixed permutation, so that it has all classes.
 
     Raises:
-      FileNotFoundError: no such folder, or a link to a class that leads nowhere.
+      FileNotFoundError: there is no such folder, or a class is a broken link.
       OSError: a folder cannot be read.
-      ValueError: it has no such split, splits with different classes, a class without
-        images, or two classes that are one.
+      ValueError: there is no such split, its classes differ from those of "train", a
+        class has no images, or two folders are the same class.
     """
     root = pathlib.Path(path).expanduser()
     if not path or not root.is_dir():
@@ -92,7 +92,7 @@ def open_folder(path: str, split: str) -> FolderSource:
             " images per class."
         )
     contents = {
-        name: _contents(root, name)
+        name: _list_split(root, name)
         for name in sorted({p.partition("[")[0].strip() for p in split.split("+")})
     }
     classes = {name: tuple(content.images) for name, content in contents.items()}
@@ -104,7 +104,7 @@ def open_folder(path: str, split: str) -> FolderSource:
     for other in others:
         _check_same(root / reference, classes[reference], root / other, classes[other])
     for content in contents.values():
-        content.say_left_out()
+        content.log_left_out()
     label_of = {name: label for label, name in enumerate(classes[reference])}
     files = {name: content.files() for name, content in contents.items()}
     paths, labels = [], []
@@ -113,14 +113,14 @@ def open_folder(path: str, split: str) -> FolderSource:
         order = np.random.default_rng(0).permutation(len(files[name]))[start:stop]
         paths += [f"{contents[name].folder}/{files[name][i]}" for i in order]
         labels += [label_of[files[name][i].partition("/")[0]] for i in order]
-    _say_what_is_turned(path, split, paths)
+    _log_exif_orientations(path, split, paths)
     return FolderSource(paths, np.asarray(labels, np.int32), classes[reference])
 
 
-def _say_what_is_turned(path: str, split: str, paths: list[str]) -> None:
-    looked_at = paths[:: -(-len(paths) // LOOKED_AT) or 1]
+def _log_exif_orientations(path: str, split: str, paths: list[str]) -> None:
+    samples = paths[:: -(-len(paths) // EXIF_SAMPLES) or 1]
     turned = 0
-    for name in looked_at:
+    for name in samples:
         with contextlib.suppress(OSError):  # named when it is read
             turned += decoding.orientation(pathlib.Path(name).read_bytes()) != 1
     if turned:
@@ -130,12 +130,12 @@ def _say_what_is_turned(path: str, split: str, paths: list[str]) -> None:
             path,
             split,
             turned,
-            len(looked_at),
+            len(samples),
         )
 
 
 def open_files(paths: Iterable[str]) -> FolderSource:
-    """Image files without labels: the label of each is 0, of one nameless class."""
+    """Opens image files without labels: all have label 0, a class without a name."""
     paths = list(paths)
     return FolderSource(paths, np.zeros(len(paths), np.int32), ("",))
 
@@ -144,11 +144,10 @@ def find_images(path: str) -> list[str]:
     """The image files that a path stands for, sorted.
 
     Args:
-      path: a file of any name; a folder, for the images in it and below it; or a
-        glob ("photos/**/*.jpg"), for the images and folders that match, each file
-        once. A part that exists is a path and no pattern, such as a folder "a[1]" in
-        "a[1]/*.jpg". Hidden files (".git", "._0.png") are left out, and so are folders
-        behind links inside a folder.
+      path: a file of any name; a folder, which stands for the images in it and below
+        it; or a glob ("photos/**/*.jpg"), which stands for the images and folders that
+        match. A folder that exists is no pattern, such as "a[1]" in "a[1]/*.jpg".
+        Hidden files (".git", "._0.png") and links to folders are left out.
 
     Raises:
       FileNotFoundError: nothing is there or matches.
@@ -158,14 +157,14 @@ def find_images(path: str) -> list[str]:
     if not os.path.exists(path):
         path = os.path.expanduser(path)
     if os.path.isdir(path):
-        seen = dict(_below(path))
+        seen = dict(_files_below(path))
     elif os.path.exists(path):
         return [path]
-    elif matches := _matches(path):
-        seen = dict(_matched(path, matches))
-        # Each file once: links may lead to it on many ways.
-        ways = {os.path.realpath(f): f for f in sorted(seen, reverse=True)}
-        seen = {file: seen[file] for file in ways.values()}
+    elif matches := _glob(path):
+        seen = dict(_files_of_matches(path, matches))
+        # Each file once, also where links give it several paths.
+        unique = {os.path.realpath(f): f for f in sorted(seen, reverse=True)}
+        seen = {file: seen[file] for file in unique.values()}
     else:
         kind, hint = "file or folder", ""
         if glob.has_magic(path):
@@ -176,33 +175,35 @@ def find_images(path: str) -> list[str]:
     if not found:
         holds = f", only {listed(left_out)}" if left_out else ""
         raise ValueError(f"There is no image in {path}{holds}; {_ENDINGS}.")
-    say_left_out(path, left_out)
+    log_left_out(path, left_out)
     return found
 
 
-def _matches(path: str) -> list[str]:
-    """Returns what matches a glob; its beginning is a path as far as that exists."""
+def _glob(path: str) -> list[str]:
+    """Returns what matches a glob; the folders that it begins with are no patterns."""
     folder = os.path.dirname(path)
     while not os.path.isdir(folder or os.curdir):
         folder = os.path.dirname(folder)
     return glob.glob(glob.escape(folder) + path[len(folder) :], recursive=True)
 
 
-def _matched(pattern: str, matches: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """Files that match a glob or lie below what does, and why each is left out."""
+def _files_of_matches(
+    pattern: str, matches: Iterable[str]
+) -> Iterator[tuple[str, str | None]]:
+    """Yields files that match or lie below a folder that does, as `_files_below`."""
     named = pathlib.PurePath(pattern).parts
     for match in matches:
         parts = {*pathlib.PurePath(match).parts} - {*named}
-        if any(part.lower() in OF_SYSTEMS for part in parts):
+        if any(part.lower() in SYSTEM_NAMES for part in parts):
             yield match, HIDDEN
         elif os.path.isdir(match):
-            yield from _below(match)
+            yield from _files_below(match)
         else:
             yield match, _kind_of_ending(match)
 
 
-def _below(folder: str) -> Iterator[tuple[str, str | None]]:
-    """Files in a folder and below it, and why each is left out; None: it is an image.
+def _files_below(folder: str) -> Iterator[tuple[str, str | None]]:
+    """Yields each file in and below a folder, and why it is left out; None: it is not.
 
     A link to a folder counts as one file, and so does a hidden folder.
     """
@@ -227,12 +228,12 @@ def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
         ) from error
 
 
-# --- What is an image -----------------------------------------------------------------
+# --- Which files are images -----------------------------------------------------------
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or a system's own."""
-    return name.startswith(".") or name.lower() in OF_SYSTEMS
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def why_left_out(name: str) -> str | None:
@@ -248,8 +249,8 @@ def _kind_of_ending(name: str) -> str | None:
 def _why_left_out(entry: os.DirEntry) -> str | None:
     kind = why_left_out(entry.name)
     if entry.is_symlink():
-        # Of an image no look at what is behind: it is one for each, on slow disks, and
-        # where nothing is, it is named as a broken image.
+        # A link with an image's name is not followed: that is slow on some disks, and
+        # a link to nothing is named as a broken image when it is read.
         return "linked folder(s)" if kind and os.path.isdir(entry.path) else kind
     if kind != HIDDEN and not entry.is_file():  # a pipe would be read for ever
         return "folder(s)" if entry.is_dir() else "neither file nor folder"
@@ -265,8 +266,8 @@ def listed(left_out: LeftOut) -> str:
     return ", ".join(parts)
 
 
-def say_left_out(where: str | os.PathLike[str], left_out: LeftOut) -> None:
-    """Logs in one line what is left out; at a lower level if it is merely hidden."""
+def log_left_out(where: str | os.PathLike[str], left_out: LeftOut) -> None:
+    """Logs the counts in one line, as a warning unless all are hidden files."""
     if left_out:
         level = logging.INFO if left_out.keys() == {HIDDEN} else logging.WARNING
         where = printable(os.fspath(where))
@@ -278,12 +279,13 @@ def say_left_out(where: str | os.PathLike[str], left_out: LeftOut) -> None:
 
 @dataclasses.dataclass
 class _Contents:
-    """What lies in a folder of classes.
+    """The contents of a folder with a folder for each class.
 
     Attributes:
       folder: the folder with a folder for each class.
       images: class → names of its image files, sorted.
-      left_out: class → kinds of other files in its folder; "" is beside them.
+      left_out: class → kinds of other files in its folder; "" → those beside the
+        folders of classes.
       deeper: class → an image that lies in a folder of its folder.
     """
 
@@ -298,13 +300,13 @@ class _Contents:
             f"{k}/{file}" for k, files in self.images.items() for file in files
         )
 
-    def say_left_out(self) -> None:
-        """Says in one line what is not among the images."""
+    def log_left_out(self) -> None:
+        """Logs in one line what is not among the images."""
         total = sum(self.left_out.values(), LeftOut())
         if deeper := total.pop(_DEEPER, 0):
             example = printable(next(iter(self.deeper.values())))
             total[f"{_DEEPER} ({example})"] = deeper
-        say_left_out(self.folder, total)
+        log_left_out(self.folder, total)
 
     def check_all_have_images(self, *, may_be_empty: bool) -> None:
         """Raises ValueError if classes have no images; says which, and why.
@@ -315,15 +317,15 @@ class _Contents:
         """
         without = [name for name, files in self.images.items() if not files]
         if may_be_empty:
-            quite = [k for k in without if not self.left_out[k].keys() - {HIDDEN}]
-            without = sorted({*without} - {*quite})
-            if quite:
+            empty = [k for k in without if not self.left_out[k].keys() - {HIDDEN}]
+            without = sorted({*without} - {*empty})
+            if empty:
                 logger.warning(
                     "%s has no image of %d of its %d classes: %s.",
                     printable(str(self.folder)),
-                    len(quite),
+                    len(empty),
                     len(self.images),
-                    _some(quite),
+                    quoted(empty),
                 )
         if not without:
             return
@@ -347,38 +349,31 @@ class _Contents:
         return f"{name!r} ({f'only {listed(held)}' if held else 'empty'})"
 
 
-def _contents(root: pathlib.Path, split: str) -> _Contents:
-    """Looks through the folder of a split.
-
-    Raises:
-      FileNotFoundError: a link leads nowhere.
-      OSError: a folder cannot be read.
-      ValueError: there is no such folder, or none of classes in it, or two are one.
-    """
+def _list_split(root: pathlib.Path, split: str) -> _Contents:
+    """Lists the folder of a split; raises as `open_folder` does."""
     folder = root if split == "all" else root / split
     found = _Contents(folder, {}, {"": LeftOut()}, {})
-    beside, linked = found.left_out[""], False
+    beside = found.left_out[""]
     for entry in _entries(folder) if folder.is_dir() else ():
         _check_link(entry)
         if is_hidden(entry.name) or not entry.is_dir():
             beside[_why_left_out(entry) or _BESIDE] += 1
         else:
-            linked |= entry.is_symlink()
-            _look_into(entry, found)
+            _add_class(found, entry)
     if not found.images:
         raise _no_classes(root, split, beside)
     found.images = dict(sorted(found.images.items()))
-    _check_distinct(folder, [*found.images], linked)
+    _check_distinct(folder, [*found.images])
     return found
 
 
-def _look_into(of_class: os.DirEntry, found: _Contents) -> None:
-    """Adds the contents of a class's folder to what is found."""
+def _add_class(found: _Contents, of_class: os.DirEntry) -> None:
+    """Adds what is in the folder of a class."""
     images, left_out = [], LeftOut()
     for entry in _entries(of_class.path):
         kind = _why_left_out(entry)
         if kind == "folder(s)":
-            for path, inner in _below(entry.path):
+            for path, inner in _files_below(entry.path):
                 left_out[inner or _DEEPER] += 1
                 if not inner and of_class.name not in found.deeper:
                     found.deeper[of_class.name] = os.path.relpath(path, found.folder)
@@ -393,21 +388,15 @@ def _look_into(of_class: os.DirEntry, found: _Contents) -> None:
 def _no_classes(root: pathlib.Path, split: str, beside: LeftOut) -> ValueError:
     holds = f" It holds {listed(beside)}." if beside else ""
     names = subfolders(root)
-    near = difflib.get_close_matches(split.lower(), [n.lower() for n in names], 1, 0.5)
-    hint = next(
-        (
-            f"{n!r}, "
-            for n in names
-            if [n.lower()] == near and n not in (split, "train")
-        ),
-        "",
-    )
+    others = {name.lower(): name for name in names if name not in (split, "train")}
+    near = difflib.get_close_matches(split.lower(), others, 1, 0.5)
+    hint = "".join(f"{others[name]!r}, " for name in near)
     return ValueError(
         printable(
             f"No images {root / split if split != 'all' else root}/<class>/* for split"
-            f" {split!r}.{holds} {root} holds the folders {_some(names)}. Write {hint}"
-            "'train' for train/<class>/*, 'train[90%:]' for a part of it, and 'all' or"
-            " 'all[:90%]' for <class>/*."
+            f" {split!r}.{holds} {root} holds the folders {quoted(names) or '(none)'}."
+            f" Write {hint}'train' for train/<class>/*, 'train[90%:]' for a part of"
+            " it, and 'all' or 'all[:90%]' for <class>/*."
         )
     )
 
@@ -420,33 +409,31 @@ def _check_link(entry: os.DirEntry) -> None:
         )
 
 
-def _check_distinct(folder: pathlib.Path, names: Sequence[str], linked: bool) -> None:
-    """Refuses two folders of the same class, and warns of two that look so.
-
-    Args:
-      folder: the folder with a folder for each class.
-      names: names of the classes.
-      linked: whether some of them are links.
-    """
-    for same in _alike(names if linked else (), lambda k: os.path.realpath(folder / k)):
+def _check_distinct(folder: pathlib.Path, names: Sequence[str]) -> None:
+    """Raises if two folders are the same class, and warns of two that may be."""
+    linked = any((folder / name).is_symlink() for name in names)
+    for same in _duplicates(
+        names if linked else (), lambda name: os.path.realpath(folder / name)
+    ):
         raise ValueError(
-            f"The classes {_some(same)} of {folder} are one folder, by links; remove"
-            " all but one."
+            f"The classes {quoted(same)} of {folder} are one folder, by links;"
+            " remove all but one."
         )
-    for same in _alike(names, lambda name: unicodedata.normalize("NFC", name)):
+    for same in _duplicates(names, lambda name: unicodedata.normalize("NFC", name)):
         raise ValueError(
             f"The classes {', '.join(map(ascii, same))} of {folder} are one name in two"
             " Unicode spellings; move the images into one of these folders."
         )
-    for same in _alike(names, str.casefold):
+    for same in _duplicates(names, str.casefold):
         logger.warning(
             "The classes %s of %s differ in upper and lower case only.",
-            _some(same),
+            quoted(same),
             printable(str(folder)),
         )
 
 
-def _alike(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+def _duplicates(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    """The groups of names that have the same key."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)
@@ -460,38 +447,32 @@ def _check_same(
     theirs: Sequence[str],
 ) -> None:
     if different := sorted({*names} ^ {*theirs}):
-        twice = _alike(different, lambda name: unicodedata.normalize("NFC", name))
         hint = ""
-        if twice:
-            hint = (
-                f" {' and '.join(map(ascii, twice[0]))} are one name in two spellings."
-            )
+        for same in _duplicates(
+            different, lambda name: unicodedata.normalize("NFC", name)
+        ):
+            hint = f" {' and '.join(map(ascii, same))} are one name in two spellings."
         raise ValueError(
             f"Classes of {other} and {folder} differ, so labels would too:"
-            f" {len(different)} are in one only, e.g. {_some(different)}.{hint}"
+            f" {len(different)} are in one only, e.g. {quoted(different)}.{hint}"
         )
 
 
 def _train_folder(root: pathlib.Path) -> str | None:
-    """Returns the name of the folder of the split train, in any case of letters."""
+    """Returns the name of the folder of the split train: "train", "Train", …"""
     names = [name for name in subfolders(root) if name.lower() == "train"]
-    return max(names, default=None)  # "train" is behind "Train"
+    return max(names, default=None)  # "train" rather than "Train"
 
 
 def subfolders(folder: pathlib.Path) -> tuple[str, ...]:
-    """Sorted names, without hidden ones and those of systems."""
+    """The names of its sub-folders, sorted, without hidden ones."""
     names = [e.name for e in _entries(folder) if e.is_dir() and not is_hidden(e.name)]
     return tuple(sorted(names))
 
 
-def _some(names: Sequence[str], count: int = 5) -> str:
-    more = f" … ({len(names):,} in all)" if len(names) > count else ""
-    return ", ".join(map(repr, names[:count])) + more if names else "(none)"
-
-
 def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """TFDS's reading of `split` over plain counts, as (name, start, stop)."""
-    # TFDS's word "all" (every split there is) cannot be cut into slices; ours can.
+    """Parses `split` as TFDS does, over plain counts, to (name, start, stop)."""
+    # TFDS reserves "all" for every split there is, and cuts no slices from it.
     infos = {
         f"{name}_": tfds.core.SplitInfo(f"{name}_", [count], 0)
         for name, count in counts.items()

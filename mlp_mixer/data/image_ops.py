@@ -1,10 +1,9 @@
 """Pure image functions: crop, resize, flip, evaluation protocols.
 
-They follow big_vision's `pp/ops_image.py` (the input code of arXiv 2105.01601), whose
-TensorFlow kernels they equal bit for bit, without TensorFlow; only
-`crop_and_resize` comes near instead, and says how near. Images are
-(height, width, channels), uint8 or float32 in levels 0..255; the step, not the host,
-maps them to [-1, 1].
+They follow big_vision's `pp/ops_image.py` (the input code of arXiv 2105.01601) and
+equal its TensorFlow kernels bit for bit, without TensorFlow, except `crop_and_resize`,
+whose docstring says the difference. Images are (height, width, channels), uint8 or
+float32 in levels 0..255; the device maps them to [-1, 1].
 """
 
 import math
@@ -17,7 +16,7 @@ from jaxtyping import Float32, Int64, UInt8
 
 from mlp_mixer import known
 
-# Many images at once, one thread each, is Grain's business.
+# Grain processes many images at once, one thread each.
 cv2.setNumThreads(1)
 
 Image = UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
@@ -35,36 +34,38 @@ def resize(image: Image, size: Size) -> Resized:
       image: uint8 or float32.
       size: (height, width) of the result.
     """
-    _check(size)
+    _check_size(size)
     return _bilinear(image, size, size)
 
 
 def _bilinear(image: Image, sides: tuple[int, int], crop: tuple[int, int]) -> Resized:
     """The central `crop` of the image resized to `sides`; the rest is not computed."""
-    y0, y1, t = _middle(crop[0], *_neighbours(image.shape[0], sides[0]))
-    x0, x1, u = _middle(crop[1], *_neighbours(image.shape[1], sides[1]))
+    y0, y1, t = _centre(crop[0], *_neighbours(image.shape[0], sides[0]))
+    x0, x1, u = _centre(crop[1], *_neighbours(image.shape[1], sides[1]))
     rows = np.union1d(y0, y1)
     band = image[rows]
-    # Across first, then down, each as a + (b - a)·t: TensorFlow's order of rounding.
+    # Columns first, then rows, each as a + (b - a)·t: TensorFlow's order of rounding.
     band = _lerp(np.take(band, x0, axis=1), np.take(band, x1, axis=1), u[:, None])
     top, bottom = band[np.searchsorted(rows, y0)], band[np.searchsorted(rows, y1)]
     return _as_dtype(_lerp(top, bottom, t[:, None, None]), image.dtype)
 
 
-def _middle(n: int, *along: np.ndarray) -> list[np.ndarray]:
-    at = (along[0].shape[-1] - n) // 2
-    return [each[..., at : at + n] for each in along]
+def _centre(n: int, *arrays: np.ndarray) -> list[np.ndarray]:
+    """The central n elements of each array along its last axis."""
+    start = (arrays[0].shape[-1] - n) // 2
+    return [array[..., start : start + n] for array in arrays]
 
 
 def _neighbours(
     n_in: int, n_out: int
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """The two inputs between which each output lies, and the weight of the second."""
     half = np.float32(0.5)
     scale = np.float32(n_in / n_out)
-    at = (np.arange(n_out, dtype=np.float32) + half) * scale - half
-    low = np.floor(at)
+    place = (np.arange(n_out, dtype=np.float32) + half) * scale - half
+    low = np.floor(place)
     i = low.astype(np.int64)
-    return np.clip(i, 0, n_in - 1), np.clip(i + 1, 0, n_in - 1), at - low
+    return np.clip(i, 0, n_in - 1), np.clip(i + 1, 0, n_in - 1), place - low
 
 
 def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -78,13 +79,13 @@ def _lerp(a: np.ndarray, b: np.ndarray, t: np.ndarray) -> np.ndarray:
 def resize_small(image: Image, size: Size) -> Resized:
     """Resizes so that the image just covers `size`; the aspect ratio is kept.
 
-    Averages boxes: equals `tf.image.resize(method="area")` bit for bit, then as
-    `resize`. The longer side is rounded half to even, from a float32 ratio as in
-    big_vision `pp/ops_image.py`.
+    Averages boxes: equals `tf.image.resize(method="area")` bit for bit, then rounds as
+    `resize` does. Sides are rounded half to even, from a float32 ratio as in big_vision
+    `pp/ops_image.py`.
 
     Args:
       image: uint8 or float32.
-      size: (height, width) to cover; of a square the image's shorter side gets it.
+      size: (height, width) to cover.
     """
     sides = _covering(image, size)
     return _area(image, sides, sides)
@@ -100,10 +101,10 @@ def _covering(image: Image, size: Size) -> tuple[int, int]:
 
 def _area(image: Image, sides: tuple[int, int], crop: tuple[int, int]) -> Resized:
     """The central `crop` of the image resized to `sides`; the rest is not computed."""
-    iy, wy, sy = _cells(image.shape[0], sides[0])
-    ix, wx, sx = _cells(image.shape[1], sides[1])
-    iy, wy = _middle(crop[0], iy, wy)
-    ix, wx = _middle(crop[1], ix, wx)
+    iy, wy, sy = _overlaps(image.shape[0], sides[0])
+    ix, wx, sx = _overlaps(image.shape[1], sides[1])
+    iy, wy = _centre(crop[0], iy, wy)
+    ix, wx = _centre(crop[1], ix, wx)
     x = image.astype(np.float32)
     rows = np.zeros((image.shape[0], crop[1], image.shape[2]), np.float32)
     for cell, weight in zip(ix, wx, strict=True):
@@ -114,10 +115,10 @@ def _area(image: Image, sides: tuple[int, int], crop: tuple[int, int]) -> Resize
     return _as_dtype(out * (np.float32(1) / (sy * sx)), image.dtype)
 
 
-def _cells(
+def _overlaps(
     n_in: int, n_out: int
 ) -> tuple[Int64[np.ndarray, "k n"], Float32[np.ndarray, "k n"], np.float32]:
-    """The input cells that each of n output cells overlaps, and by how much."""
+    """The input cells that each output cell overlaps, their weights, and the scale."""
     scale = np.float32(n_in) / np.float32(n_out)
     o = np.arange(n_out, dtype=np.float32)
     low, high = o * scale, (o + 1) * scale
@@ -126,7 +127,7 @@ def _cells(
     k = np.arange(count.max())[:, None]
     cell = (first + k).astype(np.float32)
     weight = np.minimum(high, cell + 1) - np.maximum(low, cell)
-    # TensorFlow's weight where the output lies inside one cell.
+    # TensorFlow's weight where an output cell lies inside one input cell.
     weight = np.where((cell < low) & (cell + 1 > high), scale, weight)
     weight = np.where(k >= count, np.float32(0), weight)
     return np.minimum(first + k, n_in - 1), weight, scale
@@ -137,8 +138,8 @@ def crop_and_resize(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Cuts out `box` = (y, x, height, width) and resizes it, for training.
 
-    OpenCV needs an eighth of the time of `resize`, and is within about 0.01 levels of
-    it before the truncation: of 224x224 pixels one value in five thousand differs, by
+    OpenCV does it in an eighth of the time of `resize`. It is within about 0.01 levels
+    of that before truncation: of 224x224 pixels one value in five thousand differs, by
     one level.
 
     Raises:
@@ -146,7 +147,7 @@ def crop_and_resize(
     """
     height, width = size
     levels = cv2.resize(_cut(image, box).astype(np.float32), (width, height))
-    # Rounding must not take a level from a flat area.
+    # Without this, rounding errors would lower flat areas by a level.
     return np.add(levels, np.float32(2**-15), out=levels).astype(np.uint8)
 
 
@@ -166,9 +167,10 @@ def inception_crop_box(
     """Draws the random crop of training, as (y, x, height, width).
 
     Area 5 to 100 % of the image, aspect 0.75 to 1.33 (width/height), 100 attempts, else
-    the whole image (big_vision `pp/ops_image.py`). This is the law of TensorFlow's
-    `sample_distorted_bounding_box`: the height is uniform, not the area, so small crops
-    come more often than in PyTorch's libraries, and the last offset is never drawn.
+    the whole image (big_vision `pp/ops_image.py`). The distribution is that of
+    TensorFlow's `sample_distorted_bounding_box`: the height is uniform, not the area,
+    so small crops are more frequent than in PyTorch's libraries, and the last offset is
+    never drawn.
     """
     smallest, largest = 0.05 * height * width, 1.0 * height * width
     for _ in range(100):
@@ -180,7 +182,7 @@ def inception_crop_box(
         h_max = min(h_max, height)
         h_min = min(round(math.sqrt(smallest / ratio)), h_max)
         h = int(rng.integers(h_min, h_max, endpoint=True))
-        # Rounding may leave the area range by a hair; one row more or less mends that.
+        # Rounding may leave the range of areas; one row more or less corrects that.
         h += h * round(h * ratio) < smallest
         h -= h * round(h * ratio) > largest
         w = round(h * ratio)
@@ -197,7 +199,7 @@ def flip_lr(image: Image) -> Image:
 
 
 def shift(image: Image, dy: int, dx: int) -> Image:
-    """Moves the content down by `dy` and right by `dx` pixels; zeros come in."""
+    """Moves the content down by `dy` and right by `dx` pixels, and fills with zeros."""
     h, w = image.shape[:2]
     out = np.zeros_like(image)
     out[max(dy, 0) : max(h + dy, 0), max(dx, 0) : max(w + dx, 0)] = image[
@@ -208,12 +210,12 @@ def shift(image: Image, dy: int, dx: int) -> Image:
 
 def _big_vision(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     """big_vision's ImageNet configs: resize_small(256), central_crop(224)."""
-    # Of a line of pixels the image resized in full would take gigabytes.
+    # Only the part that is kept: a line of pixels resized in full takes gigabytes.
     return _area(image, _covering(image, margin(size)), size)
 
 
 def _vision_transformer(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
-    """vision_transformer `input_pipeline.py`: straight to 224, not rounded."""
+    """vision_transformer `input_pipeline.py`: the whole image to 224, not rounded."""
     return resize(image.astype(np.float32), size)
 
 
@@ -241,8 +243,8 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     if new_h * new_w < 2**26:
         resized = PIL.Image.fromarray(image).resize((new_w, new_h), bicubic)
         return _cut(np.array(resized), (y, x, height, width))
-    # A line of pixels: gigabytes in full. The middle alone is within a level of that,
-    # as Pillow keeps the box in float32.
+    # A line of pixels resized in full takes gigabytes. The middle alone is within one
+    # level of that, because Pillow keeps the box in float32.
     top, bottom, y0, y1 = _span(y, height, h / new_h, h)
     left, right, x0, x1 = _span(x, width, w / new_w, w)
     near = PIL.Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1]))
@@ -251,7 +253,7 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
 
 
 def _span(start: int, n: int, scale: float, n_in: int) -> tuple[float, float, int, int]:
-    """Returns where n output pixels lie in the input, and what a bicubic reads."""
+    """The range of the input under n output pixels, and the one that bicubic reads."""
     low, high = start * scale, (start + n) * scale
     around = 3 * max(1, math.ceil(scale))
     return low, high, max(0, int(low) - around), min(n_in, math.ceil(high) + around)
@@ -267,12 +269,11 @@ PROTOCOLS: dict[str, Callable[[UInt8[np.ndarray, "h w 3"], Size], Resized]] = {
 
 
 def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> Resized:
-    """Brings a decoded image to `size` the way a named evaluation protocol does.
+    """Resizes and crops a decoded image to `size` as an evaluation protocol does.
 
     At another resolution R the intermediate 256 becomes round(R·256/224) ("timm":
-    floor(R/0.875)). For a rectangle the intermediate box grows likewise on both sides;
-    the protocols that keep the aspect ratio scale the image so that it just covers the
-    box, then crop the middle.
+    floor(R/0.875)); for a rectangle, on each side. The protocols that keep the aspect
+    ratio scale the image so that it just covers that box, then crop the middle.
 
     Args:
       image: decoded with `dct="accurate"` for "timm", "fast" for the others.
@@ -285,21 +286,20 @@ def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> 
     Raises:
       ValueError: the protocol is unknown.
     """
-    _check(size)
+    _check_size(size)
     return known.pick("protocol", protocol, PROTOCOLS)(image, size)
 
 
 def margin(size: Size) -> tuple[int, int]:
     """Returns the sides to resize to before `size` is cut out: 256 for 224.
 
-    At another resolution R it is round(R·256/224), 512 for 448 (our choice), on both
-    sides of a rectangle.
+    For other sides R it is round(R·256/224), our choice: 512 for 448.
     """
     height, width = size
     return round(height * 256 / 224), round(width * 256 / 224)
 
 
-def _check(size: Size) -> None:
+def _check_size(size: Size) -> None:
     if min(size) < 1:
         raise ValueError(f"size is {size}; each side must be at least 1 pixel.")
 

@@ -1,10 +1,13 @@
 """Batches for training and evaluation, on the host, through Grain.
 
-Which example stands where, and every random draw of its augmentation, is a function of
-the seed and the position in the global stream alone. So a run may start at any step,
-and the global batches are the same, row for row, for any number of processes and
-worker processes. The augmentation is big_vision's `configs/mlp_mixer_i1k.py`:
-Inception crop, flip, RandAugment, all on uint8; the device normalises.
+Rows of one global stream (shuffled, augmented) → this process's chunks of a few rows →
+its batches. A broken image is replaced, and a column of its row says so.
+
+Each row of the stream, its augmentation included, is a function of the seed and of its
+position alone. So a run may start at any step, and the global batches are the same, row
+for row, for any number of processes and worker processes. The augmentation is
+big_vision's `configs/mlp_mixer_i1k.py`: Inception crop, flip, RandAugment, all on
+uint8; the device normalises.
 """
 
 import atexit
@@ -36,12 +39,12 @@ Cropped = UInt8[np.ndarray, "height width 3"]
 
 logger = logging.getLogger(__name__)
 
-# How long a worker process works on after SIGTERM, in seconds.
+# Seconds that a worker process goes on working after SIGTERM.
 _GRACE = 30
 
 
 def example(image_size: tuple[int, int]) -> Batch:
-    """A batch of one black image, for the shapes and dtypes of what a model gets."""
+    """A batch of one black image: the shapes and dtypes that a model receives."""
     return {"image": np.zeros((1, *image_size, 3), np.uint8)}
 
 
@@ -62,26 +65,26 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Shuffled, augmented batches for ever; each epoch has its own order and draws.
+    """Yields shuffled, augmented batches for ever; each epoch has its own order.
 
     Args:
       source: examples; they repeat, so a batch may be larger than all of them.
       image_size: (height, width) in pixels.
-      batch_size: number of rows of the global batch; this process yields rows p·b ...
-        (p+1)·b, b = batch_size / process_count.
+      batch_size: number of rows of the global batch; process p yields rows p·b to
+        (p+1)·b, where b = batch_size / process_count.
       seed: seed of order and augmentation, 0 ... 2**32 - 1.
-      start_step: number of batches to skip, at no cost.
-      crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning:
-        the image becomes a square of round(R·256/224), R = image_size, of which a
-        uniformly drawn part of R is taken), or "resize" (the whole image).
-      flip: mirror with probability 1/2.
-      shift: move by a uniform -shift ... shift pixels each way, zeros come in.
-      randaugment_layers: number of random operations that are applied; 0 is none.
+      crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning, see
+        `_resize_crop`) or "resize" (the whole image).
+      flip: whether images are mirrored with probability 1/2.
+      shift: largest number of pixels by which an image is moved each way; uniform, and
+        zeros come in.
+      randaugment_layers: number of random operations that are applied.
       randaugment_magnitude: strength of these, 0 ... 20.
-      workers: processes that decode and augment; 0 does so in threads.
-      max_broken_images: number of distinct images that may be broken, or have a label
-        that is none of the classes, in this process. Each is logged by name and
+      workers: number of processes that decode and augment; 0 does so in threads.
+      max_broken_images: number of distinct images in this process that may be broken,
+        or have a label that is none of the classes. Each is logged by name and
         replaced by the next good one; one more ends the run.
+      start_step: number of batches to skip, at no cost.
 
     Returns:
       An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`; labels of a
@@ -95,22 +98,19 @@ def train_batches(
     for name, value in (("start_step", start_step), ("shift", shift)):
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
+    layers, magnitude = randaugment_layers, randaugment_magnitude
     augment = _Augment(
-        source=source,
-        size=image_size,
-        crop=crop,
-        flip=flip,
-        shift=shift,
-        layers=randaugment_layers,
-        magnitude=randaugment_magnitude,
-        max_broken_images=max_broken_images,
+        source, image_size, crop, flip, shift, layers, magnitude, max_broken_images
     )
     stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     # Before the share: order and draws follow the global position.
     stream = stream.random_map(augment)
     rows = _local_batch_size(batch_size, process_index, process_count)
     share = _Share(stream, rows, process_index, process_count, start_step, 2**40)
-    return _replaced(_batches(share, workers), source, max_broken_images)
+    batches = _batches(share, workers)
+    return _name_broken(
+        batches, source, "the next good one replaces it", max_broken_images
+    )
 
 
 def eval_batches(
@@ -126,8 +126,8 @@ def eval_batches(
     """Yields every example once, over all processes, in the order of the source.
 
     All processes get the same number of batches, ceil(len(source) / batch_size); the
-    last one is filled up with rows of zeros. Threads decode: worker processes would
-    have to start anew for each of a run's evaluations.
+    last one is padded with rows of zeros. Threads decode, because worker processes
+    would be started again for each of a run's evaluations.
 
     Args:
       source: the examples.
@@ -138,24 +138,21 @@ def eval_batches(
 
     Returns:
       An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
-      "mask": bool (b,), "index": int32 (b,)}`, images uint8 or float32 as the
-      protocol has it. Padding has index -1. An image that is broken or wrongly
-      labelled is logged by name and has its index, but mask False and zeros; count
-      `~mask & (index >= 0)`.
+      "mask": bool (b,), "index": int32 (b,)}`; images are uint8 or float32, as the
+      protocol returns them. The mask is False for padding, whose index is -1, and for
+      images that are broken or wrongly labelled, which are logged by name.
 
     Raises:
       ValueError: an argument is impossible.
     """
     rows = _local_batch_size(batch_size, process_index, process_count)
-    # What padding looks like; and an unknown protocol is refused before any work.
+    # The image of padding. An unknown protocol is refused here, before any work.
     blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, image_size)
-    prepare = _Prepare(
-        source=source, size=image_size, protocol=preprocess, exif=exif, blank=blank
-    )
+    prepare = _Prepare(source, image_size, preprocess, exif, blank)
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
-    return _logged(_batches(share, workers=0), source)
+    return _name_broken(_batches(share, workers=0), source, "it is not counted")
 
 
 def _inception(
@@ -172,7 +169,7 @@ def _resize(image: Image, rng: np.random.Generator, size: tuple[int, int]) -> Cr
 def _resize_crop(
     image: Image, rng: np.random.Generator, size: tuple[int, int]
 ) -> Cropped:
-    """Resizes to a square of 256 and cuts out a random 224 (BiT's fine-tuning)."""
+    """Resizes (to 256 for 224), then cuts out a random part, as BiT's fine-tuning."""
     sides = image_ops.margin(size)
     y, x = (int(rng.integers(n - m + 1)) for n, m in zip(sides, size, strict=True))
     whole = image_ops.crop_and_resize(image, (0, 0, *image.shape[:2]), sides)
@@ -188,7 +185,7 @@ CROPS: dict[str, Callable[..., Cropped]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Augment(grain.transforms.RandomMap):
-    """From an index to a row of a training batch."""
+    """Turns an index into a row of a training batch."""
 
     source: Source
     size: tuple[int, int]
@@ -209,26 +206,29 @@ class _Augment(grain.transforms.RandomMap):
             image = image_ops.shift(image, int(dy), int(dx))
         if self.layers:
             image = randaugment.randaugment(image, rng, self.layers, self.magnitude)
-        # Worker processes share no counter, so what is broken travels with its row.
+        # Worker processes share no counter, so each row says what it replaces.
         target = _target(self.source, label)
         return {"image": image, "label": target, "broken": np.int32(broken)}
 
     def _read(self, index: int) -> tuple[Image, Label, int]:
-        """Returns the first good example from `index` on; `index` itself if broken."""
+        """Returns the first good example from `index` on, and `index` if it was broken.
+
+        If `index` itself is good, the third value is -1.
+        """
         n = len(self.source)
         tried = [(index + k) % n for k in range(min(n, self.max_broken_images + 1))]
-        for at in tried:
+        for candidate in tried:
             try:
-                image, label = read_image(self.source, at, "fast")
-            except (OSError, ValueError):  # named where the batch arrives
+                image, label = read_image(self.source, candidate)
+            except (OSError, ValueError):  # `_name_broken` names it
                 continue
-            return image, label, -1 if at == index else index
+            return image, label, -1 if candidate == index else index
         raise _too_many(self.source, tried, self.max_broken_images)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Prepare(grain.transforms.Map):
-    """From a position to a row of an evaluation batch."""
+    """Turns a position into a row of an evaluation batch."""
 
     source: Source
     size: tuple[int, int]
@@ -243,6 +243,7 @@ class _Prepare(grain.transforms.Map):
             "label": _target(self.source, None),
             "mask": np.bool_(False),
             "index": np.int32(index),
+            "broken": np.int32(index),
         }
         if index < 0:
             return row
@@ -250,11 +251,11 @@ class _Prepare(grain.transforms.Map):
         dct = "accurate" if self.protocol == "timm" else "fast"
         try:
             image, label = read_image(self.source, index, dct, exif=self.exif)
-        except (OSError, ValueError):  # named where the batch arrives
+        except (OSError, ValueError):  # `_name_broken` names it
             return row
         image = image_ops.preprocess(image, self.protocol, self.size)
-        target = _target(self.source, label)
-        return row | {"image": image, "label": target, "mask": np.bool_(True)}
+        row |= {"image": image, "label": _target(self.source, label)}
+        return row | {"mask": np.bool_(True), "broken": np.int32(-1)}
 
 
 def _target(source: Source, label: Label | None) -> np.ndarray | np.generic:
@@ -278,7 +279,7 @@ def read_image(
     """
     example = source[index]
     classes = np.asarray(example["label"])
-    # One-hot, another label would silently be a row of zeros.
+    # In one-hot form any other label would be a row of zeros, silently.
     if ((classes < 0) | (classes >= source.num_classes)).any():
         raise ValueError(
             f"its label is {classes}, but there are {source.num_classes} classes,"
@@ -296,12 +297,12 @@ def read_image(
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """This process's examples of the global stream, in chunks of a few rows.
+    """This process's rows of the global stream, in chunks of a few rows.
 
-    They are rows p·b ... (p+1)·b of every global batch, from `start_step` on, so that
-    rows stay in place whatever the number of processes. A thread or worker process
-    makes a chunk at a time, so that many build one batch; handing over single examples
-    costs more than a third of making them.
+    They are rows p·b to (p+1)·b of every global batch, from `start_step` on, so a row
+    has the same position for any number of processes. A thread or worker process makes
+    one chunk at a time, so that several build one batch; passing on single examples
+    would cost more than a third of the time that it takes to make them.
     """
 
     stream: Any
@@ -313,7 +314,7 @@ class _Share:
 
     @property
     def chunk(self) -> int:
-        """Rows at a time; a batch is a number of chunks."""
+        """Number of rows of a chunk; it divides the batch."""
         return math.gcd(self.rows, 32)
 
     def __len__(self) -> int:
@@ -329,19 +330,19 @@ class _Share:
 
 def _batches(share: _Share, workers: int) -> Iterator[Batch]:
     if workers and not flags.FLAGS.is_parsed():
-        # Grain hands absl's flags on to its workers, also outside of `app.run`.
+        # Grain passes absl's flags to its workers, also outside of `app.run`.
         flags.FLAGS.mark_as_parsed()
-    # More threads than that fight for the interpreter: sixteen cost a quarter.
+    # More threads compete for the interpreter: with sixteen it is a quarter slower.
     chunks = grain.MapDataset.source(share).to_iter_dataset(
         grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
     )
     if workers:
-        # It unblocks the signals of whoever starts it, so it must be there before.
+        # Its start unblocks signals, so it must be over before `_running` blocks them.
         multiprocessing.resource_tracker.ensure_running()
         chunks = chunks.mp_prefetch(
             grain.MultiprocessingOptions(workers), worker_init_fn=_follow_parent
         )
-    # Last, because the buffers above count chunks, and rows keep the share's order.
+    # Last, because the buffers above count chunks; rows keep the share's order.
     batches = chunks.batch(
         share.rows // share.chunk, drop_remainder=True, batch_fn=_concatenate
     )
@@ -355,9 +356,9 @@ def _follow_parent(index: int, count: int) -> None:
     """Ends this worker process once its parent is gone, and not much earlier.
 
     Ctrl-C and a cluster send their signal to all processes of a run, but the parent
-    needs some more batches to end well. So the parent decides: `_running` starts its
-    workers with SIGINT and SIGTERM blocked. Python itself also sends SIGTERM to the
-    workers that are left when it ends, and waits for them.
+    needs some more batches before it ends. So `_running` starts workers with SIGINT and
+    SIGTERM blocked. SIGTERM is handled late rather than never, because Python sends it
+    to the workers that are left when it ends, and waits for them.
     """
     del index, count
 
@@ -373,13 +374,13 @@ def _follow_parent(index: int, count: int) -> None:
 @contextlib.contextmanager
 def _running(batches: Any) -> Iterator[Iterator[Batch]]:
     """Starts the threads and worker processes of `_batches`, and ends them."""
-    # Threads and processes inherit the mask of the thread that starts them.
+    # Threads and processes inherit the signal mask of the thread that starts them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         batches.start_prefetch()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    # The frame of an error may hold them until Python has begun to take itself apart.
+    # The traceback of an error may keep them alive until the interpreter shuts down.
     atexit.register(batches.close)
     try:
         yield batches
@@ -399,34 +400,26 @@ def _concatenate(chunks: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
 
 
-def _replaced(batches: Any, source: Source, limit: int) -> Iterator[Batch]:
+def _name_broken(
+    batches: Any, source: Source, consequence: str, limit: int | None = None
+) -> Iterator[Batch]:
     """Yields the batches; logs broken images by name, and raises above `limit`."""
-    seen: list[int] = []
+    seen: dict[int, None] = {}
     with _running(batches):
         for batch in batches:
             broken = batch.pop("broken")
             for index in map(int, broken[broken >= 0]):
                 if index not in seen:
-                    seen.append(index)
-                    _warn(source, index, "the next good one stands in for it")
-            if len(seen) > limit:
+                    seen[index] = None
+                    _warn(source, index, consequence)
+            if limit is not None and len(seen) > limit:
                 raise _too_many(source, seen, limit)
-            yield batch
-
-
-def _logged(batches: Any, source: Source) -> Iterator[Batch]:
-    """Names the broken images of an evaluation."""
-    with _running(batches):
-        for batch in batches:
-            for index in map(int, batch["index"][~batch["mask"]]):
-                if index >= 0:
-                    _warn(source, index, "it is not counted")
             yield batch
 
 
 def _warn(source: Source, index: int, consequence: str) -> None:
     try:
-        read_image(source, index, "fast")
+        read_image(source, index)
         reason = "readable at a second try"
     except (OSError, ValueError) as error:
         reason = str(error)

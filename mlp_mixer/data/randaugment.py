@@ -2,9 +2,9 @@
 
 A port of big_vision's `pp/archive/autoaugment.py`, which descends from the TPU
 EfficientNet code; AugReg (arXiv 2106.10270) stresses that it is not timm's. Its quirks
-are kept, because the recipe was tuned with them: every drawn op is always applied, the
-threshold of Solarize wraps, Contrast blends towards a constant that does not depend on
-the image. Magnitude 0 is not the identity.
+are kept, because the recipe was tuned with them: every op that is drawn is applied, the
+threshold of Solarize wraps around, Contrast blends towards a constant that does not
+depend on the image. Magnitude 0 is not the identity.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int16, Int64, UInt8
 Image = UInt8[np.ndarray, "h w 3"]
 Number = int | float
 
-_GREY = 128  # fills what comes from outside, and Cutout's square
+_GREY = 128  # the colour outside of the image and of Cutout's square
 _LEVELS = np.arange(256, dtype=np.uint8)
 
 
@@ -46,11 +46,8 @@ def randaugment(
     for _ in range(num_layers):
         name = names[rng.integers(len(names))]
         if name == "Cutout":
-            centre = (
-                int(rng.integers(image.shape[0])),
-                int(rng.integers(image.shape[1])),
-            )
-            image = OPS[name](image, magnitude, centre=centre)
+            y, x = (int(rng.integers(side)) for side in image.shape[:2])
+            image = OPS[name](image, magnitude, centre=(y, x))
         else:
             image = OPS[name](image, magnitude, negate=bool(rng.integers(2)))
     return image
@@ -82,7 +79,7 @@ def equalize(image: Image) -> Image:
 
 
 def invert(image: Image) -> Image:
-    """255 - x."""
+    """Replaces each level x by 255 - x."""
     return np.uint8(255) - image
 
 
@@ -213,8 +210,8 @@ def _transform(image: Image, rows: Float32[np.ndarray, "2 3"]) -> Image:
     )
 
 
-# A recipe has one magnitude, so five transforms with two signs each, 200 kB for
-# 224x224; computing them anew takes ten times as long as applying them.
+# A recipe has one magnitude, hence five transforms with two signs each. An entry takes
+# 200 kB for 224x224; to compute one takes ten times as long as to apply it.
 @functools.lru_cache(maxsize=16)
 def _origins(h: int, w: int, rows: bytes) -> Int16[np.ndarray, "h w 2"]:
     """The column and row of the input that each output pixel shows.
@@ -225,27 +222,25 @@ def _origins(h: int, w: int, rows: bytes) -> Int16[np.ndarray, "h w 2"]:
     x = np.arange(w, dtype=np.float32)
     y = np.arange(h, dtype=np.float32)[:, None]
     coefficients = np.frombuffer(rows, np.float32).reshape(2, 3)
-    at = [_round_half_away(a * x + b * y + c) for a, b, c in coefficients]
-    # −1 is outside, as is whatever does not fit 16 bits.
-    return np.stack(at, axis=-1).clip(-1, 2**15 - 1).astype(np.int16)
+    origins = [_round_half_away(a * x + b * y + c) for a, b, c in coefficients]
+    # −1 is outside of the image, and so is whatever does not fit into 16 bits.
+    return np.stack(origins, axis=-1).clip(-1, 2**15 - 1).astype(np.int16)
 
 
-def _round_half_away(at: Float32[np.ndarray, "h w"]) -> Int64[np.ndarray, "h w"]:
+def _round_half_away(x: Float32[np.ndarray, "h w"]) -> Int64[np.ndarray, "h w"]:
     # In float64 adding the half is exact; in float32 0.49999997 would become 1.
-    at64 = at.astype(np.float64)
-    return np.trunc(at64 + np.copysign(0.5, at64)).astype(np.int64)
+    exact = x.astype(np.float64)
+    return np.trunc(exact + np.copysign(0.5, exact)).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One of the 16: what it does, and how strongly at a magnitude.
-
-    Called as `op(image, magnitude, negate=False)`; Cutout also takes `centre=(y, x)`.
+    """One of the 16 operations, called as `op(image, magnitude, negate=False)`.
 
     Attributes:
-      function: the operation, of the image and its argument, if it has one.
-      argument: maps level = magnitude/10 to the argument; None if there is none.
-      signed: whether `negate` flips the argument's sign; others ignore it.
+      function: (image) → image, or (image, argument) → image.
+      argument: magnitude/10 → argument; None if the function has none.
+      signed: whether `negate` changes the argument's sign; other ops ignore it.
     """
 
     function: Callable[..., Image]
@@ -259,7 +254,7 @@ class Op:
         negate: bool = False,
         **where: tuple[int, int],
     ) -> Image:
-        """Applies the op at `magnitude`, on the recipe's scale of 0 to 20."""
+        """Applies the op at a magnitude from 0 to 20; Cutout takes `centre=(y, x)`."""
         if self.argument is None:
             return self.function(image)
         sign = -1 if negate and self.signed else 1

@@ -4,15 +4,15 @@ Nothing here needs TensorFlow or the network. TFDS data is read in both of its f
 array_record and TFRecord.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import difflib
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -36,8 +36,7 @@ class Source(Protocol):
     """Randomly accessible, picklable examples.
 
     `source[i]` is `{"image": ..., "label": ...}`, the image as encoded bytes or as a
-    uint8 array (h, w, c), the label as `label(i)` gives it. `class_names` is None where
-    classes have no names.
+    uint8 array (h, w, c), the label as `label(i)` returns it.
     """
 
     @property
@@ -57,10 +56,10 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def label(self, index: int) -> Label:
-        """The class of example `index`, or its classes; its image is not looked at."""
+        """The class of example `index`, or its classes; its image is not read."""
 
     def name_of(self, index: int) -> str:
-        """What a person would call example `index`."""
+        """A name of example `index` for people."""
 
 
 def open_source(
@@ -85,10 +84,10 @@ def open_source(
         Sequence of it: "real_label" of imagenet2012_real).
       data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
         ~/tensorflow_datasets).
-      num_examples: number of examples that the recipe states; checked. For
-        "synthetic", how many to make (None: 1,024).
-      num_classes: number of classes that the recipe states; checked. For "synthetic",
-        how many to make (None: 1,000).
+      num_examples: number of examples that the recipe states, which is checked; of
+        "synthetic", the number that is made (None: 1,024).
+      num_classes: number of classes that the recipe states, which is checked; of
+        "synthetic", the number that is made (None: 1,000).
       image_size: (height, width) of synthetic images in pixels; else unused.
 
     Raises:
@@ -167,10 +166,10 @@ class _TfdsSource:
                 f"{name} cannot be read as split {split!r} ({error}). Its splits are"
                 f" {', '.join(info.splits)}; a part is written like 'train[:99%]'."
             ) from error
-        files = [file for file in files if file.take > 0]  # not so in "train[10:5]"
+        files = [file for file in files if file.take > 0]  # "train[10:5]" has others
         self._prefix = f"{name} {split}"
         self._label = label
-        # Only these are parsed: a segmentation mask, say, costs nothing.
+        # Only these are parsed; other features, such as a mask, cost nothing.
         self._features = tfds.features.FeaturesDict({"image": image, label: classes})
         self._label_features = tfds.features.FeaturesDict({label: classes})
         self._id_features = tfds.features.FeaturesDict(
@@ -223,7 +222,7 @@ class _TfdsSource:
 def _find_builder(
     name: str, data_dir: str | os.PathLike | None
 ) -> tfds.core.DatasetBuilder:
-    """The prepared TFDS data set of this name. Looks at files only, never at code."""
+    """The prepared TFDS data set of this name, found by its files, without code."""
     folder = os.path.expanduser(os.fspath(data_dir)) if data_dir else None
     try:
         return read_only_builder.builder_from_files(name, data_dir=folder)
@@ -283,7 +282,7 @@ class _SyntheticSource:
         return f"synthetic[{index}]"
 
 
-# --- Whose classes --------------------------------------------------------------------
+# --- The model's classes --------------------------------------------------------------
 
 
 def with_classes(
@@ -299,8 +298,8 @@ def with_classes(
 
     Args:
       source: data whose classes may be a part of the model's.
-      class_names: names of the model's classes, by label; None if they have none. (A
-        thousand without names are ImageNet-1k's, if all of the data's are.)
+      class_names: names of the model's classes, by label; None if they have none, in
+        which case `class_names.assumed` may know them.
       num_classes: number of the model's classes.
       of: name of the source, for messages.
       to: name of the model, for messages.
@@ -341,14 +340,14 @@ class _Relabelled:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
-        return example | {"label": self._mapped(example["label"])}
+        return example | {"label": self._model_label(example["label"])}
 
     def label(self, index: int) -> Label:
-        return self._mapped(self.source.label(index))
+        return self._model_label(self.source.label(index))
 
-    def _mapped(self, label: Label) -> Label:
+    def _model_label(self, label: Label) -> Label:
         label = np.asarray(label)
-        # What is no class of the source, -1 in an unlabelled split, stays none.
+        # A label that is no class of the source, as in an unlabelled split, becomes -1.
         known = (label >= 0) & (label < len(self.label_of))
         mapped = np.where(known, self.label_of[np.where(known, label, 0)], -1)
         return mapped if self.multi_label else int(mapped)
@@ -357,16 +356,16 @@ class _Relabelled:
         return self.source.name_of(index)
 
 
-# --- What the data is -----------------------------------------------------------------
+# --- Fingerprints ---------------------------------------------------------------------
 
 
 @functools.singledispatch
 def fingerprint(source: Source) -> dict[str, Any]:
     """Describes what a source holds, as JSON, to compare it with a later state.
 
-    It takes seconds, because it looks at names and sizes of files, not at contents. It
-    does not depend on where the data lies, so data may be moved, and processes that see
-    the same data get the same.
+    It looks at names and sizes of files, not at their contents, so it takes seconds. It
+    does not depend on the folder of the data: data may be moved, and processes that
+    mount the same data elsewhere get the same description.
     """
     return _common(source, type(source).__name__)
 
@@ -402,26 +401,25 @@ def _(source: _TfdsSource) -> dict[str, Any]:
 @fingerprint.register
 def _(source: folders.FolderSource) -> dict[str, Any]:
     names = [canonical(name) for name in source.class_names]
-    lines: dict[str, list[str]] = {name: [] for name in names}
-    sizes: collections.Counter[str] = collections.Counter()
-    order = hashlib.sha256()
-    for path, label, size in zip(
-        source.paths, source.labels, _sizes(source.paths), strict=True
-    ):
-        line = f"{canonical(os.path.basename(path))}\0{size}\n"
-        lines[names[label]].append(line)
-        sizes[names[label]] += size
-        order.update(_bytes(f"{names[label]}/{line}"))
-    files = {
+    of_files = [names[label] for label in source.labels]
+    sizes = _sizes(source.paths)
+    lines = [
+        f"{canonical(os.path.basename(path))}\0{size}\n"
+        for path, size in zip(source.paths, sizes, strict=True)
+    ]
+    of_classes: dict[str, list[tuple[str, int]]] = {name: [] for name in names}
+    for name, line, size in zip(of_files, lines, sizes, strict=True):
+        of_classes[name].append((line, size))
+    classes = {
         name: {
-            "images": len(of_class),
-            "bytes": sizes[name],
-            "files": _digest(_bytes("".join(sorted(of_class)))),
+            "images": len(files),
+            "bytes": sum(size for _, size in files),
+            "files": _digest(sorted(line for line, _ in files)),
         }
-        for name, of_class in lines.items()
+        for name, files in of_classes.items()
     }
-    more = {"classes": files, "order": order.hexdigest()[:16]}
-    return _common(source, "folder") | more
+    order = _digest(f"{k}/{line}" for k, line in zip(of_files, lines, strict=True))
+    return _common(source, "folder") | {"classes": classes, "order": order}
 
 
 @fingerprint.register
@@ -429,23 +427,17 @@ def _(source: _Relabelled) -> dict[str, Any]:
     return fingerprint(source.source)
 
 
-def _digest(data: bytes) -> str:
+def _digest(texts: Iterable[str]) -> str:
+    data = "".join(texts).encode("utf-8", "surrogatepass")
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
 def _sizes(paths: Sequence[str]) -> list[int]:
-    """Returns sizes in bytes, -1 without access; in threads, for slow disks."""
+    """Sizes in bytes, -1 without access; in threads, because disks may be slow."""
     parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return [size for part in pool.map(_sizes_of, parts) for size in part]
-
-
-def _sizes_of(paths: Sequence[str]) -> list[int]:
-    return [_size(path) for path in paths]
+        sizes = pool.map(lambda part: [_size(path) for path in part], parts)
+        return [*itertools.chain.from_iterable(sizes)]
 
 
 def _size(path: str) -> int:

@@ -17,7 +17,7 @@ from mlp_mixer.files import writing
 
 
 class TFRecords:
-    """The records of TFRecord files, as TFDS's split instructions cut them.
+    """The records of TFRecord files that TFDS's split instructions select.
 
     Args:
       files: objects with `filename, skip, take, examples_in_shard`.
@@ -58,7 +58,7 @@ class TFRecords:
 
 
 def _record_offsets(filename: str) -> np.ndarray:
-    """Where each record of a TFRecord file starts, in bytes; cached beside the file."""
+    """The byte at which each record of the file starts; cached in a file beside it."""
     path = pathlib.Path(filename)
     cache = path.with_name(f".{path.name}.index.npy")
     stat = path.stat()
@@ -79,7 +79,7 @@ def _record_offsets(filename: str) -> np.ndarray:
             " it is cut off or damaged: copy or prepare it again."
         )
     index = np.asarray([*stamp, *offsets], np.int64)
-    # Of a read-only data set the next start scans again.
+    # Beside read-only data nothing is cached, and the next start scans again.
     with contextlib.suppress(OSError), writing(cache) as unfinished:
         np.save(unfinished, index)
     return index[2:]

@@ -180,15 +180,15 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", self.bias_init, shape[1:], jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.run.dtype)
-        if self.run.flat and self.axis == 0:
-            y = _map_columns(x.reshape(x.shape[0], -1), kernel)
-            y = y.reshape(self.features, *x.shape[1:])
-        elif self.run.flat:
-            y = _map_rows(x.reshape(-1, x.shape[-1]), kernel)
-            y = y.reshape(*x.shape[:-1], self.features)
-        elif self.axis == 0:
-            # Weight first: the other operand order transposes the whole result.
-            y = jnp.einsum("sd,s...->d...", kernel, x)
-        else:
-            y = x @ kernel
+        tokens = self.axis == 0
+        if self.run.flat:
+            # The bias is added to a matrix, too: the sum that is its gradient takes
+            # longer over three axes (XLA's CPU, bfloat16: a sixth of the step).
+            if tokens:
+                y = add_bias(_map_columns(x.reshape(len(x), -1), kernel), bias, 0)
+                return y.reshape(self.features, *x.shape[1:])
+            y = add_bias(_map_rows(x.reshape(-1, x.shape[-1]), kernel), bias)
+            return y.reshape(*x.shape[:-1], self.features)
+        # Weight first: the other operand order transposes the whole result.
+        y = jnp.einsum("sd,s...->d...", kernel, x) if tokens else x @ kernel
         return add_bias(y, bias, self.axis)

@@ -1,23 +1,21 @@
 """Prepares data sets: `prepare(name)` writes one that `data.sources` then reads.
 
-`PREPARABLE` is the table of those that the project knows; any other name of TFDS is
-prepared by TFDS's own builder.
+`PREPARABLE` lists those that the project knows; TFDS's own builders prepare any other
+data set of TFDS.
 """
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.core.utils import file_utils
 
 from mlp_mixer import files
-from mlp_mixer.console import Progress
 from mlp_mixer.data.preparation import imagenet, imagenet21k, stock, vtab
 from mlp_mixer.data.preparation.digits import prepare_digits
 from mlp_mixer.data.preparation.writing import Job
@@ -40,15 +38,15 @@ class Preparable:
     """How a data set is prepared.
 
     Attributes:
-      write: does it.
-      gigabytes: disk space that it takes, with downloads, without files put by hand.
-      manual: what a person has to put into the manual folder.
+      write_files: function that prepares it.
+      gigabytes: disk space that it needs, with downloads, without the manual folder.
+      manual: files that a person has to put into the manual folder.
       base: the TFDS data set that it is made from.
-      tensorflow: whether TFDS's own builder does it.
+      tensorflow: whether TFDS's own builder prepares it.
       version: version of the data that this project writes itself.
     """
 
-    write: Callable[[Job], None]
+    write_files: Callable[[Job], None]
     gigabytes: float
     manual: str = ""
     base: str = ""
@@ -57,12 +55,12 @@ class Preparable:
 
 
 def _stock(gigabytes: float, manual: str = "") -> Preparable:
-    write = functools.partial(stock.prepare_stock, gigabytes=gigabytes)
-    return Preparable(write, gigabytes, manual, tensorflow=True)
+    prepare_stock = functools.partial(stock.prepare_stock, gigabytes=gigabytes)
+    return Preparable(prepare_stock, gigabytes, manual, tensorflow=True)
 
 
-# Estimates, on the safe side: downloads as TFDS's checksum files state them, what they
-# unpack to, and shards.
+# High estimates: the downloads as TFDS's checksum files state them, their contents, and
+# the shards.
 _STOCK = {
     "cifar10": _stock(0.5),
     "cifar100": _stock(0.5),
@@ -111,23 +109,18 @@ PREPARABLE: dict[str, Preparable] = {
 }
 
 
-@contextlib.contextmanager
-def _silent(what: str, total: int, unit: str, done: int) -> Iterator:
-    yield lambda amount: None
-
-
 def default_data_dir() -> pathlib.Path:
     """TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     return pathlib.Path(file_utils.list_data_dirs(None)[0]).expanduser()
 
 
 def default_manual_dir(data_dir: str | os.PathLike) -> pathlib.Path:
-    """Where TFDS looks for files that a person has to download."""
+    """The folder in which TFDS looks for files that a person has to download."""
     return pathlib.Path(data_dir) / "downloads" / "manual"
 
 
 def find(name: str, data_dir: str | os.PathLike) -> pathlib.Path | None:
-    """The folder of a prepared data set, in whichever format; None if there is none."""
+    """The folder of a prepared data set, in any format; None if there is none."""
     try:
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
@@ -136,9 +129,9 @@ def find(name: str, data_dir: str | os.PathLike) -> pathlib.Path | None:
 
 
 def instructions(name: str, data_dir: str | os.PathLike) -> str:
-    """What to do to have a data set in `data_dir`, a line for each step."""
-    steps, recipe = [], PREPARABLE.get(name)
-    source = recipe and PREPARABLE.get(recipe.base, recipe)
+    """The steps that prepare a data set in `data_dir`, one a line."""
+    steps, entry = [], PREPARABLE.get(name)
+    source = entry and PREPARABLE.get(entry.base, entry)
     if source and source.manual:
         steps.append(f"put {source.manual} into {default_manual_dir(data_dir)}/")
     if not source or source.tensorflow:
@@ -153,22 +146,20 @@ def prepare(
     data_dir: str | os.PathLike | None = None,
     manual_dir: str | os.PathLike | None = None,
     verify: bool = True,
-    progress: Progress = _silent,
 ) -> pathlib.Path:
-    """Prepares a data set, unless it is there; a killed preparation is continued.
+    """Prepares a data set unless it is there, or continues a killed preparation.
 
     Any number of processes may call this at once: one prepares, the others wait.
 
     Args:
-      name: in PREPARABLE, or of TFDS.
-      data_dir: where TFDS data lives; None is TFDS's own default.
+      name: a key of PREPARABLE, or another name of TFDS.
+      data_dir: folder of TFDS data; None is TFDS's own default.
       manual_dir: folder of files put there by hand; None is
         `<data_dir>/downloads/manual`.
-      verify: whether to compare those with their published checksums.
-      progress: (what, total, unit, done) → a context that gives `advance(amount)`.
+      verify: whether these are compared with their published checksums.
 
     Returns:
-      Its folder.
+      The folder of the data set.
 
     Raises:
       FileNotFoundError: files are missing that a person has to download.
@@ -181,21 +172,14 @@ def prepare(
     if there := find(name, root):
         logger.info("%s is already there: %s", name, there)
         return there
-    recipe = PREPARABLE.get(name) or _stock(0.0)
-    if recipe.base:
-        prepare(
-            recipe.base,
-            data_dir=root,
-            manual_dir=manual_dir,
-            verify=verify,
-            progress=progress,
-        )
+    entry = PREPARABLE.get(name) or _stock(0.0)
+    if entry.base:
+        prepare(entry.base, data_dir=root, manual_dir=manual_dir, verify=verify)
     root.mkdir(parents=True, exist_ok=True)
     lock = root / f".{name.replace('/', '_')}.lock"
     with files.locked(lock, f"prepares {name}"):
         if not (there := find(name, root)):
-            job = Job(name, recipe.version, root, manual, verify, progress)
-            recipe.write(job)
+            entry.write_files(Job(name, entry.version, root, manual, verify))
             there = find(name, root)
     if not there:
         raise ValueError(f"{name} was prepared, but cannot be found in {root}.")

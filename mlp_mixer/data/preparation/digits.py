@@ -26,18 +26,18 @@ _TRAIN_EXAMPLES = 1500  # of 1,797; the other 297 are the test split.
 
 
 class _OfflineInfo(tfds.core.DatasetInfo):
-    """TFDS asks a Google bucket for the description of a data set it does not find."""
+    """Keeps TFDS from asking a Google bucket about data that is not prepared yet."""
 
     def initialize_from_bucket(self) -> None:
-        """Asks nobody: everything about the embedded data is in this file."""
+        """Does nothing: this file says everything about the embedded data."""
 
 
 class MixerDigits(tfds.core.GeneratorBasedBuilder):
     """1,797 grey 8x8 images of handwritten digits, split 1,500 / 297."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded; looking for checksums, TFDS imports importlib_resources,
-    # which it does not declare.
+    # Nothing is downloaded. To find checksums TFDS would import importlib_resources,
+    # which it does not declare as a dependency.
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -60,7 +60,7 @@ class MixerDigits(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         with gzip.open(_CSV, "rt") as file:
             rows = np.loadtxt(file, delimiter=",", dtype=np.int64)
-        # The file is ordered by writer: without this, test would be other hands.
+        # The file is ordered by writer: without this, other people would write test.
         rows = rows[np.random.default_rng(0).permutation(len(rows))]
         return {
             "train": self._generate_examples(rows[:_TRAIN_EXAMPLES]),
@@ -77,16 +77,13 @@ class MixerDigits(tfds.core.GeneratorBasedBuilder):
 def prepare_digits(
     data_dir: str | os.PathLike | None = None,
 ) -> tfds.core.DatasetBuilder:
-    """The digits as a TFDS builder, prepared as array_record on first use.
+    """Returns the digits as a TFDS builder, prepared as array_record on first use.
 
     Any number of processes may call this at once: one prepares, the others wait.
 
     Args:
-      data_dir: where TFDS data lives; None is TFDS's own default (TFDS_DATA_DIR, or
+      data_dir: folder of TFDS data; None is TFDS's own default (TFDS_DATA_DIR, or
         ~/tensorflow_datasets).
-
-    Returns:
-      A builder whose data is on disk.
     """
     builder = MixerDigits(data_dir=data_dir, file_format="array_record")
     if builder.data_path.exists():  # TFDS renames it there when it is complete.
@@ -96,7 +93,7 @@ def prepare_digits(
     with files.locked(root / ".mixer_digits.lock", "prepares the digits"):
         if not builder.data_path.exists():
             _prepare(builder)
-    # Read again: this one was made before the data was.
+    # A new one, because a builder reads at its creation what is prepared.
     return MixerDigits(data_dir=data_dir, file_format="array_record")
 
 
@@ -105,7 +102,7 @@ def _prepare(builder: tfds.core.DatasetBuilder) -> None:
     folder = pathlib.Path(builder.data_dir).parent
     for leftover in folder.glob("incomplete.*"):  # of a process that was killed
         shutil.rmtree(leftover)
-    # TFDS's prints and bars: a second's work needs one line of log.
+    # It takes a second, so one line of log replaces TFDS's prints and bars.
     sink = io.StringIO()
     with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
         builder.download_and_prepare(

@@ -27,7 +27,7 @@ from mlp_mixer.text import brief
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-# Size in bytes and md5, as image-net.org publishes them; images.
+# Size in bytes and md5, as image-net.org publishes them.
 _PUBLISHED = {
     TRAIN: (147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e"),
     VAL: (6_744_924_160, "29b22e2961454d5413ddabcf34fc5622"),
@@ -52,12 +52,12 @@ def prepare_imagenet(job: Job) -> None:
       ValueError: a tar is damaged, or not the published one.
     """
     train, val = job.manual_dir / TRAIN, job.manual_dir / VAL
-    _begin(job, [train, val])
+    _begin_with_tars(job, [train, val])
     label_of = {wnid: label for label, wnid in enumerate(_wnids())}
     archives = []
     left_out = LeftOut()
-    members = tars.list_members(tars.Archive(train), left_out, _hidden)
-    folders.say_left_out(train, left_out)
+    members = tars.list_members(tars.Archive(train), left_out, _hidden_kind)
+    folders.log_left_out(train, left_out)
     for member in members:
         wnid = member.name.removesuffix(".tar")
         if wnid not in label_of:
@@ -71,7 +71,7 @@ def prepare_imagenet(job: Job) -> None:
         "train": tars.index(job, "train", archives),
         "validation": _validation(job, val),
     }
-    _say_counts(job, images)
+    _warn_of_counts(job, images)
     splits = {
         name: Split(len(part), part.num_bytes, part.read)
         for name, part in images.items()
@@ -98,10 +98,10 @@ def prepare_real(job: Job) -> None:
       ValueError: a file is damaged, or not the published one.
     """
     val = job.manual_dir / VAL
-    _begin(job, [val])
+    _begin_with_tars(job, [val])
     real = _real_labels(job)
     images = _validation(job, val)
-    _say_counts(job, {"validation": images})
+    _warn_of_counts(job, {"validation": images})
     numbers = [_number(name.decode()) for name in images.name]
     if max(numbers, default=0) > len(real):
         raise ValueError(
@@ -130,11 +130,11 @@ def prepare_real(job: Job) -> None:
     )
 
 
-def _hidden(name: str) -> str | None:
+def _hidden_kind(name: str) -> str | None:
     return folders.HIDDEN if folders.is_hidden(name) else None
 
 
-def _begin(job: Job, paths: Sequence[pathlib.Path]) -> None:
+def _begin_with_tars(job: Job, paths: Sequence[pathlib.Path]) -> None:
     tars.require(paths, _WHERE_FROM)
     writing.begin(job, paths, sum(path.stat().st_size for path in paths))
     tars.verify(job, {path: _PUBLISHED[path.name] for path in paths})
@@ -148,17 +148,17 @@ def _features() -> dict[str, tfds.features.FeatureConnector]:
 
 
 def _wnids() -> list[str]:
-    """By label; TFDS ships them."""
-    return _lines("labels.txt")
+    """The classes' synset ids by label, from TFDS's package."""
+    return _words_of_tfds("labels.txt")
 
 
-def _lines(name: str) -> list[str]:
+def _words_of_tfds(name: str) -> list[str]:
     return tfds.core.tfds_path(f"datasets/imagenet2012/{name}").read_text().split()
 
 
 def _validation(job: Job, path: pathlib.Path) -> tars.TarImages:
     label_of = {wnid: label for label, wnid in enumerate(_wnids())}
-    labels = [label_of[wnid] for wnid in _lines("validation_labels.txt")]
+    labels = [label_of[wnid] for wnid in _words_of_tfds("validation_labels.txt")]
 
     def label(_: tars.Archive, member: tars.Member) -> int:
         return labels[_number(member.name) - 1]
@@ -176,7 +176,7 @@ def _number(name: str) -> int:
     return int(match[1])
 
 
-def _say_counts(job: Job, images: dict[str, tars.TarImages]) -> None:
+def _warn_of_counts(job: Job, images: dict[str, tars.TarImages]) -> None:
     for split, part in images.items():
         if len(part) != (expected := _IMAGES[split]):
             logger.warning(
@@ -213,10 +213,10 @@ def _real_labels(job: Job) -> list[list[int]]:
 
 
 def _download(url: str, path: pathlib.Path, sha256: str | None) -> None:
-    """Keeps what lies at `url`, if it is whole and has this sum.
+    """Downloads a file and checks its sum.
 
     Raises:
-      OSError: it cannot be had within `_SECONDS`, or is another file.
+      OSError: it cannot be downloaded within `_SECONDS`, or is another file.
     """
     logger.info("Downloading %s", url)
     by_hand = f"put {path.name} into the manual folder by hand."
@@ -240,7 +240,7 @@ def _fetched(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=60) as response:
         while block := response.read1(1 << 20):
             data += block
-            # The timeout above is for each byte.
+            # The timeout above is for a single read.
             if time.monotonic() > end:
                 raise TimeoutError(f"{len(data):,} bytes in {_SECONDS} seconds")
         if response.length:

@@ -6,7 +6,7 @@ import re
 
 import tensorflow_datasets as tfds
 
-from mlp_mixer.data.folders import HIDDEN, LeftOut, is_hidden, listed, say_left_out
+from mlp_mixer.data.folders import HIDDEN, LeftOut, is_hidden, listed, log_left_out
 from mlp_mixer.data.preparation import tars, writing
 from mlp_mixer.data.preparation.writing import Job, Split
 from mlp_mixer.text import printable
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_imagenet21k(job: Job) -> None:
-    """Writes `imagenet21k`: one split `full`, shuffled, for slices as in the recipes.
+    """Writes `imagenet21k` with one split, `full`, of which recipes take slices.
 
-    Labels are the places of the classes' tars in sorted order.
+    Images are shuffled. Labels are the positions of the classes' tars in sorted order.
 
     Raises:
       FileNotFoundError: there are no tars.
@@ -56,9 +56,9 @@ def prepare_imagenet21k(job: Job) -> None:
 
 
 def class_tars(manual_dir: pathlib.Path) -> list[pathlib.Path]:
-    """n*.tar of the folder or of its sub-folder imagenet21k, sorted.
+    """The files n*.tar in the sub-folder imagenet21k or else in the folder, sorted.
 
-    What else lies there is counted in the log.
+    The log counts other files there.
 
     Raises:
       FileNotFoundError: there are none.
@@ -70,7 +70,7 @@ def class_tars(manual_dir: pathlib.Path) -> list[pathlib.Path]:
         found = [file for file in files if _is_class_tar(file)]
         left_out = LeftOut(_kind(file) for file in files if file not in {*found})
         if found:
-            say_left_out(folder, left_out)
+            log_left_out(folder, left_out)
             return found
         others.append(f"{folder} holds {listed(left_out) or 'nothing'}")
     raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Data sets through TFDS's own builders: the one place that needs TensorFlow."""
+"""Prepares data sets with TFDS's own builders; only this needs TensorFlow."""
 
 import contextlib
 import difflib
@@ -22,11 +22,11 @@ _EVERY_SECONDS = 30.0
 def prepare_stock(job: Job, gigabytes: float = 0.0) -> None:
     """Downloads and writes a data set that TFDS knows, as array_record.
 
-    What was downloaded is kept when it is interrupted; TFDS writes all or nothing.
+    After an interruption downloads are kept; TFDS itself writes all shards or none.
 
     Args:
       job: the data set.
-      gigabytes: that downloads, their contents and shards need; 0 if not known.
+      gigabytes: size of downloads, their contents and shards; 0 if not known.
 
     Raises:
       FileNotFoundError: it needs files that a person has to download.
@@ -49,7 +49,7 @@ def prepare_stock(job: Job, gigabytes: float = 0.0) -> None:
             builder.download_and_prepare(
                 download_dir=job.data_dir / "downloads", download_config=config
             )
-    except AssertionError as error:  # TFDS's word for what is not in the folder
+    except AssertionError as error:  # which TFDS raises for missing manual files
         message = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{job.name} needs files in {job.manual_dir}: {message}"
@@ -86,20 +86,20 @@ def _check_tensorflow(name: str) -> None:
 
 @contextlib.contextmanager
 def _heartbeat(job: Job) -> Iterator[None]:
-    """Says every half minute what lies on disk: TFDS's bars are for terminals."""
+    """Logs the size on disk every half minute, where TFDS's bars have no terminal."""
     if sys.stderr.isatty():
         yield
         return
     tfds.disable_progress_bar()
     ended, began = threading.Event(), time.monotonic()
 
-    def say() -> None:
+    def log_size() -> None:
         while not ended.wait(_EVERY_SECONDS):
             size = _downloaded(job) + _bytes_in(job.data_dir / job.name)
             after = time.strftime("%H:%M:%S", time.gmtime(time.monotonic() - began))
             logger.info("%s: %.2f GB on disk after %s", job.name, size / 1e9, after)
 
-    thread = threading.Thread(target=say, daemon=True)
+    thread = threading.Thread(target=log_size, daemon=True)
     thread.start()
     try:
         yield
@@ -109,7 +109,7 @@ def _heartbeat(job: Job) -> Iterator[None]:
 
 
 def _downloaded(job: Job) -> int:
-    """Bytes that TFDS downloaded and unpacked, for whichever data set."""
+    """Bytes that TFDS has downloaded and unpacked, for all data sets."""
     folder = job.data_dir / "downloads"
     return _bytes_in(folder) - _bytes_in(folder / "manual")
 

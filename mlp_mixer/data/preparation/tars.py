@@ -1,6 +1,6 @@
-"""Images in tar archives: where each lies, in TFDS's order, read without unpacking.
+"""Images in tar archives, indexed in TFDS's order and read without unpacking.
 
-What is in them besides is counted by kind and said in one line, as for folders.
+Other files in them are counted by kind, and the log says the counts, as for folders.
 """
 
 import concurrent.futures
@@ -14,13 +14,14 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from mlp_mixer import files
+from mlp_mixer import console, files
 from mlp_mixer.data import folders
 from mlp_mixer.data.folders import LeftOut
 from mlp_mixer.data.preparation.writing import Job
 from mlp_mixer.text import printable
 
-_READERS = 16  # A network disk's latency, and a hard disk's arm, like company.
+# Threads: several reads at once hide a network disk's latency.
+_READERS = 16
 
 
 class Member(NamedTuple):
@@ -32,7 +33,7 @@ class Member(NamedTuple):
 
 
 class Archive(NamedTuple):
-    """A tar: a file, or the bytes [start, stop) of another tar, where it is `inner`."""
+    """A tar: a file, or the bytes [start, stop) of it, which are the member `inner`."""
 
     path: pathlib.Path
     label: int = -1
@@ -42,7 +43,7 @@ class Archive(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where its bytes end."""
+        """The byte of the file at which it ends."""
         return self.path.stat().st_size if self.stop is None else self.stop
 
 
@@ -62,13 +63,13 @@ class TarImages:
 
     @property
     def num_bytes(self) -> int:
-        """Of all images."""
+        """Size of all images together."""
         return int(self.size.sum())
 
     def read(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
-        """Examples `start` to `stop`: image, as its bytes, label and file_name."""
+        """Yields examples `start` to `stop`: image (its bytes), label, file_name."""
         rows = np.arange(start, stop)
-        # In the order of the disk; a shard fits into memory.
+        # Read in the order of the disk; a shard fits into memory.
         by_place = rows[np.lexsort((self.offset[rows], self.tar[rows]))].tolist()
         with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
             data = dict(zip(by_place, pool.map(self._bytes, by_place), strict=True))
@@ -88,10 +89,10 @@ class TarImages:
         return data
 
     def shuffled(self, salt: str) -> "TarImages":
-        """The images in the order in which TFDS keeps a split of the name `salt`.
+        """The images in the order of TFDS's split with the name `salt`.
 
-        That is the order of the md5 of split and file name (tensorflow_datasets
-        `core/shuffle.py`), so slices such as `train[99%:]` are those of a tree that
+        TFDS orders by the md5 of split and file name (tensorflow_datasets
+        `core/shuffle.py`), so slices such as `train[99%:]` equal those of data that
         TFDS prepared.
 
         Raises:
@@ -111,9 +112,9 @@ class TarImages:
         order = np.lexsort((low, high))
         names = self.name[order]
         if (same := names[1:] == names[:-1]).any():
-            at = int(np.flatnonzero(same)[0])
-            where = sorted({self.paths[tar] for tar in self.tar[order[at : at + 2]]})
-            twice = names[at].decode()
+            i = int(np.flatnonzero(same)[0])
+            where = sorted({self.paths[tar] for tar in self.tar[order[i : i + 2]]})
+            twice = names[i].decode()
             raise ValueError(f"{twice} is there twice, in {' and '.join(where)}.")
         arrays = {f: getattr(self, f)[order] for f in _ARRAYS}
         return TarImages(self.paths, **arrays)
@@ -127,15 +128,15 @@ def list_members(
     left_out: LeftOut,
     kind_of: Callable[[str], str | None] = folders.why_left_out,
 ) -> list[Member]:
-    """The files in a tar that are wanted.
+    """Lists the files in a tar that are wanted.
 
     Args:
       archive: the tar.
-      left_out: where the others are counted.
+      left_out: counter to which the others are added.
       kind_of: name of a file → the kind that it is counted under; None: it is wanted.
 
     Raises:
-      ValueError: it is cut off or damaged, as far as its headers show.
+      ValueError: its headers show that it is cut off or damaged.
     """
     members = []
     with open(archive.path, "rb") as file:
@@ -161,22 +162,22 @@ def list_members(
 
 
 def _why_left_out(info: tarfile.TarInfo, kind: str | None) -> str | None:
-    """The kind that a member is counted under, given that of its name."""
+    """The kind that a member is counted under; `kind` is that of its name."""
     if info.isdir():
         return None
-    if folders.OF_SYSTEMS & {part.lower() for part in info.name.split("/")}:
+    if folders.SYSTEM_NAMES & {part.lower() for part in info.name.split("/")}:
         return folders.HIDDEN
     if kind or info.issym() or info.islnk():
         return kind or "linked"
     if not info.isfile():
         return "neither file nor folder"
-    if info.issparse():  # its bytes do not lie in one piece
+    if info.issparse():  # its bytes are not in one piece
         return "sparse"
     return None if info.size else "empty"
 
 
 def _check_size(info: tarfile.TarInfo, stop: int) -> None:
-    # With a negative size tarfile would read the same members for ever.
+    # A negative size would let tarfile read the same members for ever.
     end = info.offset_data + (0 if info.issparse() else info.size)
     if info.size < 0 or end > stop:
         name = printable(info.name)
@@ -184,7 +185,7 @@ def _check_size(info: tarfile.TarInfo, stop: int) -> None:
 
 
 def _check_end(file: BinaryIO, offset: int, stop: int) -> None:
-    """To tarfile, a damaged header and the end of the file are ends of an archive."""
+    """Raises unless the archive has an end; tarfile stops at damaged headers too."""
     file.seek(offset)
     if offset + tarfile.BLOCKSIZE > stop or any(file.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"no end of the archive at byte {offset:,} of {stop:,}")
@@ -196,7 +197,7 @@ def index(
     archives: Sequence[Archive],
     label_of: Callable[[Archive, Member], int] = lambda archive, member: archive.label,
 ) -> TarImages:
-    """Finds all images of a split, in TFDS's order; kept in the partial folder.
+    """Returns all images of a split in TFDS's order; cached in the partial folder.
 
     Raises:
       ValueError: an archive is damaged, or two images have the same name.
@@ -211,7 +212,7 @@ def index(
     where = {path: i for i, path in enumerate(paths)}
     left_out = LeftOut()
     title = f"{job.name} {split}: listing"
-    with job.progress(title, sum(sizes), "bytes", 0) as advance:
+    with console.counter(title, sum(sizes), "bytes") as advance:
         for archive, size in zip(archives, sizes, strict=True):
             found = list_members(archive, left_out)
             labels = [label_of(archive, member) for member in found]
@@ -221,7 +222,7 @@ def index(
             parts["name"].append(np.array([m.name.encode() for m in found], "S"))
             parts["label"].append(np.array(labels, np.int32))
             advance(size)
-    folders.say_left_out(f"the tars of {job.name} {split}", left_out)
+    folders.log_left_out(f"the tars of {job.name} {split}", left_out)
     arrays = {field: np.concatenate(part) for field, part in parts.items()}
     images = TarImages(paths, **arrays).shuffled(split)
     with files.writing(cache) as file:
@@ -230,7 +231,7 @@ def index(
 
 
 def require(paths: Iterable[pathlib.Path], where_from: str) -> None:
-    """Raises FileNotFoundError that names those files that are not there."""
+    """Raises FileNotFoundError if files are missing, and names them."""
     if missing := [path for path in paths if not path.is_file()]:
         names = " and ".join(path.name for path in missing)
         raise FileNotFoundError(
@@ -257,7 +258,7 @@ def verify(job: Job, published: dict[pathlib.Path, tuple[int, str]]) -> None:
     for path, (size, md5) in published.items():
         hasher = hashlib.md5()
         with (
-            job.progress(f"{path.name}: md5", size, "bytes", 0) as advance,
+            console.counter(f"{path.name}: md5", size, "bytes") as advance,
             open(path, "rb", buffering=0) as file,
         ):
             while block := file.read(1 << 24):

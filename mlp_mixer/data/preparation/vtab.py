@@ -2,7 +2,7 @@
 
 Splits and labels are those of google-research/task_adaptation (`data/*.py`, tasks as in
 `scripts/run_all_tasks.sh`): 800 examples to train on, 200 to choose with, and the full
-test split. Once the base lies on disk, nothing here needs TensorFlow.
+test split. Only the preparation of the base needs TensorFlow.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ VERSION = "1.0.0"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a task is made of.
+    """How a task is made from a data set.
 
     Attributes:
-      base: the TFDS data set, its configuration included.
-      val200: where the 200 come from: "validation[:200]", or, written "90%", the
-        first 200 after so much of the split train.
+      base: the TFDS data set, with its config.
+      val200: the 200 examples: "validation[:200]", or, written "90%", the first 200
+        after 90 % of the split train.
       test: split for testing, in TFDS's notation; "80%:" is the rest of train.
       feature: name of the feature with the label.
-      num_classes: number of classes of a derived label; None where `feature` is a
-        ClassLabel as it is.
-      label: value of `feature` → derived label.
-      image: encoded image → encoded image, where it is not as it is.
+      num_classes: number of classes of a derived label; None if `feature` is a
+        ClassLabel.
+      label: value of `feature` → label.
+      image: encoded image → encoded image.
     """
 
     base: str
@@ -56,7 +56,7 @@ class Task:
             val = f"train[{start}:{start + 200}]"
         test = self.test
         if test.endswith("%:"):
-            # Two parts of 100, each rounded down, as task_adaptation adds them.
+            # Percentages, each rounded down before they are added, as task_adaptation.
             parts = map(int, test[:-2].split("+"))
             test = f"train[{sum(part * num_train // 100 for part in parts)}:]"
         return {
@@ -72,7 +72,7 @@ def _bin(value: float, borders: Sequence[float]) -> int:
     return int(np.flatnonzero(np.asarray(borders) < value)[-1])
 
 
-Objects = Mapping[str, Sequence]  # as TFDS gives them: feature → one for each object
+Objects = Mapping[str, Sequence]  # feature → its value for each object
 
 
 def clevr_distance(objects: Objects) -> int:
@@ -82,12 +82,12 @@ def clevr_distance(objects: Objects) -> int:
 
 
 def clevr_count(objects: Objects) -> int:
-    """How many objects there are: 3 to 10, from 0 on."""
+    """Number of objects, 3 to 10, counted from 0."""
     return len(objects["size"]) - 3
 
 
 def kitti_distance(objects: Objects) -> int:
-    """Distance of the closest car, van or truck in three bins of metres; 3 is none."""
+    """Distance of the closest car, van or truck, in three bins; 3 if there is none."""
     pairs = zip(objects["type"], objects["location"], strict=True)
     depths = [float(z) for kind, (_, _, z) in pairs if kind < 3]
     return _bin(min(depths, default=1000.0), [-100.0, 8.0, 20.0, 999.0])
@@ -98,7 +98,7 @@ def _sixteenths(num_original: int) -> Callable[[Any], int]:
 
 
 def _brighten(image: bytes) -> bytes:
-    """DSprites' images hold 0 and 1."""
+    """Maps the levels 0 and 1 of dSprites' images to 0 and 255."""
     levels = np.where(np.asarray(Image.open(io.BytesIO(image))), 255, 0)
     out = io.BytesIO()
     Image.fromarray(levels.astype(np.uint8)).save(out, "png")
@@ -208,9 +208,8 @@ def _split(
         ) from error
     files = [file for file in parts if file.take > 0]
     array_record = info.file_format.value == "array_record"
-    records = (grain.sources.ArrayRecordDataSource if array_record else TFRecords)(
-        files
-    )
+    source = grain.sources.ArrayRecordDataSource if array_record else TFRecords
+    records = source(files)
     decoders = {"image": tfds.decode.SkipDecoding()}
 
     def read(start: int, stop: int) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""Writes a prepared data set shard by shard, so that a killed preparation goes on.
+"""Writes a prepared data set shard by shard, so that a killed preparation can go on.
 
 The files are those that TFDS itself would write: `<name>/<version>/` with array_record
 shards, features.json and dataset_info.json. Until all are complete they lie in a
-hidden folder beside it, where a shard has its name only once it is whole.
+hidden folder beside it, where a shard gets its name once it is whole.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer, file_adapters
 from tensorflow_datasets.core.utils import shard_utils
 
-from mlp_mixer import files
-from mlp_mixer.console import Progress
+from mlp_mixer import console, files
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,11 @@ class Job:
     """One data set to prepare.
 
     Attributes:
-      name: name in TFDS, a config included: "eurosat/rgb".
+      name: name in TFDS, with its config: "eurosat/rgb".
       version: version of the data that is written, e.g. "5.1.0".
-      data_dir: where TFDS data lives.
-      manual_dir: where files lie that a person has to download.
-      verify: whether to compare them with published checksums.
-      progress: shows how far it is.
+      data_dir: folder of TFDS data.
+      manual_dir: folder of files that a person has to download.
+      verify: whether these are compared with published checksums.
     """
 
     name: str
@@ -43,7 +41,6 @@ class Job:
     data_dir: pathlib.Path
     manual_dir: pathlib.Path
     verify: bool
-    progress: Progress
 
     @property
     def target(self) -> pathlib.Path:
@@ -52,18 +49,18 @@ class Job:
 
     @property
     def partial(self) -> pathlib.Path:
-        """What there is of it before it is complete."""
+        """The folder of a data set that is not complete yet."""
         return self.data_dir / self.name / f".{self.version}.partial"
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What a split holds, in its order.
+    """The examples of a split, in order.
 
     Attributes:
-      num_examples: how many.
+      num_examples: number of examples.
       num_bytes: size of all images together.
-      read: (start, stop) → those examples, as their features take them.
+      read: (start, stop) → those examples, as the features encode them.
     """
 
     num_examples: int
@@ -72,12 +69,12 @@ class Split:
 
 
 def begin(job: Job, sources: Iterable[pathlib.Path], num_bytes: int) -> None:
-    """Makes the partial folder, or finds that of a preparation that was killed.
+    """Makes the partial folder, or continues that of a preparation that was killed.
 
     Args:
       job: the data set.
-      sources: files that it is made from; if one changed, the work begins anew.
-      num_bytes: how much room it needs.
+      sources: files that it is made from; if one has changed, the work begins again.
+      num_bytes: room on the disk that it needs.
 
     Raises:
       OSError: there is less room.
@@ -100,7 +97,7 @@ def begin(job: Job, sources: Iterable[pathlib.Path], num_bytes: int) -> None:
 
 
 def check_room(job: Job, num_bytes: int) -> None:
-    """Raises OSError if the data folder has less room than so many bytes."""
+    """Raises OSError if the disk of the data folder has less room than `num_bytes`."""
     job.data_dir.mkdir(parents=True, exist_ok=True)
     files.check_room(job.data_dir, num_bytes, job.name, "--data_dir")
 
@@ -111,13 +108,13 @@ def write_splits(
     splits: Mapping[str, Split],
     **info: Any,
 ) -> None:
-    """Writes the shards that are missing, then the description, then the name.
+    """Writes missing shards and the description, then gives the folder its name.
 
     Args:
       job: the data set, after `begin`.
-      features: features, in the form of TFDS.
-      splits: by name.
-      **info: description, homepage and the like for `tfds.core.DatasetInfo`.
+      features: TFDS's features by name.
+      splits: splits by name.
+      **info: further arguments of `tfds.core.DatasetInfo`, such as the description.
 
     Raises:
       OSError: a shard could not be written; those before it are kept.
@@ -141,7 +138,7 @@ def write_splits(
     total = sum(split.num_examples for split in splits.values())
     missing = [shard for shard in shards if not shard[0].exists()]
     done = total - sum(stop - start for _, _, start, stop in missing)
-    with job.progress(job.name, total, "examples", done) as advance:
+    with console.counter(job.name, total, "examples", done) as advance:
         for path, split, start, stop in missing:
             _write_shard(path, _records(feature_dict, split, start, stop, advance))
     tfds.folder_dataset.write_metadata(
@@ -153,7 +150,7 @@ def write_splits(
         **info,
     )
     job.partial.rename(job.target)
-    # Only now: killed without them, it would begin anew.
+    # Only now: without them a killed preparation would begin again.
     for other in job.target.iterdir():
         if other.suffix in (".tsv", ".npz"):
             other.unlink()
@@ -169,7 +166,7 @@ def _records(
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     for i, example in enumerate(split.read(start, stop), start):
         record = serializer.get_tf_example(features.encode_example(example))
-        # Otherwise the order of a record's features differs from process to process.
+        # Without this, the order of a record's features differs between processes.
         yield i, record.SerializeToString(deterministic=True)
         advance(1)
 
@@ -178,7 +175,7 @@ def _write_shard(path: pathlib.Path, records: Iterator[tuple[int, bytes]]) -> No
     try:
         with files.draft(path) as unfinished:
             file_adapters.ArrayRecordFileAdapter.write_examples(unfinished, records)
-    except RuntimeError as error:  # array_record's name for a full disk
+    except RuntimeError as error:  # which array_record raises when the disk is full
         raise OSError(
             f"{path} could not be written: {error}. What was complete is kept: make"
             " room and start again."

@@ -71,8 +71,7 @@ def fake(tmp_path, monkeypatch):
     def run(error=None):
         builder = FakeBuilder(tmp_path, error)
         monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: builder)
-        none = preparation._silent
-        job = writing.Job("cifar10", "3.0.2", tmp_path, tmp_path / "m", True, none)
+        job = writing.Job("cifar10", "3.0.2", tmp_path, tmp_path / "m", True)
         stock.prepare_stock(job)
 
     return run

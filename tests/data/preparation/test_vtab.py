@@ -31,7 +31,7 @@ GREY = picture(0)  # where only the label matters
 def write_base(data_dir, name, version, features, counts, example):
     """A prepared TFDS data set with splits of these sizes, as if by TFDS."""
     tracked = {"image": tfds.features.Image(shape=(None, None, 1))} | features
-    job = writing.Job(name, version, data_dir, data_dir, False, preparation._silent)
+    job = writing.Job(name, version, data_dir, data_dir, False)
     writing.begin(job, [], 0)
 
     def reader(split):
