@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlp_mixer import files, models
+from mlp_mixer import files
 from mlp_mixer.pretrained.normalisation import Normalisation, normalisation
 
 NAME = "config.json"
@@ -24,60 +24,57 @@ class Config(NamedTuple):
     """What a config.json says of the weights beside it; None where it says nothing."""
 
     path: pathlib.Path
-    architecture: str | None = None
+    why_silent: str  # why it might not say more
     num_classes: int | None = None
     images: Normalisation | None = None
     gelu: str | None = None
     image_size: tuple[int, int] | None = None  # (height, width) in pixels
     class_names: tuple[str, ...] | None = None
 
-    def is_of(self, family: str) -> bool:
-        """Whether it is for an architecture of that name, as far as it says."""
-        return self.architecture is None or family in self.architecture.lower()
 
-
-def read_config_beside(weights: str | os.PathLike[str]) -> Config | None:
+def read_config_beside(weights: str | os.PathLike[str], family: str) -> Config:
     """Returns what the config.json in the folder of a weight file says, if one is.
 
     One that is not timm's, a run's recipe say, says nothing.
+
+    Args:
+      weights: the weight file.
+      family: name of the architecture; a config.json of another one says nothing.
 
     Raises:
       ValueError: it is not JSON, or a field has no sense; names file and field.
     """
     path = pathlib.Path(weights).with_name(NAME)
     if not path.is_file():
-        return None
+        return Config(path, f"no {NAME} is beside it")
     content = files.parse_json(
         files.read_bytes(path, files.MAX_BYTES), f"{path}, beside the weights,", *JSON
     )
+    silent = Config(path, f"nor does {path}")
     if not isinstance(content, dict):
-        return Config(path)
+        return silent
+    check_field, table = functools.partial(_check_field, path), "a table of fields"
     inner = content.get("pretrained_cfg") or {}
-    check_field = functools.partial(_check_field, path)
-    check_field("pretrained_cfg", inner, isinstance(inner, dict), "a table of fields")
+    check_field("pretrained_cfg", inner, isinstance(inner, dict), table)
     if not inner and not {"architecture", "mean", "std"} & content.keys():
-        return Config(path)
+        return silent
     fields = {**inner, **content}
-    architecture, classes = fields.get("architecture"), fields.get("num_classes")
-    fits = isinstance(architecture, str | None)
-    check_field("architecture", architecture, fits, "a name such as mixer_b16_224")
-    config = Config(path, architecture)
-    if not any(map(config.is_of, models.families())):
-        return config
-    check_field(
-        "num_classes", classes, isinstance(classes, int | None), "a whole number"
-    )
+    name, classes = fields.get("architecture"), fields.get("num_classes")
+    fits = isinstance(name, str | None)
+    check_field("architecture", name, fits, "a name such as mixer_b16_224")
+    if name is not None and family not in name.lower():
+        return Config(path, f"{path} is of a {name}")
+    fits = isinstance(classes, int | None)
+    check_field("num_classes", classes, fits, "a whole number")
     arguments = content.get("model_args") or {}
-    check_field(
-        "model_args", arguments, isinstance(arguments, dict), "a table of fields"
-    )
+    check_field("model_args", arguments, isinstance(arguments, dict), table)
     layer, gelu = arguments.get("act_layer", fields.get("act_layer")), None
     if layer is not None:
         gelu = GELUS.get(str(layer).lower())
         check_field("act_layer", layer, gelu is not None, " or ".join(GELUS))
     # As timm reads it: `pretrained_cfg` says how images are prepared, if it is there.
     prepared = {**content, **inner}
-    return config._replace(
+    return silent._replace(
         num_classes=classes,
         images=normalisation(prepared.get("mean"), prepared.get("std"), path),
         gelu=gelu,

@@ -308,19 +308,27 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
     found = model_arrays(arrays, metadata)
     origin, fields = f"{suffix[1:]} file", _stated_fields(metadata, path)
     fields["stats"] = unflatten_dict(found.stats, sep="/")
-    config = hub.Config(path)
+    family, images, gelu = tree.family_name(found.file), given or CENTRED, "exact"
     if found.is_timm:
         origin += ", timm's names"
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
     elif found.is_timm:
-        config = _config_beside(path, found, given)
+        config = hub.read_config_beside(path, family)
+        _check_agreed(f"{path}, says {config.path},", config.images, given)
         fields |= _fitting_fields(config, found)
+        images, gelu = given or config.images or CENTRED, config.gelu or gelu
         if given is None and config.images is None:
             origin += ", normalisation assumed"
-    images = given or config.images or CENTRED
-    if found.is_timm and "gelu" in models.declared(tree.family_name(found.file)):
-        gelu = config.gelu or "exact"  # which timm computes
+            logger.warning(
+                "%s does not say what its images were normalised by (%s). It is taken "
+                "to be for %s, images in [-1, 1], and for the %s GELU. If it is not, "
+                "`python -m mlp_mixer.convert %s NEW.safetensors --mean=… --std=…` "
+                "makes it so: 0 and 1 for images in [0, 1], 0.485,0.456,0.406 and "
+                "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
+                *(path, config.why_silent, CENTRED, gelu, path),
+            )
+    if found.is_timm and "gelu" in models.declared(family):
         fields["model"] = {"gelu": gelu, **fields.get("model", {})}
     try:
         params = unflatten_dict(fold(found.params, images), sep="/")
@@ -403,34 +411,6 @@ def _check_agreed(
             f"{where} is for {stated}, but --mean and --std say {given}. Leave them "
             "out, or correct what is wrong."
         )
-
-
-def _config_beside(
-    path: pathlib.Path, found: _ModelArrays, given: Normalisation | None
-) -> hub.Config:
-    """The config.json beside a file of timm's names; an empty one if it says nothing.
-
-    What is assumed where neither it nor anybody else says the normalisation is logged.
-    """
-    config, why = hub.read_config_beside(path), f"no {hub.NAME} is beside it"
-    name = tree.family_name(found.file)
-    if config is not None and not config.is_of(name):
-        why = f"{config.path} is of a {config.architecture}"
-        config = None
-    elif config is not None:
-        why = f"nor does {config.path}"
-        _check_agreed(f"{path}, says {config.path},", config.images, given)
-    config = config or hub.Config(path)
-    if given is None and config.images is None:
-        logger.warning(
-            "%s does not say what its images were normalised by (%s). It is taken to "
-            "be for %s, images in [-1, 1], and for the %s GELU. If it is not, "
-            "`python -m mlp_mixer.convert %s NEW.safetensors --mean=… --std=…` makes "
-            "it so: 0 and 1 for images in [0, 1], 0.485,0.456,0.406 and "
-            "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
-            *(path, why, CENTRED, config.gelu or "exact", path),
-        )
-    return config
 
 
 def _fitting_fields(config: hub.Config, found: _ModelArrays) -> dict[str, Any]:
