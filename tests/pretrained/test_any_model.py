@@ -4,6 +4,7 @@ is enough for every form, for another resolution, for the programs.
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -201,11 +202,40 @@ def test_interpolation_of_a_square_matrix_and_back_is_the_identity():
     assert large[0].shape == small[0].shape
 
 
-def test_without_tokens_among_its_letters_nothing_is_resized(monkeypatch):
+@pytest.fixture
+def axes(monkeypatch):
+    """Letters of the toy without `s`: what is tied to the resolution is no token."""
     axes = {path: x.replace("s s", "t t") for path, x in toy_family.AXES.items()}
     axes["ToyBlock_*/mix/bias"] = "t"
     monkeypatch.setattr(toy_family, "AXES", axes)
-    tree._patterns.cache_clear()
+    return axes
+
+
+def test_a_model_without_tokens_asks_for_the_image_size_it_needs(
+    axes, tmp_path, caplog
+):
+    """A start takes it for its own; a conversion has no image to compare logits of."""
+    made = dataclasses.replace(toy(), image_size=None)
+    pretrained.write_safetensors(made, tmp_path / "w.safetensors")
+    weights = pretrained.read(tmp_path / "w.safetensors")
+    assert weights.image_size is None
+    with pytest.raises(ValueError, match=r"w\.safetensors .* do not say their image"):
+        convert.convert(tmp_path / "w.safetensors", tmp_path / "t.npz")
+    assert not (tmp_path / "t.npz").exists()
+    assert convert.convert(tmp_path / "w.safetensors")["resolution"] == "not said"
+    given = pretrained.initial(
+        tmp_path / "w.safetensors",
+        pretrained.create_model(weights),
+        types.SimpleNamespace(params=made.params, stats=made.stats),
+        image_size=(16, 24),
+        head="match",
+        resize_by="grow",
+    )
+    assert_bitwise(given["params"], made.params)
+    assert "do not say their grid; it is taken to be 4x6" in caplog.text
+
+
+def test_without_tokens_among_its_letters_nothing_is_resized(axes, monkeypatch):
     said = "toy_family cannot be resized: none of its arrays has an axis of tokens"
     with pytest.raises(ValueError, match=said) as error:
         resize.grow(toy().params, 2, (4, 6))
