@@ -451,9 +451,7 @@ class _Https(urllib.request.HTTPSHandler):
         self._trusted = ssl.create_default_context()
         super().__init__(context=self._trusted)
 
-    def https_open_url(
-        self, request: urllib.request.Request
-    ) -> http.client.HTTPResponse:
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self.do_open(_Connection, request, context=self._trusted)
 
 
