@@ -115,7 +115,7 @@ def convert(
     how = "equal, narrowed to float32" if narrowed else "equal bit for bit"
     folder = ", a run's folder" if os.path.isdir(target) else ""
     report["written"] = f"{target}{folder}, read back: {len(got)} arrays {how}"
-    return report | _round_trip(before, again)
+    return report | _how_far_outputs_move(before, again)
 
 
 def describe(weights: pretrained.Weights) -> dict[str, str]:
@@ -197,7 +197,7 @@ def _write_target(weights: pretrained.Weights, target: str, names: str) -> None:
         runs.write_run(weights, target)
 
 
-def _round_trip(
+def _how_far_outputs_move(
     before: pretrained.Weights, after: pretrained.Weights
 ) -> dict[str, str]:
     """How far logits and features of two random images move."""

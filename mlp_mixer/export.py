@@ -109,7 +109,7 @@ def export_stablehlo(
         (n,) = jax.export.symbolic_shape("n")
         shape = (n, *pretrained.checked_image_size(weights), 3)
         image = jax.ShapeDtypeStruct(shape, jnp.float32)
-        with _no_paths():
+        with _locations_without_folders():
             exported = jax.export.export(jax.jit(mixer), platforms=PLATFORMS)(image)
             file.write_bytes(exported.serialize(vjp_order=int(gradients)))
         about = json.dumps(_metadata(weights), indent=2, ensure_ascii=False)
@@ -128,7 +128,7 @@ def export_stablehlo(
 
 
 @contextlib.contextmanager
-def _no_paths() -> Iterator[None]:
+def _locations_without_folders() -> Iterator[None]:
     """Source locations without folders: those of this machine are nobody's business."""
     name = "jax_hlo_source_file_canonicalization_regex"
     before = getattr(jax.config, name)

@@ -24,7 +24,7 @@ ERRORS = (
 
 
 @contextlib.contextmanager
-def named(
+def reported(
     path: str | os.PathLike[str], kind: str, *more: type[Exception]
 ) -> Iterator[None]:
     """Raises a ValueError that names the file, in one line, for each of these errors.

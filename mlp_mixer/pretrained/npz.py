@@ -53,7 +53,7 @@ def read(
     # Of a header that is no Python NumPy raises the other two.
     errors = ("npz file", tokenize.TokenError, SyntaxError)
     with open(path, "rb") as file:
-        with damage.named(path, *errors):
+        with damage.reported(path, *errors):
             archive = zipfile.ZipFile(file)
             members = _parameter_members(archive)
             declared = {k: _stand_in(archive, x) for k, x in members.items()}
@@ -70,10 +70,10 @@ def read(
                 raise ValueError(f"{', '.join(given)} have too many bytes")
             texts = {k: _read_array(archive, members.pop(k)).tobytes() for k in given}
             metadata = {k: text.decode() for k, text in texts.items()}
-        refuse(renamed(declared, path), metadata)
-        with damage.named(path, *errors):
+        refuse(with_current_names(declared, path), metadata)
+        with damage.reported(path, *errors):
             arrays = {k: _read_array(archive, x) for k, x in members.items()}
-    return renamed(arrays, path), metadata
+    return with_current_names(arrays, path), metadata
 
 
 def _parameter_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -86,7 +86,7 @@ def _parameter_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{name} is compressed as no npz file is")
         members[name] = info
-    prefix = _prefix(members) or "/"
+    prefix = _prefix_of_parameters(members) or "/"
     return {
         name: info
         for name, info in members.items()
@@ -126,9 +126,9 @@ def _with_bfloat16(array: np.ndarray) -> np.ndarray:
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
-def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
+def with_current_names(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
     """{name in our tree: array} of either layout, with or without prefix."""
-    prefix = _prefix(arrays)
+    prefix = _prefix_of_parameters(arrays)
     inner: Flat = {}
     for name, array in arrays.items():
         bare = name.removeprefix(prefix)
@@ -151,7 +151,7 @@ def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
     return flat
 
 
-def _prefix(names: Iterable[str]) -> str:
+def _prefix_of_parameters(names: Iterable[str]) -> str:
     """What the parameters of a whole checkpoint start with."""
     stems = tuple(f"{p}{stem}/" for p in PREFIXES for stem in ("stem", "embedding"))
     found = [name for name in names if name.startswith(stems)]

@@ -36,7 +36,9 @@ def read(
     """
     from safetensors import SafetensorError, safe_open
 
-    whole = functools.partial(damage.named, path, "safetensors file", SafetensorError)
+    whole = functools.partial(
+        damage.reported, path, "safetensors file", SafetensorError
+    )
     with whole():
         _check_header(path)
         with safe_open(path, "np") as file:
@@ -83,7 +85,7 @@ def checksums(
     return sums | {"its metadata": zlib.crc32(text.encode())}
 
 
-def dumps(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def to_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The file of {name: array}, with their checksums beside `metadata`."""
     from safetensors import numpy
 

@@ -72,7 +72,7 @@ def family(names: Collection[str]) -> ModuleType | None:
     )
 
 
-def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
+def with_our_names(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in our tree: array} of {name in timm: array}.
 
     Names that timm's model does not have stay as they are, for the caller to refuse,
@@ -100,7 +100,7 @@ def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     return flat
 
 
-def theirs(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
+def with_timm_names(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
     flat: Flat = {}
     for name, array in params.items():
@@ -131,7 +131,7 @@ def read_torch(
             f"{path} is a torch file, and torch is not installed: pip install torch, "
             "or convert it to safetensors where torch is."
         ) from error
-    with damage.named(
+    with damage.reported(
         path,
         "torch file of weights alone",
         *(pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError),
@@ -162,7 +162,7 @@ def read_torch(
         raise ValueError(
             f"{path} declares {size:,} bytes of tensors, which it has not."
         )
-    return {name: _numpy(tensor) for name, tensor in content.items()}
+    return {name: _to_numpy(tensor) for name, tensor in content.items()}
 
 
 def _check_zip(path: str | os.PathLike[str]) -> None:
@@ -183,7 +183,7 @@ def _check_zip(path: str | os.PathLike[str]) -> None:
             raise ValueError(f"wrong bits in {damaged}")
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().contiguous()

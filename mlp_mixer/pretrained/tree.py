@@ -214,7 +214,7 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
     told, name = geometry(found, file), family_name(file)
     # What no shape tells and has a default, an initial value say, is the paper's of
     # this size.
-    row = file.SIZES.get(_nearest(file, told) or "", {})
+    row = file.SIZES.get(_first_size_like(file, told) or "", {})
     declared = models.declared(name)
     no_default = {f for f, x in declared.items() if x.default is dataclasses.MISSING}
     usual = {f: value for f, value in row.items() if f not in no_default}
@@ -226,10 +226,10 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
             f"({', '.join(file.SIZES)}), as arguments of create_model; or read a run's "
             "folder or a file of `mlp_mixer.convert`, which say them."
         )
-    return named(name, models.fields(name, **stated))
+    return with_name(name, models.fields(name, **stated))
 
 
-def named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def with_name(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns fields of a model with its name: the size's if a paper has them."""
     file = models.family(name)
     return {"name": variant(file, fields) or family_name(file), **fields}
@@ -240,11 +240,11 @@ def variant(file: ModuleType, model: Mapping[str, Any]) -> str | None:
 
     Token mixing may be K² times as wide: grown to another resolution.
     """
-    name = _nearest(file, model)
+    name = _first_size_like(file, model)
     return name if name and file.SIZES[name].keys() <= model.keys() else None
 
 
-def _nearest(file: ModuleType, told: Mapping[str, Any]) -> str | None:
+def _first_size_like(file: ModuleType, told: Mapping[str, Any]) -> str | None:
     """The name of the first size that contradicts none of the fields."""
     wide = FIELDS["ds"]
     for name, row in file.SIZES.items():

@@ -75,7 +75,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         if "name" in self.model:
-            model = tree.named(self.model["name"], models.fields(**self.model))
+            model = tree.with_name(self.model["name"], models.fields(**self.model))
         else:
             model = tree.model_of(self.params, **self.model)
         object.__setattr__(self, "model", model)
@@ -371,11 +371,11 @@ def _model_arrays(
             f"({', '.join(models.families())}):\n{listed(strange)}"
         )
     try:
-        flat = timm.ours(arrays, file) if timm_file else dict(arrays)
+        flat = timm.with_our_names(arrays, file) if timm_file else dict(arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
 
-    def called(name: str) -> str:
+    def name_for_people(name: str) -> str:
         its = timm.their_name_and_rank(name, file)[0] if timm_file else name
         return name if its == name else f"{its} as {name}"
 
@@ -383,12 +383,12 @@ def _model_arrays(
     stats = {name: flat.pop(name) for name in [*flat] if name.startswith(starts)}
     expected = tree.layout(flat, file)
     wrong = [
-        f"dtype: {called(name)} is {x.dtype}, expected floats"
+        f"dtype: {name_for_people(name)} is {x.dtype}, expected floats"
         for name, x in flat.items()
         if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
     shapes = {name: x.shape for name, x in flat.items()}
-    wrong += tree.problems(shapes, file, called)
+    wrong += tree.problems(shapes, file, name_for_people)
     if not wrong and "name" in stated:
         wrong = [
             f"{field}: {stated[field]} is stated, the arrays have {value}"
@@ -563,6 +563,6 @@ def write_safetensors(
                 f"timm has no names for {tree.describe(weights.model)}; leave "
                 "--names=timm out."
             )
-        flat = timm.theirs(flat, weights.architecture)
+        flat = timm.with_timm_names(flat, weights.architecture)
     with files.writing(path) as out:
-        out.write(safetensors.dumps(flat, _metadata(weights)))
+        out.write(safetensors.to_bytes(flat, _metadata(weights)))

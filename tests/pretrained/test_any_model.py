@@ -156,7 +156,7 @@ def test_timms_names_are_what_its_file_says(tmp_path, caplog):
     assert arrays["blocks.1.toy.weight"].shape == (16, 16)
     expected = made.params["ToyBlock_1"]["mix"]["kernel"].T
     np.testing.assert_array_equal(arrays["blocks.1.toy.weight"], expected)
-    flat = timm.ours(arrays, toy_family)
+    flat = timm.with_our_names(arrays, toy_family)
     assert flat.keys() == dict(leaves(made.params)).keys()
     for name, array in leaves(made.params):
         np.testing.assert_array_equal(flat[name], array)
