@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from mlp_mixer import (
     checkpoint,
-    evaluators,
     history,
     known,
     models,
@@ -85,12 +84,10 @@ def open_model(
     """
     if dtype is not None:
         known.require("dtype", dtype, pretrained.DTYPES)
-    config, more, run_files = None, True, dict[str, Any]()
+    config, run_files = None, dict[str, Any]()
     with processes.together():
         if epath.Path(source).expanduser().is_dir():
             config = load(source)
-            if best is not None:
-                more = evaluators.more_is_better(config.evals.to_dict(), best)
             run_files = {
                 "recipe": recipe.to_json(config),
                 "class_names": load_class_names(source, config.dataset.num_classes),
@@ -99,7 +96,7 @@ def open_model(
     # Before any of them reads a checkpoint, in which Orbax waits for all.
     processes.compare(**run_files, step=step, best=best)
     with processes.together():
-        weights = pretrained.read(source, step=step, best=best, more_is_better=more)
+        weights = pretrained.read(source, step=step, best=best)
         size, count = pretrained.checked_image_size(weights), weights.num_classes
         if count is None and labels is not None:
             raise ValueError(

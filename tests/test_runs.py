@@ -276,6 +276,7 @@ def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, 
 def test_the_best_of_no_metric_is_refused_before_anything_is_read(tmp_path):
     config = recipe.load("configs/digits.py")
     workdir.claim(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
         with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
             runs.open_model(tmp_path, best=name)

@@ -113,7 +113,6 @@ def read(
     dtype: str | None = "float32",
     step: int | None = None,
     best: str | None = None,
-    more_is_better: bool = True,
     mean: Stated | None = None,
     std: Stated | None = None,
 ) -> Weights:
@@ -128,8 +127,8 @@ def read(
         "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
       dtype: dtype of the arrays, a key of `DTYPES`; None keeps the file's.
       step: step of a run's checkpoint; the newest intact one by default.
-      best: instead of a step, the metric whose best value chooses the checkpoint.
-      more_is_better: whether the best value of that metric is the highest.
+      best: instead of a step, the score whose best value chooses the checkpoint, the
+        highest or the lowest, as its evaluator says.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
 
@@ -148,7 +147,7 @@ def read(
         )
     path = epath.Path(name).expanduser()
     if path.is_dir():
-        weights = _read_run(path, step, best, more_is_better)
+        weights = _read_run(path, step, best)
         _check_agreed(f"{name} is a run, which", CENTRED, given)
     elif step is not None or best is not None:
         wanted = f"no step {step}" if best is None else "no best checkpoint"
@@ -250,9 +249,7 @@ def not_finite(params: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _read_run(
-    folder: epath.Path, step: int | None, best: str | None, more_is_better: bool
-) -> Weights:
+def _read_run(folder: epath.Path, step: int | None, best: str | None) -> Weights:
     from mlp_mixer import checkpoint, evaluators, workdir  # only a run needs Orbax
 
     if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
@@ -261,9 +258,13 @@ def _read_run(
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
     config = workdir.load(folder)
+    evals = config.evals.to_dict()
     names = workdir.load_class_names(folder, config.dataset.num_classes)
     at, variables = checkpoint.restore_variables(
-        folder / "checkpoints", step=step, best=best, more_is_better=more_is_better
+        folder / "checkpoints",
+        step=step,
+        best=best,
+        more_is_better=best is None or evaluators.more_is_better(evals, best),
     )
     model = config.model.to_dict()
     weights = Weights(
@@ -273,7 +274,7 @@ def _read_run(
         model=model,
         stats=variables,
         class_names=tuple(names) if names else None,
-        preprocess=evaluators.preprocess_of_predictions(config.evals.to_dict()),
+        preprocess=evaluators.preprocess_of_predictions(evals),
         dtype=config.run.dtype,
         step=at,
     )
