@@ -114,11 +114,11 @@ def evaluate(
             drawn = name, result.examples
     results = evaluators.across(evals, results)
     if evals and jax.process_index() == 0:
-        table = _table(workdir, run, evals, results)
+        table = _results_table(workdir, run, evals, results)
         try:
-            _write(workdir, run, evals, results, table)
+            _write_results(workdir, run, evals, results, table)
             if drawn:
-                _draw(workdir, run, *drawn)
+                _write_report(workdir, run, *drawn)
         finally:
             # Also where the folder cannot be written; last, since stdout may fail.
             table.show()
@@ -129,10 +129,10 @@ def evaluate(
     return results
 
 
-def _draw(
+def _write_report(
     folder: epath.Path, run: runs.Opened, name: str, examples: accuracy.Examples
 ) -> None:
-    """report.png; where it cannot be drawn, the log says why."""
+    """Draws report.png; where it cannot be drawn, the log says why."""
     path = folder / "report.png"
     try:
         shown = visualize.mistakes_first(examples, SHEET)
@@ -153,23 +153,18 @@ def _draw(
         logger.info("Wrote %s.", path)
 
 
-def _table(
+def _results_table(
     folder: epath.Path,
     run: runs.Opened,
     evals: dict[str, evaluators.Evaluator],
     results: dict[str, dict],
 ) -> console.Table:
-    """The results, for people.
-
-    Evaluators are side by side: few of them, and many metrics.
-    """
+    """The results for people, evaluators side by side: few of them, many metrics."""
     shown = {name: evals[name].shown(result) for name, result in results.items()}
     found = dict.fromkeys(metric for texts in shown.values() for metric in texts)
     rows = [
-        *(
-            [field, *(getattr(evals[k], field) for k in results)]
-            for field in ("data", "preprocess")
-        ),
+        ["data", *(evals[name].data for name in results)],
+        ["preprocess", *(evals[name].preprocess for name in results)],
         *([m, *(texts.get(m, "") for texts in shown.values())] for m in found),
     ]
     size = " × ".join(map(str, run.config.model.image_size))
@@ -177,7 +172,7 @@ def _table(
     return console.Table(title, ["", *results], rows)
 
 
-def _write(
+def _write_results(
     folder: epath.Path,
     run: runs.Opened,
     evals: dict[str, evaluators.Evaluator],
@@ -203,15 +198,9 @@ def _write(
 def main(arguments: list[str]) -> None:
     """The command line."""
     program.check_no_words(arguments)
-    evaluate(
-        flags.FLAGS.workdir,
-        step=flags.FLAGS.step,
-        best=flags.FLAGS.best,
-        only=flags.FLAGS.only,
-        preprocess=flags.FLAGS.preprocess,
-        dtype=flags.FLAGS.dtype,
-        data_dir=flags.FLAGS.data_dir,
-    )
+    options = ("step", "best", "only", "preprocess", "dtype", "data_dir")
+    values = flags.FLAGS.flag_values_dict()
+    evaluate(values["workdir"], **{name: values[name] for name in options})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ A model's own fields have the rows of `MODEL`, or those of their types.
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlp_mixer import known, models
@@ -17,6 +17,9 @@ from mlp_mixer import known, models
 INT32 = 2**31 - 1
 # Beyond them a number is infinite, or nothing, in float32.
 FLOAT32, TINY = 3.0e38, 1.2e-38
+
+
+_SWITCH_WORDS = ("true", "false", "t", "f", "1", "0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,32 @@ class Row:
             return value in self.choices if self.choices else bool(value.strip())
         number: Any = value
         return self.low <= number <= self.high  # nan is not
+
+    def parse(self, words: Sequence[str]) -> Any:
+        """Returns the value that words stand for, None for "None"; it may not fit.
+
+        Args:
+          words: what a command line gives the field, each time: of a tuple its parts
+            or all of it, else the last one counts.
+
+        Raises:
+          ValueError: they stand for nothing of the field's type.
+        """
+        if words[-1] == "None":
+            return None
+        if self.length is None:
+            return self._parse_one(words[-1])
+        parts = [part for word in words for part in word.strip("()[] ").split(",")]
+        return tuple(self._parse_one(part) for part in parts if part.strip())
+
+    def _parse_one(self, word: str) -> Any:
+        if str in self.types:
+            return word
+        if float in self.types:
+            return float(word)
+        if int in self.types:
+            return int(word, 16 if word.startswith("0x") else 10)
+        return _SWITCH_WORDS.index(word.lower()) % 2 == 0
 
     def expected(self, value: Any) -> str:
         """What the field may be, for people; of a closed set the nearest first."""
@@ -269,6 +298,30 @@ def kind(annotation: Any) -> tuple[Any, int | None]:
 MOVED = {f"model.{field}": f"run.{field}" for field in ("dtype", "scan", "remat")}
 
 
+def rows(tree: Mapping[str, Any]) -> dict[str, Row]:
+    """Returns the row of each field of a recipe, its model's and evaluators' included.
+
+    Args:
+      tree: the recipe as nested dicts. A model or evaluator of no known name has the
+        row of that name alone.
+    """
+    found = RECIPE | {"model.name": _one_of(*models.names(), *models.families())}
+    name = _section_of(tree, "model").get("name")
+    if found["model.name"].fits(name):
+        found |= _section("model", of_model(str(name)))
+    for evaluator, section in _section_of(tree, "evals").items():
+        if isinstance(section, Mapping):
+            kinds = {"type": _one_of(*EVALUATORS)}
+            of_kind = EVALUATORS.get(str(section.get("type")), {})
+            found |= _section(f"evals.{evaluator}", kinds | of_kind)
+    return found
+
+
+def _section_of(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = tree.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
 def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
     """Lines for people: the fields of a recipe that have a value they may not have.
 
@@ -276,68 +329,50 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
       tree: the recipe as nested dicts.
       others: whether there may be fields that are not known, of a later version.
     """
-    for section, words in (("evals", "evaluators"), ("model", "a model's fields")):
-        if not isinstance(tree.get(section), Mapping):
-            return [_line(section, tree.get(section), f"a section of {words}")]
-    rest = {key: value for key, value in tree.items() if key != "evals"}
-    names = _one_of(*models.names(), *models.families())
-    name = tree["model"].get("name")
-    rows = RECIPE | {"model.name": names}
-    if names.fits(name):
-        rows |= _section("model", of_model(name))
-    else:  # Nothing says which other fields a model has.
-        rest["model"] = {k: v for k, v in rest["model"].items() if f"model.{k}" in rows}
-    found = [*_problems(rest, rows, model=str(name), others=others)]
-    for name, section in tree["evals"].items():
-        where = f"evals.{name}"
-        if not isinstance(section, Mapping):
-            words = "a section of recipe.evaluation or recipe.fewshot"
-            found.append(_line(where, section, words))
+    sections = {"evals": "evaluators", "model": "a model's fields"}
+    for name, words in sections.items():
+        if not isinstance(tree.get(name), Mapping):
+            return [_line(name, tree.get(name), f"a section of {words}")]
+    values, known_rows = dict(flat(tree)), rows(tree)
+    words = "a section of recipe.evaluation or recipe.fewshot"
+    found = [
+        _line(f"evals.{name}", section, words)
+        for name, section in tree["evals"].items()
+        if not isinstance(section, Mapping)
+    ]
+    # Sections of which nothing says what fields they have.
+    unclear = ["evals."] if found else []
+    for field, row in known_rows.items():
+        if field in values and row.fits(values[field]):
             continue
-        row, kind = _one_of(*EVALUATORS), section.get("type", "")
-        if not row.fits(kind):
-            found.append(_line(f"{where}.type", kind, row.expected(kind)))
-            continue
-        fields = {key: value for key, value in section.items() if key != "type"}
-        found += _problems(fields, EVALUATORS[kind], f"{where}.", others=others)
-    return found
-
-
-def _problems(
-    tree: Mapping[str, Any],
-    rows: Mapping[str, Row],
-    prefix: str = "",
-    *,
-    model: str = "",
-    others: bool,
-) -> Iterator[str]:
-    flat = dict(_flat(tree))
-    for field, row in rows.items():
-        if field not in flat:
-            if not row.optional:
-                yield f"config.{prefix}{field} is missing; start from recipe.base()."
-        elif not row.fits(flat[field]):
-            yield _line(prefix + field, flat[field], row.expected(flat[field]))
-    for field in () if others else flat:
-        near = known.nearest(field, rows, 3)
+        if field == "model.name" or field.endswith(".type"):
+            unclear.append(f"{field.rpartition('.')[0]}.")
+        if field in values:
+            found.append(_line(field, values[field], row.expected(values[field])))
+        elif not row.optional:
+            found.append(f"config.{field} is missing; start from recipe.base().")
+    for field in () if others else [f for f in values if f not in known_rows]:
+        near = known.nearest(field, known_rows, 3)
         if field in MOVED:
-            yield f"config.{field} is now config.{MOVED[field]}."
-        elif field not in rows and model and field.startswith("model."):
-            yield (
-                f"config.{field} is no field of {model}; try {near}, or take it out "
-                "(=None on the command line)."
+            found.append(f"config.{field} is now config.{MOVED[field]}.")
+        elif field.startswith("model.") and "model." not in unclear:
+            found.append(
+                f"config.{field} is no field of {tree['model']['name']}; try {near}, "
+                "or take it out (=None on the command line)."
             )
-        elif field not in rows:
-            yield f"config.{prefix}{field} is no field of a recipe; try {near}."
+        elif not field.startswith(tuple(unclear)):
+            found.append(f"config.{field} is no field of a recipe; try {near}.")
+    return found
 
 
 def _line(field: str, value: Any, expected: str) -> str:
     return f"config.{field} is {value!r}; expected {expected}."
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("a.b", value) of each value in nested dicts."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

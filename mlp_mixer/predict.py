@@ -19,7 +19,6 @@ those bytes in csv (Python reads them with errors="surrogateescape"), and \\udc8
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
 import logging
@@ -27,7 +26,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +39,7 @@ from mlp_mixer.files import writing
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 64  # images at once
 SHEET = 60  # images of the sheet
 THUMBNAIL = 400  # pixels of the shorter side
 
@@ -64,12 +64,9 @@ def predict(
     paths: Sequence[str | os.PathLike[str]],
     *,
     top: int = 5,
-    step: int | None = None,
-    preprocess: str | None = None,
-    labels: str | os.PathLike[str] | None = None,
-    dtype: str | None = None,
     exif: bool = False,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
 ) -> Iterator[Prediction]:
     """Returns an iterator of a prediction for every readable image, in their order.
 
@@ -82,30 +79,18 @@ def predict(
       source: a run's folder, a file of weights or a published name.
       paths: image files, folders or globs.
       top: number of classes that are named.
-      step: step of a run's checkpoint; the newest by default.
-      preprocess: a protocol, instead of the one that the run was evaluated with.
-      labels: a text file with the names of the classes, one a line.
-      dtype: dtype of activations and products, instead of the one that the run's
-        recipe computes in (float32 of any other source).
       exif: whether images are turned as their Exif orientation says; the authors do
         not, and the log says how many would be.
       batch_size: images at once.
+      **options: step, preprocess, labels and dtype, as in `runs.open_model`.
 
     Raises:
       FileNotFoundError: there are no such weights, or no such file or folder.
-      ValueError: `top` is not 1 or more; a folder holds no image; or see
-        `runs.open_model`.
+      ValueError: a folder holds no image; or see `runs.open_model` and `classify`.
     """
     files = [file for path in paths for file in folders.find_images(os.fspath(path))]
-    if not files or batch_size < 1:
-        raise ValueError(
-            f"There are {len(files)} images and batch_size is {batch_size}; each must "
-            "be 1 or more."
-        )
-    _check_top(top)
-    model = runs.open_model(
-        source, step=step, preprocess=preprocess, labels=labels, dtype=dtype
-    )
+    _check_counts(files, top, batch_size)
+    model = runs.open_model(source, **options)
     return classify(model, files, top=top, exif=exif, batch_size=batch_size)
 
 
@@ -128,9 +113,14 @@ def classify(
     *,
     top: int,
     exif: bool = False,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
 ) -> Iterator[Prediction]:
-    """Yields what an open model makes of every readable file, as `predict` does."""
+    """Yields what an open model makes of every readable file, as `predict` does.
+
+    Raises:
+      ValueError: `top`, `batch_size` or the number of files is not 1 or more.
+    """
+    _check_counts(files, top, batch_size)
     images = _Files(**vars(folders.open_files(files)))
     turned = 0
     # Decodes ahead in threads, and names what is broken.
@@ -147,7 +137,9 @@ def classify(
         logits, features = out["logits"], out["pre_logits"]
         for i in np.flatnonzero(batch["mask"]):
             turned += batch["index"][i] in images.turned
-            best, probabilities = _top(logits[i], top if model.class_names else 0)
+            best, probabilities = _most_likely(
+                logits[i], top if model.class_names else 0
+            )
             yield Prediction(
                 files[batch["index"][i]],
                 tuple(model.class_names[k] for k in best),
@@ -165,7 +157,7 @@ def classify(
         logger.warning("%d of %d images %s.", turned, len(files), manner)
 
 
-def _top(
+def _most_likely(
     logits: Float32[np.ndarray, " k"], count: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The classes of the highest logits, and their softmax."""
@@ -175,37 +167,36 @@ def _top(
     return tuple(map(int, best)), tuple(map(float, shares))
 
 
-def _check_top(top: int) -> None:
-    if top < 1:
-        raise ValueError(f"top is {top}; it must be 1 or more.")
+def _check_counts(files: Sequence[str], top: int, batch_size: int) -> None:
+    if min(len(files), top, batch_size) < 1:
+        raise ValueError(
+            f"There are {len(files)} images, top is {top} and batch_size is "
+            f"{batch_size}; each must be 1 or more."
+        )
 
 
 # --- The command line -----------------------------------------------------------------
 
 
 def run(
-    images: Sequence[str],
+    files: Sequence[str],
+    model: runs.Opened,
     *,
-    weights: str,
-    step: int | None = None,
     top: int = 3,
-    preprocess: str | None = None,
-    labels: str | None = None,
-    dtype: str | None = None,
     exif: bool = False,
     format: str = "table",
     out: str | None = None,
     features: str | None = None,
     sheet: str | None = None,
-) -> tuple[int, int]:
+) -> int:
     """Writes predictions, and features and a picture if wanted.
 
     Files are written whole, at the end, or not at all.
 
     Args:
-      images: files, folders, globs, and "-" for paths on stdin, one a line.
-      weights: a run's folder, a file of weights or a published name.
-      step, top, preprocess, labels, dtype, exif: as in `predict`.
+      files: image files, as `find_images` gives them.
+      model: model of `runs.open_model`.
+      top, exif: as in `predict`.
       format: a key of `FORMATS`.
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order
@@ -213,61 +204,42 @@ def run(
       sheet: a PNG file with up to `SHEET` of the images and their classes.
 
     Returns:
-      How many images there are, and how many could not be read.
+      How many images could not be read.
 
     Raises:
-      FileNotFoundError: as in `predict`.
       OSError: stdout cannot be written.
       RuntimeError: the sheet cannot be drawn; all else is written.
-      ValueError: as in `predict`; or no image at all could be read.
+      ValueError: no image at all could be read; the model has no head, or a file
+        another ending; or as in `classify`.
     """
     for name, suffix in ((features, ".npz"), (sheet, ".png")):
         if name and not name.lower().endswith(suffix):
             raise ValueError(f"{name} will be a {suffix[1:]} file: end it in {suffix}.")
-    _check_top(top)
-    files = _find(images)
-    model = runs.open_model(
-        weights, step=step, preprocess=preprocess, labels=labels, dtype=dtype
-    )
     if not model.class_names and (sheet or out or not features):
         raise ValueError(
-            f"{weights} has no head, so there are no classes to name; "
+            f"{model.origin} has no head, so there are no classes to name; "
             "--features=FILE.npz alone writes its features."
         )
     if model.class_names and not out and sys.stdout is None:
         raise ValueError("stdout is closed; name a file with --out.")
-    top = min(top, len(model.class_names))
     # Evenly spread: the first ones of a data set are often of one class.
     spread = np.linspace(0, len(files) - 1, min(SHEET, len(files))).round().astype(int)
     on_sheet = {files[i] for i in spread} if sheet else set()
     shown: list[Prediction] = []
     paths: list[str] = []
     vectors: list[np.ndarray] = []
-    with contextlib.ExitStack() as stack:
-        # A bar that begins redirects sys.stdout, so it is taken before.
-        file: IO[str] = sys.stdout
-        sent: Callable[[], contextlib.AbstractContextManager[None]]
-        sent = functools.partial(text.flushed, file)
-        if out:
-            sent = contextlib.nullcontext
-            options: Any = {
-                "encoding": "utf-8",
-                "errors": "surrogateescape",
-                "newline": "",
-            }
-            file = stack.enter_context(writing(out, "w", **options))
-        header, line = FORMATS[format](files, model, top)
-        track = console.counter("predict", len(files), "images")
-        # On a terminal the lines themselves show how far it is.
-        watched = model.class_names and file.isatty()
-        advance = _ignore if watched else stack.enter_context(track)
+    header, line = FORMATS[format](files, model, top)
+    progress: contextlib.AbstractContextManager[Callable[[int], None]]
+    progress = console.counter("predict", len(files), "images")
+    if model.class_names and not out and sys.stdout.isatty():
+        # The lines themselves show how far it is.
+        progress = contextlib.nullcontext(lambda count: None)
+    with _lines_to(out) as write_line, progress as advance:
         if model.class_names:
-            with sent():
-                file.write(header)
+            write_line(header)
         for image in classify(model, files, top=top, exif=exif):
             if model.class_names:
-                with sent():
-                    file.write(line(image))
+                write_line(line(image))
             if features:
                 vectors.append(image.features)
             if image.path in on_sheet:
@@ -291,11 +263,35 @@ def run(
             raise RuntimeError(
                 f"{sheet} is not drawn: {error}. All else is written."
             ) from error
-    return len(files), len(files) - len(paths)
+    return len(files) - len(paths)
 
 
-def _find(arguments: Sequence[str]) -> list[str]:
-    """All image files; those of a list need not exist, they are named when read."""
+@contextlib.contextmanager
+def _lines_to(out: str | None) -> Iterator[Callable[[str], object]]:
+    """Gives a function that writes a line to a file, or at once to stdout."""
+    if out:
+        any_name: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+        with writing(out, "w", newline="", **any_name) as file:
+            yield file.write
+        return
+    stdout = sys.stdout  # taken here, since a bar that begins redirects it
+
+    def write_now(line: str) -> None:
+        with text.flushed(stdout):
+            stdout.write(line)
+
+    yield write_now
+
+
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """Returns all image files of files, folders, globs, and "-" for paths on stdin.
+
+    Those of stdin, one a line, need not exist; they are named when they are read.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+      ValueError: there is no image, or stdin is closed.
+    """
     files: list[str] = []
     for argument in arguments:
         if argument != "-":
@@ -314,15 +310,11 @@ def _find(arguments: Sequence[str]) -> list[str]:
     return files
 
 
-def _ignore(count: int) -> None:
-    del count
-
-
 # What comes first, and what each image gets.
 Form = tuple[str, Callable[[Prediction], str]]
 
 
-def _table(files: Sequence[str], model: runs.Opened, top: int) -> Form:
+def _table_form(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """Aligned columns for people, a line as soon as it is known."""
 
     def widest(names: Sequence[str]) -> int:
@@ -340,7 +332,7 @@ def _table(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     return "", line
 
 
-def _csv(files: Sequence[str], model: runs.Opened, top: int) -> Form:
+def _csv_form(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """A header, then a row for each image."""
 
     def row(*cells: str) -> str:
@@ -354,12 +346,12 @@ def _csv(files: Sequence[str], model: runs.Opened, top: int) -> Form:
         pairs = zip(image.classes, image.probabilities, strict=True)
         return row(image.path, *(x for name, p in pairs for x in (name, f"{p:.6g}")))
 
-    ranks = range(1, top + 1)
+    ranks = range(1, min(top, len(model.class_names)) + 1)
     columns = (f"{what}_{i}" for i in ranks for what in ("class", "probability"))
     return row("path", *columns), line
 
 
-def _jsonl(files: Sequence[str], model: runs.Opened, top: int) -> Form:
+def _jsonl_form(files: Sequence[str], model: runs.Opened, top: int) -> Form:
     """An object for each image, which says how it came about."""
 
     def line(image: Prediction) -> str:
@@ -379,9 +371,9 @@ def _jsonl(files: Sequence[str], model: runs.Opened, top: int) -> Form:
 
 
 FORMATS: dict[str, Callable[[Sequence[str], runs.Opened, int], Form]] = {
-    "table": _table,
-    "csv": _csv,
-    "jsonl": _jsonl,
+    "table": _table_form,
+    "csv": _csv_form,
+    "jsonl": _jsonl_form,
 }
 
 
@@ -415,16 +407,13 @@ def main(arguments: list[str]) -> None:
     if values["format"] != "table" and isinstance(sys.stdout, io.TextIOWrapper):
         # As in a file: names may be any bytes, whatever the terminal shows.
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    images = [program.path(argument) for argument in arguments]
-    count, broken = run(images, **{name: values[name] for name in OPTIONS})
-    if broken:
-        sys.exit(f"{broken} of {count} images could not be read.")
+    files = find_images([program.path(argument) for argument in arguments])
+    of_model = ("step", "preprocess", "labels", "dtype")
+    of_run = ("top", "exif", "format", "out", "features", "sheet")
+    model = runs.open_model(values["weights"], **{k: values[k] for k in of_model})
+    if broken := run(files, model, **{k: values[k] for k in of_run}):
+        sys.exit(f"{broken} of {len(files)} images could not be read.")
 
-
-OPTIONS = (
-    *("weights", "step", "top", "preprocess", "labels", "dtype", "exif"),
-    *("format", "out", "features", "sheet"),
-)
 
 if __name__ == "__main__":
     program.define_path(

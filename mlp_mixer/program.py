@@ -1,7 +1,7 @@
 """How a program starts: flags, logging, several processes, errors in one line."""
 
+import collections
 import contextlib
-import itertools
 import logging
 import os
 import re
@@ -10,16 +10,14 @@ import signal
 import socket
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags import tuple_parser
+from ml_collections import ConfigDict
 
-from mlp_mixer import console, errors, processes, recipe
+from mlp_mixer import console, errors, fields, known, models, processes, recipe
 from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
@@ -87,11 +85,11 @@ def errors_in_one_line(*modules: str) -> Iterator[None]:
     except Exception as error:
         if (message := errors.message(error, modules)) is None:
             raise
-        sys.exit(_final_words(message))
+        sys.exit(_for_terminal(message))
 
 
-def _final_words(message: str) -> str:
-    """A message as a terminal shows it: it may name files and fields from outside."""
+def _for_terminal(message: str) -> str:
+    """The message, which may name files and fields from outside."""
     return printable(message, keep="\n\t")
 
 
@@ -157,112 +155,79 @@ def check_no_words(arguments: Sequence[str]) -> None:
 
 
 def define_recipe() -> None:
-    """Defines the flag `--config`, and with it `--config.FIELD=VALUE`."""
-    config_flags.DEFINE_config_file("config", None, "The recipe.", lock_config=True)
-    flags.FLAGS["config"].parser = _Recipe()
-    flags.mark_flag_as_required("config")
+    """Defines the flag `--config`, and with it `--config.FIELD=VALUE`.
+
+    `flags.FLAGS.config` is the recipe with its fields set.
+    """
+    text = "A recipe and its words: configs/x.py:words."
+    flags.DEFINE_string("config", None, text, required=True)
 
 
-class _Recipe(flags.ArgumentParser):
-    syntactic_help = "a recipe and its words: configs/x.py:words"
-
-    def parse(self, argument: str) -> ConfigDict:
-        """Returns the recipe, closed to further fields."""
-        config = recipe.load(argument)
-        with config.unlocked():  # the file may have locked it
-            recipe.open_model(config, _model_name(sys.argv))
-        return config.lock()
+# `--config.FIELD=VALUE`, where VALUE may be the next word; of a switch
+# `--config.FIELD` and `--noconfig.FIELD` too.
+_FIELD = re.compile(r"--?(?:noconfig\.([\w.]+)|config\.([\w.]+)(?:=(.*))?)", re.DOTALL)
+_FLAG = re.compile(r"--?[a-zA-Z]")
 
 
-# `--config.model.name=…`: the name of a field, and what stands behind it.
-_FIELD = re.compile(r"(--?(?:no)?config\.)([\w.]+)(.*)", re.DOTALL)
-
-
-def _model_name(argv: Sequence[str]) -> str | None:
-    """Returns the name that a command line gives the model, if it does."""
-    name = None
-    for word, after in itertools.pairwise([*argv, ""]):
-        if (field := _FIELD.fullmatch(word)) and field[2] == "model.name":
-            name = field[3][1:] if field[3].startswith("=") else after
-    return None if name == "None" else name
-
-
-def _renamed(argv: Sequence[str]) -> list[str]:
-    """Returns the command line with the new names of fields that had another."""
-    words = []
-    for word in argv:
+def _without_fields(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Returns a command line without the fields of its recipe, and their values."""
+    rest: list[str] = []
+    given: dict[str, list[str]] = {}
+    words = collections.deque(argv)
+    while words and rest[-1:] != ["--"]:
+        word = words.popleft()
         field = _FIELD.fullmatch(word)
-        if field and (new := recipe.MOVED.get(field[2])):
-            logger.warning("config.%s is now config.%s.", field[2], new)
-            word = f"{field[1]}{new}{field[3]}"
-        words.append(word)
-    return words
+        if not field:
+            rest.append(word)
+            continue
+        off, on, value = field.groups()
+        name = off or on
+        if value is None and (off or not words or _FLAG.match(words[0])):
+            value = str(not off)
+        elif value is None:
+            value = words.popleft()
+        if name in recipe.MOVED:
+            logger.warning("config.%s is now config.%s.", name, recipe.MOVED[name])
+        given.setdefault(recipe.MOVED.get(name, name), []).append(value)
+    return rest + list(words), given
 
 
 def override(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     """Returns the recipe with `--config.FIELD=VALUE`, of which `words` are, set."""
-    argv, values = ["program", *_renamed(words)], flags.FlagValues()
-    with config.unlocked():
-        recipe.open_model(config, _model_name(argv))
-    with wrong_flags_in_one_line():
-        config_flags.DEFINE_config_dict(
-            *("config", config), flag_values=values, lock_config=True, sys_argv=argv
-        )
-        values(argv)
-    config = values["config"].value
-    _unwrap_none(config)
-    recipe.close_model(config)
-    return config
+    rest, given = _without_fields(words)
+    check_no_words(rest)
+    return _set_fields(config, given)
 
 
-class _OrNone(flags.ArgumentParser):
-    """Reads a field's value, or None, for `recipe.check_fields` to allow or refuse."""
-
-    def __init__(self, parser: flags.ArgumentParser, expected: str):
-        self._parser, self._expected = parser, expected
-
-    def parse(self, argument: Any) -> Any:
-        """Returns the value of a command line's word, or of a default."""
-        if argument in (None, "None"):
-            return None
+def _set_fields(config: ConfigDict, given: Mapping[str, Sequence[str]]) -> ConfigDict:
+    """Returns the recipe, closed to further fields, with {field: its words} set."""
+    # The model's name says which fields it has.
+    for field in sorted(given, key="model.name".__ne__):
+        rows, words = fields.rows(config.to_dict()), given[field]
+        *sections, name = field.split(".")
+        place: Any = config
+        for section in sections:
+            place = place.get(section) if isinstance(place, ConfigDict) else None
+        if field not in rows or not isinstance(place, ConfigDict):
+            if sections == ["model"] and isinstance(place, ConfigDict):
+                models.family(str(place.get("name")))  # raises if there is none
+            near = known.nearest(field, rows, 3)
+            _exit_with(f"config.{field} is no field of the recipe; try {near}.")
+        row = rows[field]
         try:
-            return self._parser.parse(argument)
-        except (TypeError, ValueError):
-            raise ValueError(f"expected {self._expected}.") from None
-
-    def flag_type(self) -> str:
-        """Returns the type, for --help."""
-        return self._parser.flag_type()
-
-
-class _Tuple(tuple_parser.TupleParser):
-    """Reads a tuple; a lone None comes in one, see `_unwrap_none`."""
-
-    def parse(self, argument: Any) -> tuple:
-        """Returns the tuple that a command line's word or words stand for."""
-        try:
-            return super().parse(argument)
-        except (MemoryError, RecursionError, TypeError, ValueError):
-            raise ValueError("expected numbers, e.g. (224, 224).") from None
+            value = row.parse(words)
+        except ValueError:
+            expected = row.expected(words[-1])
+            _exit_with(f"flag --config.{field}={words[-1]}: expected {expected}.")
+        with config.unlocked(), config.ignore_type():
+            place[name] = value
+            if value is None and row.optional:
+                del place[name]
+    return config.lock()
 
 
-for _type, _parser in {
-    int: _OrNone(flags.IntegerParser(), "a whole number"),
-    float: _OrNone(flags.FloatParser(), "a number"),
-    bool: _OrNone(flags.BooleanParser(), "true or false"),
-    str: _OrNone(flags.ArgumentParser(), "text"),
-    tuple: _Tuple(),
-}.items():
-    config_flags.register_flag_parser_for_type(_type, _parser)
-
-
-def _unwrap_none(config: ConfigDict) -> None:
-    """Turns the (None,) that ml_collections makes of a tuple's `=None` into None."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            _unwrap_none(value)
-        elif value == (None,):
-            config[name] = None
+def _exit_with(message: str) -> NoReturn:
+    sys.exit(_for_terminal(f"{message}\nSee --help for the flags."))
 
 
 def size(flag: str) -> tuple[int, int] | None:
@@ -278,42 +243,16 @@ def size(flag: str) -> tuple[int, int] | None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    argv[:] = _renamed(argv)  # which is sys.argv, where the recipe's flags are read
-    with wrong_flags_in_one_line():
-        arguments = flags.FLAGS(argv)
-    if "config" in flags.FLAGS and (config := flags.FLAGS["config"].value):
-        _unwrap_none(config)
-        recipe.close_model(config)
-    return arguments
-
-
-@contextlib.contextmanager
-def wrong_flags_in_one_line() -> Iterator[None]:
-    """Exits with what is wrong with the flags that are read, a recipe's included."""
+    given: dict[str, list[str]] = {}
+    if "config" in flags.FLAGS:
+        argv, given = _without_fields(argv)
     try:
-        yield
+        arguments = flags.FLAGS(argv)
     except flags.Error as error:
-        # Absl turns into one what a parser raises, and a recipe's bugs with it.
-        cause = error.__context__
-        if cause and errors.message(cause) is None and _is_in(cause, "mlp_mixer"):
-            raise cause from None
-        sys.exit(_final_words(f"{error}\nSee --help for the flags."))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        if not _is_in(error, "ml_collections") or _is_in(error, "mlp_mixer.recipe"):
-            raise
-        reason = str(error).strip("'\"").replace("\\'", "'").replace("\\n", ". ")
-        sys.exit(
-            _final_words(
-                f"The recipe has no such field: {reason}\nSee --help for the flags."
-            )
-        )
-
-
-def _is_in(error: BaseException, package: str) -> bool:
-    """Whether the error came up through the code of a package."""
-    frames = traceback.walk_tb(error.__traceback__)
-    names = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    return any(f"{name}.".startswith(f"{package}.") for name in names)
+        _exit_with(str(error))
+    if "config" in flags.FLAGS:
+        flags.FLAGS.config = _set_fields(recipe.load(flags.FLAGS.config), given)
+    return arguments
 
 
 # --- One of several processes ---------------------------------------------------------
@@ -379,31 +318,28 @@ def _end_soon() -> None:
     timer.start()
 
 
+_PLACE = re.compile(r"(\[[^]]+\]|[^:]+):(\d+),(\d+),(\d+)")
+
+
 def _place(where: str) -> tuple[str, int, int, int]:
-    """Host, port, index and count of HOST:PORT,INDEX,COUNT."""
-    address, *numbers = where.split(",")
-    host, _, port = address.rpartition(":")
-    numbers = [port, *numbers]
-    plain = ":" not in host or (host.startswith("[") and host.endswith("]"))
-    good = host and plain and len(numbers) == 3 and all(map(str.isdecimal, numbers))
-    if not good:
+    """Returns host, port, index and count of HOST:PORT,INDEX,COUNT."""
+    found = _PLACE.fullmatch(where)
+    if not found:
         raise ValueError(
             f"--distributed is {where!r}; expected auto or HOST:PORT,INDEX,COUNT, "
             "e.g. 10.0.0.1:1234,0,2."
         )
-    found, index, count = map(int, numbers)
-    if not 0 < found < 2**16:
-        raise ValueError(
-            f"--distributed is {where!r}: port {found} is not one of 1 ... 65535."
-        )
-    if count < 1:
-        raise ValueError(f"--distributed is {where!r}: the COUNT is 1 or more.")
-    if index >= count:
-        raise ValueError(
-            f"--distributed is {where!r}: of {count} processes the INDEX is one of "
-            f"0 ... {count - 1}."
-        )
-    return host, found, index, count
+    port, index, count = map(int, found.groups()[1:])
+    wrong = ""
+    if not 0 < port < 2**16:
+        wrong = f"port {port} is not one of 1 ... 65535"
+    elif count < 1:
+        wrong = "the COUNT is 1 or more"
+    elif index >= count:
+        wrong = f"of {count} processes the INDEX is one of 0 ... {count - 1}"
+    if wrong:
+        raise ValueError(f"--distributed is {where!r}: {wrong}.")
+    return found[1], port, index, count
 
 
 def _check_address(where: str, host: str, port: int, *, listen: bool) -> None:
@@ -428,16 +364,16 @@ def _check_address(where: str, host: str, port: int, *, listen: bool) -> None:
 def _bounded_wait(others: str) -> Iterator[None]:
     """Says after a while whom this process waits for, and ends it after a long one."""
 
-    def say() -> None:
+    def announce() -> None:
         print(f"Waiting for {others}.", file=sys.stderr, flush=True)
 
-    def end() -> None:
+    def give_up() -> None:
         message = f"Waited {WAIT_SECONDS:g} seconds in vain for {others}."
         print(message, file=sys.stderr, flush=True)
         # JAX waits in C++, where no exception reaches it.
         os._exit(1)
 
-    timers = [threading.Timer(10, say), threading.Timer(WAIT_SECONDS, end)]
+    timers = [threading.Timer(10, announce), threading.Timer(WAIT_SECONDS, give_up)]
     for timer in timers:
         timer.daemon = True
         timer.start()

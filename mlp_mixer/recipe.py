@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from etils import epath
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict, config_dict
 
 from mlp_mixer import fields, files, models, shipped
 from mlp_mixer.fields import MOVED
@@ -207,41 +207,6 @@ def completed(
     return config
 
 
-def open_model(config: ConfigDict, name: str | None = None) -> None:
-    """Gives every field of the model a place, so that a command line may set it.
-
-    Args:
-      config: with a model of some name.
-      name: name that the command line gives the model; None: it gives none.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    if not _names_model(config):
-        return  # for `check_fields` to tell
-    for field, declared in models.declared(name or config.model.name).items():
-        one, length = fields.kind(declared.type)
-        value = config.model.get(field)
-        place = FieldReference(None, field_type=one if length is None else tuple)
-        config.model[field] = place
-        with config.ignore_type():  # for `check_fields` to tell
-            config.model[field] = value
-
-
-def close_model(config: ConfigDict) -> None:
-    """Takes away the fields of the model that have no value of their own."""
-    if not _names_model(config):
-        return
-    for field, value in config.model.to_dict().items():
-        if value is None and field not in ("name", "image_size"):
-            with config.unlocked():
-                del config.model[field]
-
-
-def _names_model(config: ConfigDict) -> bool:
-    return isinstance(config.get("model"), ConfigDict) and "name" in config.model
-
-
 def words(argument: str, known: Sequence[str]) -> list[str]:
     """The words of a recipe's argument ("imagenet21k,short").
 
@@ -376,7 +341,7 @@ def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     Raises:
       ValueError: it is no recipe, or has a later format.
     """
-    config, tree = base(), _tuples(tree)
+    tree = _tuples(tree)
     number = tree.pop("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ValueError(
@@ -385,12 +350,14 @@ def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
         )
     try:
         rename(tree)
-        missing = _take(config, tree)
-        if wrong := fields.problems(config.to_dict(), others=True):
+        tree, missing = _with_defaults(tree, base().to_dict())
+        _check_needed(missing)
+        if wrong := fields.problems(tree, others=True):
             raise ValueError(" ".join(wrong))
-        unsaid = models.declared(config.model.name).keys() - tree["model"].keys()
-        missing += _unless_needed(f"model.{field}" for field in unsaid)
-        config = completed(config)
+        unsaid = models.declared(tree["model"]["name"]).keys() - tree["model"].keys()
+        missing += [f"model.{field}" for field in unsaid]
+        _check_needed(missing)
+        config = completed(ConfigDict(tree))
     except (TypeError, ValueError) as error:
         what = brief(error)
         raise ValueError(f"{origin} is no recipe of a run: {what}") from error
@@ -423,52 +390,35 @@ def rename(tree: Any) -> list[str]:
     return found
 
 
-def _unless_needed(missing: Iterable[str]) -> list[str]:
-    """Returns the fields, or raises ValueError if every version has written one."""
-    missing = list(missing)
+def _check_needed(missing: Iterable[str]) -> None:
     if lost := sorted(_NEEDED.intersection(missing)):
         raise ValueError(f"it does not say {', '.join(lost)}.")
-    return missing
 
 
-def _take(section: ConfigDict, tree: Mapping[str, Any], where: str = "") -> list[str]:
-    """Copies values into the fields of their type; returns the fields without one."""
-    known = dict(section.items(preserve_field_references=True))
-    missing = _unless_needed(f"{where}{key}" for key in known if key not in tree)
-    for key, value in tree.items():
-        there, field = known.get(key), f"{where}{key}"
-        if isinstance(there, ConfigDict):
-            if not isinstance(value, dict):
-                raise ValueError(f"{field} is {brief(value)}; expected a section.")
-            take = _take_evaluators if field == "evals" else _take
-            missing += take(there, value, f"{field}.")
-            continue
-        may_be_none = key not in known or isinstance(there, FieldReference)
-        try:
-            if value is None and not may_be_none:
-                raise TypeError
-            section[key] = value
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{field} is {brief(value, 60)}; expected as in recipe.base()."
-            ) from error
-    return missing
+def _with_defaults(
+    tree: Mapping[str, Any], defaults: Mapping[str, Any], where: str = ""
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the tree with what only the defaults have, and the names of that."""
+    if where == "evals.":
+        defaults = {name: _evaluator_defaults(name, tree[name]) for name in tree}
+    found = {**defaults, **tree}
+    missing = [f"{where}{key}" for key in defaults if key not in tree]
+    for key, default in defaults.items():
+        if isinstance(default, dict) and key in tree:
+            if not isinstance(tree[key], dict):
+                value = brief(tree[key])
+                raise ValueError(f"{where}{key} is {value}; expected a section.")
+            found[key], more = _with_defaults(tree[key], default, f"{where}{key}.")
+            missing += more
+    return found, missing
 
 
-def _take_evaluators(
-    section: ConfigDict, tree: Mapping[str, Any], where: str
-) -> list[str]:
-    known = {"accuracy": lambda: evaluation(""), "fewshot": lambda: fewshot("", "")}
-    missing = []
-    for name, given in tree.items():
-        kind = given.get("type") if isinstance(given, dict) else None
-        if kind not in known:
-            raise ValueError(
-                f"{where}{name} is no evaluator of type {' or '.join(known)}."
-            )
-        section[name] = known[kind]()
-        missing += _take(section[name], given, f"{where}{name}.")
-    return missing
+def _evaluator_defaults(name: str, section: Any) -> dict[str, Any]:
+    known = {"accuracy": evaluation(""), "fewshot": fewshot("", "")}
+    kind = section.get("type") if isinstance(section, dict) else None
+    if kind not in known:
+        raise ValueError(f"evals.{name} is no evaluator of type {' or '.join(known)}.")
+    return known[kind].to_dict()
 
 
 def _tuples(tree: Any) -> Any:

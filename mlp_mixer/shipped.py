@@ -7,7 +7,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from mlp_mixer.known import nearest
 
@@ -25,25 +25,30 @@ def find(value: str) -> tuple[str, str | None]:
     Raises:
       FileNotFoundError: there is no such recipe; lists the shipped ones.
     """
-    path, words = _split(value)
-    if found := _there(path):
+    path, words = _path_and_words(value)
+    if found := _file_of(path):
         return found, words
-    shipped = {p.relative_to(r).as_posix() for r in _roots() for p in _recipes(r)}
+    shipped = {
+        file.relative_to(root).as_posix()
+        for root in (PACKAGE.parent, PACKAGE)
+        for file in (root / "configs").rglob("*.py")
+        if file.stem != "__init__"
+    }
     raise FileNotFoundError(
         f"There is no recipe {path!r}; shipped are: {nearest(path, sorted(shipped))}."
     )
 
 
-def _split(value: str) -> tuple[str, str | None]:
+def _path_and_words(value: str) -> tuple[str, str | None]:
     """The path of a recipe and its words; at the first colon if no such file exists."""
     for at in [i for i, letter in enumerate(value) if letter == ":"]:
-        if _there(value[:at]):
+        if _file_of(value[:at]):
             return value[:at], value[at + 1 :]
     path, colon, words = value.partition(":")
-    return (value, None) if _there(value) or not colon else (path, words)
+    return (value, None) if _file_of(value) or not colon else (path, words)
 
 
-def _there(path: str) -> str | None:
+def _file_of(path: str) -> str | None:
     """Where the file of a recipe is, if it is anywhere."""
     path = os.path.expanduser(path)
     for root in (pathlib.Path(), PACKAGE.parent, PACKAGE):
@@ -57,14 +62,6 @@ def split(argument: str) -> list[str]:
     return [*dict.fromkeys(w.strip() for w in argument.split(",") if w.strip())]
 
 
-def _roots() -> list[pathlib.Path]:
-    return [r for r in (PACKAGE.parent, PACKAGE) if (r / "configs").is_dir()]
-
-
-def _recipes(root: pathlib.Path) -> Iterable[pathlib.Path]:
-    return (p for p in (root / "configs").rglob("*.py") if p.stem != "__init__")
-
-
 def default_workdir(argv: Sequence[str]) -> str:
     """Where a run lives unless another place is named: `runs/<run_name>`."""
     value = ""
@@ -73,7 +70,7 @@ def default_workdir(argv: Sequence[str]) -> str:
         if flag in ("--config", "-config"):
             value = rest if equals else "".join(argv[i + 1 : i + 2])
     # Runs from before a word's slash was replaced lie further below.
-    nested = os.path.join("runs", _name(value))
+    nested = os.path.join("runs", _full_name(value))
     if os.path.isfile(os.path.join(nested, "config.json")):
         return nested
     return os.path.join("runs", run_name(value))
@@ -85,7 +82,7 @@ def run_name(value: str) -> str:
     From the recipe's place in its configs/ (a recipe elsewhere: its file's name) and
     the words of its argument. It is the name of one folder, whatever the words are.
     """
-    name = re.sub(r"[/\x00-\x1f\x7f]", "_", _name(value))
+    name = re.sub(r"[/\x00-\x1f\x7f]", "_", _full_name(value))
     encoded = os.fsencode(name)
     if len(encoded) > LONGEST_NAME:
         digest = hashlib.sha256(encoded).hexdigest()[:8]
@@ -93,8 +90,8 @@ def run_name(value: str) -> str:
     return name
 
 
-def _name(value: str) -> str:
-    path, words = _split(value)
+def _full_name(value: str) -> str:
+    path, words = _path_and_words(value)
     *folders, name = pathlib.PurePath(os.path.splitext(path)[0]).parts or ("",)
     if "configs" in folders:
         last = len(folders) - folders[::-1].index("configs")

@@ -75,13 +75,13 @@ class Task:
 def open_task(
     value: str, overrides: Sequence[str] = (), rates: Sequence[float] | None = None
 ) -> Task:
-    """The task of `--config=value`.
+    """Returns the task of `--config=value`.
 
     Args:
       value: a recipe's path, its words behind a colon. It has the word `select`, and
         LEARNING_RATES beside its `get_config`.
       overrides: `--config.field=value`.
-      rates: instead of the recipe's.
+      rates: learning rates, instead of the recipe's.
 
     Raises:
       FileNotFoundError: there is no such recipe.
@@ -92,30 +92,25 @@ def open_task(
         raise ValueError(
             f"{value} has the word select, which a sweep adds itself; leave it out."
         )
+    rates = rates or recipe.run_file(path).get("LEARNING_RATES")
     if not rates:
-        rates = recipe.run_file(path).get("LEARNING_RATES")
-        if not rates:
-            raise ValueError(
-                f"{path} has no LEARNING_RATES; give some: --learning_rates=0.01,0.03."
-            )
-    return Task(
-        name=shipped.run_name(value),
-        select=_config(f"{path}:{words or ''},select", overrides),
-        final=_config(f"{path}:{words or ''}", overrides),
-        learning_rates=tuple(sorted(set(rates))),
-    )
+        raise ValueError(
+            f"{path} has no LEARNING_RATES; give some: --learning_rates=0.01,0.03."
+        )
 
+    def config(words: str) -> ConfigDict:
+        # As training's own command line reads it.
+        config = program.override(recipe.load(f"{path}:{words}"), overrides)
+        recipe.check_fields(config)
+        models.create(**config.model)  # refuses sizes that do not fit
+        return config
 
-def _config(value: str, overrides: Sequence[str]) -> ConfigDict:
-    """The recipe as training's own command line reads it."""
-    config = program.override(recipe.load(value), overrides)
-    recipe.check_fields(config)
-    models.create(**config.model)  # which says what of its sizes does not fit
-    return config
+    select, final = config(f"{words or ''},select"), config(words or "")
+    return Task(shipped.run_name(value), select, final, tuple(sorted(set(rates))))
 
 
 def watched(config: ConfigDict) -> str:
-    """The evaluator that decides: the one that runs in training.
+    """Returns the name of the evaluator that decides: the one that runs in training.
 
     Raises:
       ValueError: there is not exactly one, or it has no top-1.
@@ -138,10 +133,9 @@ def check_data(tasks: Iterable[Task], data_dir: str | None) -> None:
     """
     folder = data_dir or preparation.default_data_dir()
     names: dict[str, None] = {}
-    for task in tasks:
-        for config in (task.select, task.final):
-            evaluation = evaluators.sections(config)[watched(config)]
-            names |= dict.fromkeys((config.dataset.name, evaluation["dataset"]["name"]))
+    for config in (c for task in tasks for c in (task.select, task.final)):
+        evaluation = evaluators.sections(config)[watched(config)]
+        names |= dict.fromkeys((config.dataset.name, evaluation["dataset"]["name"]))
     absent = [
         name
         for name in names
@@ -149,11 +143,10 @@ def check_data(tasks: Iterable[Task], data_dir: str | None) -> None:
         and not preparation.find(name, folder)
     ]
     if absent:
-        steps = [preparation.instructions(name, folder) for name in absent]
-        lines = dict.fromkeys(line for step in steps for line in step.splitlines())
+        steps = "\n".join(preparation.instructions(name, folder) for name in absent)
         raise FileNotFoundError(
             f"Not prepared in {folder}: {', '.join(absent)}. Prepare them once:\n"
-            + "\n".join(lines)
+            + "\n".join(dict.fromkeys(steps.splitlines()))
         )
 
 
@@ -161,13 +154,10 @@ def check_data(tasks: Iterable[Task], data_dir: str | None) -> None:
 
 
 def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
-    """Top-1 in [0, 1] of the run of `config` in `workdir`; NaN if it diverged.
-
-    Returns:
-      None if it is not finished.
+    """Returns top-1 in [0, 1] of a finished run, NaN if it diverged, None if it is not.
 
     Raises:
-      ValueError: it is another recipe's, or was evaluated otherwise.
+      ValueError: the run is of another recipe, or was evaluated otherwise.
     """
     path = workdir / RESULT
     if not path.exists():
@@ -179,7 +169,7 @@ def finished(config: ConfigDict, workdir: pathlib.Path) -> float | None:
     ):
         raise ValueError(f"{path} is no result of a run: remove it to train again.")
     may_change = [field for field in MAY_CHANGE if field != "evals"]
-    there = recipe.to_json(recipe.from_json(content["config"], str(path)))
+    there = recipe.from_json(content["config"], str(path))
     check_same(there, config, workdir, may_change)
     return math.nan if top1 is None else top1
 
@@ -195,32 +185,31 @@ def complete(
 
     Args:
       config: the recipe.
-      workdir: folder of the run.
-      data_dir: where data sets are; TFDS's own folder by default.
+      workdir, data_dir: as in `train.train`.
       trial: whether a loss that is not finite is a result, NaN.
 
     Raises:
       StoppedError: the process was asked to stop.
     """
-    score = finished(config, workdir)
-    if score is not None:
-        logger.info("%s is finished: top-1 %s", workdir, _percent(score))
-        return score
+    top1 = finished(config, workdir)
+    if top1 is not None:
+        logger.info("%s is finished: top-1 %s", workdir, _percent(top1))
+        return top1
     try:
         state = train.train(config, str(workdir), data_dir=data_dir)
-        score = _score(config, workdir, int(state.step), data_dir)
+        top1 = _last_top1(config, workdir, int(state.step), data_dir)
     except FloatingPointError as error:
         if not trial:
             raise
         # The same again would diverge again.
         logger.warning("%s", error)
-        score = math.nan
-    result = {"config": recipe.to_json(config), "top1": _finite(score)}
+        top1 = math.nan
+    result = {"config": recipe.to_json(config), "top1": _finite(top1)}
     files.write_json(workdir / RESULT, result)
-    return score
+    return top1
 
 
-def _score(
+def _last_top1(
     config: ConfigDict, workdir: pathlib.Path, step: int, data_dir: str | None
 ) -> float:
     last, name = recipe.total_steps(load(workdir)), watched(config)
@@ -276,7 +265,7 @@ class Result:
 
 
 def choose(grid: Mapping[float, float]) -> float:
-    """The learning rate of the highest accuracy; of equals, the lowest.
+    """Returns the learning rate of the highest accuracy; of equals, the lowest.
 
     Raises:
       ValueError: all diverged.
@@ -304,45 +293,36 @@ def run(
       task: what to run.
       folder: the runs are below it, in `<task>/`.
       seeds: how many final runs.
-      data_dir: where data sets are; TFDS's own folder by default.
+      data_dir: as in `train.train`.
       drop_checkpoints: whether to delete those of a finished run of the grid.
     """
-    here = folder / task.name
     rates = task.learning_rates if len(task.learning_rates) > 1 else ()
-    count = len(rates) + seeds
+    here, count = folder / task.name, len(rates) + seeds
     grid = {}
     for i, rate in enumerate(rates):
-        logger.info("%s, run %d of %d: learning rate %g", task.name, i + 1, count, rate)
         config = task.select.copy_and_resolve_references()
         config.optim.learning_rate = rate
         workdir = here / f"select-{rate:g}"
+        logger.info("%s, run %d of %d", workdir, i + 1, count)
         grid[rate] = complete(config, workdir, data_dir=data_dir, trial=True)
         if drop_checkpoints and (workdir / "checkpoints").exists():
             shutil.rmtree(workdir / "checkpoints")
     best = choose(grid) if grid else task.learning_rates[0]
     scores = {}
     for seed in range(seeds):
-        logger.info(
-            "%s, run %d of %d: all of training, learning rate %g, seed %d",
-            task.name,
-            len(rates) + seed + 1,
-            count,
-            best,
-            seed,
-        )
         config = task.final.copy_and_resolve_references()
         config.optim.learning_rate, config.seed = best, seed
         workdir = here / f"final-{best:g}-seed-{seed}"
+        logger.info("%s, run %d of %d", workdir, len(rates) + seed + 1, count)
         scores[seed] = complete(config, workdir, data_dir=data_dir)
     evaluation = evaluators.sections(task.final)[watched(task.final)]
-    dataset = evaluation["dataset"]
     height, width = task.final.model.image_size
     start = task.final.init_from or "nothing"
     return Result(
         name=task.name,
         model=f"{task.final.model.name} from {start}, {height}x{width}",
         dataset=task.final.dataset.name,
-        data=f"{dataset['name']} {dataset['split']}",
+        data="{name} {split}".format(**evaluation["dataset"]),
         preprocess=evaluation["preprocess"],
         grid=grid,
         learning_rate=best,
@@ -358,9 +338,9 @@ Means = Callable[[Sequence[Result]], dict[str, float]]
 def average_5(results: Sequence[Result]) -> dict[str, float]:
     """The paper's "Avg 5" of each model, resolution and protocol with all five sets."""
     return {
-        f"Avg 5 of {of}": statistics.fmean(found[name] for name in FIVE)
+        f"Avg 5 of {of}": statistics.fmean(found.values())
         for of, found in _of_five(results).items()
-        if found.keys() >= set(FIVE)
+        if len(found) == len(FIVE)
     }
 
 
@@ -380,8 +360,10 @@ def table_of_five(results: Sequence[Result]) -> list[list[str]]:
     return [
         [
             of,
-            *(_percent(found[name]) if name in found else "" for name in FIVE),
-            _percent(means[f"Avg 5 of {of}"]) if f"Avg 5 of {of}" in means else "",
+            *(
+                _percent(x)
+                for x in (*map(found.get, FIVE), means.get(f"Avg 5 of {of}"))
+            ),
         ]
         for of, found in _of_five(results).items()
     ]
@@ -411,7 +393,9 @@ def table(
     return console.Table(str(folder), COLUMNS, rows)
 
 
-def _percent(accuracy: float) -> str:
+def _percent(accuracy: float | None) -> str:
+    if accuracy is None:
+        return ""
     return "diverged" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
 
 
@@ -419,23 +403,18 @@ def write_results(
     folder: pathlib.Path, results: Sequence[Result], means: Mapping[str, float]
 ) -> None:
     """Writes sweep.json, sweep.md and sweep.png to `folder`."""
-    content: dict[str, Any] = {"results": [], "means": dict(means)}
-    for result in results:
-        fields = dataclasses.asdict(result) | {"mean": result.mean, "std": result.std}
-        fields["grid"] = {r: _finite(a) for r, a in result.grid.items()}
-        content["results"].append(fields)
+    grids = {r.name: {x: _finite(a) for x, a in r.grid.items()} for r in results}
+    fields = [
+        dataclasses.asdict(r) | {"grid": grids[r.name], "mean": r.mean, "std": r.std}
+        for r in results
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "sweep.json", content)
+    files.write_json(folder / "sweep.json", {"results": fields, "means": dict(means)})
     tables = [table(folder, results, means)]
     if five := table_of_five(results):
         tables.append(console.Table("", ["", *FIVE.values(), "Avg 5"], five))
     files.write_text(folder / "sweep.md", "\n".join(t.markdown() for t in tables))
-    curves = {
-        result.name: {r: _finite(a) for r, a in result.grid.items()}
-        for result in results
-        if result.grid
-    }
-    if curves:
+    if curves := {name: grid for name, grid in grids.items() if grid}:
         chosen = {result.name: result.learning_rate for result in results}
         picture = visualize.png(visualize.learning_rates(curves, chosen))
         (folder / "sweep.png").write_bytes(picture)
@@ -452,20 +431,18 @@ def run_all(
     tasks: Sequence[Task],
     folder: pathlib.Path,
     *,
-    seeds: int,
     data_dir: str | None = None,
-    drop_checkpoints: bool = False,
     means: Means = average_5,
+    **options: Any,
 ) -> None:
     """Runs the tasks one after the other and writes what is known after each.
 
     Args:
       tasks: tasks of different names.
       folder: the runs are below it, and sweep.md, sweep.json and sweep.png in it.
-      seeds: number of final runs of each task.
       data_dir: where data sets are; TFDS's own folder by default.
-      drop_checkpoints: whether to delete those of a finished run of the grid.
       means: results so far → {name: mean}.
+      **options: seeds and drop_checkpoints, as in `run`.
 
     Raises:
       FileNotFoundError: data is missing, all of it named before anything is run.
@@ -475,12 +452,11 @@ def run_all(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{', '.join(twice)} would share a folder; name each once.")
     check_data(tasks, data_dir)
-    options: Any = {"data_dir": data_dir, "drop_checkpoints": drop_checkpoints}
     results: list[Result] = []
     for i, task in enumerate(tasks):
         logger.info("%s (%d of %d)", task.name, i + 1, len(tasks))
         try:
-            results.append(run(task, folder, seeds=seeds, **options))
+            results.append(run(task, folder, data_dir=data_dir, **options))
         except (Exception, KeyboardInterrupt):
             command = shlex.join(["python", *sys.argv])
             logger.error("Not finished. What is done is kept; go on with\n%s", command)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from mlp_mixer import files, history, models, ownership, processes, recipe
+from mlp_mixer import fields, files, history, models, ownership, processes, recipe
 from mlp_mixer.data import class_names as naming
 from mlp_mixer.text import listed, printable
 
@@ -67,14 +67,9 @@ def load_class_names(
 
 @contextlib.contextmanager
 def claimed(
-    config: ConfigDict,
-    workdir: epath.PathLike,
-    class_names: Sequence[str] | None = None,
-    data: dict[str, Any] | None = None,
-    *,
-    accept_changed_data: bool = False,
+    config: ConfigDict, workdir: epath.PathLike, *more: Any, **options: Any
 ) -> Iterator[tuple[Callable[[int | None], None], Callable[[], None]]]:
-    """Owns the folder of a run until the end of the block, and claims it, see `claim`.
+    """Owns the folder of a run until the end of the block, and claims it as `claim`.
 
     Yields:
       `note_saved(step)`, to be called with the newest step that is saved; and
@@ -89,13 +84,7 @@ def claimed(
         saved = None
         with processes.together():
             if jax.process_index() == 0:
-                saved = claim(
-                    config,
-                    workdir,
-                    class_names,
-                    data,
-                    accept_changed_data=accept_changed_data,
-                )
+                saved = claim(config, workdir, *more, **options)
         yield saved.note if saved else lambda _: None, check_owned
 
 
@@ -114,7 +103,6 @@ def claim(
 
     Args:
       config: with every field resolved.
-      workdir: folder of the run.
       class_names: names of the training data's classes, by label.
       data: `sources.fingerprint` of the training data; None: it is not recorded.
       accept_changed_data: whether other data of the same classes is accepted.
@@ -137,7 +125,7 @@ def claim(
     if data is not None:
         new["data"] = data
         if begun:
-            _say_what_is_recorded(workdir, _recorded_data(folder), data)
+            _log_changed_data(workdir, _recorded_data(folder), data)
     for name, content in new.items():
         files.write_json(folder / f"{name}.json", content)
     return history.Saved(workdir)
@@ -154,7 +142,6 @@ def check_run(
 
     Args:
       config: with every field resolved.
-      workdir: folder of the run.
       data: `sources.fingerprint` of the training data; None: it is not compared.
       accept_changed_data: whether other examples of the same classes are no error.
 
@@ -187,57 +174,53 @@ def check_recipe(
     """Passes unless a run of another recipe has begun in `workdir`: see `check_run`.
 
     Args:
-      config: recipe with every field resolved.
-      workdir: folder of the run.
-      data: fingerprint of the training data; None: it is not compared.
-      accept_changed_data: whether other examples of the same classes are no error.
+      config, data, accept_changed_data: as in `check_run`.
       may_change: fields that are not compared, besides `MAY_CHANGE`.
     """
     folder = epath.Path(workdir)
-    path = folder / "config.json"
     if not history.has_begun(workdir):
         return
-    if not path.exists():
+    if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"{workdir} holds a run, but its config.json is missing, which says of "
             "which recipe. Bring it back, or choose another --workdir."
         )
-    history.check_kept(workdir, load(workdir).checkpoint.every_steps)
+    there = load(workdir)
+    history.check_kept(workdir, there.checkpoint.every_steps)
     may_change = (*MAY_CHANGE, *may_change)
     if accept_changed_data or (data is not None and _recorded_data(folder)):
         # The fingerprints say it better: of each class, or each shard.
         may_change = (*may_change, "dataset.num_examples")
-    check_same(recipe.to_json(recipe.read(path)), config, workdir, may_change)
+    check_same(there, config, workdir, may_change)
 
 
 def check_same(
-    there: dict[str, Any],
+    there: ConfigDict,
     config: ConfigDict,
     workdir: epath.PathLike,
-    may_change: Sequence[str] = MAY_CHANGE,
+    may_change: Sequence[str],
 ) -> None:
     """Passes if a recipe is that of the run in `workdir`.
 
     Args:
-      there: the run's recipe, as `recipe.to_json` gives it.
-      config: recipe with every field resolved.
-      workdir: folder of the run.
+      there, config: the run's recipe and another one, with every field resolved.
       may_change: fields that are not compared.
 
     Raises:
       ValueError: they differ; lists the fields.
     """
-    here, hint = recipe.to_json(config), ""
-    if there["accumulate"] != here["accumulate"] and _has_statistics(config):
+    hint = ""
+    if there.accumulate != config.accumulate and _has_statistics(config):
         may_change = [field for field in may_change if field != "accumulate"]
         hint = (
             " In a model with BatchNorm accumulate changes which images are normalised "
             "together; --config.run.remat=full saves memory and changes no result."
         )
-    if differing := differences(there, here, may_change):
+    pair = recipe.to_json(there), recipe.to_json(config)
+    if differing := _differences(*pair, may_change):
         raise ValueError(
             f"{workdir} holds a run of another recipe:\n"
-            + listed([line.strip() for line in differing], 17)
+            + listed(differing, 17)
             + f"\nChoose another --workdir, or give the fields their old values.{hint}"
         )
 
@@ -274,7 +257,7 @@ def _recorded_data(folder: epath.Path) -> dict[str, Any] | None:
     return files.read_json(path)
 
 
-def _say_what_is_recorded(
+def _log_changed_data(
     workdir: epath.PathLike, recorded: dict[str, Any] | None, data: dict[str, Any]
 ) -> None:
     if recorded is None:
@@ -288,13 +271,11 @@ def _say_what_is_recorded(
         logger.warning("%s goes on with changed data:\n  %s", workdir, listing)
 
 
-def differences(
-    there: Any, here: Any, may_change: Sequence[str] = MAY_CHANGE
-) -> list[str]:
+def _differences(there: Any, here: Any, may_change: Sequence[str]) -> list[str]:
     """Lines for people: the fields of two recipes' `recipe.to_json` that differ."""
-    before, now = _flat(there), _flat(here)
+    before, now = dict(fields.flat(there)), dict(fields.flat(here))
     return [
-        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
+        f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} here"
         for key in sorted(before.keys() | now.keys())
         if before.get(key, "absent") != now.get(key, "absent")
         and not any(key == m or key.startswith(f"{m}.") for m in may_change)
@@ -313,29 +294,22 @@ def changes(before: dict[str, Any], now: dict[str, Any], limit: int = 12) -> lis
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += [
-                f"{printable(name)}: {_as_json(there.get(name))} there, "
-                f"{_as_json(here.get(name))} here"
+                f"{printable(name)}: {_shown(there.get(name))} there, "
+                f"{_shown(here.get(name))} here"
                 for name in sorted(there.keys() | here.keys())
                 if there.get(name) != here.get(name)
             ]
         else:
-            lines.append(f"{key}: {_as_json(there)} there, {_as_json(here)} here")
+            lines.append(f"{key}: {_shown(there)} there, {_shown(here)} here")
     if not lines and before.get("order") != now.get("order"):
         lines.append("the same files, in another order")
     more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
     return lines[:limit] + more
 
 
-def _as_json(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(
             f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()
         )
     return "nothing" if value is None else printable(str(value))[:100]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    pairs = ((f"{prefix}.{k}" if prefix else k, v) for k, v in tree.items())
-    return {k: v for key, value in pairs for k, v in _flat(value, key).items()}

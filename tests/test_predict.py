@@ -82,6 +82,14 @@ def some(images):
     return [str(images / f"{i}.png") for i in range(3)]
 
 
+def written(images, *, weights, **options):
+    """(how many images, how many of them are broken), as the command line does it."""
+    files = predict.find_images(images)
+    model_options = {k: options.pop(k) for k in ("step", "labels") if k in options}
+    model = runs.open_model(weights, **model_options)
+    return len(files), predict.run(files, model, **options)
+
+
 @functools.cache
 def applied(gelu):
     return jax.jit(MlpMixer((4, 4), 1, 16, 8, 64, len(NAMES), gelu).apply)
@@ -226,7 +234,7 @@ def test_foreign_weights_predict_as_they_were_trained(params, some, tmp_path, ca
 
 
 def test_csv_is_clean_and_holds_what_was_predicted(weights, some, capsys):
-    assert predict.run(some, weights=weights, format="csv", top=2) == (3, 0)
+    assert written(some, weights=weights, format="csv", top=2) == (3, 0)
     said = capsys.readouterr().out
     rows = list(csv.DictReader(io.StringIO(said)))
     columns = ["path", "class_1", "probability_1", "class_2", "probability_2"]
@@ -239,7 +247,7 @@ def test_csv_is_clean_and_holds_what_was_predicted(weights, some, capsys):
 
 
 def test_names_may_hold_commas_and_quotes(weights, some, capsys):
-    predict.run(some, weights=weights, format="csv", top=99)
+    written(some, weights=weights, format="csv", top=99)
     header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
     assert all(len(row) == len(header) == 17 for row in rows)
     assert all(NAMES[2] in row for row in rows)
@@ -247,7 +255,7 @@ def test_names_may_hold_commas_and_quotes(weights, some, capsys):
 
 def test_jsonl_says_how_it_came_about(weights, some, tmp_path, capsys):
     path = tmp_path / "new" / "out.jsonl"
-    predict.run(some, weights=weights, format="jsonl", top=99, out=str(path))
+    written(some, weights=weights, format="jsonl", top=99, out=str(path))
     assert capsys.readouterr().out == ""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record, one in zip(records, predict.predict(weights, some, top=8), strict=True):
@@ -261,7 +269,7 @@ def test_jsonl_says_how_it_came_about(weights, some, tmp_path, capsys):
 
 
 def test_the_table_has_an_aligned_line_for_each_image(weights, images, capsys):
-    predict.run([str(images)], weights=weights, top=8)
+    written([str(images)], weights=weights, top=8)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11
     assert len({len(line) for line in lines}) == 1
@@ -279,7 +287,7 @@ def test_a_name_of_any_bytes_is_written_as_it_is(weights, some, tmp_path):
     with open(some[0], "rb") as source, open(path, "wb") as file:
         file.write(source.read())
     out, sheet = tmp_path / "out.csv", tmp_path / "sheet.png"
-    predict.run([path], weights=weights, format="csv", out=str(out), sheet=str(sheet))
+    written([path], weights=weights, format="csv", out=str(out), sheet=str(sheet))
     assert os.fsencode(path) in out.read_bytes()
 
 
@@ -292,7 +300,7 @@ def test_features_lie_in_a_file_in_the_order_of_the_images(
     for source, protocol in ((weights, "vision_transformer"), (headless, "big_vision")):
         out = tmp_path / "features.npz"
         order = [str(images / "z"), str(images / "0.png")]
-        predict.run(order, weights=str(source), format="csv", features=str(out))
+        written(order, weights=str(source), format="csv", features=str(out))
         with np.load(out) as file:
             assert set(file) == {"path", "features"}
             paths, features = file["path"], file["features"]
@@ -305,7 +313,7 @@ def test_features_lie_in_a_file_in_the_order_of_the_images(
         assert bool(capsys.readouterr().out) == (source == weights)
     for more in ({}, {"out": "x.csv", "features": "x.npz"}):
         with pytest.raises(ValueError, match=r"has no head, .* --features=FILE\.npz"):
-            predict.run(order, weights=str(headless), **more)
+            written(order, weights=str(headless), **more)
     (one,) = predict.predict(headless, [images / "0.png"])
     assert (one.classes, one.probabilities, len(one.features)) == ((), (), 16)
 
@@ -323,7 +331,7 @@ def test_the_sheet_shows_images_evenly_up_to_its_size(
     monkeypatch.setattr(predict.visualize, "sheet", sheet)
     monkeypatch.setattr(predict, "SHEET", 5)
     path = tmp_path / "sheet.png"
-    predict.run([str(images)], weights=weights, sheet=str(path), top=2)
+    written([str(images)], weights=weights, sheet=str(path), top=2)
     with PIL.Image.open(path) as picture:
         assert picture.size[0] == 1400
     ((pictures, texts),) = drawn
@@ -349,7 +357,7 @@ def test_a_photo_is_made_small_before_it_is_drawn(weights, tmp_path, monkeypatch
     monkeypatch.setattr(predict.visualize, "sheet", sheet)
     PIL.Image.new("RGB", (1600, 800)).save(tmp_path / "photo.png")
     path = str(tmp_path / "sheet.png")
-    predict.run([str(tmp_path)], weights=weights, sheet=path)
+    written([str(tmp_path)], weights=weights, sheet=path)
     assert seen == [(400, 800, 3)]
 
 
@@ -377,16 +385,16 @@ def test_csv_and_jsonl_hold_any_name_exactly(oddly_named, tmp_path):
     weights, images, classes = oddly_named
     paths = sorted(f"{images}/{name}" for name in os.listdir(images))
     out = tmp_path / "out.csv"
-    predict.run([images], weights=weights, format="csv", top=8, out=str(out))
-    written = out.read_bytes().decode("utf-8", "surrogateescape")
-    _, *rows = csv.reader(io.StringIO(written, newline=""))
+    written([images], weights=weights, format="csv", top=8, out=str(out))
+    content = out.read_bytes().decode("utf-8", "surrogateescape")
+    _, *rows = csv.reader(io.StringIO(content, newline=""))
     assert [row[0] for row in rows] == paths
     # Half a pair of surrogates has no bytes.
     known = {text.encodable(name) for name in classes}
     assert known - {*classes} == {r"\ud83d and \ude00"}
     assert all({*row[1::2]} == known for row in rows)
     out = tmp_path / "out.jsonl"
-    predict.run([images], weights=weights, format="jsonl", top=8, out=str(out))
+    written([images], weights=weights, format="jsonl", top=8, out=str(out))
     records = [*map(json.loads, out.read_text(encoding="utf-8").splitlines())]
     assert [record["path"] for record in records] == paths
     for record in records:
@@ -402,7 +410,7 @@ def test_the_table_shows_any_name_in_any_encoding(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding))
     text.accept_any_text(sys.stdout)
     monkeypatch.chdir(images)
-    predict.run(["."], weights=weights, top=8, sheet=str(sheet))
+    written(["."], weights=weights, top=8, sheet=str(sheet))
     lines = data.getvalue().decode(encoding).splitlines()
     assert len(lines) == 7  # a line each
     assert any(r"0 caf\udce9 \udcff.png" in line for line in lines)
@@ -417,7 +425,7 @@ def test_predictions_are_kept_if_the_sheet_cannot_be_drawn(weights, some, tmp_pa
     (tmp_path / "sheet.png").mkdir()
     files = {"out": str(out), "sheet": str(tmp_path / "sheet.png")}
     with pytest.raises(RuntimeError, match=r"sheet\.png is not drawn: .*All else is"):
-        predict.run(some, weights=weights, format="csv", **files)
+        written(some, weights=weights, format="csv", **files)
     assert len(out.read_text(encoding="utf-8").splitlines()) == 4
 
 
@@ -428,7 +436,7 @@ def test_a_sheet_without_a_readable_image_is_one_line(
     (tmp_path / "broken.png").write_bytes(b"not an image")
     given, sheet = [str(tmp_path / "broken.png"), *some], str(tmp_path / "sheet.png")
     with pytest.raises(RuntimeError, match="none of the images chosen for it could"):
-        predict.run(given, weights=weights, sheet=sheet)
+        written(given, weights=weights, sheet=sheet)
 
 
 def test_photos_that_exif_turns_are_counted_and_turned_if_asked(
@@ -463,7 +471,7 @@ def test_photos_that_exif_turns_are_counted_and_turned_if_asked(
 
     monkeypatch.setattr(predict.visualize, "sheet", sheet)
     options = {"exif": True, "sheet": str(tmp_path / "sheet.png")}
-    predict.run(paths, weights=weights, **options)
+    written(paths, weights=weights, **options)
     assert shown == [(30, 9, 3), (30, 9, 3), (9, 30, 3)]
 
 
@@ -479,7 +487,7 @@ def test_broken_images_are_named_counted_and_left_out(
         k: str(tmp_path / v) for k, v in (("features", "f.npz"), ("sheet", "s.png"))
     }
     with caplog.at_level(logging.INFO):
-        assert predict.run(given, weights=weights, format="csv", **files) == (3, 1)
+        assert written(given, weights=weights, format="csv", **files) == (3, 1)
     assert "broken.png: cannot decode" in caplog.text
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["path"] for row in rows] == some[:2]
@@ -495,7 +503,7 @@ def test_if_all_are_broken_nothing_is_written_over(weights, tmp_path):
     for path in old.values():
         path.write_text("of another day")
     with pytest.raises(ValueError, match="None of 1 images could be read"):
-        predict.run(
+        written(
             [str(tmp_path / "broken.png")],
             weights=weights,
             format="csv",
@@ -512,7 +520,7 @@ def test_a_list_on_stdin_names_files_and_folders(
     lines = [some[2], "", "no-such.png", str(images / "z"), ""]
     listed = io.TextIOWrapper(io.BytesIO(os.fsencode("\n".join(lines))))
     monkeypatch.setattr(sys, "stdin", listed)
-    count = predict.run([some[0], "-"], weights=weights, format="csv")
+    count = written([some[0], "-"], weights=weights, format="csv")
     assert count == (5, 1)
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     names = [os.path.basename(row["path"]) for row in rows]
@@ -536,7 +544,12 @@ MISTAKES = {
         FileNotFoundError,
         "holds no run",
     ),
-    "no classes": (["{images}"], {"top": 0}, ValueError, "top is 0; it must be 1"),
+    "no classes": (
+        ["{images}"],
+        {"top": 0},
+        ValueError,
+        "top is 0 .* must be 1 or more",
+    ),
     "a step of a file": (["{images}"], {"step": 3}, ValueError, "it has no step 3"),
     "features elsewhere": (
         ["{images}"],
@@ -568,7 +581,7 @@ def test_a_mistake_is_explained(given, options, kind, message, weights, images):
 
     filled = {"weights": weights} | {k: fill(v) for k, v in options.items()}
     with pytest.raises(kind, match=message):
-        predict.run([fill(each) for each in given], **filled)
+        written([fill(each) for each in given], **filled)
 
 
 def test_tokens_that_make_no_square_need_an_image_size(tmp_path, some):

@@ -42,7 +42,7 @@ BEFORE_ANYTHING = {
     ),
     "a misspelt key": (
         ["--config=configs/digits.py", "--config.optim.learing_rate=1"],
-        'Did you mean "learning_rate" instead of "learing_rate"',
+        "config.optim.learing_rate is no field of the recipe; try optim.learning_rate",
     ),
     "a wrong image size": (
         ["--config=configs/digits.py", "--config.model.image_size=(9,9)"],

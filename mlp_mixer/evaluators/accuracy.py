@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int, UInt8
 
 from mlp_mixer import losses
 from mlp_mixer.data import pipeline, sources
 from mlp_mixer.evaluators.evaluator import (
+    Evaluator,
     Result,
     Stop,
     Track,
@@ -26,7 +26,7 @@ from mlp_mixer.evaluators.evaluator import (
     percent,
     untracked,
 )
-from mlp_mixer.evaluators.inference import Inference, Predict
+from mlp_mixer.evaluators.inference import Inference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +52,11 @@ class Examples:
         return np.atleast_1d(self.source.label(int(self.index[i]))).tolist()
 
 
-class Accuracy:
+class Accuracy(Evaluator):
     """How often, and how surely, the model is right.
 
     Attributes:
-      every_steps: training steps between two evaluations.
-      data: the split, for people.
-      preprocess: the protocol.
       source: the split.
-      sources: it alone; what the evaluator reads.
       broken: images of the split that could not be read in the last pass.
       unlabelled: readable ones without a label in the last pass.
     """
@@ -95,35 +91,31 @@ class Accuracy:
     def __init__(
         self,
         *,
-        predict: Predict,
-        mesh: Mesh,
         loss: str,
         image_size: tuple[int, int],
         dataset: Mapping[str, Any],
         preprocess: str,
-        batch_size: int,
         every_steps: int,
         ece_bins: int,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         data_dir: str | None = None,
+        **more: Any,
     ):
         """Opens the split.
 
         Args:
-          predict: function of `steps.make_predict`.
-          mesh: mesh of `sharding.make_mesh`.
           loss: a key of `losses.LOSSES`.
           image_size: height and width in pixels.
           dataset: arguments of `data.sources.open_source`.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
-          batch_size: images at once over all devices; made a multiple of them.
           every_steps: training steps between two evaluations.
           ece_bins: number of bins of the expected calibration error; 0 leaves it out.
           num_classes: number of the model's classes; by default the split's.
           class_names: names of the model's classes, by which the split's labels are
             mapped to them; None if they have none.
           data_dir: where data sets are; TFDS's own folder by default.
+          **more: predict, mesh and batch_size, as in `Inference`.
 
         Raises:
           ValueError: the split has classes that the model does not have.
@@ -164,12 +156,7 @@ class Accuracy:
             }
 
         self._infer = Inference(
-            keep,
-            predict=predict,
-            mesh=mesh,
-            image_size=image_size,
-            preprocess=preprocess,
-            batch_size=batch_size,
+            keep, image_size=image_size, preprocess=preprocess, **more
         )
 
     def examples(
@@ -222,14 +209,6 @@ class Accuracy:
         if self.source.multi_label:
             results["unlabelled"] = self.unlabelled
         return results | ({"broken": self.broken} if self.broken else {})
-
-    @staticmethod
-    def across(
-        results: Mapping[str, Mapping[str, float]],
-    ) -> dict[str, dict[str, float]]:
-        """Nothing: each split speaks for itself."""
-        del results
-        return {}
 
     @staticmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:

@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """A score of a model on data; one class per kind of score.
+    """A score of a model on data; one class per kind of score, which inherits this.
 
     Attributes:
       of_predictions: whether it measures the model's predictions, and not its features.
@@ -83,6 +83,8 @@ class Evaluator(Protocol):
         Args:
           results: evaluator → metric → value.
         """
+        del results
+        return {}  # each evaluator speaks for itself
 
     @staticmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:

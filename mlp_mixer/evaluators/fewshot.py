@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float, Int, Integer
 
 from mlp_mixer.data import sources
 from mlp_mixer.evaluators.evaluator import (
+    Evaluator,
     Result,
     Stop,
     Track,
@@ -29,7 +29,7 @@ from mlp_mixer.evaluators.evaluator import (
     percent,
     untracked,
 )
-from mlp_mixer.evaluators.inference import Inference, Predict
+from mlp_mixer.evaluators.inference import Inference
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +186,8 @@ class _Chosen:
         return self.source.name_of(int(self.positions[index]))
 
 
-class FewShot:
-    """Accuracy of ridge regressions on the features of a few images per class.
-
-    Attributes:
-      every_steps: training steps between two evaluations.
-      data: the splits, for people.
-      preprocess: the protocol, of both splits.
-      sources: both splits.
-    """
+class FewShot(Evaluator):
+    """Accuracy of ridge regressions on the features of a few images per class."""
 
     of_predictions: ClassVar[bool] = False
 
@@ -216,8 +209,6 @@ class FewShot:
     def __init__(
         self,
         *,
-        predict: Predict,
-        mesh: Mesh,
         image_size: tuple[int, int],
         train: Mapping[str, Any],
         test: Mapping[str, Any],
@@ -225,15 +216,13 @@ class FewShot:
         seeds: int,
         l2_exponents: Sequence[int],
         preprocess: str,
-        batch_size: int,
         every_steps: int,
         data_dir: str | None = None,
+        **more: Any,
     ):
         """Opens the splits.
 
         Args:
-          predict: function of `steps.make_predict`; its features are used.
-          mesh: mesh of `sharding.make_mesh`.
           image_size: height and width in pixels.
           train: arguments of `data.sources.open_source`: where shots are drawn.
           test: arguments of `open_source` for the images that are classified.
@@ -243,9 +232,9 @@ class FewShot:
           l2_exponents: l2 = 2^exponent. One is reported as `5shot`, each of several
             as `5shot_l2_10`: see `choose_l2`.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
-          batch_size: images at once over all devices; made a multiple of them.
           every_steps: training steps between two evaluations.
           data_dir: where data sets are; TFDS's own folder by default.
+          **more: predict, mesh and batch_size, as in `Inference`.
 
         Raises:
           ValueError: the splits have other classes, or several labels per image; or
@@ -285,11 +274,9 @@ class FewShot:
                 "feature": out["pre_logits"],
                 "label": batch["label"],
             },
-            predict=predict,
-            mesh=mesh,
             image_size=image_size,
             preprocess=preprocess,
-            batch_size=batch_size,
+            **more,
         )
 
     def run(
