@@ -50,7 +50,11 @@ def assumed(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
       count: number of the model's classes; it must be ImageNet-1k's.
     """
     known = imagenet()
-    if not names or count != len(known) or not {*keys(names)} <= known.keys():
+    if (
+        not names
+        or count != len(known)
+        or not {*_comparison_keys(names)} <= known.keys()
+    ):
         return None
     return tuple(known)
 
@@ -98,7 +102,7 @@ def places(
       ValueError: `known` lacks some of them; lists the names that only one side has.
         Or the order differs and a name is there twice.
     """
-    theirs, ours = keys(names or ()), keys(known or ())
+    theirs, ours = _comparison_keys(names or ()), _comparison_keys(known or ())
     numbers, known_numbers = _numbers(names), _numbers(known)
     as_many = not names or not known or len(names) == len(known)
     if names and known and {*theirs} <= {*ours}:
@@ -118,8 +122,8 @@ def places(
     elif names and known:
         raise ValueError(
             f"The classes of {of} and of {to} differ."
-            + _only(of, names, ours)
-            + _only(to, known, theirs)
+            + _only_in(of, names, ours)
+            + _only_in(to, known, theirs)
             + (f"\n{hint}" if hint else "")
         )
     else:
@@ -141,7 +145,7 @@ def places(
     return tuple(found)
 
 
-def keys(names: Iterable[str]) -> list[str]:
+def _comparison_keys(names: Iterable[str]) -> list[str]:
     """The keys by which names are compared: equal for two names of one class."""
     ids = _synset_ids()
     return [ids.get(name, name) for name in map(canonical, names)]
@@ -172,9 +176,9 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, n in collections.Counter(names).items() if n > 1]
 
 
-def _only(side: str, names: Sequence[str], others: Iterable[str]) -> str:
+def _only_in(side: str, names: Sequence[str], others: Iterable[str]) -> str:
     known = {*others}
-    pairs = zip(names, keys(names), strict=True)
+    pairs = zip(names, _comparison_keys(names), strict=True)
     only = [name for name, key in pairs if key not in known]
     return f"\n  Only {side}: {quoted(only)}." if only else ""
 
@@ -222,7 +226,7 @@ def _check_same_classes(
     words: Sequence[str], known: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
     """Raises if a word is another class's name; logs which classes are renamed."""
-    given, ours = keys(words), keys(known)
+    given, ours = _comparison_keys(words), _comparison_keys(known)
     place = {name: i for i, name in enumerate(ours)}
     other = [i for i, name in enumerate(given) if name != ours[i]]
     wrong = [i for i in other if given[i] in place]

@@ -91,7 +91,7 @@ def decode(
     """
     if dct not in ("fast", "accurate"):
         raise ValueError(f"dct is {dct!r}; it must be 'fast' or 'accurate'.")
-    image = _decode(data, dct)
+    image = _decode_stored(data, dct)
     turn = _TURNS.get(orientation(data)) if exif else None
     if turn is None:
         return image
@@ -116,7 +116,7 @@ def orientation(data: bytes) -> int:
     return int(found) if found in _TURNS else 1
 
 
-def _decode(data: bytes, dct: str) -> UInt8[np.ndarray, "h w 3"]:
+def _decode_stored(data: bytes, dct: str) -> UInt8[np.ndarray, "h w 3"]:
     if data[:3] != b"\xff\xd8\xff":
         return _decode_with_pillow(data)
     try:
@@ -128,7 +128,7 @@ def _decode(data: bytes, dct: str) -> UInt8[np.ndarray, "h w 3"]:
     # TensorFlow ignores stray bytes. If anything else is wrong, Pillow says it.
     image = _decode_with_pillow(data)
     if "extraneous" in reason:
-        with contextlib.suppress(ValueError):  # in the header: simplejpeg insists
+        with contextlib.suppress(ValueError):  # simplejpeg is strict about headers
             return _decode_jpeg(data, dct == "fast", strict=False)
     return image
 

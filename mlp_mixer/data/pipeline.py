@@ -99,7 +99,7 @@ def train_batches(
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0.")
     layers, magnitude = randaugment_layers, randaugment_magnitude
-    augment = _Augment(
+    augment = _TrainingRow(
         source, image_size, crop, flip, shift, layers, magnitude, max_broken_images
     )
     stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
@@ -148,7 +148,7 @@ def eval_batches(
     rows = _local_batch_size(batch_size, process_index, process_count)
     # The image of padding. An unknown protocol is refused here, before any work.
     blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, image_size)
-    prepare = _Prepare(source, image_size, preprocess, exif, blank)
+    prepare = _EvaluationRow(source, image_size, preprocess, exif, blank)
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     share = _Share(positions, rows, process_index, process_count, 0, steps)
@@ -184,7 +184,7 @@ CROPS: dict[str, Callable[..., Cropped]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Augment(grain.transforms.RandomMap):
+class _TrainingRow(grain.transforms.RandomMap):
     """Turns an index into a row of a training batch."""
 
     source: Source
@@ -197,7 +197,7 @@ class _Augment(grain.transforms.RandomMap):
     max_broken_images: int
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, label, broken = self._read(element)
+        image, label, broken = self._read_good(element)
         image = CROPS[self.crop](image, rng, self.size)
         if self.flip and rng.random() < 0.5:
             image = image_ops.flip_lr(image)
@@ -210,7 +210,7 @@ class _Augment(grain.transforms.RandomMap):
         target = _target(self.source, label)
         return {"image": image, "label": target, "broken": np.int32(broken)}
 
-    def _read(self, index: int) -> tuple[Image, Label, int]:
+    def _read_good(self, index: int) -> tuple[Image, Label, int]:
         """Returns the first good example from `index` on, and `index` if it was broken.
 
         If `index` itself is good, the third value is -1.
@@ -227,7 +227,7 @@ class _Augment(grain.transforms.RandomMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prepare(grain.transforms.Map):
+class _EvaluationRow(grain.transforms.Map):
     """Turns a position into a row of an evaluation batch."""
 
     source: Source
@@ -411,13 +411,13 @@ def _name_broken(
             for index in map(int, broken[broken >= 0]):
                 if index not in seen:
                     seen[index] = None
-                    _warn(source, index, consequence)
+                    _warn_of_broken(source, index, consequence)
             if limit is not None and len(seen) > limit:
                 raise _too_many(source, seen, limit)
             yield batch
 
 
-def _warn(source: Source, index: int, consequence: str) -> None:
+def _warn_of_broken(source: Source, index: int, consequence: str) -> None:
     try:
         read_image(source, index)
         reason = "readable at a second try"

@@ -233,24 +233,26 @@ def _find_builder(
             f"{name!r} is neither one of {', '.join(DATASETS)} nor a TFDS name like"
             " 'cifar10' or 'cifar10:3.0.2'."
         ) from error
-    places = [pathlib.Path(f) for f in file_utils.list_data_dirs(folder)]
-    present = {e for f in places if f.is_dir() for e in folders.subfolders(f)}
+    data_dirs = [pathlib.Path(path) for path in file_utils.list_data_dirs(folder)]
+
+    def prepared(path: str = "") -> list[str]:
+        existing = [root / path for root in data_dirs if (root / path).is_dir()]
+        return [name for root in existing for name in folders.subfolders(root)]
+
     wanted = name.partition(":")[0]
     kind, known = wanted.partition("/")[0], preparation.PREPARABLE
     hint = ""
-    if versions := [
-        e for f in places if (f / kind).is_dir() for e in folders.subfolders(f / kind)
-    ]:
+    if versions := prepared(kind):
         hint = f" Of {kind!r} there is only {', '.join(versions)}."
     elif not {kind, wanted} & {*known}:
-        names = [*DATASETS, *known, *present]
+        names = [*DATASETS, *known, *prepared()]
         close = [n for n in names if n.startswith(kind)]
         if close := close or difflib.get_close_matches(kind, names, 1):
             hint = f" Did you mean {close[0]!r}?"
     raise FileNotFoundError(
-        f"No prepared data set {name!r} in {', '.join(map(str, places))}.{hint}"
+        f"No prepared data set {name!r} in {', '.join(map(str, data_dirs))}.{hint}"
         " Nothing is downloaded during training; prepare it once:\n"
-        + preparation.instructions(wanted, places[0])
+        + preparation.instructions(wanted, data_dirs[0])
     )
 
 

@@ -68,7 +68,9 @@ def class_tars(manual_dir: pathlib.Path) -> list[pathlib.Path]:
     for folder in places:
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         found = [file for file in files if _is_class_tar(file)]
-        left_out = LeftOut(_kind(file) for file in files if file not in {*found})
+        left_out = LeftOut(
+            _kind_left_out(file) for file in files if file not in {*found}
+        )
         if found:
             log_left_out(folder, left_out)
             return found
@@ -84,7 +86,7 @@ def _is_class_tar(path: pathlib.Path) -> bool:
     return bool(re.fullmatch(r"n\d.*\.tar", path.name)) and path.is_file()
 
 
-def _kind(path: pathlib.Path) -> str:
+def _kind_left_out(path: pathlib.Path) -> str:
     if is_hidden(path.name):
         return HIDDEN
     if path.is_dir():
