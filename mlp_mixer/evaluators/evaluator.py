@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mlp_mixer.data.sources import Source
 
@@ -35,12 +35,14 @@ class Evaluator(Protocol):
     """A score of a model on data; one class per kind of score, which inherits this.
 
     Attributes:
+      of_predictions: whether it measures the model's predictions, and not its features.
       every_steps: training steps between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, a key of `data.image_ops.PROTOCOLS`.
       sources: all that it reads.
     """
 
+    of_predictions: ClassVar[bool]
     every_steps: int
     data: str
     preprocess: str

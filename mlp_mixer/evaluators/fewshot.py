@@ -13,7 +13,7 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -190,6 +190,8 @@ class _Chosen:
 
 class FewShot(Evaluator):
     """Accuracy of ridge regressions on the features of a few images per class."""
+
+    of_predictions: ClassVar[bool] = False
 
     @staticmethod
     def completed(
