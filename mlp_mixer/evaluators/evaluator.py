@@ -1,5 +1,6 @@
 """What every evaluator is, and what they share."""
 
+import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -48,6 +49,7 @@ class Evaluator(Protocol):
     sources: Sequence[Source]
 
     @staticmethod
+    @abc.abstractmethod
     def completed(
         section: Mapping[str, Any], recipe: Any, class_names: Sequence[str] | None
     ) -> dict[str, Any]:
@@ -60,9 +62,11 @@ class Evaluator(Protocol):
         """
 
     @staticmethod
+    @abc.abstractmethod
     def scores(section: Mapping[str, Any]) -> dict[str, bool]:
         """{metric: whether more is better} of a recipe's section; counts are none."""
 
+    @abc.abstractmethod
     def run(
         self, variables: Any, stop: Stop = never, track: Track = untracked
     ) -> Result | None:
@@ -87,6 +91,7 @@ class Evaluator(Protocol):
         return {}  # each evaluator speaks for itself
 
     @staticmethod
+    @abc.abstractmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:
         """Returns metric → text for people, without those that are not for them."""
 

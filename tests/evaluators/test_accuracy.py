@@ -261,6 +261,12 @@ def test_an_unknown_type_lists_the_known():
         evaluators.create({"x": {"type": "acuracy"}})
 
 
+def test_an_evaluator_without_its_score_cannot_be_made():
+    silent = type("Silent", (evaluators.Evaluator,), {"across": None})
+    with pytest.raises(TypeError, match="abstract"):
+        silent()
+
+
 # --- Whose classes --------------------------------------------------------------------
 
 
