@@ -69,32 +69,40 @@ def convert(
       ValueError: the source is damaged, or an argument does not fit it; or what was
         written is not what is read back.
     """
+    if grow is not None and interpolate is not None:
+        raise ValueError("Both --grow and --interpolate are given; choose one.")
+    if grow is not None and grow < 1:
+        raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
     weights = pretrained.read(source, dtype=None, step=step, mean=mean, std=std)
     if gelu is not None:
         weights = pretrained.with_fields(weights, gelu=gelu)
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
-    if weights.image_size is not None:
-        pretrained.checked_image_size(weights)
-    if grow is not None and interpolate is not None:
-        raise ValueError("Both --grow and --interpolate are given; choose one.")
-    if grow is not None or interpolate is not None:
+    # Where nothing says the tokens, no image is known that the model takes.
+    unknown = target is not None and pretrained.tokens(weights.params) is None
+    if weights.image_size or grow or interpolate or unknown:
         height, width = pretrained.checked_image_size(weights)
-        factor = 1 if grow is None else grow
-        if factor < 1:
-            raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
-        to = interpolate or (factor * height, factor * width)
-        how = "grow" if interpolate is None else "interpolate"
-        weights = pretrained.resized(weights, to, how)
+    if grow is not None:
+        size = (grow * height, grow * width)
+        weights = pretrained.resized(weights, size, "grow")
+    if interpolate is not None:
+        weights = pretrained.resized(weights, interpolate, "interpolate")
     before = weights
     if dtype is not None:
         params = pretrained.cast(weights.params, dtype)
         weights = dataclasses.replace(weights, params=params)
-    report = {"source": weights.called, **describe(weights)}
+    report = {"source": str(weights), **describe(weights)}
     if target is None:
         return report
     target = os.path.expanduser(target)
-    _write_target(weights, target, names)
+    _check_target(target, names)
+    try:
+        _write_target(weights, target, names)
+    except FileExistsError:
+        raise  # says enough
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{target} cannot be written: {reason}.") from error
     again = pretrained.read(target, dtype=None)
     wanted, got = (dict(leaves(w.params | w.stats)) for w in (weights, again))
     report["dtype"] = describe(again)["dtype"]
@@ -107,7 +115,7 @@ def convert(
     how = "equal, narrowed to float32" if narrowed else "equal bit for bit"
     folder = ", a run's folder" if os.path.isdir(target) else ""
     report["written"] = f"{target}{folder}, read back: {len(got)} arrays {how}"
-    return report | _round_trip(before, again)
+    return report | _how_far_outputs_move(before, again)
 
 
 def describe(weights: pretrained.Weights) -> dict[str, str]:
@@ -130,24 +138,9 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
     }
 
 
-def _write_target(weights: pretrained.Weights, target: str, names: str) -> None:
-    suffix = pathlib.PurePath(target).suffix.lower()
-    _check_target(target, suffix)
-    if names != "ours" and suffix != ".safetensors":
-        raise ValueError(
-            f"--names={names} is for .safetensors files, not for {target}."
-        )
-    try:
-        _write_as(suffix, weights, target, names)
-    except FileExistsError:
-        raise  # says enough
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"{target} cannot be written: {reason}.") from error
-
-
-def _check_target(target: str, suffix: str) -> None:
+def _check_target(target: str, names: str) -> None:
     """Nothing is overwritten, and nothing written where it would do harm."""
+    suffix = pathlib.PurePath(target).suffix.lower()
     if not target:
         raise ValueError("The target has no name; name a file or a new folder.")
     if suffix in WRITTEN and "://" in target:
@@ -172,14 +165,16 @@ def _check_target(target: str, suffix: str) -> None:
                 f"{target} lies among the checkpoints of {parent.parent}, which are "
                 "the run's own; name another place."
             )
+    if names != "ours" and suffix != ".safetensors":
+        raise ValueError(
+            f"--names={names} is for .safetensors files, not for {target}."
+        )
 
 
-def _write_as(
-    suffix: str, weights: pretrained.Weights, target: str, names: str
-) -> None:
+def _write_target(weights: pretrained.Weights, target: str, names: str) -> None:
+    suffix = pathlib.PurePath(target).suffix.lower()
     if suffix == ".npz":
-        lost = pretrained.lost_in_npz(weights)
-        for field, value in lost.items():
+        for field, value in pretrained.lost_in_npz(weights).items():
             logger.warning(
                 "npz does not say that %s is %s; safetensors does.", field, value
             )
@@ -195,16 +190,14 @@ def _write_as(
         if names == "timm" and weights.normalisation != pretrained.CENTRED:
             logger.warning(
                 "%s is for %s in timm, not for the source's %s.",
-                target,
-                pretrained.CENTRED,
-                weights.normalisation,
+                *(target, pretrained.CENTRED, weights.normalisation),
             )
         pretrained.write_safetensors(weights, target, names=names)
     else:
         runs.write_run(weights, target)
 
 
-def _round_trip(
+def _how_far_outputs_move(
     before: pretrained.Weights, after: pretrained.Weights
 ) -> dict[str, str]:
     """How far logits and features of two random images move."""
@@ -225,7 +218,7 @@ def _round_trip(
     return {"max |Δlogit|": most, "max |Δpre_logits|": f"{moved[1]:.1e}"}
 
 
-def _levels(name: str) -> list[float] | None:
+def _numbers_of_flag(name: str) -> list[float] | None:
     """The numbers of a list flag; how many there may be is for `read` to say."""
     words = flags.FLAGS[name].value
     if words is None:
@@ -256,8 +249,8 @@ def main(arguments: list[str]) -> None:
         grow=flag.grow,
         interpolate=program.size("interpolate"),
         step=flag.step,
-        mean=_levels("mean"),
-        std=_levels("std"),
+        mean=_numbers_of_flag("mean"),
+        std=_numbers_of_flag("std"),
     )
     console.Table("", ["", arguments[-1]], [[k, v] for k, v in report.items()]).show()
 

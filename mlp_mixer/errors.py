@@ -11,14 +11,14 @@ def message(error: BaseException, modules: Sequence[str] = ()) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         if error.filename is not None:
             names = (error.filename, error.filename2)
-            where = " → ".join(_name(name) for name in names if name is not None)
+            where = " → ".join(_as_text(name) for name in names if name is not None)
             return f"{where}: {error.strerror}."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.strerror}."
     return str(error) or None if _raised_on_purpose(error, modules) else None
 
 
-def _name(name: str | bytes | int) -> str:
+def _as_text(name: str | bytes | int) -> str:
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 

@@ -39,7 +39,7 @@ from absl import flags
 import mlp_mixer
 from mlp_mixer import console, known, models, pretrained, program
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.text import printable
+from mlp_mixer.text import listed, printable
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ def export_stablehlo(
       ValueError: the file is not right, and not kept; or the weights have values that
         are not finite, no image size, or more than a file can hold.
     """
-    _require("flatbuffers")
-    weights = _checked(weights)
+    _require_modules("flatbuffers")
+    weights = _in_float32(weights)
     size = sum(x.nbytes for _, x in leaves(weights.variables)) * (1 + gradients)
     if size > LIMIT_BYTES:
         times, instead = ("twice", "--nogradients") if gradients else ("once", "ONNX")
@@ -105,12 +105,11 @@ def export_stablehlo(
     def mixer(image: jax.Array) -> dict[str, Any]:
         return _outputs(model, weights.variables, image)
 
-    def write(file: pathlib.Path) -> None:
+    def write_file(file: pathlib.Path) -> None:
         (n,) = jax.export.symbolic_shape("n")
-        image = jax.ShapeDtypeStruct(
-            (n, *pretrained.checked_image_size(weights), 3), jnp.float32
-        )
-        with _no_paths():
+        shape = (n, *pretrained.checked_image_size(weights), 3)
+        image = jax.ShapeDtypeStruct(shape, jnp.float32)
+        with _locations_without_folders():
             exported = jax.export.export(jax.jit(mixer), platforms=PLATFORMS)(image)
             file.write_bytes(exported.serialize(vjp_order=int(gradients)))
         about = json.dumps(_metadata(weights), indent=2, ensure_ascii=False)
@@ -125,11 +124,11 @@ def export_stablehlo(
         # compilation makes is held at a time.
         return lambda image: jax.device_get(jax.jit(lambda x: exported.call(x))(image))
 
-    return _keep(weights, path, write, load)
+    return _write_verified(weights, path, write_file, load)
 
 
 @contextlib.contextmanager
-def _no_paths() -> Iterator[None]:
+def _locations_without_folders() -> Iterator[None]:
     """Source locations without folders: those of this machine are nobody's business."""
     name = "jax_hlo_source_file_canonicalization_regex"
     before = getattr(jax.config, name)
@@ -143,19 +142,15 @@ def _no_paths() -> Iterator[None]:
 def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     """Writes the graph of `to_onnx`; parameters above 2 GB go to PATH.data beside it.
 
-    Args:
-      weights: result of `pretrained.read`.
-      path: the file to write; its folder is made.
-
     Returns:
       How far onnxruntime, on CPU, is from the model.
 
     Raises:
       ModuleNotFoundError: an optional package is not installed.
-      ValueError: the file is not right, and not kept; or the weights have values that
-        are not finite, or no image size; or the path is not UTF-8.
+      ValueError: as `to_onnx`; or the file is not right, and not kept; or the path is
+        not UTF-8.
     """
-    _require("onnx", "onnxruntime")
+    _require_modules("onnx", "onnxruntime")
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -166,11 +161,11 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     import onnx
     import onnxruntime
 
-    weights = _checked(weights)
-    _graph(weights)
+    _graph_maker(weights)  # or nothing is written
+    weights = _in_float32(weights)
+    size = sum(x.nbytes for _, x in leaves(weights.params))
 
-    def write(file: pathlib.Path) -> None:
-        size = sum(x.nbytes for _, x in leaves(weights.params))
+    def write_file(file: pathlib.Path) -> None:
         onnx.save_model(
             to_onnx(weights),
             file,
@@ -182,11 +177,13 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
     def load(file: pathlib.Path) -> Callable[[np.ndarray], Outputs]:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
-        return lambda image: dict(
-            zip(names, session.run(names, {"image": image}), strict=True)
-        )
 
-    return _keep(weights, path, write, load)
+        def call(image: np.ndarray) -> Outputs:
+            return dict(zip(names, session.run(names, {"image": image}), strict=True))
+
+        return call
+
+    return _write_verified(weights, path, write_file, load)
 
 
 def to_onnx(weights: pretrained.Weights) -> Any:
@@ -198,15 +195,15 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    graph_of = _graph(weights)
-    weights = _checked(weights)
+    make_graph = _graph_maker(weights)
+    weights = _in_float32(weights)
     nodes: list[Any] = []
 
     def node(to: str, op: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [to], to, **attributes))
         return to
 
-    constants, outputs = graph_of(weights, node)
+    constants, outputs = make_graph(weights, node)
 
     def value(name: str, *shape: int) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
@@ -230,17 +227,15 @@ def to_onnx(weights: pretrained.Weights) -> Any:
         producer_name="mlp_mixer",
         producer_version=mlp_mixer.__version__,
     )
-    helper.set_model_props(
-        model,
-        {
-            name: printable(about) if isinstance(about, str) else json.dumps(about)
-            for name, about in _metadata(weights).items()
-        },
-    )
+    known = {
+        name: printable(about) if isinstance(about, str) else json.dumps(about)
+        for name, about in _metadata(weights).items()
+    }
+    helper.set_model_props(model, known)
     return model
 
 
-def _mixer(
+def _mixer_graph(
     weights: pretrained.Weights, node: Callable[..., str]
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Makes the nodes of a Mixer; returns its constants, and the sizes of its outputs.
@@ -260,14 +255,8 @@ def _mixer(
     }
 
     def layer_norm(x: str, at: str) -> str:
-        return node(
-            f"{at}/output",
-            "LayerNormalization",
-            x,
-            f"{at}/scale",
-            f"{at}/bias",
-            epsilon=1e-6,
-        )
+        inputs = (x, f"{at}/scale", f"{at}/bias")
+        return node(f"{at}/output", "LayerNormalization", *inputs, epsilon=1e-6)
 
     def over_tokens(x: str, at: str) -> str:
         left = node(f"{at}/kernel_transposed", "Transpose", f"{at}/kernel", perm=[1, 0])
@@ -275,8 +264,8 @@ def _mixer(
         bias = node(f"{at}/bias_column", "Unsqueeze", f"{at}/bias", "tokens/axis")
         return node(f"{at}/output", "Add", y, bias)
 
-    def over_channels(x: str, at: str, kernel: str | None = None) -> str:
-        y = node(f"{at}/product", "MatMul", x, kernel or f"{at}/kernel")
+    def over_channels(x: str, at: str, kernel: str = "kernel") -> str:
+        y = node(f"{at}/product", "MatMul", x, f"{at}/{kernel}")
         return node(f"{at}/output", "Add", y, f"{at}/bias")
 
     def mlp(x: str, at: str, dense: Callable[[str, str], str]) -> str:
@@ -287,9 +276,8 @@ def _mixer(
     x = node("patches/rows", "Reshape", "image", "patches/shape")
     x = node("patches/grid", "Transpose", x, perm=[0, 1, 3, 2, 4])
     x = node("patches/output", "Reshape", x, "tokens/shape")
-    x = over_channels(
-        x, "stem", node("stem/matrix", "Reshape", "stem/kernel", "stem/shape")
-    )
+    node("stem/matrix", "Reshape", "stem/kernel", "stem/shape")
+    x = over_channels(x, "stem", "matrix")
     for i in range(fields["num_blocks"]):
         block = f"MixerBlock_{i}"
         y = layer_norm(x, f"{block}/LayerNorm_0")
@@ -307,25 +295,24 @@ def _mixer(
     return constants, outputs
 
 
-GRAPHS = {"mixer": _mixer}
+GRAPHS = {models.mixer: _mixer_graph}
 
 
-def _graph(weights: pretrained.Weights) -> Callable[..., Any]:
-    """Returns what makes the graph of the weights' architecture."""
-    file = models.family(weights.model["name"])
-    family = next(name for name, known in models.families().items() if known is file)
-    if family not in GRAPHS:
+def _graph_maker(weights: pretrained.Weights) -> Callable[..., Any]:
+    if weights.architecture not in GRAPHS:
+        known = {file: name for name, file in models.families().items()}
         raise ValueError(
-            f"There is no ONNX graph of {family}, only of {', '.join(GRAPHS)}; write a "
-            "file ending in .stablehlo, which every architecture can be."
+            f"There is no ONNX graph of {known[weights.architecture]}, only of "
+            f"{', '.join(known[file] for file in GRAPHS)}; write a file ending in "
+            ".stablehlo, which every architecture can be."
         )
-    return GRAPHS[family]
+    return GRAPHS[weights.architecture]
 
 
 # --- What both have in common ---------------------------------------------------------
 
 
-def _require(*modules: str) -> None:
+def _require_modules(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -334,18 +321,17 @@ def _require(*modules: str) -> None:
         )
 
 
-def _checked(weights: pretrained.Weights) -> pretrained.Weights:
+def _in_float32(weights: pretrained.Weights) -> pretrained.Weights:
     """The weights in float32, after a look at all that an export needs of them."""
     pretrained.checked_image_size(weights)
     params, stats = (
-        jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
-        for tree in (weights.params, weights.stats)
+        pretrained.cast(tree, "float32") for tree in (weights.params, weights.stats)
     )
-    if bad := pretrained.not_finite({**params, **stats}):
+    if bad := pretrained.not_finite(params | stats):
         raise ValueError(
-            f"The weights {weights.called} are not exported: not all of their values "
-            "are finite:\n  "
-            + "\n  ".join(f"{name}: {count} values" for name, count in bad.items())
+            f"The weights {weights} are not exported: not all of their values "
+            "are finite:\n"
+            + listed([f"{name}: {count} values" for name, count in bad.items()])
         )
     return dataclasses.replace(weights, params=params, stats=stats)
 
@@ -356,14 +342,13 @@ def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
         "source": weights.origin,
         "exported_by": f"mlp_mixer {mlp_mixer.__version__}",
         "input": "image: RGB, (level - 127.5) / 127.5 of levels 0 ... 255",
-        **weights.model,
+        **{k: v for k, v in weights.model.items() if k != "name"},
         "model": weights.model["name"],
         "num_classes": weights.num_classes,
         "image_size": weights.image_size,
         "preprocess": weights.preprocess,
         "class_names": weights.class_names,
     }
-    del facts["name"]
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -373,10 +358,10 @@ def _outputs(model: Any, variables: Any, image: Any) -> dict[str, Any]:
     return head | {"pre_logits": out["pre_logits"]}
 
 
-def _keep(
+def _write_verified(
     weights: pretrained.Weights,
     path: Path,
-    write: Callable[[pathlib.Path], None],
+    write_file: Callable[[pathlib.Path], None],
     load: Callable[[pathlib.Path], Callable[[np.ndarray], Outputs]],
 ) -> list[Difference]:
     """Writes, loads and compares; files get their names only if they are right."""
@@ -384,7 +369,7 @@ def _keep(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export_") as folder:
         draft = pathlib.Path(folder) / path.name
-        write(draft)
+        write_file(draft)
         logger.info(
             "Comparing %s (%.0f MB) with the model, at batches of %s.",
             path,
@@ -448,7 +433,7 @@ def main(arguments: list[str]) -> None:
     source, *paths = map(program.path, arguments)
     for path in paths:
         suffix = pathlib.Path(path).suffix.lower()
-        _require(*known.pick(f"{path}: the ending", suffix, FORMATS))
+        _require_modules(*known.pick(f"{path}: the ending", suffix, FORMATS))
     weights = pretrained.read(source, dtype=None, step=flags.FLAGS.step)
     dtypes = {str(x.dtype) for _, x in leaves(weights.params)} - {"float32"}
     if dtypes:

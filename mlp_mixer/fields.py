@@ -128,7 +128,7 @@ def _rate() -> Row:
     return Row(words, (int, float), 0.0, math.nextafter(1.0, 0.0))
 
 
-def _one_of(*choices: str, none: bool = False) -> Row:
+def _choice(*choices: str, none: bool = False) -> Row:
     return Row("", (str,), choices=choices, none=none)
 
 
@@ -137,7 +137,7 @@ def _text(words: str, **more: Any) -> Row:
 
 
 _SWITCH = Row("true or false", (bool,))
-_DTYPE = _one_of("float32", "bfloat16")
+_DTYPE = _choice("float32", "bfloat16")
 _COUNT = _whole(1, none=True)
 _SIZE = 2**20  # of an axis of a parameter
 _SIDES = Row("height and width in pixels, e.g. (16, 16)", (int,), 1, 2**15, length=2)
@@ -164,22 +164,22 @@ RECIPE: dict[str, Row] = {
     "batch_size": _whole(1),
     "epochs": _positive(),
     "total_steps": _COUNT,
-    "loss": _one_of("sigmoid_xent", "softmax_xent"),
+    "loss": _choice("sigmoid_xent", "softmax_xent"),
     "mixup": _real(0, 1000),
     "init_from": _text(
         "weights: a run's folder, a file or a published name", none=True, also=""
     ),
-    "init_head": _one_of("match", "zero"),
-    "init_resize": _one_of("grow", "interpolate"),
+    "init_head": _choice("match", "zero"),
+    "init_resize": _choice("grow", "interpolate"),
     "accumulate": _whole(1),
-    "sharding": _one_of("replicated", "fsdp"),
+    "sharding": _choice("replicated", "fsdp"),
     "log_every_steps": _whole(1),
     "mesh.data": dataclasses.replace(
         _whole(1), values="a number of devices from 1, or -1 for all", also=-1
     ),
     "mesh.fsdp": _whole(1),
     **_section("dataset", _DATASET),
-    "input.crop": _one_of("inception", "resize_crop", "resize"),
+    "input.crop": _choice("inception", "resize_crop", "resize"),
     "input.flip": _SWITCH,
     "input.shift": _whole(0, 2**15),
     "input.randaugment_layers": _whole(0, 16),  # there are 16 operations
@@ -190,15 +190,15 @@ RECIPE: dict[str, Row] = {
     "model.image_size": _SIDES,
     "run.dtype": _DTYPE,
     "run.scan": dataclasses.replace(_SWITCH, none=True),
-    "run.remat": _one_of("none", "pre_gelu", "full", none=True),
-    "optim.name": _one_of("adam", "momentum"),
+    "run.remat": _choice("none", "pre_gelu", "full", none=True),
+    "optim.name": _choice("adam", "momentum"),
     "optim.learning_rate": _real(0),
     "optim.warmup_steps": _whole(0),
-    "optim.decay": _one_of("linear", "cosine", "staircase"),
+    "optim.decay": _choice("linear", "cosine", "staircase"),
     "optim.end_learning_rate": _real(0, none=True),
     "optim.end_factor": _real(0, 1, none=True),
     "optim.weight_decay": _real(0),
-    "optim.decayed": _one_of("kernels", "all"),
+    "optim.decayed": _choice("kernels", "all"),
     "optim.clip_norm": _positive(none=True),
     "optim.b1": _rate(),
     "optim.b2": _rate(),
@@ -214,7 +214,7 @@ RECIPE: dict[str, Row] = {
 _SHARED = {
     "every_steps": _whole(0),
     "batch_size": _COUNT,
-    "preprocess": _one_of(
+    "preprocess": _choice(
         *("big_vision", "vision_transformer", "paper-resize-crop"),
         *("paper-resmall-crop", "timm"),
     ),
@@ -246,7 +246,7 @@ MODEL: dict[str, Row] = {
     "hidden_dim": _whole(1, _SIZE),
     "tokens_mlp_dim": _whole(1, _SIZE),
     "channels_mlp_dim": _whole(1, _SIZE),
-    "gelu": _one_of("tanh", "exact"),
+    "gelu": _choice("tanh", "exact"),
     "dropout": _rate(),
     "stochastic_depth": _rate(),
 }
@@ -305,13 +305,13 @@ def rows(tree: Mapping[str, Any]) -> dict[str, Row]:
       tree: the recipe as nested dicts. A model or evaluator of no known name has the
         row of that name alone.
     """
-    found = RECIPE | {"model.name": _one_of(*models.names(), *models.families())}
+    found = RECIPE | {"model.name": _choice(*models.names(), *models.families())}
     name = _section_of(tree, "model").get("name")
     if found["model.name"].fits(name):
         found |= _section("model", of_model(str(name)))
     for evaluator, section in _section_of(tree, "evals").items():
         if isinstance(section, Mapping):
-            kinds = {"type": _one_of(*EVALUATORS)}
+            kinds = {"type": _choice(*EVALUATORS)}
             of_kind = EVALUATORS.get(str(section.get("type")), {})
             found |= _section(f"evals.{evaluator}", kinds | of_kind)
     return found
@@ -332,11 +332,11 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
     sections = {"evals": "evaluators", "model": "a model's fields"}
     for name, words in sections.items():
         if not isinstance(tree.get(name), Mapping):
-            return [_line(name, tree.get(name), f"a section of {words}")]
+            return [_wrong_value(name, tree.get(name), f"a section of {words}")]
     values, known_rows = dict(flat(tree)), rows(tree)
     words = "a section of recipe.evaluation or recipe.fewshot"
     found = [
-        _line(f"evals.{name}", section, words)
+        _wrong_value(f"evals.{name}", section, words)
         for name, section in tree["evals"].items()
         if not isinstance(section, Mapping)
     ]
@@ -348,7 +348,9 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
         if field == "model.name" or field.endswith(".type"):
             unclear.append(f"{field.rpartition('.')[0]}.")
         if field in values:
-            found.append(_line(field, values[field], row.expected(values[field])))
+            found.append(
+                _wrong_value(field, values[field], row.expected(values[field]))
+            )
         elif not row.optional:
             found.append(f"config.{field} is missing; start from recipe.base().")
     for field in () if others else [f for f in values if f not in known_rows]:
@@ -365,7 +367,7 @@ def problems(tree: Mapping[str, Any], *, others: bool = False) -> list[str]:
     return found
 
 
-def _line(field: str, value: Any, expected: str) -> str:
+def _wrong_value(field: str, value: Any, expected: str) -> str:
     return f"config.{field} is {value!r}; expected {expected}."
 
 

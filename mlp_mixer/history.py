@@ -24,7 +24,7 @@ def has_begun(workdir: epath.PathLike) -> bool:
     records = epath.Path(workdir) / "metrics.jsonl"
     return (
         bool(checkpoints(workdir))
-        or _saved(workdir) is not None
+        or _noted_step(workdir) is not None
         or (records.exists() and bool(records.read_text().strip()))
     )
 
@@ -42,7 +42,7 @@ def check_kept(workdir: epath.PathLike, every_steps: int) -> None:
     found = checkpoints(workdir)
     if any(map(_TO_RESTORE.match, found)):
         return  # also if they are damaged: the place is the right one
-    step = _saved(workdir)
+    step = _noted_step(workdir)
     if step is None:
         if (
             any(".orbax-checkpoint-tmp" in name for name in found)
@@ -71,7 +71,7 @@ def checkpoints(workdir: epath.PathLike) -> list[str]:
     return sorted(filter(_CHECKPOINT.match, found))
 
 
-def _saved(workdir: epath.PathLike) -> int | None:
+def _noted_step(workdir: epath.PathLike) -> int | None:
     """The step that is noted; None if none was saved, or nothing is noted."""
     path = epath.Path(workdir) / FILE
     if not path.exists():
@@ -92,16 +92,16 @@ class Saved:
         """Begins with what is there."""
         self._path = epath.Path(workdir) / FILE
         steps = [int(name) for name in checkpoints(workdir) if name.isdigit()]
-        self._step = max(steps, default=_saved(workdir))
-        self._write()
+        self._step = max(steps, default=_noted_step(workdir))
+        self._write_note()
 
     def note(self, step: int | None) -> None:
         """Writes the step if it is another one; None: nothing was saved yet."""
         if step is not None and step != self._step:
             self._step = step
-            self._write()
+            self._write_note()
 
-    def _write(self) -> None:
+    def _write_note(self) -> None:
         try:
             files.write_json(self._path, {"saved": self._step})
         except OSError as error:  # of a full disk, which names no file

@@ -113,11 +113,10 @@ def pretraining(
     Raises:
       ValueError: an unknown option, or options that exclude each other.
     """
-    rows = {"imagenet2012": imagenet2012, "imagenet21k": imagenet21k}
-    rows |= {"jft300m": jft300m}
+    rows = dict(imagenet2012=imagenet2012, imagenet21k=imagenet21k, jft300m=jft300m)
     standard, *others = rows
     given = recipe.words(argument, [*others, "short", "gpu8"])
-    name = _one_of(others, given, standard)
+    name = _option_of(others, given, standard)
     if "short" in given and name != standard:
         raise ValueError(
             f"The options short and {name} exclude each other: short is for "
@@ -246,8 +245,8 @@ def finetuning(name: str, argument: str) -> ConfigDict:
     """
     others = ["448", "resize_crop", "select"]
     given = recipe.words(argument, [*MIXERS, *PRETRAINED, *others])
-    model = _one_of(MIXERS, given, "b16")
-    upstream = _one_of(PRETRAINED, given, "imagenet21k")
+    model = _option_of(MIXERS, given, "b16")
+    upstream = _option_of(PRETRAINED, given, "imagenet21k")
     data, config = FINETUNING[name], recipe.base()
     select = "select" in given
     train, count, test = data["select" if select else "final"]
@@ -290,7 +289,7 @@ def finetuning(name: str, argument: str) -> ConfigDict:
     return config
 
 
-def _one_of(table: Iterable[str], given: Sequence[str], standard: str) -> str:
+def _option_of(table: Iterable[str], given: Sequence[str], standard: str) -> str:
     """Returns the option that is in `table`, `standard` if none is."""
     found = [word for word in given if word in table] or [standard]
     if len(found) > 1:

@@ -69,7 +69,7 @@ def compare(**values: Any) -> None:
     Raises:
       ValueError: they differ; names each one, its values and the processes.
     """
-    mine = _flat(values)
+    mine = _flattened(values)
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(gather(digest))) == 1:
         return
@@ -82,7 +82,7 @@ def compare(**values: Any) -> None:
             value = json.dumps(theirs[name]) if name in theirs else "absent"
             holders.setdefault(value, []).append(i)
         if len(holders) > 1:
-            each = (f"{_short(v)} on {_processes(who)}" for v, who in holders.items())
+            each = (f"{_shortened(v)} on {_named(who)}" for v, who in holders.items())
             lines.append(f"  {name}: {'; '.join(each)}")
     more = [f"  and {len(lines) - LINES} more"] if len(lines) > LINES else []
     raise ValueError(
@@ -91,20 +91,20 @@ def compare(**values: Any) -> None:
     )
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Returns {"a.b": value} of nested dicts and sequences; empty ones are values."""
     if not tree or not isinstance(tree, dict | list | tuple):
         return {prefix: tree}
     pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
     named = ((f"{prefix}.{key}" if prefix else str(key), v) for key, v in pairs)
-    return {k: v for key, value in named for k, v in _flat(value, key).items()}
+    return {k: v for key, value in named for k, v in _flattened(value, key).items()}
 
 
-def _short(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
-def _processes(indices: Sequence[int]) -> str:
+def _named(indices: Sequence[int]) -> str:
     named = ", ".join(map(str, indices[:LINES]))
     more = f" and {len(indices) - LINES} more" if len(indices) > LINES else ""
     return f"process{'es' * (len(indices) > 1)} {named}{more}"

@@ -15,13 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
-from etils import epath
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
-from mlp_mixer import fields, files, models, shipped
+from mlp_mixer import fields, models, shipped
 from mlp_mixer.fields import MOVED
 from mlp_mixer.known import nearest
-from mlp_mixer.text import brief, printable
+from mlp_mixer.text import brief
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +104,11 @@ def base() -> ConfigDict:
     config.optim.warmup_steps = 10_000
     config.optim.decay = "linear"  # or "cosine", "staircase"
     # The last learning rate: either absolute, or a fraction of the peak.
-    config.optim.end_learning_rate = config_dict.placeholder(float)
-    config.optim.end_learning_rate = 1e-5
+    config.optim.end_learning_rate = FieldReference(1e-5)
     config.optim.end_factor = config_dict.placeholder(float)
     config.optim.weight_decay = 0.0  # decoupled; times the learning rate
     config.optim.decayed = "kernels"  # or "all"
-    config.optim.clip_norm = config_dict.placeholder(float)
-    config.optim.clip_norm = 1.0  # global norm; None: no clipping
+    config.optim.clip_norm = FieldReference(1.0)  # global norm; None: no clipping
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
@@ -245,11 +242,9 @@ def check_fields(config: ConfigDict) -> None:
     Raises:
       ValueError: names each field, what it is and what it may be.
     """
-    wrong = fields.problems(config.to_dict())
-    if not wrong:
-        wrong = _contradictions(config)
-    if more := len(wrong) - MOST_NAMED:
-        wrong[MOST_NAMED:] = [f"... and {more} more."] * (more > 0)
+    wrong = fields.problems(config.to_dict()) or _contradictions(config)
+    if more := len(wrong[MOST_NAMED:]):
+        wrong = [*wrong[:MOST_NAMED], f"... and {more} more."]
     if wrong:
         raise ValueError("\n".join(wrong))
 
@@ -318,16 +313,6 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return {"format": FORMAT} | json.loads(completed(config).to_json_best_effort())
 
 
-def read(path: epath.PathLike) -> ConfigDict:
-    """Returns the recipe that a run has written, as `from_json` does.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is damaged, holds no recipe, or has a later format.
-    """
-    return from_json(files.read_json(path), printable(os.fspath(path)))
-
-
 def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     """Returns the recipe that `to_json` of this or of an older version gave.
 
@@ -341,7 +326,7 @@ def from_json(tree: dict[str, Any], origin: str) -> ConfigDict:
     Raises:
       ValueError: it is no recipe, or has a later format.
     """
-    tree = _tuples(tree)
+    tree = _with_tuples(tree)
     number = tree.pop("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ValueError(
@@ -421,11 +406,11 @@ def _evaluator_defaults(name: str, section: Any) -> dict[str, Any]:
     return known[kind].to_dict()
 
 
-def _tuples(tree: Any) -> Any:
+def _with_tuples(tree: Any) -> Any:
     """JSON's lists back to tuples."""
     if isinstance(tree, dict):
-        return {key: _tuples(value) for key, value in tree.items()}
-    return tuple(map(_tuples, tree)) if isinstance(tree, list) else tree
+        return {key: _with_tuples(value) for key, value in tree.items()}
+    return tuple(map(_with_tuples, tree)) if isinstance(tree, list) else tree
 
 
 # --- The file of a recipe -------------------------------------------------------------
@@ -452,16 +437,14 @@ def load(value: str) -> ConfigDict:
             raise
         message = str(error).strip("'\"")
         raise ValueError(f"{path}, line {lines[-1]}: {message}") from error
-    if isinstance(config, ConfigDict):
-        with config.unlocked(), config.ignore_type():  # for `check_fields` to tell
-            for old in rename(config):
-                new = MOVED[old]
-                logger.warning("%s: config.%s is now config.%s.", path, old, new)
-    else:
+    if not isinstance(config, ConfigDict):
         raise ValueError(
             f"{path} is no recipe: its get_config returns {type(config).__name__}, not "
             "a ConfigDict of recipe.base()."
         )
+    with config.unlocked(), config.ignore_type():  # for `check_fields` to tell
+        for old in rename(config):
+            logger.warning("%s: config.%s is now config.%s.", path, old, MOVED[old])
     return config
 
 
@@ -494,6 +477,7 @@ _MOVED_TO = {
     "TOKENS_MLP_DIM": "models.mixer.SIZES",
     "evaluations": "evaluators.sections",
     "check": "recipe.check_fields",
+    "read": "workdir.load",
 }
 
 if not TYPE_CHECKING:  # which would take any name to be here

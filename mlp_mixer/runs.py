@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from mlp_mixer import (
     checkpoint,
-    evaluators,
     history,
     known,
     models,
@@ -81,48 +80,52 @@ def open_model(
       FileNotFoundError: nothing is there.
       ValueError: they are no weights of a model, do not say their image size, or have
         another number of classes than `labels`; `best` is no score of an evaluator that
-        runs in training; or the processes see different weights.
+        runs in training; or the processes have opened different weights.
     """
     if dtype is not None:
         known.require("dtype", dtype, pretrained.DTYPES)
-    config, more = None, True
+    config, run_files = None, dict[str, Any]()
     with processes.together():
         if epath.Path(source).expanduser().is_dir():
             config = load(source)
-            if best is not None:
-                more = evaluators.more_is_better(config.evals.to_dict(), best)
-            # Each process reads for itself.
-            names = load_class_names(source, config.dataset.num_classes)
-    several = jax.process_count() > 1
-    if several and config is not None:
-        has = bool(history.checkpoints(source))
-        content = {
-            "recipe": recipe.to_json(config),
-            "class_names": names,
-            "checkpoints": has,
-        }
-        processes.compare(**content, step=step, best=best)
-    weights = pretrained.read(source, step=step, best=best, more_is_better=more)
-    if several:
-        prints = sum(fingerprint(weights.variables).values())
-        processes.compare(step=weights.step, weights=prints)
-    size, count = pretrained.checked_image_size(weights), weights.num_classes
-    if count is None and labels is not None:
-        raise ValueError(f"{source} has no head, so no classes for {labels} to name.")
-    named = weights.class_names
-    classes = naming.choose(named, count, labels=labels) if count else ()
+            run_files = {
+                "recipe": recipe.to_json(config),
+                "class_names": load_class_names(source, config.dataset.num_classes),
+                "checkpoints": bool(history.checkpoints(source)),
+            }
+    # Before any of them reads a checkpoint, in which Orbax waits for all.
+    processes.compare(**run_files, step=step, best=best)
+    with processes.together():
+        weights = pretrained.read(source, step=step, best=best)
+        size, count = pretrained.checked_image_size(weights), weights.num_classes
+        if count is None and labels is not None:
+            raise ValueError(
+                f"{source} has no head, so no classes for {labels} to name."
+            )
+        named = weights.class_names
+        classes = naming.choose(named, count, labels=labels) if count else ()
+    protocol = preprocess or weights.preprocess or "big_vision"
     mesh = sharding.make_mesh()
     run = models.Run(dtype or weights.dtype, mesh=mesh)
+    if jax.process_count() > 1:  # each has read for itself, perhaps another file
+        processes.compare(
+            step=weights.step,
+            model=weights.model,
+            image_size=size,
+            class_names=classes,
+            preprocess=protocol,
+            dtype=run.dtype,
+            arrays=fingerprint(weights.variables),
+        )
     model = pretrained.create_model(weights, run)
     strategy = "replicated" if config is None else config.sharding
-    protocol = preprocess or weights.preprocess or "big_vision"
     logger.info(
         "%s: %s, %dx%d px, preprocessed by %s, computed in %s",
-        *(weights.called, pretrained.describe(weights.model), *size),
+        *(weights, pretrained.describe(weights.model), *size),
         *(protocol, run.dtype),
     )
     return Opened(
-        weights.called,
+        str(weights),
         mesh,
         steps.make_predict(model, mesh),
         sharding.place(
@@ -214,7 +217,7 @@ def write_run(weights: pretrained.Weights, workdir: epath.PathLike) -> None:
     _check_empty(epath.Path(workdir))
     if broken := pretrained.not_finite(weights.params | weights.stats):
         raise ValueError(
-            f"{weights.called} cannot become a run, whose checkpoints are finite; "
+            f"{weights} cannot become a run, whose checkpoints are finite; "
             f"these arrays are not:\n{listed(list(broken))}"
         )
     size = pretrained.checked_image_size(weights)

@@ -6,6 +6,7 @@ class_names.json the names of its classes by label, data.json what its training 
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -39,10 +40,11 @@ MAY_CHANGE = (
 
 
 def load(workdir: epath.PathLike) -> ConfigDict:
-    """The recipe of the run in `workdir`.
+    """Returns the recipe of the run in `workdir`, as `recipe.from_json` does.
 
     Raises:
-      FileNotFoundError: no run there.
+      FileNotFoundError: there is no run.
+      ValueError: config.json is damaged, holds no recipe, or has a later format.
     """
     path = epath.Path(workdir).expanduser() / "config.json"
     if not path.exists():
@@ -50,7 +52,7 @@ def load(workdir: epath.PathLike) -> ConfigDict:
             f"{workdir} holds no run (no config.json). Name a folder that "
             "`python -m mlp_mixer.train` has written, e.g. --workdir=runs/digits."
         )
-    return recipe.read(path)
+    return recipe.from_json(files.read_json(path), printable(os.fspath(path)))
 
 
 def load_class_names(
@@ -294,20 +296,20 @@ def changes(before: dict[str, Any], now: dict[str, Any], limit: int = 12) -> lis
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += [
-                f"{printable(name)}: {_shown(there.get(name))} there, "
-                f"{_shown(here.get(name))} here"
+                f"{printable(name)}: {_in_words(there.get(name))} there, "
+                f"{_in_words(here.get(name))} here"
                 for name in sorted(there.keys() | here.keys())
                 if there.get(name) != here.get(name)
             ]
         else:
-            lines.append(f"{key}: {_shown(there)} there, {_shown(here)} here")
+            lines.append(f"{key}: {_in_words(there)} there, {_in_words(here)} here")
     if not lines and before.get("order") != now.get("order"):
         lines.append("the same files, in another order")
     more = [f"and {len(lines) - limit} more"] if len(lines) > limit else []
     return lines[:limit] + more
 
 
-def _shown(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(
             f"{v} {k}" if k != "files" else f"{k} {v}" for k, v in value.items()

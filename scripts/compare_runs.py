@@ -29,7 +29,7 @@ TOLERANCES = {1: 1e-4, 10: 1e-3, 100: 1e-2, 1000: 5e-2}
 Ledger = dict[int, dict[str, float]]
 
 
-def read(path: str | pathlib.Path) -> Ledger:
+def read_ledger(path: str | pathlib.Path) -> Ledger:
     """{step: {"train/loss": nats, "train/grad_norm": ...}} of `STEPS`.
 
     Raises:
@@ -56,19 +56,19 @@ Row = tuple[int, str, float, float, float]
 def differences(a: Mapping, b: Mapping) -> list[Row]:
     """(step, key, a's value, b's value, relative difference) of the common steps."""
     return [
-        (step, key, a[step][key], b[step][key], _apart(a[step][key], b[step][key]))
+        (step, key, a[step][key], b[step][key], _relative(a[step][key], b[step][key]))
         for step in sorted(a.keys() & b.keys())
         for key in KEYS
     ]
 
 
-def _apart(a: float, b: float) -> float:
+def _relative(a: float, b: float) -> float:
     if a == b:
         return 0.0
     return abs(a / b - 1) if b else math.inf
 
 
-def apart(rows: Iterable[Row]) -> list[Row]:
+def differing(rows: Iterable[Row]) -> list[Row]:
     """The rows that two runs of one recipe would not show."""
     return [row for row in rows if not row[-1] <= TOLERANCES[row[0]]]
 
@@ -83,10 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("other", type=path, help="the same")
     args = parser.parse_args(argv)
     try:
-        rows = differences(read(args.run), read(args.other))
+        rows = differences(read_ledger(args.run), read_ledger(args.other))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    wrong = apart(rows)
+    wrong = differing(rows)
     for row in rows:
         step, key, a, b, difference = row
         remark = f"more than {TOLERANCES[step]:.0e}" if row in wrong else ""

@@ -46,7 +46,8 @@ LAYERS = (
         "visualize",
     ),
     ("workdir",),
-    ("steps", "evaluators", "pretrained"),
+    ("steps", "evaluators"),
+    ("pretrained",),
     # What the programs share.
     ("program", "runs", "experiment"),
     ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),

@@ -26,11 +26,11 @@ def test_the_first_steps_of_the_digits_are_the_recorded_ones(
     config.evals.test.every_steps = 0
     train.train(config, tmp_path, data_dir=data_dir)
     rows = compare_runs.differences(
-        compare_runs.read(tmp_path),
-        compare_runs.read(root / "docs/ledgers/digits.jsonl"),
+        compare_runs.read_ledger(tmp_path),
+        compare_runs.read_ledger(root / "docs/ledgers/digits.jsonl"),
     )
     assert [row[0] for row in rows[::2]] == [1, 10, 100]
-    assert compare_runs.apart(rows) == []
+    assert compare_runs.differing(rows) == []
 
 
 def write(path, losses):
@@ -54,10 +54,10 @@ def test_equal_runs_pass_and_other_runs_are_told_apart(tmp_path, capsys):
 
 
 def test_a_loss_of_nothing_is_compared_too(tmp_path):
-    nothing = compare_runs.read(write(tmp_path / "a.jsonl", {1: 0.0}))
-    other = compare_runs.read(write(tmp_path / "b.jsonl", {1: 0.5}))
-    assert compare_runs.apart(compare_runs.differences(nothing, nothing)) == []
-    assert len(compare_runs.apart(compare_runs.differences(other, nothing))) == 1
+    nothing = compare_runs.read_ledger(write(tmp_path / "a.jsonl", {1: 0.0}))
+    other = compare_runs.read_ledger(write(tmp_path / "b.jsonl", {1: 0.5}))
+    assert compare_runs.differing(compare_runs.differences(nothing, nothing)) == []
+    assert len(compare_runs.differing(compare_runs.differences(other, nothing))) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,6 @@ def test_damaged_records_are_named(content, said, tmp_path, capsys):
 
 def test_a_gradient_of_zero_is_compared(tmp_path):
     one, other = [{1: {"train/loss": 1.0, "train/grad_norm": x}} for x in (1.0, 0.0)]
-    assert not compare_runs.apart(compare_runs.differences(other, other))
-    (row,) = compare_runs.apart(compare_runs.differences(one, other))
+    assert not compare_runs.differing(compare_runs.differences(other, other))
+    (row,) = compare_runs.differing(compare_runs.differences(one, other))
     assert row[1] == "train/grad_norm"

@@ -48,7 +48,7 @@ def random_weights(model, image_size, **fields):
     known = {
         "model": {"gelu": model.gelu},
         "image_size": image_size,
-        "said": "random",
+        "origin": "random",
     } | fields
     return pretrained.Weights(params, **known)
 

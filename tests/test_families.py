@@ -332,8 +332,10 @@ def test_a_published_size_computes_what_timm_computed(recorded):
     model = models.create(size.removesuffix("_224"), num_classes=1000, gelu="exact")
     file = models.family(size.removesuffix("_224"))
     zeros = {k: np.broadcast_to(0, x.shape) for k, x in leaves(shapes(model)["params"])}
-    named = {k: x.shape for k, x in timm.theirs(zeros, file).items()}
-    params = unflatten_dict(timm.ours(record_timm.seeded(named), file), sep="/")
+    named = {k: x.shape for k, x in timm.with_timm_names(zeros, file).items()}
+    params = unflatten_dict(
+        timm.with_our_names(record_timm.seeded(named), file), sep="/"
+    )
     image = record_timm.seeded_image(224, 224)
     logits, _ = jax.jit(model.apply)({"params": params}, image)
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)

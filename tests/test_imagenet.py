@@ -111,8 +111,8 @@ def test_evaluation_inside_training_is_that_of_the_program(run):
 def test_the_first_steps_are_the_recorded_ones(run, root):
     workdir, _ = run
     rows = compare_runs.differences(
-        compare_runs.read(workdir),
-        compare_runs.read(root / "docs/ledgers/toy_imagenet.jsonl"),
+        compare_runs.read_ledger(workdir),
+        compare_runs.read_ledger(root / "docs/ledgers/toy_imagenet.jsonl"),
     )
     assert [row[0] for row in rows[::2]] == [1, 10, 100]
-    assert compare_runs.apart(rows) == []
+    assert compare_runs.differing(rows) == []

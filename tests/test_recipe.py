@@ -491,9 +491,10 @@ MOVED = {
     "TOKENS_MLP_DIM": "models.mixer.SIZES",
     "evaluations": "evaluators.sections",
     "check": "recipe.check_fields",
+    "read": "workdir.load",
 }
 STAYED = [
-    *("base", "completed", "evaluation", "fewshot", "load", "read", "run_file"),
+    *("base", "completed", "evaluation", "fewshot", "load", "run_file"),
     *("total_steps", "words", "MOST_NAMED"),
 ]
 

@@ -2,14 +2,28 @@
 test_train.
 """
 
+import dataclasses
 import shutil
+import threading
+from typing import Any
 
 import coloured
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from mlp_mixer import evaluate, predict, recipe, runs, sharding, train, workdir
+from mlp_mixer import (
+    evaluate,
+    predict,
+    pretrained,
+    processes,
+    recipe,
+    runs,
+    sharding,
+    train,
+    workdir,
+)
 from mlp_mixer.data import sources
 
 
@@ -262,9 +276,77 @@ def test_a_run_of_an_older_version_says_once_that_its_data_is_not_compared(run, 
 def test_the_best_of_no_metric_is_refused_before_anything_is_read(tmp_path):
     config = recipe.load("configs/digits.py")
     workdir.claim(config, tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     for name in ("test/top_1", "nll", "fewshot/10shot", "test/count"):
         with pytest.raises(ValueError, match=r"No checkpoint can be the best by"):
             runs.open_model(tmp_path, best=name)
+
+
+def one_value_more(weights):
+    params = jax.tree.map(np.copy, weights.params)
+    params["head"]["bias"][3] += 1
+    return dataclasses.replace(weights, params=params)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (one_value_more, "arrays.params/head/bias: "),
+        (lambda w: pretrained.with_fields(w, gelu="tanh"), 'model.gelu: "exact" on'),
+        (
+            lambda w: dataclasses.replace(w, class_names=tuple("abcdefghiJ")),
+            'class_names.9: "j" on process 0; "J" on process 1',
+        ),
+        (
+            lambda w: dataclasses.replace(w, preprocess="big_vision"),
+            'preprocess: "timm" on process 0; "big_vision" on process 1',
+        ),
+        (None, "nowhere"),
+    ],
+)
+def test_processes_that_open_different_files_all_fail(
+    change, said, weights, tmp_path, monkeypatch
+):
+    """Two threads are the processes; each has its own disk."""
+    values: list[Any] = [None, None]
+    everybody = threading.Barrier(2, timeout=60)
+
+    def gather(value):
+        values[int(threading.current_thread().name)] = value
+        everybody.wait()
+        gathered = list(values)
+        everybody.wait()
+        return gathered
+
+    monkeypatch.setattr(processes, "gather", gather)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    errors: list[Exception | None] = [None, None]
+
+    def start(index):
+        try:
+            runs.open_model(tmp_path / str(index) / "w.safetensors")
+        except (OSError, RuntimeError, ValueError) as error:
+            errors[index] = error
+
+    for folder in "01":
+        (tmp_path / folder).mkdir()
+    pretrained.write_safetensors(weights, tmp_path / "0" / "w.safetensors")
+    if change is not None:
+        pretrained.write_safetensors(change(weights), tmp_path / "1" / "w.safetensors")
+    both = [threading.Thread(target=start, args=(i,), name=str(i)) for i in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    if change is None:
+        assert "Process 1 failed on" in str(errors[0])
+        assert isinstance(errors[1], FileNotFoundError)
+    else:
+        for error in errors:
+            first, *lines = str(error).splitlines()
+            assert first.startswith("The processes of one run must agree")
+            assert len(lines) == 1
+            assert lines[0].startswith(f"  {said}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -533,6 +533,7 @@ def test_the_best_by_a_metric_is_kept_and_opened(
         4,
     ]
     assert runs.open_model(workdir, best=metric).step == best
+    assert pretrained.read(workdir, best=metric).step == best
 
 
 @pytest.mark.parametrize(

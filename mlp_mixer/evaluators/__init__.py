@@ -118,6 +118,18 @@ def more_is_better(evals: Mapping[str, Mapping[str, Any]], name: str) -> bool:
     )
 
 
+def preprocess_of_predictions(evals: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Returns the protocol that a run's predictions are measured with, if they are.
+
+    Args:
+      evals: a recipe's `evals`: name → section.
+    """
+    for name, section in evals.items():
+        if _class_of(name, section).of_predictions:
+            return section["preprocess"]
+    return None
+
+
 def warn_if_only_the_last_is_measured(recipe: Any, total_steps: int) -> None:
     """Says in the log if `keep_best` has no checkpoint to choose but the last."""
     best, saved = recipe.checkpoint.keep_best, recipe.checkpoint.every_steps

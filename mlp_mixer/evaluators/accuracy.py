@@ -6,7 +6,7 @@ without a label are left out and counted (section 7.1).
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ class Accuracy(Evaluator):
       broken: images of the split that could not be read in the last pass.
       unlabelled: readable ones without a label in the last pass.
     """
+
+    of_predictions: ClassVar[bool] = True
 
     @staticmethod
     def completed(

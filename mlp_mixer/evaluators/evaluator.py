@@ -1,7 +1,8 @@
 """What every evaluator is, and what they share."""
 
+import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from mlp_mixer.data.sources import Source
 
@@ -34,18 +35,21 @@ class Evaluator(Protocol):
     """A score of a model on data; one class per kind of score, which inherits this.
 
     Attributes:
+      of_predictions: whether it measures the model's predictions, and not its features.
       every_steps: training steps between two evaluations.
       data: the splits, for people.
       preprocess: the protocol, a key of `data.image_ops.PROTOCOLS`.
       sources: all that it reads.
     """
 
+    of_predictions: ClassVar[bool]
     every_steps: int
     data: str
     preprocess: str
     sources: Sequence[Source]
 
     @staticmethod
+    @abc.abstractmethod
     def completed(
         section: Mapping[str, Any], recipe: Any, class_names: Sequence[str] | None
     ) -> dict[str, Any]:
@@ -58,9 +62,11 @@ class Evaluator(Protocol):
         """
 
     @staticmethod
+    @abc.abstractmethod
     def scores(section: Mapping[str, Any]) -> dict[str, bool]:
         """{metric: whether more is better} of a recipe's section; counts are none."""
 
+    @abc.abstractmethod
     def run(
         self, variables: Any, stop: Stop = never, track: Track = untracked
     ) -> Result | None:
@@ -85,6 +91,7 @@ class Evaluator(Protocol):
         return {}  # each evaluator speaks for itself
 
     @staticmethod
+    @abc.abstractmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:
         """Returns metric → text for people, without those that are not for them."""
 

@@ -7,11 +7,13 @@ largest eigenvalue is 10⁴·N or more, the smallest l2 is 2^−10), and at thes
 they cost little beside the features.
 """
 
+import collections
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -149,7 +151,7 @@ def choose_l2(
     return chosen
 
 
-def _metric(shots: int, exponent: int, exponents: Sequence[int]) -> str:
+def _metric_name(shots: int, exponent: int, exponents: Sequence[int]) -> str:
     """What the accuracy is called: as in `choose_l2` if there are several exponents."""
     return f"{shots}shot" if len(exponents) == 1 else f"{shots}shot_l2_{exponent}"
 
@@ -189,6 +191,8 @@ class _Chosen:
 class FewShot(Evaluator):
     """Accuracy of ridge regressions on the features of a few images per class."""
 
+    of_predictions: ClassVar[bool] = False
+
     @staticmethod
     def completed(
         section: Mapping[str, Any], recipe: Any, class_names: Sequence[str] | None
@@ -202,7 +206,7 @@ class FewShot(Evaluator):
     def scores(section: Mapping[str, Any]) -> dict[str, bool]:
         """{metric: whether more is better} of a recipe's section; counts are none."""
         shots, exponents = sorted(section["shots"]), tuple(section["l2_exponents"])
-        return {_metric(n, e, exponents): True for n in shots for e in exponents}
+        return {_metric_name(n, e, exponents): True for n in shots for e in exponents}
 
     def __init__(
         self,
@@ -265,8 +269,6 @@ class FewShot(Evaluator):
             raise ValueError(f"{self.data}: few-shot needs one label per image.")
         self._shots, self._seeds = tuple(sorted(shots)), seeds
         self._exponents = tuple(l2_exponents)
-        self._drawn: list[list[np.ndarray]] | None = None
-        self._unreadable = 0
         self._infer = Inference(
             lambda out, batch: {
                 "feature": out["pre_logits"],
@@ -286,7 +288,7 @@ class FewShot(Evaluator):
         images; `broken`, those of both splits that could not be read, if any. None if
         `stop()` came true.
         """
-        draws = self._draws()
+        draws = self._draws
         needed = np.unique(np.concatenate([p for draw in draws for p in draw]))
         train = self._infer(_Chosen(self._train, needed), variables, stop, track)
         if train is None:
@@ -297,7 +299,7 @@ class FewShot(Evaluator):
         # Position in the training split → row of its features; −1: broken.
         row_of = np.full(len(self._train), -1)
         row_of[needed[train.rows["index"]]] = np.arange(len(train.rows["index"]))
-        accuracies: dict[tuple[int, int], list[float]] = {}
+        accuracies: dict[str, list[float]] = collections.defaultdict(list)
         for draw in draws:
             for shots in self._shots:
                 rows = row_of[np.concatenate([p[:shots] for p in draw])]
@@ -310,24 +312,16 @@ class FewShot(Evaluator):
                 for exponent in self._exponents:
                     if stop():
                         return None
-                    accuracy = ridge.accuracy(
-                        test.rows["feature"], test.rows["label"], 2.0**exponent
-                    )
-                    accuracies.setdefault((shots, exponent), []).append(accuracy)
-        results: dict[str, float] = {
-            _metric(shots, exponent, self._exponents): float(np.mean(all_))
-            for (shots, exponent), all_ in accuracies.items()
-        }
+                    name = _metric_name(shots, exponent, self._exponents)
+                    x, y = test.rows["feature"], test.rows["label"]
+                    accuracies[name].append(ridge.accuracy(x, y, 2.0**exponent))
+        results = {name: float(np.mean(all_)) for name, all_ in accuracies.items()}
         results["count"] = len(test.rows["label"])
-        broken = self._unreadable + train.broken + test.broken
+        unreadable = int((self._labels < 0).sum())
+        broken = unreadable + train.broken + test.broken
         return Result(results | ({"broken": broken} if broken else {}))
 
-    @staticmethod
-    def across(
-        results: Mapping[str, Mapping[str, float]],
-    ) -> dict[str, dict[str, float]]:
-        """One value of l2 per number of shots, see `choose_l2`."""
-        return choose_l2(results)
+    across = staticmethod(choose_l2)
 
     @staticmethod
     def shown(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -339,31 +333,28 @@ class FewShot(Evaluator):
             if not _SWEPT.fullmatch(name)
         }
 
+    @functools.cached_property
     def _draws(self) -> list[list[np.ndarray]]:
-        """Per seed and class, the positions of the most shots; found once."""
-        if self._drawn is None:
-            labels = self._labels()
-            most = self._shots[-1]
-            self._drawn = [
-                [
-                    p[:most]
-                    for p in permuted_by_class(labels, self._train.num_classes, s)
-                ]
-                for s in (range(self._seeds) if self._seeds else [None])
-            ]
-            if few := sum(len(p) < most for p in self._drawn[0]):
-                logger.warning(
-                    "%s: %d of %d classes have fewer than %d examples; all of them are "
-                    "used.",
-                    self.data,
-                    few,
-                    self._train.num_classes,
-                    most,
-                )
-        return self._drawn
+        """Per seed and class, the positions of the most shots."""
+        most, count = self._shots[-1], self._train.num_classes
+        draws = [
+            [p[:most] for p in permuted_by_class(self._labels, count, seed)]
+            for seed in (range(self._seeds) if self._seeds else [None])
+        ]
+        if few := sum(len(p) < most for p in draws[0]):
+            logger.warning(
+                "%s: %d of %d classes have fewer than %d examples; all of them are "
+                "used.",
+                self.data,
+                few,
+                count,
+                most,
+            )
+        return draws
 
+    @functools.cached_property
     def _labels(self) -> Int[np.ndarray, " n"]:
-        """Of the training split; −1 where a record cannot be read."""
+        """Labels of the training split; −1 where a record cannot be read."""
         labels = np.full(len(self._train), -1)
         for i in range(len(labels)):
             try:
@@ -371,5 +362,4 @@ class FewShot(Evaluator):
             except (OSError, ValueError) as error:
                 name = self._train.name_of(i)
                 logger.warning("Broken image %s: %s; it is not used.", name, error)
-        self._unreadable = int((labels < 0).sum())
         return labels

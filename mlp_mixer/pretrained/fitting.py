@@ -30,12 +30,13 @@ def create_model(
 
     Args:
       weights: weights of `weights.read`, or parameters alone: their model is what their
-        shapes say, with its class's other values (of a Mixer the authors': tanh GELU).
+        shapes and `overrides` say, with its class's other values (of a Mixer the
+        authors': tanh GELU).
       run: how it is computed.
-      **overrides: fields of the model, e.g. `gelu="exact"`.
+      **overrides: fields of the model, e.g. `gelu="exact"`; of parameters also `name`.
     """
     if not isinstance(weights, Weights):
-        weights = Weights(weights, "parameters")
+        weights = Weights(weights, "parameters", model=overrides)
     fields = {"num_classes": weights.num_classes, **weights.model, **overrides}
     return models.create(**fields, run=run)
 
@@ -128,7 +129,7 @@ def initial(
     processes.compare(init_from={"is here": os.path.exists(source)})
     with processes.together():
         weights = read(source)
-        logger.info("From %s: %s.", weights.called, _sizes_in_words(weights.params))
+        logger.info("From %s: %s.", weights, _sizes_in_words(weights.params))
         for field, value in weights.model.items():
             # A word chooses what is computed; numbers show in shapes, or in training.
             ours = getattr(model, field, value)
@@ -138,90 +139,62 @@ def initial(
                     "keeps theirs.",
                     *(source, field, value, ours, field, value),
                 )
-        weights = _at(weights, model, image_size, how=resize_by)
+        weights = _for_image_size(weights, model, image_size, resize_by)
         params = merge(
             weights.params, target.params, head=head, called=f"The weights {source}"
         )
-        stats = merge(
-            weights.stats,
-            target.stats,
-            called=f"Statistics of {source}",
-        )
+        stats = merge(weights.stats, target.stats, called=f"Statistics of {source}")
         count = weights.num_classes
         if count and head == "match" and count == len(params["head"]["bias"]):
-            had = weights.class_names or assumed(class_names, count)
-            params = _head_by_name(params, class_names, had, source)
-    _check_equal_everywhere({"params": params, **stats}, source)
+            order = places(
+                class_names,
+                weights.class_names or assumed(class_names, count),
+                of="the training data",
+                to=str(source),
+                hint="--config.init_head=zero starts with a new head for other "
+                "classes.",
+            )
+            if order is not None:
+                kept = {k: x[..., np.array(order)] for k, x in params["head"].items()}
+                params |= {"head": kept}
+    if jax.process_count() > 1:  # each has read for itself, perhaps from its own disk
+        arrays = fingerprint({"params": params, **stats})
+        processes.compare(**{f"weights at {source}": arrays})
     return {"params": params, "stats": stats}
 
 
-def _head_by_name(
-    params: Params,
-    names: Sequence[str] | None,
-    had: Sequence[str] | None,
-    source: object,
-) -> Params:
-    """With a head for classes called `names` instead of `had`."""
-    order = places(
-        names,
-        had,
-        of="the training data",
-        to=str(source),
-        hint="--config.init_head=zero starts with a new head for other classes.",
-    )
-    if order is None:
-        return params
-    head = {name: x[..., np.array(order)] for name, x in params["head"].items()}
-    return params | {"head": head}
-
-
-def _check_equal_everywhere(params: Params, source: object) -> None:
-    """Every process reads for itself, perhaps from its own disk."""
-    if jax.process_count() == 1:
-        return
-    mine, *others = processes.gather(fingerprint(params))
-    if any(theirs != mine for theirs in others):
-        raise ValueError(
-            f"The processes read different weights at {source}; name a file on a "
-            "shared disk, or a run that is finished."
-        )
-
-
-def _at(
+def _for_image_size(
     weights: Weights, model: models.Model, image_size: tuple[int, int], how: str
 ) -> Weights:
-    """The weights for another resolution, with as many pixels to a patch."""
+    """The weights at the image size of a run that starts from them."""
     if weights.model["patch_size"] != model.patch_size:
         return weights  # for `merge` to refuse
+    (h, w), (ph, pw) = image_size, model.patch_size
     if weights.image_size is None:
-        (h, w), (ph, pw) = image_size, model.patch_size
-        new_grid, count = (h // ph, w // pw), tree.tokens(weights.params)
-        if count == new_grid[0] * new_grid[1]:
+        count = tree.tokens(weights.params)
+        if count in (None, h // ph * (w // pw)):
             logger.warning(
-                "The weights do not say their grid; it is taken to be %dx%d.", *new_grid
+                "The weights do not say their grid; it is taken to be %dx%d.",
+                *(h // ph, w // pw),
             )
             return weights
         raise ValueError(
-            f"The weights {weights.called} have {count} "
-            "tokens, which make no square, and do not say their image size; give them "
-            "as a run's folder, or as a safetensors file of `mlp_mixer.convert "
-            "--image_size=HEIGHT,WIDTH`."
+            f"The weights {weights} have {count} tokens, which make no square, and do "
+            "not say their image size; give them as a run's folder, or as a "
+            "safetensors file of `mlp_mixer.convert --image_size=HEIGHT,WIDTH`."
         )
     if weights.image_size == image_size:
         return weights
     new = resized(weights, image_size, how)
     field = tree.FIELDS["ds"]
     wide, has = new.model.get(field), getattr(model, field, None)
-    rows = models.family(new.model["name"]).SIZES.values()
-    others = {name for row in rows for name in row} - {field}
+    others = {name for row in new.architecture.SIZES.values() for name in row} - {field}
     if wide != has and all(new.model[f] == getattr(model, f, None) for f in others):
-        (h, w), (ph, pw) = image_size, model.patch_size
-        old = (weights.image_size[0] // ph, weights.image_size[1] // pw)
+        old_h, old_w = weights.image_size
         raise ValueError(
-            f"To {how} the weights {weights.called} "
-            f"from {old[0]}x{old[1]} to {h // ph}x{w // pw} patches "
-            f"gives token mixing {wide} hidden units, the model has {has}; "
-            f"set --config.model.{field}={wide}."
+            f"To {how} the weights {weights} from {old_h // ph}x{old_w // pw} to "
+            f"{h // ph}x{w // pw} patches gives token mixing {wide} hidden units, the "
+            f"model has {has}; set --config.model.{field}={wide}."
         )
     return new
 
@@ -248,10 +221,9 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
             how=how,
         )
     except ValueError as error:
-        raise ValueError(f"{weights.called}: {error}") from error
-    found = tree.shapes(params)
-    file = models.family(weights.model["name"])
-    model = {**weights.model, **tree.geometry(found, file)}
+        raise ValueError(f"{weights}: {error}") from error
+    found, file = tree.shapes(params), weights.architecture
+    model = weights.model | tree.geometry(found, file)
     new = dataclasses.replace(
         weights, params=params, model=model, image_size=image_size
     )
@@ -260,7 +232,7 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
     if tied := [name for name, shape in found.items() if shape != wanted[name]]:
         lines = [f"{name} ({' '.join(axes[name])})" for name in tied]
         raise ValueError(
-            f"{weights.called}: {tree.family_name(file)} cannot be resized: these are "
+            f"{weights}: {tree.family_name(file)} cannot be resized: these are "
             f"tied to the resolution, but not by tokens, s: {', '.join(lines[:5])}."
         )
     return new
@@ -269,7 +241,7 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
 def _sizes_in_words(params: Any) -> str:
     """What a person would call them, e.g. mixer_b16, 196 tokens, 1000 classes."""
     found = tree.shapes(params)
-    if (file := tree.find(found)) is None:
+    if (file := tree.find_family(found)) is None:
         return "no whole model"
     fields = {"name": tree.family_name(file), **tree.geometry(found, file)}
     count, classes = (tree.sizes(found, file).get(letter) for letter in "sk")

@@ -6,12 +6,13 @@
 An older form has the fields of `pretrained_cfg` at the top.
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlp_mixer import files, models
+from mlp_mixer import files
 from mlp_mixer.pretrained.normalisation import Normalisation, normalisation
 
 NAME = "config.json"
@@ -23,102 +24,95 @@ class Config(NamedTuple):
     """What a config.json says of the weights beside it; None where it says nothing."""
 
     path: pathlib.Path
-    architecture: str | None = None
+    why_silent: str  # why it might not say more
     num_classes: int | None = None
     images: Normalisation | None = None
     gelu: str | None = None
     image_size: tuple[int, int] | None = None  # (height, width) in pixels
     class_names: tuple[str, ...] | None = None
 
-    def is_of(self, family: str) -> bool:
-        """Whether it is for an architecture of that name, as far as it says."""
-        return self.architecture is None or family in self.architecture.lower()
 
-
-def beside(weights: str | os.PathLike[str]) -> Config | None:
+def read_config_beside(weights: str | os.PathLike[str], family: str) -> Config:
     """Returns what the config.json in the folder of a weight file says, if one is.
 
     One that is not timm's, a run's recipe say, says nothing.
+
+    Args:
+      weights: the weight file.
+      family: name of the architecture; a config.json of another one says nothing.
 
     Raises:
       ValueError: it is not JSON, or a field has no sense; names file and field.
     """
     path = pathlib.Path(weights).with_name(NAME)
     if not path.is_file():
-        return None
+        return Config(path, f"no {NAME} is beside it")
     content = files.parse_json(
         files.read_bytes(path, files.MAX_BYTES), f"{path}, beside the weights,", *JSON
     )
+    silent = Config(path, f"nor does {path}")
     if not isinstance(content, dict):
-        return Config(path)
-    inner = _table(content, "pretrained_cfg", path)
+        return silent
+    check_field, table = functools.partial(_check_field, path), "a table of fields"
+    inner = content.get("pretrained_cfg") or {}
+    check_field("pretrained_cfg", inner, isinstance(inner, dict), table)
     if not inner and not {"architecture", "mean", "std"} & content.keys():
-        return Config(path)
+        return silent
     fields = {**inner, **content}
-    if not isinstance(architecture := fields.get("architecture"), str | None):
-        raise _wrong(path, "architecture", architecture, "a name such as mixer_b16_224")
-    config = Config(path, architecture)
-    if not any(map(config.is_of, models.families())):
-        return config
-    arguments = _table(content, "model_args", path)
-    if not isinstance(classes := fields.get("num_classes"), int | None):
-        raise _wrong(path, "num_classes", classes, "a whole number")
+    name, classes = fields.get("architecture"), fields.get("num_classes")
+    fits = isinstance(name, str | None)
+    check_field("architecture", name, fits, "a name such as mixer_b16_224")
+    if name is not None and family not in name.lower():
+        return Config(path, f"{path} is of a {name}")
+    fits = isinstance(classes, int | None)
+    check_field("num_classes", classes, fits, "a whole number")
+    arguments = content.get("model_args") or {}
+    check_field("model_args", arguments, isinstance(arguments, dict), table)
+    layer, gelu = arguments.get("act_layer", fields.get("act_layer")), None
+    if layer is not None:
+        gelu = GELUS.get(str(layer).lower())
+        check_field("act_layer", layer, gelu is not None, " or ".join(GELUS))
     # As timm reads it: `pretrained_cfg` says how images are prepared, if it is there.
     prepared = {**content, **inner}
-    mean, std = prepared.get("mean"), prepared.get("std")
-    images = None
-    if mean is not None or std is not None:
-        images = normalisation(mean, std, path)
-    return config._replace(
+    return silent._replace(
         num_classes=classes,
-        images=images,
-        gelu=_gelu(arguments.get("act_layer", fields.get("act_layer")), path),
-        image_size=_size(arguments.get("img_size"), prepared.get("input_size"), path),
-        class_names=_names(fields.get("label_names", fields.get("labels")), path),
+        images=normalisation(prepared.get("mean"), prepared.get("std"), path),
+        gelu=gelu,
+        image_size=_image_size(arguments, prepared, path),
+        class_names=_class_names(fields.get("label_names", fields.get("labels")), path),
     )
 
 
-def _wrong(path: pathlib.Path, field: str, value: Any, expected: str) -> ValueError:
-    return ValueError(
-        f"{path} says {field} {str(value)[:80]}; expected {expected}. Correct it, or "
-        "move it away from the weights."
-    )
+def _check_field(
+    path: pathlib.Path, field: str, value: Any, fits: bool, expected: str
+) -> None:
+    if not fits:
+        raise ValueError(
+            f"{path} says {field} {str(value)[:80]}; expected {expected}. Correct it, "
+            "or move it away from the weights."
+        )
 
 
-def _table(content: Mapping[str, Any], field: str, path: pathlib.Path) -> Any:
-    table = content.get(field) or {}
-    if not isinstance(table, dict):
-        raise _wrong(path, field, table, "a table of fields")
-    return table
-
-
-def _gelu(layer: Any, path: pathlib.Path) -> str | None:
-    if layer is None:
-        return None
-    if not isinstance(layer, str) or layer.lower() not in GELUS:
-        tries = ", ".join(GELUS)
-        raise _wrong(path, "act_layer", layer, f"one of {tries}, all that Mixers have")
-    return GELUS[layer.lower()]
-
-
-def _size(given: Any, whole: Any, path: pathlib.Path) -> tuple[int, int] | None:
+def _image_size(
+    arguments: Mapping[str, Any], prepared: Mapping[str, Any], path: pathlib.Path
+) -> tuple[int, int] | None:
     """Of timm's img_size, a side or (height, width), or its input_size, with RGB."""
-    if given is None and whole is None:
+    field, expected = "img_size", "e.g. 224 or [224, 224]"
+    value: Any = arguments.get(field)
+    size = [value, value] if isinstance(value, int) else value
+    if value is None:
+        field, expected = "input_size", "e.g. [3, 224, 224]"
+        value = prepared.get(field)
+        size = value[1:] if isinstance(value, list) else value
+    if value is None:
         return None
-    size = whole[1:] if given is None and isinstance(whole, list) else given
-    size = [size, size] if isinstance(size, int) else size
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(isinstance(x, int) and x > 0 for x in size)
-    ):
-        field, value = ("input_size", whole) if given is None else ("img_size", given)
-        expected = "[3, 224, 224]" if given is None else "224 or [224, 224]"
-        raise _wrong(path, field, value, f"e.g. {expected}")
+    two = isinstance(size, list) and len(size) == 2
+    fits = two and all(isinstance(x, int) and x > 0 for x in size)
+    _check_field(path, field, value, fits, expected)
     return size[0], size[1]
 
 
-def _names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
+def _class_names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
     """By class, of a list or {number: name}; None if classes are left out."""
     if isinstance(labels, dict):
         by_number = {str(number): name for number, name in labels.items()}
@@ -127,6 +121,6 @@ def _names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:
             return None
     if not labels:
         return None
-    if not isinstance(labels, list) or not all(isinstance(x, str) for x in labels):
-        raise _wrong(path, "label_names", labels, "a list of names, by class")
+    fits = isinstance(labels, list) and all(isinstance(x, str) for x in labels)
+    _check_field(path, "label_names", labels, fits, "a list of names, by class")
     return tuple(labels)

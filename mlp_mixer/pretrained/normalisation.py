@@ -29,8 +29,8 @@ class Normalisation(NamedTuple):
 CENTRED = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def normalisation(mean: Any, std: Any, where: object) -> Normalisation:
-    """Returns the normalisation that someone states, checked.
+def normalisation(mean: Any, std: Any, where: object) -> Normalisation | None:
+    """Returns the normalisation that someone states, checked; None of two Nones.
 
     Args:
       mean: a number from 0 to 1, or three: red, green, blue.
@@ -40,6 +40,8 @@ def normalisation(mean: Any, std: Any, where: object) -> Normalisation:
     Raises:
       ValueError: they are no such numbers, or one of the two is None.
     """
+    if mean is None and std is None:
+        return None
     if mean is None or std is None:
         has, lacks = ("std", "mean") if mean is None else ("mean", "std")
         raise ValueError(f"{where}: there is a {has} and no {lacks}; give both.")
@@ -89,16 +91,13 @@ def fold(
             f"for {CENTRED}; there is no {error}."
         ) from error
     wide = kernel.astype(np.float64)
-    shift = np.einsum("hwrc,r->c", wide, offset)
-    return {
-        **flat,
-        "stem/kernel": (wide * scale[:, None]).astype(_kept(kernel)),
-        "stem/bias": (bias.astype(np.float64) + shift).astype(_kept(bias)),
+    folded = {
+        "stem/kernel": wide * scale[:, None],
+        "stem/bias": bias.astype(np.float64) + np.einsum("hwrc,r->c", wide, offset),
     }
-
-
-def _kept(array: np.ndarray) -> np.dtype:
-    return array.dtype if array.dtype.itemsize > 4 else np.dtype(np.float32)
+    # No less than float32.
+    kept = {k: np.promote_types(flat[k].dtype, np.float32) for k in folded}
+    return {**flat, **{k: x.astype(kept[k]) for k, x in folded.items()}}
 
 
 def _levels_in_words(levels: Levels) -> str:

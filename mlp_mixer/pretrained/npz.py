@@ -6,22 +6,19 @@ token_mixing_phase_0/kernel1`; big_vision's loader is the source of how the two
 correspond. Whole training checkpoints prefix either with `params/` or `opt/target/`.
 """
 
-import contextlib
 import io
 import math
 import os
 import re
-import struct
 import tokenize
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from mlp_mixer.files import MAX_BYTES
+from mlp_mixer.pretrained import damage
 from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
@@ -37,7 +34,7 @@ MAX_RATIO, SMALL_BYTES = 20, 2**30
 
 def read(
     path: str | os.PathLike[str],
-    refuse: Callable[[Flat, dict[str, str]], None] = lambda *_: None,
+    refuse: Callable[[Flat, dict[str, str]], object] = lambda *_: None,
 ) -> tuple[Flat, dict[str, str]]:
     """Returns ({name in our tree: array}, metadata).
 
@@ -53,50 +50,33 @@ def read(
     Raises:
       ValueError: it is damaged, or two arrays claim one name.
     """
+    # Of a header that is no Python NumPy raises the other two.
+    errors = ("npz file", tokenize.TokenError, SyntaxError)
     with open(path, "rb") as file:
-        with _whole(path):
+        with damage.reported(path, *errors):
             archive = zipfile.ZipFile(file)
-            members = _members(archive)
+            members = _parameter_members(archive)
             declared = {k: _stand_in(archive, x) for k, x in members.items()}
-            _check_bytes(os.fstat(file.fileno()).st_size, declared)
+            size = sum(x.nbytes for x in declared.values())
+            packed = os.fstat(file.fileno()).st_size
+            if size > max(SMALL_BYTES, MAX_RATIO * packed):
+                raise ValueError(
+                    f"{packed:,} bytes that declare {size:,} are no weights"
+                )
             given = [
                 k for k, x in declared.items() if x.dtype == np.uint8 and "/" not in k
             ]
             if sum(declared.pop(name).nbytes for name in given) > MAX_BYTES:
                 raise ValueError(f"{', '.join(given)} have too many bytes")
-            texts = {k: _array(archive, members.pop(k)).tobytes() for k in given}
+            texts = {k: _read_array(archive, members.pop(k)).tobytes() for k in given}
             metadata = {k: text.decode() for k, text in texts.items()}
-        refuse(renamed(declared, path), metadata)
-        with _whole(path):
-            arrays = {k: _array(archive, x) for k, x in members.items()}
-    return renamed(arrays, path), metadata
+        refuse(with_current_names(declared, path), metadata)
+        with damage.reported(path, *errors):
+            arrays = {k: _read_array(archive, x) for k, x in members.items()}
+    return with_current_names(arrays, path), metadata
 
 
-@contextlib.contextmanager
-def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        tokenize.TokenError,  # NumPy's, of a header that is no Python
-        SyntaxError,
-        MemoryError,
-        EOFError,
-        KeyError,
-        TypeError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:
-        reason = brief(error) or type(error).__name__
-        raise ValueError(
-            f"{path} is not a whole npz file ({reason}); copy or download it again."
-        ) from error
-
-
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+def _parameter_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """{name: member} without what is the optimiser's."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -106,7 +86,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{name} is compressed as no npz file is")
         members[name] = info
-    prefix = _prefix(members) or "/"
+    prefix = _prefix_of_parameters(members) or "/"
     return {
         name: info
         for name, info in members.items()
@@ -131,45 +111,24 @@ def _stand_in(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
             f"{info.filename} has {info.file_size:,} bytes; its header says "
             f"{expected:,}"
         )
-    return _typed(np.broadcast_to(np.zeros((), dtype), shape))
+    return _with_bfloat16(np.broadcast_to(np.zeros((), dtype), shape))
 
 
-def _check_bytes(packed: int, declared: Flat) -> None:
-    size = sum(x.nbytes for x in declared.values())
-    if size > max(SMALL_BYTES, MAX_RATIO * packed):
-        raise ValueError(f"{packed:,} bytes that declare {size:,} are no weights")
-
-
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as member:
         # Not read(): that inflates what is there, and not what the member declares.
         # After the last byte all are compared with the CRC-32.
         data = io.BytesIO(member.read(info.file_size))
-    return _typed(np.lib.format.read_array(data, allow_pickle=False))
+    return _with_bfloat16(np.lib.format.read_array(data, allow_pickle=False))
 
 
-def write_arrays(
-    file: IO[bytes], params: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
-    """Writes {name: array} as the published files are: current layout, float32.
-
-    Args:
-      file: binary file, open for writing.
-      params: arrays by their names in our tree.
-      metadata: what a published file does not have.
-    """
-    arrays: dict[str, Any] = {k: np.asarray(v, np.float32) for k, v in params.items()}
-    arrays |= {k: np.frombuffer(v.encode(), np.uint8) for k, v in metadata.items()}
-    np.savez(file, **arrays)
-
-
-def _typed(array: np.ndarray) -> np.ndarray:
+def _with_bfloat16(array: np.ndarray) -> np.ndarray:
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
-def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
+def with_current_names(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
     """{name in our tree: array} of either layout, with or without prefix."""
-    prefix = _prefix(arrays)
+    prefix = _prefix_of_parameters(arrays)
     inner: Flat = {}
     for name, array in arrays.items():
         bare = name.removeprefix(prefix)
@@ -180,26 +139,26 @@ def renamed(arrays: Mapping[str, np.ndarray], path: object) -> Flat:
         inner[bare] = array
     if not any(re.match("(Mixer|embedding)/", name) for name in inner):
         return inner
-    norms = _norms(inner)
+    places = _norm_places(inner)
     flat: Flat = {}
     for name, array in inner.items():
-        new = _modern(name, norms)
+        new = _current_name(name, places)
         if new in flat:
             raise ValueError(
                 f"{path} has two arrays for {brief(new)}, the second is {brief(name)}."
             )
-        flat[new] = _fitting(new, array)
+        flat[new] = _without_ones(new, array)
     return flat
 
 
-def _prefix(names: Iterable[str]) -> str:
+def _prefix_of_parameters(names: Iterable[str]) -> str:
     """What the parameters of a whole checkpoint start with."""
     stems = tuple(f"{p}{stem}/" for p in PREFIXES for stem in ("stem", "embedding"))
     found = [name for name in names if name.startswith(stems)]
     return next((p for p in PREFIXES if found and found[0].startswith(p)), "")
 
 
-def _norms(names: Iterable[str]) -> dict[str, int]:
+def _norm_places(names: Iterable[str]) -> dict[str, int]:
     """ "encoderblock_3/LayerNorm_2" → 1: old blocks count them 0, 1 or 0, 2."""
     found: dict[str, set[int]] = {}
     for name in names:
@@ -212,10 +171,10 @@ def _norms(names: Iterable[str]) -> dict[str, int]:
     }
 
 
-def _modern(name: str, norms: Mapping[str, int]) -> str:
+def _current_name(name: str, places: Mapping[str, int]) -> str:
     name = re.sub(
         r"(encoderblock_\d+/)(LayerNorm_\d{1,9})(?=/)",
-        lambda m: f"{m[1]}LayerNorm_{norms[m[1] + m[2]]}",
+        lambda m: f"{m[1]}LayerNorm_{places[m[1] + m[2]]}",
         name,
     )
     name = re.sub(
@@ -228,7 +187,7 @@ def _modern(name: str, norms: Mapping[str, int]) -> str:
     return re.sub(r"^Mixer/encoderblock_(\d+)/", r"MixerBlock_\1/", name)
 
 
-def _fitting(name: str, array: np.ndarray) -> np.ndarray:
+def _without_ones(name: str, array: np.ndarray) -> np.ndarray:
     """Without the axes of size one that old mixing parameters may carry."""
     if "_mixing/" not in name:
         return array

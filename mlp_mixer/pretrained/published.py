@@ -30,6 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -108,24 +109,12 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-def is_of(name: str) -> bool:
-    """Whether a model called `name` is of an architecture with published files."""
-    return models.family(name) in {models.family(x.model) for x in PUBLISHED.values()}
+def is_published(architecture: ModuleType) -> bool:
+    """Whether files of an architecture are published."""
+    return any(models.family(x.model) is architecture for x in PUBLISHED.values())
 
 
-def lookup(name: str) -> Published:
-    """Returns what is known of a published file.
-
-    Raises:
-      ValueError: no such name; the nearest are listed first.
-    """
-    if name not in PUBLISHED:
-        near = known.nearest(name, PUBLISHED)
-        raise ValueError(f"No weights {name!r} are published; try {near}.")
-    return PUBLISHED[name]
-
-
-def address(name: str) -> str:
+def download_url(name: str) -> str:
     """Where a published file is downloaded from.
 
     Raises:
@@ -172,19 +161,22 @@ def fetch(
       ValueError: unknown name; a size that the model's file cannot have; not what was
         recorded when the file first came.
     """
-    entry = lookup(name)
+    if name not in PUBLISHED:
+        near = known.nearest(name, PUBLISHED)
+        raise ValueError(f"No weights {name!r} are published; try {near}.")
+    entry = PUBLISHED[name]
     path = default_cache_dir() / f"{name}.npz"
     if entry.note:
         logger.info("%s is %s.", name, entry.note)
     try:
-        if path.exists() and _record(path).exists():
-            _verify(path, path, entry)  # No lock: a cache may be read-only.
+        if path.exists() and _record_of(path).exists():
+            _verify_or_record(path, path, entry)  # No lock: a cache may be read-only.
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f".{path.name}.lock")
         with files.locked(lock, f"downloads {path}"):
             if path.exists():  # Put there by hand, or by the process that had the lock.
-                _verify(path, path, entry)
+                _verify_or_record(path, path, entry)
             else:
                 from mlp_mixer import console  # only a download is shown
 
@@ -200,11 +192,11 @@ def fetch(
 # --- The cache ------------------------------------------------------------------------
 
 
-def _record(path: pathlib.Path) -> pathlib.Path:
+def _record_of(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
+def _verify_or_record(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
     """Compares `file` with what is recorded for `path`, or checks and records it.
 
     Raises:
@@ -215,13 +207,13 @@ def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
     _check_size(str(file), file.stat().st_size, entry.sizes, again)
     with open(file, "rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
-    record = _record(path)
+    record = _record_of(path)
     if not record.exists():
         _check_content(file, entry)
         files.write_text(record, f"{found}  {path.name}\n")
         logger.info("%s: recorded its SHA-256 %s", path, found)
         return
-    expected = _recorded(record, path)
+    expected = _recorded_sha256(record, path)
     if found != expected:
         raise ValueError(
             f"{file} has the SHA-256 {found}, expected {expected}, which {record} "
@@ -230,7 +222,7 @@ def _verify(file: pathlib.Path, path: pathlib.Path, entry: Published) -> None:
         )
 
 
-def _recorded(record: pathlib.Path, path: pathlib.Path) -> str:
+def _recorded_sha256(record: pathlib.Path, path: pathlib.Path) -> str:
     """The SHA-256 that a record, in the format of `sha256sum`, holds for `path`."""
     text = files.read_bytes(record, 4096).decode(errors="replace")
     line = re.fullmatch(r"([0-9a-fA-F]{64})(?: [ *](.+))?\n?", text)
@@ -243,11 +235,8 @@ def _recorded(record: pathlib.Path, path: pathlib.Path) -> str:
 
 
 def _check_content(file: pathlib.Path, entry: Published) -> None:
-    """Passes if an npz file holds what it should, every value finite.
-
-    Raises:
-      ValueError: it does not.
-    """
+    """Raises ValueError unless an npz file holds what it should, every value finite."""
+    wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
 
     def refuse(wrong: Sequence[str]) -> None:
         if wrong:
@@ -259,15 +248,7 @@ def _check_content(file: pathlib.Path, entry: Published) -> None:
 
     def check_declared(arrays: Mapping[str, np.ndarray], _: object) -> None:
         found = {name: (x.shape, str(x.dtype)) for name, x in arrays.items()}
-        wanted = {name: (shape, "float32") for name, shape in entry.shapes.items()}
-        refuse(
-            [
-                f"{name}: {found.get(name, 'missing')}, "
-                f"expected {wanted.get(name, 'nothing')}"
-                for name in {**wanted, **found}
-                if found.get(name) != wanted.get(name)
-            ]
-        )
+        refuse(tree.differences(found, wanted))
 
     arrays, _ = npz.read(file, check_declared)
     refuse(
@@ -290,7 +271,7 @@ def _check_size(what: str, size: int, sizes: range, advice: str) -> None:
 # --- The download ---------------------------------------------------------------------
 
 
-class _Failed(Exception):
+class _AttemptFailed(Exception):
     """An attempt ended before the file did."""
 
     def __init__(self, reason: str, *, again: bool, slow: bool = False):
@@ -324,15 +305,14 @@ class _Part:
             logger.warning("%s The download begins anew.", error)
             return "", 0
         etag, size = note.get("etag"), note.get("size")
-        if not isinstance(etag, str) or type(size) is not int or not _is_strong(etag):
-            return "", 0
-        return etag, size
+        # A strong ETag promises the same bytes, a weak one the same meaning.
+        strong = isinstance(etag, str) and re.fullmatch(r'"[!#-~]*"', etag)
+        return (etag, size) if strong and type(size) is int else ("", 0)
 
     def begin(self, etag: str | None, size: int) -> None:
         """Begins anew: the old bytes go before the note says of what new ones are."""
         open(self.path, "wb").close()
-        strong = etag if etag and _is_strong(etag) else ""
-        self._note.write_text(json.dumps({"etag": strong, "size": size}))
+        self._note.write_text(json.dumps({"etag": etag, "size": size}))
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -343,11 +323,6 @@ class _Part:
         self._note.unlink()
 
 
-def _is_strong(etag: str) -> bool:
-    """Whether it promises the same bytes: a weak one promises the same meaning."""
-    return re.fullmatch(r'"[!#-~]*"', etag) is not None
-
-
 def _download(
     name: str,
     path: pathlib.Path,
@@ -356,14 +331,14 @@ def _download(
     waits_s: Sequence[float],
 ) -> None:
     """Downloads to `path`, which has its name once it is complete and recorded."""
-    url, part = address(name), _Part(path.with_name(f"{path.name}.part"))
+    url, part = download_url(name), _Part(path.with_name(f"{path.name}.part"))
     most, waits, attempts = part.num_bytes, list(waits_s), 0
     while True:
         try:
             attempts += 1
-            _attempt(name, url, part, entry.sizes, progress)
+            _download_missing(name, url, part, entry.sizes, progress)
             break
-        except _Failed as failure:
+        except _AttemptFailed as failure:
             if part.num_bytes > most and not failure.slow:
                 most, waits = part.num_bytes, list(waits_s)
             if not (failure.again and waits and attempts < MAX_ATTEMPTS):
@@ -379,20 +354,20 @@ def _download(
             logger.warning("%s: %s; again in %g s", name, failure, waits[0])
             time.sleep(waits.pop(0))
     try:
-        _verify(part.path, path, entry)
+        _verify_or_record(part.path, path, entry)
     except ValueError as error:
         part.remove()
         raise ValueError(f"What {url} sent is dropped: {error}") from error
     part.rename(path)
 
 
-def _attempt(
+def _download_missing(
     name: str, url: str, part: _Part, sizes: range, progress: Callable[..., Any]
 ) -> None:
     """Asks once for what is missing, and appends what comes.
 
     Raises:
-      _Failed: it is still not complete.
+      _AttemptFailed: it is still not complete.
       OSError: no room on the disk.
       ValueError: the server has a file of another size.
     """
@@ -401,13 +376,15 @@ def _attempt(
     if have and have == size:  # Killed before it had its name.
         return
     headers = {"Range": f"bytes={have}-", "If-Range": etag} if have else {}
-    with _open(urllib.request.Request(url, headers=headers), part) as response:
+    with _open_url(urllib.request.Request(url, headers=headers), part) as response:
         if response.status == 206:
             span = response.headers["Content-Range"]
             same = response.headers["ETag"] in (None, etag)
             if span != f"bytes {have}-{size - 1}/{size}" or not same:
                 part.remove()
-                raise _Failed(f"the server sent another part: {span}", again=True)
+                raise _AttemptFailed(
+                    f"the server sent another part: {span}", again=True
+                )
         else:
             have, size = 0, response.length
             if size is None:
@@ -424,27 +401,27 @@ def _attempt(
         ):
             had, since = have, time.monotonic()
             while have < size:
-                block = _read(response, min(1 << 20, size - have))
+                block = _read_block(response, min(1 << 20, size - have))
                 if not block:
-                    raise _Failed(f"cut at {have:,} of {size:,} bytes", again=True)
+                    raise _AttemptFailed(
+                        f"cut at {have:,} of {size:,} bytes", again=True
+                    )
                 file.write(block)
                 have += len(block)
                 advance(len(block))
                 if (seconds := time.monotonic() - since) >= WINDOW_SECONDS:
-                    _check_rate((have - had) / seconds)
+                    rate = (have - had) / seconds
+                    if rate < SLOWEST_BYTES_PER_SECOND:
+                        raise _AttemptFailed(
+                            f"the server sent {rate:,.1f} bytes/s over "
+                            f"{WINDOW_SECONDS:g} s, less than "
+                            f"{SLOWEST_BYTES_PER_SECOND:,}",
+                            again=True,
+                            slow=True,
+                        )
                     had, since = have, time.monotonic()
             file.flush()
             os.fsync(file.fileno())
-
-
-def _check_rate(rate: float) -> None:
-    if rate < SLOWEST_BYTES_PER_SECOND:
-        raise _Failed(
-            f"the server sent {rate:,.1f} bytes/s over {WINDOW_SECONDS:g} s, less than "
-            f"{SLOWEST_BYTES_PER_SECOND:,}",
-            again=True,
-            slow=True,
-        )
 
 
 class _Connection(http.client.HTTPSConnection):
@@ -490,7 +467,7 @@ class _Redirections(urllib.request.HTTPRedirectHandler):
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
-def _open(request: urllib.request.Request, part: _Part) -> Any:
+def _open_url(request: urllib.request.Request, part: _Part) -> Any:
     """The response to `request`, over https even if it is redirected."""
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -511,19 +488,19 @@ def _open(request: urllib.request.Request, part: _Part) -> Any:
         again = error.code in (408, 416, 429) or error.code >= 500
         # Of a loop the library tells in several lines.
         reason = " ".join(f"{error.code} {error.reason}".split())
-        raise _Failed(reason, again=again) from error
+        raise _AttemptFailed(reason, again=again) from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             reason = f"{error.reason} (SSL_CERT_FILE names the certificates to trust)"
-            raise _Failed(reason, again=False) from error
+            raise _AttemptFailed(reason, again=False) from error
         # Who has a part has had a network, which may come back.
-        raise _Failed(str(error.reason), again=part.num_bytes > 0) from error
+        raise _AttemptFailed(str(error.reason), again=part.num_bytes > 0) from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Failed(repr(error), again=True) from error
+        raise _AttemptFailed(repr(error), again=True) from error
 
 
-def _read(response: Any, most: int) -> bytes:
+def _read_block(response: Any, most: int) -> bytes:
     try:
         return response.read1(most)
     except (OSError, http.client.HTTPException) as error:
-        raise _Failed(repr(error), again=True) from error
+        raise _AttemptFailed(repr(error), again=True) from error

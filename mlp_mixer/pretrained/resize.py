@@ -11,6 +11,9 @@ tokens.
 
 `interpolate` is ours: any other grid, with the hidden layer as wide as it was. The
 weights of a hidden unit are read as an image over the grid and resampled like one.
+
+Both take and return nested dicts of host arrays with the official names. Nothing is
+modified, and what does not change is shared.
 """
 
 import math
@@ -20,7 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
-from mlp_mixer import known
+from mlp_mixer import known, models
 from mlp_mixer.fingerprints import Params, leaves
 from mlp_mixer.pretrained import tree
 
@@ -30,15 +33,12 @@ METHODS = ("grow", "interpolate")
 HIDDEN = "ds"  # the letter of token mixing's hidden units
 
 
-def resized(
-    params: Params, *, old_grid: Grid | None = None, new_grid: Grid, how: str
-) -> Params:
+def resized(params: Params, *, old_grid: Grid, new_grid: Grid, how: str) -> Params:
     """Returns the parameters for `new_grid`, made by `grow` or by `interpolate`.
 
     Args:
-      params: nested dict of host arrays; not modified, and returned as it is if the
-        grids are equal.
-      old_grid: (rows, columns) of patches that `params` are for; square by default.
+      params: parameters; returned as they are if the grids are equal.
+      old_grid: (rows, columns) of patches that `params` are for.
       new_grid: (rows, columns) of patches wanted.
       how: "grow" or "interpolate".
 
@@ -47,27 +47,25 @@ def resized(
         cannot make this grid.
     """
     known.require("Resizing by", how, METHODS)
-    old = _grid(params, old_grid)
-    if new_grid == old:
+    _check_grid(params, old_grid)
+    if new_grid == old_grid:
         return params
     if how == "interpolate":
-        return interpolate(params, new_grid, grid=old)
-    factor = max(1, min(new_grid[0] // old[0], new_grid[1] // old[1]))
-    if new_grid != (factor * old[0], factor * old[1]):
-        tries = " or ".join(
-            _in_words((k * old[0], k * old[1]))
-            for k in range(max(2, factor), factor + 2)
-        )
+        return interpolate(params, new_grid, old_grid)
+    (h, w), (new_h, new_w) = old_grid, new_grid
+    factor = max(1, min(new_h // h, new_w // w))
+    if new_grid != (factor * h, factor * w):
+        factors = range(max(2, factor), factor + 2)
         raise ValueError(
-            f"Weights for {_in_words(old)} patches cannot grow to "
-            f"{_in_words(new_grid)}: the paper multiplies rows and "
-            f"columns by one whole number. Try {tries}, or interpolate, which takes "
-            "any grid."
+            f"Weights for {h}x{w} patches cannot grow to {new_h}x{new_w}: the paper "
+            "multiplies rows and columns by one whole number. Try "
+            f"{' or '.join(f'{k * h}x{k * w}' for k in factors)}, or interpolate, "
+            "which takes any grid."
         )
-    return grow(params, factor, grid=old)
+    return grow(params, factor, old_grid)
 
 
-def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
+def grow(params: Params, factor: int, grid: Grid) -> Params:
     """Returns the parameters for `factor` times as many patches on each axis.
 
     The paper's procedure (Appendix C). Tokens s and hidden units d of token mixing
@@ -77,14 +75,10 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
     of each part, its logits the mean over the parts. The zeros are trained.
 
     Args:
-      params: nested dict of host arrays with the official names; not modified. What
-        does not change is shared with it.
+      params: parameters; of a Mixer `token_mixing/Dense_0/kernel` becomes
+        (factor²·s, factor²·d), and so on.
       factor: K, a whole number, e.g. 2 from 224 to 448 pixels.
-      grid: (rows, columns) of patches that `params` are for; square by default.
-
-    Returns:
-      The same tree and dtypes; per block `token_mixing/Dense_0/kernel`
-      (factor²·s, factor²·d) and so on.
+      grid: (rows, columns) of patches that `params` are for.
 
     Raises:
       ValueError: `factor` is below 1, or `grid` does not fit the tokens.
@@ -94,8 +88,8 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
             f"factor is {factor!r}; expected a whole number of at least 1. Try "
             "interpolate, which takes any grid."
         )
-    h, w = _grid(params, grid)
-    k = factor
+    _check_grid(params, grid)
+    (h, w), k = grid, factor
 
     def tiled(tokens: Float[np.ndarray, "s ..."]) -> Float[np.ndarray, "t ..."]:
         """Copies for each part, where the big image's raster order has its tokens."""
@@ -126,10 +120,10 @@ def grow(params: Params, factor: int, grid: Grid | None = None) -> Params:
             new = np.where(same, new, np.zeros((), new.dtype))
         return np.ascontiguousarray(new)
 
-    return _change(params, change)
+    return _with_arrays_changed(params, change)
 
 
-def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> Params:
+def interpolate(params: Params, new_grid: Grid, grid: Grid) -> Params:
     """Returns the parameters for any other grid of patches. Not the paper's procedure.
 
     The hidden layer keeps its width. Along the tokens, kernels and the output bias are
@@ -147,29 +141,25 @@ def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> 
     object, which no resampling undoes.
 
     Args:
-      params: nested dict of host arrays with the official names; not modified. What
-        does not change is shared with it.
+      params: parameters; of a Mixer `token_mixing/Dense_0/kernel` becomes
+        (rows·columns, d), and so on.
       new_grid: (rows, columns) of patches wanted, each at least 1.
-      grid: (rows, columns) of patches that `params` are for; square by default.
-
-    Returns:
-      The same tree and dtypes; per block `token_mixing/Dense_0/kernel`
-      (rows·columns, d), `Dense_1/kernel` (d, rows·columns) and its bias.
+      grid: (rows, columns) of patches that `params` are for.
 
     Raises:
       ValueError: `grid` does not fit the tokens, or `new_grid` is no grid.
     """
-    old = _grid(params, grid)
+    _check_grid(params, grid)
     if min(new_grid) < 1:
         raise ValueError(
             f"new_grid is {new_grid}; expected (rows, columns) of at least 1."
         )
-    matrices = [_cosines(n, m) for n, m in zip(old, new_grid, strict=True)]
+    matrices = [_cosines(n, m) for n, m in zip(grid, new_grid, strict=True)]
 
     def resample(
         field: Float[np.ndarray, "s ..."], scale: float = 1.0
     ) -> Float[np.ndarray, "t ..."]:
-        image = field.astype(np.float64).reshape(*old, -1)
+        image = field.astype(np.float64).reshape(*grid, -1)
         new = scale * np.einsum("yi,xj,ijd->yxd", *matrices, image, optimize=True)
         return new.reshape(-1, *field.shape[1:]).astype(field.dtype)
 
@@ -180,12 +170,12 @@ def interpolate(params: Params, new_grid: Grid, *, grid: Grid | None = None) -> 
             if letter == "s":
                 # The inputs of a product are summed over.
                 inward = name.endswith("/kernel") and i == 0
-                scale = math.prod(old) / math.prod(new_grid) if inward else 1.0
+                scale = math.prod(grid) / math.prod(new_grid) if inward else 1.0
                 resampled = resample(np.moveaxis(array, i, 0), scale)
                 array = np.ascontiguousarray(np.moveaxis(resampled, 0, i))
         return array
 
-    return _change(params, change)
+    return _with_arrays_changed(params, change)
 
 
 def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
@@ -203,7 +193,7 @@ def _cosines(old: int, new: int) -> Float[np.ndarray, "new old"]:
     return (sampled(new) * weights) @ sampled(old).T
 
 
-def _change(
+def _with_arrays_changed(
     params: Params,
     change: Callable[[str, np.ndarray, tuple[str, ...]], np.ndarray],
 ) -> Params:
@@ -219,34 +209,28 @@ def _change(
     return unflatten_dict(new, sep="/")
 
 
-def _grid(params: Params, grid: Grid | None) -> Grid:
-    """The grid that the parameters are for, checked."""
+def _check_grid(params: Params, grid: Grid) -> None:
+    """Raises ValueError unless the parameters are for a grid of patches."""
     tokens = tree.tokens(params)
     if tokens is None:
-        file = tree.family(tree.shapes(params))
-        letters = dict.fromkeys(x for axes in file.AXES.values() for x in axes.split())
-        raise ValueError(
-            f"Weights of {tree.family_name(file)} cannot be resized: no axis of theirs "
-            f"is tokens, s; they have {', '.join(letters)}."
+        name = tree.family_name(tree.family(tree.shapes(params)))
+        resizable = ", ".join(
+            other
+            for other, file in models.families().items()
+            if any("s" in letters.split() for letters in file.AXES.values())
         )
-    side = math.isqrt(tokens)
-    possible = ", ".join(
-        f"{_in_words((r, tokens // r))}" for r in range(side, 0, -1) if tokens % r == 0
-    )
-    if grid is None:
-        if side * side != tokens:
-            raise ValueError(
-                f"The parameters are for {tokens} tokens, which is no square: say "
-                f"their grid of (rows, columns): {possible}, or one of these turned."
-            )
-        return side, side
-    if min(grid) < 1 or math.prod(grid) != tokens:
         raise ValueError(
-            f"A grid of {_in_words(grid)} patches does not fit the parameters, which "
+            f"Weights of a {name} cannot be resized: none of its arrays has an axis of "
+            "tokens, which is what `grow` and `interpolate` change. Train it at the "
+            f"resolution that is wanted, or take one of {resizable}."
+        )
+    if min(grid) < 1 or math.prod(grid) != tokens:
+        possible = ", ".join(
+            f"{rows}x{tokens // rows}"
+            for rows in range(math.isqrt(tokens), 0, -1)
+            if tokens % rows == 0
+        )
+        raise ValueError(
+            f"A grid of {grid[0]}x{grid[1]} patches does not fit the parameters, which "
             f"are for {tokens} tokens; try {possible}, or one of these turned."
         )
-    return grid
-
-
-def _in_words(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"

@@ -3,16 +3,17 @@
 The format itself notices a file that was cut, but no flipped bit.
 """
 
-import contextlib
+import functools
 import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from mlp_mixer import files
+from mlp_mixer.pretrained import damage
 from mlp_mixer.text import brief
 
 CHECKSUMS = "crc32"
@@ -20,7 +21,7 @@ CHECKSUMS = "crc32"
 
 def read(
     path: str | os.PathLike[str],
-    refuse: Callable[[dict[str, np.ndarray], dict[str, str]], None] = lambda *_: None,
+    refuse: Callable[[dict[str, np.ndarray], dict[str, str]], object] = lambda *_: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns ({name: array}, metadata); bfloat16 stays what it is.
 
@@ -33,9 +34,12 @@ def read(
       ValueError: it is damaged. In files that others have written, without checksums,
         a flipped bit passes unnoticed.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with _whole(path):
+    whole = functools.partial(
+        damage.reported, path, "safetensors file", SafetensorError
+    )
+    with whole():
         _check_header(path)
         with safe_open(path, "np") as file:
             metadata = dict(file.metadata() or {})
@@ -43,7 +47,7 @@ def read(
             shapes = {name: file.get_slice(name).get_shape() for name in names}
             declared = {k: np.broadcast_to(np.float32(0), x) for k, x in shapes.items()}
     refuse(declared, metadata)
-    with _whole(path), safe_open(path, "np") as file:
+    with whole(), safe_open(path, "np") as file:
         arrays = {name: file.get_tensor(name) for name in names}
     damaged = f"{path} is damaged: its checksums"
     sums = files.parse_json(metadata.pop(CHECKSUMS, "{}"), damaged)
@@ -54,19 +58,6 @@ def read(
             "again."
         )
     return arrays, metadata
-
-
-@contextlib.contextmanager
-def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({brief(error)}); copy or "
-            "download it again."
-        ) from error
 
 
 def _check_header(path: str | os.PathLike[str]) -> None:
@@ -94,7 +85,7 @@ def checksums(
     return sums | {"its metadata": zlib.crc32(text.encode())}
 
 
-def dumps(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def to_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
     """The file of {name: array}, with their checksums beside `metadata`."""
     from safetensors import numpy
 

@@ -11,18 +11,15 @@ which it ships, were trained with the tanh approximation.
 import os
 import pickle
 import re
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mlp_mixer import models
-from mlp_mixer.pretrained import tree
+from mlp_mixer.pretrained import damage, tree
 from mlp_mixer.text import brief
 
 Flat = dict[str, np.ndarray]
@@ -39,10 +36,6 @@ def our_name(name: str, file: ModuleType) -> str | None:
     """The name in our tree of an array of timm's, in whichever wrapper; None: no such.
 
     Of any depth: also a block that there is not has a name.
-
-    Args:
-      name: name in timm.
-      file: the architecture, whose `TIMM` says what is called how.
     """
     bare = re.sub(WRAPPERS, "", name)
     number = re.search(r"\.([0-9]+)\.", bare)
@@ -57,13 +50,11 @@ def our_name(name: str, file: ModuleType) -> str | None:
     return path and path.format(number and number[1])
 
 
-def their_name(name: str, file: ModuleType) -> str:
-    """The name in timm of an array of our tree; any other stays as it is."""
-    return _theirs(name, file)[0]
+def their_name_and_rank(name: str, file: ModuleType) -> tuple[str, int]:
+    """The name in timm of an array of our tree, or its own; and its number of axes.
 
-
-def _theirs(name: str, file: ModuleType) -> tuple[str, int]:
-    """The name in timm, and the number of axes there; 0: as many as here."""
+    The number is 0 if there are as many as here.
+    """
     path, number = tree.matches([name], file).get(name, (name, None))
     path = path.replace("*", "{}")
     home, _, leaf = path.rpartition("/")
@@ -74,18 +65,14 @@ def _theirs(name: str, file: ModuleType) -> tuple[str, int]:
     return name, 0
 
 
-def family(names: Iterable[str]) -> ModuleType | None:
+def family(names: Collection[str]) -> ModuleType | None:
     """The architecture that has the most arrays of timm's names; None: none has any."""
-    names = list(names)
-    counts = {
-        file: sum(our_name(name, file) is not None for name in names)
-        for file in models.FAMILIES
-    }
-    best = max(counts, key=lambda file: counts[file])
-    return best if counts[best] else None
+    return tree.most_known(
+        lambda file: sum(our_name(name, file) is not None for name in names)
+    )
 
 
-def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
+def with_our_names(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in our tree: array} of {name in timm: array}.
 
     Names that timm's model does not have stay as they are, for the caller to refuse,
@@ -104,7 +91,7 @@ def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
                 f"{brief(name)}"
             )
         first[new] = name
-        more = _theirs(new, file)[1]
+        more = their_name_and_rank(new, file)[1]
         if more and array.ndim == more:
             ones = [axis for axis, size in enumerate(array.shape[:-1]) if size == 1]
             array = array.squeeze(tuple(ones))
@@ -113,18 +100,18 @@ def ours(arrays: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     return flat
 
 
-def theirs(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
+def with_timm_names(params: Mapping[str, np.ndarray], file: ModuleType) -> Flat:
     """{name in timm: array} of {name in our tree: array}."""
     flat: Flat = {}
     for name, array in params.items():
-        new, more = _theirs(name, file)
+        new, more = their_name_and_rank(name, file)
         array = array.transpose(np.argsort(AXES[array.ndim]))
         flat[new] = array.reshape((1,) * max(0, more - array.ndim) + array.shape)
     return flat
 
 
 def read_torch(
-    path: str | os.PathLike[str], refuse: Callable[[Flat], None] = lambda flat: None
+    path: str | os.PathLike[str], refuse: Callable[[Flat], object] = lambda flat: None
 ) -> Flat:
     """{name: array} of a torch state dict, bare or beside plain values.
 
@@ -144,31 +131,15 @@ def read_torch(
             f"{path} is a torch file, and torch is not installed: pip install torch, "
             "or convert it to safetensors where torch is."
         ) from error
-    try:
+    with damage.reported(
+        path,
+        "torch file of weights alone",
+        *(pickle.UnpicklingError, ArithmeticError, AssertionError, AttributeError),
+    ):
         if zipfile.is_zipfile(path):
             _check_zip(path)
         # Never unpickles code.
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        struct.error,
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{path} is not a whole torch file of weights alone: "
-            f"{brief((str(error).splitlines() or [type(error).__name__])[0])}"
-        ) from error
     for nest in NESTS:
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
@@ -191,7 +162,7 @@ def read_torch(
         raise ValueError(
             f"{path} declares {size:,} bytes of tensors, which it has not."
         )
-    return {name: _numpy(tensor) for name, tensor in content.items()}
+    return {name: _to_numpy(tensor) for name, tensor in content.items()}
 
 
 def _check_zip(path: str | os.PathLike[str]) -> None:
@@ -212,7 +183,7 @@ def _check_zip(path: str | os.PathLike[str]) -> None:
             raise ValueError(f"wrong bits in {damaged}")
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
     import torch
 
     tensor = tensor.detach().contiguous()

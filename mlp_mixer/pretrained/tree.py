@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -38,22 +38,34 @@ def shapes(tree: Any) -> dict[str, Shape]:
     return {name: tuple(x.shape) for name, x in leaves(tree)}
 
 
-def find(names: Iterable[str]) -> ModuleType | None:
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Lines for people: each array that is unexpected, missing, or of another shape."""
+    return [
+        f"{name}: got {found.get(name, 'nothing')}, "
+        f"expected {expected.get(name, 'nothing')}"
+        for name in {**found, **expected}
+        if found.get(name) != expected.get(name)
+    ]
+
+
+def most_known(known_in: Callable[[ModuleType], int]) -> ModuleType | None:
+    """Returns the architecture that knows the most of some names, if any does."""
+    best = max(models.FAMILIES, key=known_in)
+    return best if known_in(best) else None
+
+
+def find_family(names: Collection[str]) -> ModuleType | None:
     """Returns the architecture that has the most arrays of these names, if any has."""
-    names = list(names)
-    counts = {file: len(matches(names, file)) for file in models.FAMILIES}
-    best = max(counts, key=lambda file: counts[file])
-    return best if counts[best] else None
+    return most_known(lambda file: len(matches(names, file)))
 
 
-def family(names: Iterable[str]) -> ModuleType:
+def family(names: Collection[str]) -> ModuleType:
     """Returns the architecture that has the most arrays of these names.
 
     Raises:
       ValueError: none has any.
     """
-    names = list(names)
-    if (file := find(names)) is None:
+    if (file := find_family(names)) is None:
         parts = ", ".join(dict.fromkeys(name.partition("/")[0] for name in names))
         raise ValueError(
             f"These are the parameters of no model here ({', '.join(models.families())}"
@@ -92,9 +104,9 @@ def layout(names: Iterable[str], file: ModuleType) -> dict[str, tuple[str, ...]]
     found = matches(names, file)
     has_head = any("k" in file.AXES[path].split() for path, _ in found.values())
     expected: dict[str, tuple[str, ...]] = {}
-    for start, paths in itertools.groupby(file.AXES, _start):
+    for numbered, paths in itertools.groupby(file.AXES, _before_number):
         group = [*paths]
-        for i in range(_num_blocks(found, group) if start else 1):
+        for i in range(_num_blocks(found, group) if numbered else 1):
             for path in group:
                 letters = tuple(file.AXES[path].split())
                 if has_head or "k" not in letters:
@@ -102,19 +114,19 @@ def layout(names: Iterable[str], file: ModuleType) -> dict[str, tuple[str, ...]]
     return expected
 
 
-def _start(path: str) -> str:
+def _before_number(path: str) -> str:
     """What is before the number of a block, in a path of `AXES`; "" has none."""
     return path.partition("*")[0] if "*" in path else ""
 
 
 def _num_blocks(
-    found: Mapping[str, tuple[str, int | None]], paths: Iterable[str]
+    found: Mapping[str, tuple[str, int | None]], paths: Collection[str]
 ) -> int:
     """The depth that leaves the fewest arrays missing and unexpected, at least 1.
 
     One array of a block 99 does not make 99 others missing: it is the stray one.
     """
-    size = len([*paths])
+    size = len(paths)
     arrays = Counter(
         number
         for path, number in found.values()
@@ -148,11 +160,7 @@ def problems(
     """What is unexpected, of a shape that contradicts the others, or missing.
 
     In this order: one stray array stands before all that is missing on its account.
-
-    Args:
-      found: {name in our tree: shape}.
-      file: the architecture.
-      called: the name of an array for people, by that in our tree.
+    `called` gives the name of an array for people, by that in our tree.
     """
     expected, sized = layout(found, file), sizes(found, file)
     unexpected = [name for name in found if name not in expected]
@@ -175,9 +183,8 @@ def problems(
 def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
     """The fields of a model that follow from the shapes of its parameters."""
     sized = sizes(found, file)
-    starts = {path.partition("*")[0] for path in file.AXES if "*" in path}
-    if len(starts) == 1:
-        paths = [path for path in file.AXES if "*" in path]
+    paths = [path for path in file.AXES if "*" in path]
+    if len({*map(_before_number, paths)}) == 1:
         sized["*"] = _num_blocks(matches(found, file), paths)
     fields: dict[str, Any] = {
         FIELDS[letter]: n for letter, n in sized.items() if letter in FIELDS
@@ -207,20 +214,23 @@ def model_of(params: Any, **given: Any) -> dict[str, Any]:
     told, name = geometry(found, file), family_name(file)
     # What no shape tells and has a default, an initial value say, is the paper's of
     # this size.
-    row = file.SIZES.get(_nearest(file, told) or "", {})
+    row = file.SIZES.get(_first_size_like(file, told) or "", {})
     declared = models.declared(name)
-    usual = {f: row[f] for f in row if declared[f].default is not dataclasses.MISSING}
-    fields = models.fields(name, **usual | told | given)
-    return named(name, fields)
+    no_default = {f for f, x in declared.items() if x.default is dataclasses.MISSING}
+    usual = {f: value for f, value in row.items() if f not in no_default}
+    stated = usual | told | given
+    if without := sorted(no_default - stated.keys()):
+        raise ValueError(
+            f"These are the parameters of a {name}, whose shapes do not say its "
+            f"{', '.join(without)}. Give them, or the name of a size "
+            f"({', '.join(file.SIZES)}), as arguments of create_model; or read a run's "
+            "folder or a file of `mlp_mixer.convert`, which say them."
+        )
+    return with_name(name, models.fields(name, **stated))
 
 
-def named(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a model and its name, the size's if a paper has them.
-
-    Args:
-      name: name of any size of the architecture, or its own.
-      fields: all that say what the model computes.
-    """
+def with_name(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields of a model with its name: the size's if a paper has them."""
     file = models.family(name)
     return {"name": variant(file, fields) or family_name(file), **fields}
 
@@ -230,11 +240,11 @@ def variant(file: ModuleType, model: Mapping[str, Any]) -> str | None:
 
     Token mixing may be K² times as wide: grown to another resolution.
     """
-    name = _nearest(file, model)
+    name = _first_size_like(file, model)
     return name if name and file.SIZES[name].keys() <= model.keys() else None
 
 
-def _nearest(file: ModuleType, told: Mapping[str, Any]) -> str | None:
+def _first_size_like(file: ModuleType, told: Mapping[str, Any]) -> str | None:
     """The name of the first size that contradicts none of the fields."""
     wide = FIELDS["ds"]
     for name, row in file.SIZES.items():

@@ -11,7 +11,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -61,10 +61,10 @@ class Weights:
       step: step of the run's checkpoint.
     """
 
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     origin: str
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    stats: Params = dataclasses.field(default_factory=dict)
+    stats: Params = dataclasses.field(default_factory=dict, repr=False)
     image_size: tuple[int, int] | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: str | None = None
@@ -75,15 +75,18 @@ class Weights:
 
     def __post_init__(self) -> None:
         if "name" in self.model:
-            model = tree.named(self.model["name"], models.fields(**self.model))
+            model = tree.with_name(self.model["name"], models.fields(**self.model))
         else:
             model = tree.model_of(self.params, **self.model)
         object.__setattr__(self, "model", model)
 
-    @property
-    def called(self) -> str:
-        """The source and what it is, for people."""
+    def __str__(self) -> str:
         return f"{self.source} ({self.origin})" if self.source else self.origin
+
+    @property
+    def architecture(self) -> ModuleType:
+        """The file of `models` that declares their model."""
+        return models.family(self.model["name"])
 
     @property
     def num_classes(self) -> int | None:
@@ -110,7 +113,6 @@ def read(
     dtype: str | None = "float32",
     step: int | None = None,
     best: str | None = None,
-    more_is_better: bool = True,
     mean: Stated | None = None,
     std: Stated | None = None,
 ) -> Weights:
@@ -125,8 +127,8 @@ def read(
         "imagenet1k/Mixer-B_16", which is downloaded once (see `published`).
       dtype: dtype of the arrays, a key of `DTYPES`; None keeps the file's.
       step: step of a run's checkpoint; the newest intact one by default.
-      best: instead of a step, the metric whose best value chooses the checkpoint.
-      more_is_better: whether the best value of that metric is the highest.
+      best: instead of a step, the score whose best value chooses the checkpoint, the
+        highest or the lowest, as its evaluator says.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
 
@@ -136,9 +138,7 @@ def read(
         model: an array is missing or unexpected, or shapes contradict each other;
         or the source says another normalisation than `mean` and `std`.
     """
-    given = None
-    if mean is not None or std is not None:
-        given = normalisation(mean, std, "--mean and --std")
+    given = normalisation(mean, std, "--mean and --std")
     name = os.fspath(source)
     if not name or name.startswith(("http://", "https://")):
         raise ValueError(
@@ -147,7 +147,7 @@ def read(
         )
     path = epath.Path(name).expanduser()
     if path.is_dir():
-        weights = _read_run(path, step, best, more_is_better)
+        weights = _read_run(path, step, best)
         _check_agreed(f"{name} is a run, which", CENTRED, given)
     elif step is not None or best is not None:
         wanted = f"no step {step}" if best is None else "no best checkpoint"
@@ -175,12 +175,7 @@ def read(
     weights = dataclasses.replace(
         weights, params=params, stats=stats, image_size=size, source=name
     )
-    classes = weights.num_classes
-    if weights.class_names and classes not in (None, len(weights.class_names)):
-        raise ValueError(
-            f"{name} has {len(weights.class_names):,} names of classes for a head of "
-            f"{classes:,}."
-        )
+    _check_class_names(weights)
     if size is not None:
         checked_image_size(weights)
     return weights
@@ -194,47 +189,44 @@ def checked_image_size(weights: Weights) -> tuple[int, int]:
         this size; a field has a value that there is not; or more or fewer names than
         classes.
     """
-    classes, names = weights.num_classes, weights.class_names
-    if classes and names and len(names) != classes:
-        raise ValueError(
-            f"{weights.called}: {len(names)} classes are named, but the head has "
-            f"{classes}."
-        )
+    _check_class_names(weights)
     size, count = weights.image_size, tree.tokens(weights.params)
     if size is None:
-        why = f"{count} tokens, which make no square" if count else "any image size"
+        why = f"are for {count} tokens, which make no square, and " if count else ""
         raise ValueError(
-            f"The weights {weights.called} are for {why}, and do not say their image "
-            "size; `python -m mlp_mixer.convert SOURCE NEW.safetensors "
+            f"The weights {weights} {why}do not say their image size; "
+            "`python -m mlp_mixer.convert SOURCE NEW.safetensors "
             "--image_size=HEIGHT,WIDTH` writes some that do."
         )
     try:
-        model = models.create(**weights.model, num_classes=classes)
-        expected = tree.shapes(tree.variables(model, size))
+        model = models.create(**weights.model, num_classes=weights.num_classes)
+        variables = tree.variables(model, size)
     except ValueError as error:
-        raise ValueError(f"{weights.called}: {error}") from error
-    (h, w), (ph, pw) = size, model.patch_size
-    found = tree.shapes({"params": weights.params, **weights.stats})
+        raise ValueError(f"{weights}: {error}") from error
+    expected = tree.shapes(variables)
+    found = tree.shapes(weights.variables)
     if found == expected:
-        return h, w
-    inner = {k.removeprefix("params/"): shape for k, shape in expected.items()}
-    tokens = tree.sizes(inner, models.family(weights.model["name"])).get("s")
+        return size
+    tokens = tree.tokens(variables["params"])
     if count != tokens:
+        (h, w), (ph, pw) = size, model.patch_size
         raise ValueError(
-            f"{weights.called}: a {h}x{w} image makes {tokens} tokens of "
-            f"{ph}x{pw} pixels, but the weights are for {count}; give the image size "
-            "that they were trained at."
+            f"{weights}: a {h}x{w} image makes {tokens} tokens of {ph}x{pw} pixels, "
+            f"but the weights are for {count}; give the image size that they were "
+            "trained at."
         )
-    wrong = [
-        f"{name}: got {found.get(name, 'nothing')}, "
-        f"expected {expected.get(name, 'nothing')}"
-        for name in {**found, **expected}
-        if found.get(name) != expected.get(name)
-    ]
     raise ValueError(
-        f"{weights.called} has not the arrays of its model, "
-        f"{tree.describe(weights.model)}:\n{listed(wrong)}"
+        f"{weights} has not the arrays of its model, {tree.describe(weights.model)}:\n"
+        + listed(tree.differences(found, expected))
     )
+
+
+def _check_class_names(weights: Weights) -> None:
+    classes, names = weights.num_classes, weights.class_names
+    if classes and names and len(names) != classes:
+        raise ValueError(
+            f"{weights} has {len(names):,} names of classes for a head of {classes:,}."
+        )
 
 
 def cast(params: Mapping[str, Any], dtype: str) -> Params:
@@ -257,10 +249,8 @@ def not_finite(params: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _read_run(
-    folder: epath.Path, step: int | None, best: str | None, more_is_better: bool
-) -> Weights:
-    from mlp_mixer import checkpoint, workdir  # only a run needs Orbax
+def _read_run(folder: epath.Path, step: int | None, best: str | None) -> Weights:
+    from mlp_mixer import checkpoint, evaluators, workdir  # only a run needs Orbax
 
     if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
         raise FileNotFoundError(
@@ -268,13 +258,15 @@ def _read_run(
             "that `python -m mlp_mixer.train` has written, e.g. runs/digits, or a file."
         )
     config = workdir.load(folder)
+    evals = config.evals.to_dict()
     names = workdir.load_class_names(folder, config.dataset.num_classes)
     at, variables = checkpoint.restore_variables(
-        folder / "checkpoints", step=step, best=best, more_is_better=more_is_better
+        folder / "checkpoints",
+        step=step,
+        best=best,
+        more_is_better=best is None or evaluators.more_is_better(evals, best),
     )
     model = config.model.to_dict()
-    sections = config.evals.values()
-    kinds = ((section.type, section.preprocess) for section in sections)
     weights = Weights(
         variables.pop("params"),
         f"run at step {at}",
@@ -282,7 +274,7 @@ def _read_run(
         model=model,
         stats=variables,
         class_names=tuple(names) if names else None,
-        preprocess=next((p for kind, p in kinds if kind == "accuracy"), None),
+        preprocess=evaluators.preprocess_of_predictions(evals),
         dtype=config.run.dtype,
         step=at,
     )
@@ -300,61 +292,79 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
 
-    def check_declared(arrays: Flat, metadata: Mapping[str, str]) -> None:
-        _checked(arrays, _known(metadata, path), path)
+    def model_arrays(arrays: Flat, metadata: Mapping[str, str]) -> "_ModelArrays":
+        return _model_arrays(arrays, _stated_fields(metadata, path), path)
 
     if suffix == ".npz":
-        arrays, metadata = npz.read(path, check_declared)
+        arrays, metadata = npz.read(path, model_arrays)
     elif suffix == ".safetensors":
-        arrays, metadata = safetensors.read(path, check_declared)
+        arrays, metadata = safetensors.read(path, model_arrays)
     elif suffix in TORCH_SUFFIXES:
-        arrays = timm.read_torch(path, lambda arrays: check_declared(arrays, {}))
+        arrays = timm.read_torch(path, lambda arrays: model_arrays(arrays, {}))
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
             f".npz, .safetensors, {', '.join(TORCH_SUFFIXES)}."
         )
-    fields = _known(metadata, path)
-    flat, stats, file, is_timm = _checked(arrays, fields, path)
-    kind = f"{suffix[1:]} file"
-    model = fields.pop("model", {})
-    fields.pop("stats", None)
-    if is_timm:
-        kind = f"{kind}, timm's names"
-        if "gelu" in models.declared(tree.family_name(file)):
-            model = {"gelu": "exact", **model}
-    images = given or CENTRED
+    found = model_arrays(arrays, metadata)
+    origin, fields = f"{suffix[1:]} file", _stated_fields(metadata, path)
+    fields["stats"] = unflatten_dict(found.stats, sep="/")
+    family, images, gelu = tree.family_name(found.file), given or CENTRED, "exact"
+    if found.is_timm:
+        origin += ", timm's names"
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
-    elif is_timm:
-        kind, images, stated = _of_timm(path, flat, kind, given, file)
-        model |= stated.pop("model")
-        fields |= stated
-    return Weights(
-        unflatten_dict(fold(flat, images), sep="/"),
-        kind,
-        model=model,
-        stats=unflatten_dict(stats, sep="/"),
-        normalisation=images,
-        **fields,
-    )
+    elif found.is_timm:
+        config = hub.read_config_beside(path, family)
+        _check_agreed(f"{path}, says {config.path},", config.images, given)
+        fields |= _fitting_fields(config, found)
+        images, gelu = given or config.images or CENTRED, config.gelu or gelu
+        if given is None and config.images is None:
+            origin += ", normalisation assumed"
+            logger.warning(
+                "%s does not say what its images were normalised by (%s). It is taken "
+                "to be for %s, images in [-1, 1], and for the %s GELU. If it is not, "
+                "`python -m mlp_mixer.convert %s NEW.safetensors --mean=… --std=…` "
+                "makes it so: 0 and 1 for images in [0, 1], 0.485,0.456,0.406 and "
+                "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
+                *(path, config.why_silent, CENTRED, gelu, path),
+            )
+    if found.is_timm and "gelu" in models.declared(family):
+        fields["model"] = {"gelu": gelu, **fields.get("model", {})}
+    try:
+        params = unflatten_dict(fold(found.params, images), sep="/")
+        return Weights(params, origin, normalisation=images, **fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _checked(
+class _ModelArrays(NamedTuple):
+    """The arrays of one model, by their names in our tree."""
+
+    params: Flat
+    stats: Flat
+    file: ModuleType  # the architecture's
+    is_timm: bool  # whether the names were timm's
+
+
+def _model_arrays(
     arrays: Flat, fields: Mapping[str, Any], source: object
-) -> tuple[Flat, Flat, ModuleType, bool]:
-    """The parameters and statistics of one model, by their names in our tree.
+) -> _ModelArrays:
+    """Returns the arrays of a file, if they are those of one model.
 
-    Returns:
-      Parameters, statistics, the architecture, and whether the names were timm's.
+    Args:
+      arrays: arrays, or what has their names, shapes and dtypes.
+      fields: what the file states of them.
+      source: the file.
 
     Raises:
-      ValueError: they are none; names what is wrong as the source does.
+      ValueError: they are not; names what is wrong as the source does.
     """
-    theirs = timm.family(arrays)
-    file = theirs or tree.find(arrays)
-    if "name" in fields.get("model", {}):
-        file = models.family(fields["model"]["name"])
+    stated = fields.get("model", {})
+    timm_file = timm.family(arrays)
+    file = timm_file or tree.find_family(arrays)
+    if "name" in stated:
+        file = models.family(stated["name"])
     if file is None:
         strange = [f"unexpected: {name} {x.shape}" for name, x in arrays.items()]
         raise ValueError(
@@ -362,29 +372,28 @@ def _checked(
             f"({', '.join(models.families())}):\n{listed(strange)}"
         )
     try:
-        flat = dict(arrays) if theirs is None else timm.ours(arrays, file)
+        flat = timm.with_our_names(arrays, file) if timm_file else dict(arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
 
-    def called(name: str) -> str:
-        its = timm.their_name(name, file) if theirs else name
+    def name_for_people(name: str) -> str:
+        its = timm.their_name_and_rank(name, file)[0] if timm_file else name
         return name if its == name else f"{its} as {name}"
 
     starts = tuple(f"{collection}/" for collection in fields.get("stats", ()))
     stats = {name: flat.pop(name) for name in [*flat] if name.startswith(starts)}
     expected = tree.layout(flat, file)
     wrong = [
-        f"dtype: {called(name)} is {x.dtype}, expected floats"
+        f"dtype: {name_for_people(name)} is {x.dtype}, expected floats"
         for name, x in flat.items()
         if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
-    found = {name: x.shape for name, x in flat.items()}
-    wrong += tree.problems(found, file, called)
-    stated = fields.get("model", {})
+    shapes = {name: x.shape for name, x in flat.items()}
+    wrong += tree.problems(shapes, file, name_for_people)
     if not wrong and "name" in stated:
         wrong = [
             f"{field}: {stated[field]} is stated, the arrays have {value}"
-            for field, value in tree.geometry(found, file).items()
+            for field, value in tree.geometry(shapes, file).items()
             if stated[field] != value
         ]
     if wrong:
@@ -392,53 +401,7 @@ def _checked(
         raise ValueError(
             f"{source} does not hold the parameters of one {name}:\n{listed(wrong)}"
         )
-    return flat, stats, file, theirs is not None
-
-
-def _known(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
-    """Fields of `Weights` from our metadata, as far as this version has them."""
-    try:
-        content = files.parse_json(metadata.get(METADATA, "{}"), "what it says")
-        number = content.get("format", 1)
-        if type(number) is int and number > FORMAT:
-            writer = brief(str(content.get("version", "a later version")), 60)
-            raise _LaterError(
-                f"{path} has the format {number}, written by mlp_mixer {writer}; this "
-                f"version reads the formats 1 to {FORMAT}. Read it with the version "
-                "that wrote it, or a later one."
-            )
-        fields = {field: content[field] for field in _FITS if field in content}
-        for field, value in fields.items():
-            if not _FITS[field](value):
-                raise ValueError(f"{field} is {brief(value)}")
-        if model := _tuples(fields.pop("model", {})):
-            name = model.pop("name")
-            fields["model"] = {"name": name, **models.fields(name, **model)}
-            fields.pop("gelu", None)
-        elif gelu := fields.pop("gelu", None):  # format 1, which had Mixers alone
-            fields["model"] = {"gelu": gelu}
-    except _LaterError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{path} has metadata that is not ours: {error}.") from error
-    for field in {"image_size", "class_names"} & fields.keys():
-        fields[field] = tuple(fields[field])
-    return fields
-
-
-class _LaterError(ValueError):
-    """A file is of a format that only a later version knows."""
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, dict):
-        return {key: _tuples(inner) for key, inner in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(inner) is kind for inner in value)
+    return _ModelArrays(flat, stats, file, timm_file is not None)
 
 
 def _check_agreed(
@@ -451,41 +414,9 @@ def _check_agreed(
         )
 
 
-def _of_timm(
-    path: pathlib.Path,
-    flat: Flat,
-    kind: str,
-    given: Normalisation | None,
-    file: ModuleType,
-) -> tuple[str, Normalisation, dict[str, Any]]:
-    """Of a file that somebody else wrote: what its config.json says, and what not."""
-    config, why = hub.beside(path), f"no {hub.NAME} is beside it"
-    name = tree.family_name(file)
-    if config is not None and not config.is_of(name):
-        why = f"{config.path} is of a {config.architecture}"
-        config = None
-    elif config is not None:
-        why = f"nor does {config.path}"
-        _check_agreed(f"{path}, says {config.path},", config.images, given)
-    config = config or hub.Config(path)
-    images = given or config.images
-    if images is None:
-        kind = f"{kind}, normalisation assumed"
-        logger.warning(
-            "%s does not say what its images were normalised by (%s). It is taken to "
-            "be for %s, images in [-1, 1], and for the %s GELU. If it is not, "
-            "`python -m mlp_mixer.convert %s NEW.safetensors --mean=… --std=…` makes "
-            "it so: 0 and 1 for images in [0, 1], 0.485,0.456,0.406 and "
-            "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
-            *(path, why, CENTRED, config.gelu or "exact", path),
-        )
-    stated = {"model": {"gelu": config.gelu} if config.gelu else {}}
-    return kind, images or CENTRED, stated | _fitting(config, flat, file)
-
-
-def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]:
+def _fitting_fields(config: hub.Config, found: _ModelArrays) -> dict[str, Any]:
     """The image size and the class names that fit the arrays; others are logged."""
-    sides = tree.sizes(tree.shapes(flat), file)
+    sides = tree.sizes(tree.shapes(found.params), found.file)
     classes, fields = sides.get("k"), dict[str, Any]()
     if classes and config.num_classes not in (None, classes):
         raise ValueError(
@@ -493,8 +424,10 @@ def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]
             f"it have {classes}: is it theirs? Correct it, or move it away."
         )
     if config.image_size is not None:
-        (h, w), (ph, pw) = config.image_size, (sides["ph"], sides["pw"])
-        if (h % ph, w % pw, h // ph * (w // pw)) == (0, 0, sides["s"]):
+        # What an architecture has no letter for, its arrays do not contradict.
+        (h, w), ph, pw = config.image_size, sides.get("ph", 1), sides.get("pw", 1)
+        tokens = h // ph * (w // pw)
+        if (h % ph, w % pw, tokens) == (0, 0, sides.get("s", tokens)):
             fields["image_size"] = config.image_size
         else:
             logger.warning(
@@ -512,15 +445,14 @@ def _fitting(config: hub.Config, flat: Flat, file: ModuleType) -> dict[str, Any]
     return fields
 
 
-# --- Writing --------------------------------------------------------------------------
+# --- Metadata -------------------------------------------------------------------------
 
 # JSON of these fields of `Weights`, as far as they are known, and of the format: in a
 # safetensors file's metadata, and as an array of bytes in an npz file that is not of a
 # published architecture. Format 1, which does not say so, has Mixers: "gelu" and no
 # "model".
 METADATA, FORMAT = "mlp_mixer", 2
-KNOWN = ("model", "stats", "image_size", "class_names", "preprocess")
-_FITS: dict[str, Callable[[Any], bool]] = {
+_IS_FIELD: dict[str, Callable[[Any], bool]] = {
     "model": lambda value: (
         isinstance(value, dict) and isinstance(value.get("name"), str)
     ),
@@ -532,14 +464,56 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(inner) is kind for inner in value)
+
+
 def _metadata(weights: Weights) -> dict[str, str]:
-    content = {"format": FORMAT, "version": mlp_mixer.__version__}
-    # The versions that know no "model" read this alone.
-    content |= {"gelu": weights.model["gelu"]} if "gelu" in weights.model else {}
-    values = {field: getattr(weights, field) for field in KNOWN}
-    values["stats"] = list(weights.stats) or None
-    content |= {field: value for field, value in values.items() if value is not None}
+    values = {field: getattr(weights, field, None) for field in _IS_FIELD}
+    # The versions that know no "model" read "gelu" alone.
+    values |= {"gelu": weights.model.get("gelu"), "stats": [*weights.stats] or None}
+    known = {field: value for field, value in values.items() if value is not None}
+    content = {"format": FORMAT, "version": mlp_mixer.__version__, **known}
     return {METADATA: json.dumps(content)}
+
+
+def _stated_fields(metadata: Mapping[str, str], path: pathlib.Path) -> dict[str, Any]:
+    """Fields of `Weights` from our metadata, as far as this version has them."""
+    strange = f"{path} has metadata that is not ours"
+    content = files.parse_json(metadata.get(METADATA, "{}"), f"{strange}: it")
+    number = content.get("format", 1)
+    if type(number) is int and number > FORMAT:
+        writer = brief(str(content.get("version", "a later version")), 60)
+        raise ValueError(
+            f"{path} has the format {number}, written by mlp_mixer {writer}; this "
+            f"version reads the formats 1 to {FORMAT}. Read it with the version that "
+            "wrote it, or a later one."
+        )
+    fields = {field: content[field] for field in _IS_FIELD if field in content}
+    for field, value in fields.items():
+        if not _IS_FIELD[field](value):
+            raise ValueError(f"{strange}: {field} is {brief(value)}.")
+    fields = _with_tuples(fields)
+    gelu = fields.pop("gelu", None)
+    if "model" in fields:
+        try:
+            values = models.fields(**fields["model"])
+        except ValueError as error:
+            raise ValueError(f"{strange}: {error}") from error
+        fields["model"] = {"name": fields["model"]["name"], **values}
+    elif gelu is not None:  # format 1, which had Mixers alone
+        fields["model"] = {"gelu": gelu}
+    return fields
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+# --- Writing --------------------------------------------------------------------------
 
 
 def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
@@ -547,14 +521,18 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
 
     Files of an architecture that nobody has published so say what they are besides.
     """
+    flat = leaves(weights.params | weights.stats)
+    arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat}
+    if not published.is_published(weights.architecture):
+        for name, text in _metadata(weights).items():
+            arrays[name] = np.frombuffer(text.encode(), np.uint8)
     with files.writing(path) as file:
-        metadata = {} if published.is_of(weights.model["name"]) else _metadata(weights)
-        npz.write_arrays(file, dict(leaves(weights.params | weights.stats)), metadata)
+        np.savez(file, **arrays)
 
 
 def lost_in_npz(weights: Weights) -> dict[str, Any]:
     """What a reader of `write_npz` takes for something else: {field: value}."""
-    if not published.is_of(weights.model["name"]):
+    if not published.is_published(weights.architecture):
         return {}
     again = Weights(weights.params, "")
     lost = {k: v for k, v in weights.model.items() if type(v) is str}
@@ -581,12 +559,11 @@ def write_safetensors(
     known.require("names", names, NAMES)
     flat = dict(leaves(weights.params | weights.stats))
     if names == "timm":
-        file = models.family(weights.model["name"])
-        if not hasattr(file, "TIMM"):
+        if not hasattr(weights.architecture, "TIMM"):
             raise ValueError(
                 f"timm has no names for {tree.describe(weights.model)}; leave "
                 "--names=timm out."
             )
-        flat = timm.theirs(flat, file)
+        flat = timm.with_timm_names(flat, weights.architecture)
     with files.writing(path) as out:
-        out.write(safetensors.dumps(flat, _metadata(weights)))
+        out.write(safetensors.to_bytes(flat, _metadata(weights)))

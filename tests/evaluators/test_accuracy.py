@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from set_up import random_params
 
-from mlp_mixer import evaluators, sharding, steps
+from mlp_mixer import evaluators, recipe, sharding, steps
 from mlp_mixer.data import pipeline, sources
 from mlp_mixer.evaluators import accuracy
 from mlp_mixer.models.mixer import MlpMixer
@@ -261,6 +261,12 @@ def test_an_unknown_type_lists_the_known():
         evaluators.create({"x": {"type": "acuracy"}})
 
 
+def test_an_evaluator_without_its_score_cannot_be_made():
+    silent = type("Silent", (evaluators.Evaluator,), {"across": None})
+    with pytest.raises(TypeError, match="abstract"):
+        silent()
+
+
 # --- Whose classes --------------------------------------------------------------------
 
 
@@ -342,6 +348,15 @@ def section(kind="accuracy", every_steps=5, **fields):
 
 
 SHOTS = {"kind": "fewshot", "shots": (1, 5)}
+
+
+def test_the_protocol_of_predictions_is_that_of_an_evaluator_that_measures_them():
+    """Few-shot evaluation has its own; it measures features."""
+    evals = {"a": dict(recipe.fewshot("", "", preprocess="timm"))}
+    assert evaluators.preprocess_of_predictions(evals) is None
+    evals["b"] = dict(recipe.evaluation("", preprocess="big_vision"))
+    assert evaluators.preprocess_of_predictions(evals) == "big_vision"
+    assert evaluators.preprocess_of_predictions({}) is None
 
 
 def test_an_evaluator_says_of_each_score_whether_more_is_better():

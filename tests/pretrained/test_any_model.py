@@ -4,6 +4,7 @@ is enough for every form, for another resolution, for the programs.
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,31 @@ def test_the_paper_says_what_no_shape_tells(tmp_path):
     assert pretrained.create_model(params).num_blocks == 3
 
 
+@pytest.mark.parametrize("name", models.names())
+def test_parameters_alone_are_a_model_or_say_what_they_lack(name):
+    """A field that no shape tells is named, with what to try; which then works."""
+    model = models.create(name, num_classes=10)
+    params = tree.variables(model, (224, 224))["params"]
+    family = tree.family_name(models.family(name))
+    try:
+        fields = pretrained.model_of(params)
+    except ValueError as error:
+        said = str(error)
+        assert said.startswith(f"These are the parameters of a {family}, whose shapes")
+        assert "Give them, or the name of a size" in said
+        declared = models.declared(name).values()
+        none = {f.name for f in declared if f.default is dataclasses.MISSING}
+        lacking = said.partition("do not say its ")[2].partition(". ")[0].split(", ")
+        assert {*lacking} <= none
+        assert name in said
+        values = {field: getattr(model, field) for field in lacking}
+        made = pretrained.create_model(params, **values)
+        assert {field: getattr(made, field) for field in values} == values
+        assert pretrained.create_model(params, name=name) == model
+    else:
+        assert fields["name"] == name
+
+
 def test_timms_names_are_what_its_file_says(tmp_path, caplog):
     """Without statistics, which no file of timm's that is read here has."""
     made = dataclasses.replace(toy(image_size=(16, 16)), stats={})
@@ -130,7 +156,7 @@ def test_timms_names_are_what_its_file_says(tmp_path, caplog):
     assert arrays["blocks.1.toy.weight"].shape == (16, 16)
     expected = made.params["ToyBlock_1"]["mix"]["kernel"].T
     np.testing.assert_array_equal(arrays["blocks.1.toy.weight"], expected)
-    flat = timm.ours(arrays, toy_family)
+    flat = timm.with_our_names(arrays, toy_family)
     assert flat.keys() == dict(leaves(made.params)).keys()
     for name, array in leaves(made.params):
         np.testing.assert_array_equal(flat[name], array)
@@ -176,14 +202,44 @@ def test_interpolation_of_a_square_matrix_and_back_is_the_identity():
     assert large[0].shape == small[0].shape
 
 
-def test_without_tokens_among_its_letters_nothing_is_resized(monkeypatch):
+@pytest.fixture
+def axes(monkeypatch):
+    """Letters of the toy without `s`: what is tied to the resolution is no token."""
     axes = {path: x.replace("s s", "t t") for path, x in toy_family.AXES.items()}
     axes["ToyBlock_*/mix/bias"] = "t"
     monkeypatch.setattr(toy_family, "AXES", axes)
-    tree._patterns.cache_clear()
-    with pytest.raises(ValueError, match="toy_family cannot be resized: no axis") as e:
-        resize.grow(toy().params, 2)
-    assert str(e.value).endswith("they have ph, pw, rgb, c, t, k.")
+    return axes
+
+
+def test_a_model_without_tokens_asks_for_the_image_size_it_needs(
+    axes, tmp_path, caplog
+):
+    """A start takes it for its own; a conversion has no image to compare logits of."""
+    made = dataclasses.replace(toy(), image_size=None)
+    pretrained.write_safetensors(made, tmp_path / "w.safetensors")
+    weights = pretrained.read(tmp_path / "w.safetensors")
+    assert weights.image_size is None
+    with pytest.raises(ValueError, match=r"w\.safetensors .* do not say their image"):
+        convert.convert(tmp_path / "w.safetensors", tmp_path / "t.npz")
+    assert not (tmp_path / "t.npz").exists()
+    assert convert.convert(tmp_path / "w.safetensors")["resolution"] == "not said"
+    given = pretrained.initial(
+        tmp_path / "w.safetensors",
+        pretrained.create_model(weights),
+        types.SimpleNamespace(params=made.params, stats=made.stats),
+        image_size=(16, 24),
+        head="match",
+        resize_by="grow",
+    )
+    assert_bitwise(given["params"], made.params)
+    assert "do not say their grid; it is taken to be 4x6" in caplog.text
+
+
+def test_without_tokens_among_its_letters_nothing_is_resized(axes, monkeypatch):
+    said = "toy_family cannot be resized: none of its arrays has an axis of tokens"
+    with pytest.raises(ValueError, match=said) as error:
+        resize.grow(toy().params, 2, (4, 6))
+    assert str(error.value).endswith("or take one of mixer, resmlp, gmlp.")
     # And what is tied to the resolution by two letters is found by its shape.
     monkeypatch.setitem(axes, "ToyBlock_*/mix/bias", "s")
     with pytest.raises(

@@ -76,7 +76,7 @@ def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     # Of the right shape, and of four bytes.
     flat = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in leaves(shapes)}
-    back = timm.ours(timm.theirs(flat, models.mixer), models.mixer)
+    back = timm.with_our_names(timm.with_timm_names(flat, models.mixer), models.mixer)
     assert {k: x.shape for k, x in back.items()} == {
         k: x.shape for k, x in flat.items()
     }
@@ -222,7 +222,7 @@ def test_a_timm_model_agrees_with_its_recorded_logits():
 
 @pytest.mark.parametrize("wrapper", ["module.", "model._orig_mod."])
 def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
-    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
     whole = {f"{wrapper}{k}": np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     assert_bitwise(pretrained.load(tmp_path / "w.safetensors"), weights.params)
@@ -231,7 +231,7 @@ def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
 @pytest.mark.parametrize("nest", [None, "state_dict", "model"])
 def test_a_torch_state_dict_loads(nest, weights, tmp_path):
     torch = pytest.importorskip("torch")
-    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
     state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}
     state["stem.proj.bias"] = state["stem.proj.bias"].bfloat16()
     path = tmp_path / "w.pth"
@@ -348,7 +348,7 @@ def test_nothing_is_folded_for_our_own_images(foreign):
 
 def test_a_folded_stem_of_bfloat16_is_kept_in_float32(weights, tmp_path):
     params = pretrained.cast(weights.params, "bfloat16")
-    arrays = timm.theirs(dict(leaves(params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(params)), models.mixer)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     folded = pretrained.read(tmp_path / "w.safetensors", dtype=None, mean=0.3, std=0.2)
@@ -378,7 +378,7 @@ def test_what_a_timm_file_does_not_say_is_said_to_be_assumed(
     if config is not None:
         config_beside(foreign, config)
     weights = pretrained.read(foreign)
-    assert weights.called.endswith("timm's names, normalisation assumed)")
+    assert str(weights).endswith("timm's names, normalisation assumed)")
     assert_bitwise(weights.params, pretrained.load(GOLDEN / "timm_mixer.safetensors"))
     warning = caplog.records[0].getMessage()
     assert warning.startswith(f"{foreign} does not say")
@@ -398,6 +398,28 @@ def test_a_config_says_gelu_image_size_and_classes_too(foreign):
     config_beside(foreign, hub_config(0, 1, label_names=numbered))
     weights = pretrained.read(foreign)
     assert (weights.model["gelu"], weights.class_names) == ("exact", tuple(names))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 32), (17, 16)])
+def test_a_config_may_say_the_image_size_of_arrays_without_tokens(
+    size, weights, tmp_path, monkeypatch, caplog
+):
+    """Of an architecture that has no letter `s`, any that the patches tile."""
+    axes = {
+        path: " ".join("t" if letter == "s" else letter for letter in letters.split())
+        for path, letters in models.mixer.AXES.items()
+    }
+    path = tmp_path / "model.safetensors"
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    whole = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    safetensors.numpy.save_file(whole, path)
+    config_beside(path, hub_config(0.5, 0.5, model_args={"img_size": size}))
+    monkeypatch.setattr(models.mixer, "AXES", axes)
+    if size == (17, 16):
+        assert pretrained.read(path).image_size is None
+        assert "says that images are 17 x 16 px; the weights beside" in caplog.text
+    else:
+        assert pretrained.read(path).image_size == size
 
 
 def test_what_a_config_says_that_does_not_fit_is_passed_by_aloud(foreign, caplog):
@@ -824,7 +846,9 @@ TORCH_BOMBS = {
 def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
     torch = pytest.importorskip("torch")
     make, message = TORCH_BOMBS[kind]
-    arrays = timm.theirs(dict(leaves(make_params(hidden_dim=128))), models.mixer)
+    arrays = timm.with_timm_names(
+        dict(leaves(make_params(hidden_dim=128))), models.mixer
+    )
     tensors = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
     torch.save(make(torch, tensors), tmp_path / "w.pth")
     assert_refused_cheaply(tmp_path / "w.pth", message)
@@ -840,7 +864,7 @@ def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_torch_archive_is_as_torch_writes_it(change, message, weights, tmp_path):
     torch = pytest.importorskip("torch")
-    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
     state = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
     torch.save(state, tmp_path / "good.pth")
     with zipfile.ZipFile(tmp_path / "good.pth") as good:
@@ -888,7 +912,11 @@ def test_missing_unexpected_and_contradicting_arrays_are_one_error(weights, tmp_
 def test_one_stray_array_is_the_one_that_is_named(weights, tmp_path):
     """Not all that would have to be there if it belonged there."""
     ours = dict(leaves(weights.params))
-    forms = {"npz": ours, "ours": ours, "timm": timm.theirs(ours, models.mixer)}
+    forms = {
+        "npz": ours,
+        "ours": ours,
+        "timm": timm.with_timm_names(ours, models.mixer),
+    }
     strays = {
         "ours": [
             "MixerBlock_12/LayerNorm_0/scale",
@@ -946,7 +974,7 @@ def test_one_stray_array_is_the_one_that_is_named(weights, tmp_path):
 def test_one_wrong_array_is_named_as_its_file_names_it(
     name, array, said, weights, tmp_path
 ):
-    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
     arrays.pop(name)
     if array is not None:
         arrays[name] = array
@@ -983,7 +1011,7 @@ def test_another_model_altogether_is_told_in_twenty_lines(tmp_path):
 
 def test_another_architecture_is_refused_by_name(weights, tmp_path):
     """ResMLP's blocks of timm have other parts."""
-    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
     arrays["blocks.0.ls1"] = np.zeros(8, np.float32)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
@@ -1026,7 +1054,7 @@ def test_an_array_with_and_without_a_prefix_is_there_twice(stray, weights, tmp_p
 
 
 def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
-    arrays = timm.theirs(dict(leaves(weights.params)), models.mixer)
+    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
     arrays["model.stem.proj.bias"] = np.zeros(8, np.float32)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
