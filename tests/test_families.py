@@ -351,7 +351,15 @@ def stopping_after(monkeypatch, step):
     )
 
 
-@pytest.fixture(scope="module", params=FACTS)
+# The quick suite runs an architecture without statistics and one with; the slow one,
+# the others.
+PROGRAMS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("mixer", "smlpnet")))
+    for name in FACTS
+]
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
 def trained(request, data_dir, tmp_path_factory):
     """(recipe, folder) of four steps on the digits, with noise."""
     config = shallow(request.param)

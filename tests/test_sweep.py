@@ -92,6 +92,7 @@ def told(folder):
     return json.loads((folder / "sweep.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_sweep_stopped_in_the_middle_goes_on_and_repeats_nothing(
     value, tmp_path, data_dir, trained, monkeypatch
 ):
