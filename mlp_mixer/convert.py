@@ -105,7 +105,7 @@ def convert(
         raise OSError(f"{target} cannot be written: {reason}.") from error
     again = pretrained.read(target, dtype=None)
     wanted, got = (dict(leaves(w.params | w.stats)) for w in (weights, again))
-    report["dtype"] = describe(again)["dtype"]
+    report["dtype"] = _dtypes_in_words(again)
     narrowed = any(x.dtype.itemsize > got[k].dtype.itemsize for k, x in wanted.items())
     # What was widened, bfloat16 in npz, says the same.
     same = {k: x.astype(got[k].dtype) for k, x in wanted.items()}
@@ -120,7 +120,6 @@ def convert(
 
 def describe(weights: pretrained.Weights) -> dict[str, str]:
     """What weights are, for people."""
-    arrays = dict(leaves(weights.params))
     size, images = weights.image_size, weights.normalisation
     folded = images != pretrained.CENTRED
     broken = pretrained.not_finite(weights.params | weights.stats)
@@ -130,12 +129,16 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
         "classes": str(weights.num_classes or "no head"),
         "resolution": f"{size[0]} × {size[1]} px" if size else "not said",
         "tokens": str(pretrained.tokens(weights.params) or "not said"),
-        "parameters": f"{sum(x.size for x in arrays.values()):,}",
-        "dtype": ", ".join(sorted({str(x.dtype) for x in arrays.values()})),
+        "parameters": f"{sum(x.size for _, x in leaves(weights.params)):,}",
+        "dtype": _dtypes_in_words(weights),
         **{k: v for k, v in weights.model.items() if k != "name" and type(v) is str},
         "normalisation": f"{images}, folded into the stem" if folded else str(images),
         "not finite": ", ".join(f"{n} in {k}" for k, n in broken.items()) or "none",
     }
+
+
+def _dtypes_in_words(weights: pretrained.Weights) -> str:
+    return ", ".join(sorted({str(x.dtype) for _, x in leaves(weights.params)}))
 
 
 def _check_target(target: str, names: str) -> None:

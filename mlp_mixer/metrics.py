@@ -120,10 +120,7 @@ class Writer(contextlib.AbstractContextManager):
     def train(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
         """Takes a step's metrics, which stay on the device, and records the previous.
 
-        To fetch them a step late keeps the device busy.
-
-        Raises:
-          FloatingPointError: a loss or gradient norm is not finite.
+        To fetch them a step late keeps the device busy. Raises as `flush` does.
         """
         self.flush()
         self._evaluated.clear()

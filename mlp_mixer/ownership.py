@@ -181,10 +181,8 @@ def _has_ended(owner: dict[str, Any]) -> bool:
         return True
     try:
         os.kill(number, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
+    except OSError as error:
+        return error.errno == errno.ESRCH
     return False
 
 

@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from mlp_mixer import (
     console,
-    evaluate,
     evaluators,
     files,
     metrics,
@@ -196,8 +195,8 @@ def complete(
         logger.info("%s is finished: top-1 %s", workdir, _percent(top1))
         return top1
     try:
-        state = train.train(config, str(workdir), data_dir=data_dir)
-        top1 = _last_top1(config, workdir, int(state.step), data_dir)
+        train.train(config, str(workdir), data_dir=data_dir)
+        top1 = _last_top1(config, workdir)
     except FloatingPointError as error:
         if not trial:
             raise
@@ -209,19 +208,12 @@ def complete(
     return top1
 
 
-def _last_top1(
-    config: ConfigDict, workdir: pathlib.Path, step: int, data_dir: str | None
-) -> float:
-    last, name = recipe.total_steps(load(workdir)), watched(config)
-    if step < last:
-        raise StoppedError(f"{workdir} was stopped before its end.")
-    key = f"{name}/top1"
+def _last_top1(config: ConfigDict, workdir: pathlib.Path) -> float:
+    last, key = recipe.total_steps(load(workdir)), f"{watched(config)}/top1"
     scores = [r[key] for r in metrics.read(workdir) if r["step"] == last and key in r]
-    if scores:
-        return scores[-1]
-    # Stopped during its last evaluation.
-    found = evaluate.evaluate(str(workdir), step=last, only=[name], data_dir=data_dir)
-    return found[name]["top1"]
+    if not scores:
+        raise StoppedError(f"{workdir} was stopped before its end.")
+    return scores[-1]
 
 
 # --- One task -------------------------------------------------------------------------

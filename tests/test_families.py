@@ -132,6 +132,15 @@ def digits(name):
     return recipe.load(f"configs/{path}")
 
 
+def shallow(name):
+    """The same with fewer blocks, for what each block costs is compiling."""
+    config = digits(name)
+    blocks = config.model.num_blocks
+    few = 2 if isinstance(blocks, int) else (1,) * (len(blocks) - 1) + (2,)
+    config.model.num_blocks = few
+    return config
+
+
 def shapes(model, size=(224, 224)):
     image = jnp.zeros((1, *size, 3))
     return jax.eval_shape(model.init, jax.random.key(0), image)
@@ -140,7 +149,7 @@ def shapes(model, size=(224, 224)):
 @functools.cache
 def small(name, **fields):
     """The model of the digits' recipe, with noise."""
-    model = digits(name).model.to_dict()
+    model = shallow(name).model.to_dict()
     fields = {"num_classes": 10, "stochastic_depth": 0.5} | fields
     return models.create(**model | fields)
 
@@ -342,10 +351,18 @@ def stopping_after(monkeypatch, step):
     )
 
 
-@pytest.fixture(scope="module", params=FACTS)
+# The quick suite runs an architecture without statistics and one with; the slow one,
+# the others.
+PROGRAMS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("mixer", "smlpnet")))
+    for name in FACTS
+]
+
+
+@pytest.fixture(scope="module", params=PROGRAMS)
 def trained(request, data_dir, tmp_path_factory):
     """(recipe, folder) of four steps on the digits, with noise."""
-    config = digits(request.param)
+    config = shallow(request.param)
     config.total_steps, config.optim.warmup_steps = 4, 1
     config.model.stochastic_depth = 0.2
     config.checkpoint.every_steps = config.evals.test.every_steps = 2

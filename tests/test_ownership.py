@@ -94,9 +94,10 @@ OWNER = """
 import os, sys, time
 from mlp_mixer import ownership
 with ownership.owned(sys.argv[1]):
-    child = 0 if sys.argv[2] == "alone" else os.fork()
-    if sys.argv[2] == "alone" or child:
-        print("owns", child, flush=True)
+    alone = sys.argv[2] == "alone"
+    child = alone or os.fork() == 0
+    if child:  # the child speaks for both: it has let go of the lock by then
+        print("owns", 0 if alone else os.getpid(), flush=True)
     time.sleep(600)
 """
 

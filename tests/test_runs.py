@@ -349,7 +349,9 @@ def test_processes_that_open_different_files_all_fail(
             assert lines[0].startswith(f"  {said}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_evaluation_and_prediction_see_one_model(
     dtype, tiny, tmp_path, data_dir, monkeypatch, caplog
 ):

@@ -233,7 +233,8 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
         lines = [f"{name} ({' '.join(axes[name])})" for name in tied]
         raise ValueError(
             f"{weights}: {tree.family_name(file)} cannot be resized: these are "
-            f"tied to the resolution, but not by tokens, s: {', '.join(lines[:5])}."
+            f"tied to the resolution, but not by tokens, s: {', '.join(lines[:5])}. "
+            "Train it at the resolution that is wanted."
         )
     return new
 

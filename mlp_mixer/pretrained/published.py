@@ -29,7 +29,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -137,12 +137,7 @@ def default_cache_dir() -> pathlib.Path:
     return pathlib.Path(parent).expanduser() / "mlp_mixer"
 
 
-def fetch(
-    name: str,
-    *,
-    progress: Callable[..., Any] | None = None,
-    waits_s: Sequence[float] = (1.0, 4.0, 16.0),
-) -> pathlib.Path:
+def fetch(name: str, *, waits_s: Sequence[float] = (1.0, 4.0, 16.0)) -> pathlib.Path:
     """Returns the verified local file of published weights, downloaded if need be.
 
     A cut download is continued, by this call or a later one. Any number of processes
@@ -150,7 +145,6 @@ def fetch(
 
     Args:
       name: a key of `PUBLISHED`.
-      progress: what shows how far it is, like `console.counter`, which is the default.
       waits_s: seconds before each further attempt, counted anew whenever some of the
         file arrived.
 
@@ -178,9 +172,7 @@ def fetch(
             if path.exists():  # Put there by hand, or by the process that had the lock.
                 _verify_or_record(path, path, entry)
             else:
-                from mlp_mixer import console  # only a download is shown
-
-                _download(name, path, entry, progress or console.counter, waits_s)
+                _download(name, path, entry, waits_s)
     except OSError as error:
         if error.errno is None:  # Ours: it says what to do.
             raise
@@ -327,7 +319,6 @@ def _download(
     name: str,
     path: pathlib.Path,
     entry: Published,
-    progress: Callable[..., Any],
     waits_s: Sequence[float],
 ) -> None:
     """Downloads to `path`, which has its name once it is complete and recorded."""
@@ -336,7 +327,7 @@ def _download(
     while True:
         try:
             attempts += 1
-            _download_missing(name, url, part, entry.sizes, progress)
+            _download_missing(name, url, part, entry.sizes)
             break
         except _AttemptFailed as failure:
             if part.num_bytes > most and not failure.slow:
@@ -361,9 +352,7 @@ def _download(
     part.rename(path)
 
 
-def _download_missing(
-    name: str, url: str, part: _Part, sizes: range, progress: Callable[..., Any]
-) -> None:
+def _download_missing(name: str, url: str, part: _Part, sizes: range) -> None:
     """Asks once for what is missing, and appends what comes.
 
     Raises:
@@ -371,6 +360,8 @@ def _download_missing(
       OSError: no room on the disk.
       ValueError: the server has a file of another size.
     """
+    from mlp_mixer import console  # only a download is shown
+
     etag, size = part.whole
     have = part.num_bytes if etag else 0
     if have and have == size:  # Killed before it had its name.
@@ -397,7 +388,7 @@ def _download_missing(
         files.check_room(folder, size - have, name, "MLP_MIXER_CACHE")
         with (
             open(part.path, "ab") as file,
-            progress(f"{name}: download", size, "bytes", have) as advance,
+            console.counter(f"{name}: download", size, "bytes", have) as advance,
         ):
             had, since = have, time.monotonic()
             while have < size:

@@ -343,7 +343,9 @@ def test_predictions_use_the_running_statistics():
     assert_close(predict(training.state.variables, alone)["logits"], expected[:1])
 
 
-@pytest.mark.parametrize("strategy", ["replicated", "fsdp"])
+@pytest.mark.parametrize(
+    "strategy", ["replicated", pytest.param("fsdp", marks=pytest.mark.slow)]
+)
 def test_eight_devices_train_as_one_with_the_global_batchs_statistics(strategy):
     one = Training(stochastic_depth=0.3)
     eight = Training(8, strategy, stochastic_depth=0.3, scan=True)

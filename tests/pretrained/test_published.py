@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import trustme
 
-from mlp_mixer import models, pretrained
+from mlp_mixer import console, models, pretrained
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.pretrained import npz, published
 from mlp_mixer.pretrained.published import PUBLISHED, Published
@@ -302,7 +302,7 @@ def test_a_file_is_downloaded_once(site, path, contents):
     ]
 
 
-def test_a_cut_download_asks_only_for_the_rest(site, path, contents):
+def test_a_cut_download_asks_only_for_the_rest(site, path, contents, monkeypatch):
     half = len(contents[0]) // 2
     site.plans = [{"cut": half}]
     shown = []
@@ -312,7 +312,8 @@ def test_a_cut_download_asks_only_for_the_rest(site, path, contents):
         shown.append([what, total, unit, done])
         yield lambda more: shown[-1].__setitem__(3, shown[-1][3] + more)
 
-    published.fetch(NAME, progress=progress, waits_s=NOW)
+    monkeypatch.setattr(console, "counter", progress)
+    published.fetch(NAME, waits_s=NOW)
     (_, first, _), (_, second, condition) = site.requests
     assert (first, second) == (None, f"bytes={half}-")
     assert condition == f'"{hashlib.md5(contents[0]).hexdigest()}"'

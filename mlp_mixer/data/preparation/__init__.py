@@ -38,7 +38,7 @@ class Preparable:
     """How a data set is prepared.
 
     Attributes:
-      write_files: function that prepares it.
+      write_files: function that prepares it; raises as `prepare` does.
       gigabytes: disk space that it needs, with downloads, without the manual folder.
       manual: files that a person has to put into the manual folder.
       base: the TFDS data set that it is made from.

@@ -21,6 +21,8 @@ from PIL import Image
 
 from mlp_mixer import files
 
+logger = logging.getLogger(__name__)
+
 _CSV = pathlib.Path(__file__).parents[1] / "digits.csv.gz"
 _TRAIN_EXAMPLES = 1500  # of 1,797; the other 297 are the test split.
 
@@ -98,7 +100,7 @@ def prepare_digits(
 
 
 def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    logging.getLogger(__name__).info("Preparing digits in %s", builder.data_dir)
+    logger.info("Preparing digits in %s", builder.data_dir)
     folder = pathlib.Path(builder.data_dir).parent
     for leftover in folder.glob("incomplete.*"):  # of a process that was killed
         shutil.rmtree(leftover)

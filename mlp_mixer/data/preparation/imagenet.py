@@ -44,13 +44,7 @@ _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 def prepare_imagenet(job: Job) -> None:
-    """Writes `imagenet2012` with its splits train and validation.
-
-    Raises:
-      FileNotFoundError: a tar is not in `job.manual_dir`.
-      OSError: there is not enough room.
-      ValueError: a tar is damaged, or not the published one.
-    """
+    """Writes `imagenet2012` with its splits train and validation."""
     train, val = job.manual_dir / TRAIN, job.manual_dir / VAL
     _begin_with_tars(job, [train, val])
     label_of = {wnid: label for label, wnid in enumerate(_wnids())}
@@ -91,11 +85,6 @@ def prepare_real(job: Job) -> None:
     """Writes `imagenet2012_real`: the validation images with their ReaL labels.
 
     The labels (arXiv 2006.07159) are real.json of `job.manual_dir`, or downloaded.
-
-    Raises:
-      FileNotFoundError: the tar is not in `job.manual_dir`.
-      OSError: there is not enough room, or real.json cannot be downloaded.
-      ValueError: a file is damaged, or not the published one.
     """
     val = job.manual_dir / VAL
     _begin_with_tars(job, [val])

@@ -18,11 +18,6 @@ def prepare_imagenet21k(job: Job) -> None:
     """Writes `imagenet21k` with one split, `full`, of which recipes take slices.
 
     Images are shuffled. Labels are the positions of the classes' tars in sorted order.
-
-    Raises:
-      FileNotFoundError: there are no tars.
-      OSError: there is not enough room.
-      ValueError: a tar is damaged, or holds no image.
     """
     paths = class_tars(job.manual_dir)
     wnids = [path.stem for path in paths]

@@ -27,12 +27,6 @@ def prepare_stock(job: Job, gigabytes: float = 0.0) -> None:
     Args:
       job: the data set.
       gigabytes: size of downloads, their contents and shards; 0 if not known.
-
-    Raises:
-      FileNotFoundError: it needs files that a person has to download.
-      ModuleNotFoundError: TensorFlow is not installed.
-      OSError: no network, no room, or a wrong checksum.
-      ValueError: TFDS does not know it.
     """
     _check_name(job.name)
     if gigabytes:

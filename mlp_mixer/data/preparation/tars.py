@@ -199,8 +199,7 @@ def index(
 ) -> TarImages:
     """Returns all images of a split in TFDS's order; cached in the partial folder.
 
-    Raises:
-      ValueError: an archive is damaged, or two images have the same name.
+    Raises ValueError as `list_members` and `TarImages.shuffled` do.
     """
     paths = tuple(dict.fromkeys(str(archive.path) for archive in archives))
     cache = job.partial / f"{split}.npz"

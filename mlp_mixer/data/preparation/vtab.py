@@ -159,11 +159,7 @@ def prepare_vtab(job: Job, task: Task) -> None:
 
     Args:
       job: `vtab_<task>`.
-      task: one of TASKS, whose base lies in `job.data_dir`.
-
-    Raises:
-      OSError: there is not enough room.
-      ValueError: the base is not what the task needs.
+      task: one of TASKS, whose base is in `job.data_dir`.
     """
     base = read_only_builder.builder_from_files(task.base, data_dir=job.data_dir)
     info = base.info
