@@ -40,7 +40,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def params():
-    model = MlpMixer((4, 4), 1, 16, 8, 64, len(NAMES))
+    model = MlpMixer((4, 4), 1, 16, 8, 64, num_classes=len(NAMES))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -92,7 +92,8 @@ def written(images, *, weights, **options):
 
 @functools.cache
 def applied(gelu):
-    return jax.jit(MlpMixer((4, 4), 1, 16, 8, 64, len(NAMES), gelu).apply)
+    model = MlpMixer((4, 4), 1, 16, 8, 64, gelu, num_classes=len(NAMES))
+    return jax.jit(model.apply)
 
 
 def seen_by_the_model(path, protocol):
