@@ -1,4 +1,4 @@
-"""MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) in JAX/Flax.
+"""MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) and its relatives in JAX/Flax.
 
 `import mlp_mixer` loads nothing heavy; import what you need:
 `from mlp_mixer import models`.

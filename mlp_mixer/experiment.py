@@ -11,7 +11,7 @@ from mlp_mixer import models, optim, steps
 
 
 class Experiment(NamedTuple):
-    """What training, measuring, planning and the tests share."""
+    """What training, the benchmark and the tests share."""
 
     model: models.Model
     tx: optax.GradientTransformation
@@ -29,11 +29,11 @@ def build(
     *,
     model: Any = None,
 ) -> Experiment:
-    """Describes and compiles for a mesh; nothing is on a device yet.
+    """Returns what a recipe is on a mesh; each step is compiled at its first call.
 
     Args:
       config: the recipe, with `dataset.num_classes`.
-      mesh: mesh of `sharding.make_mesh`, whose devices need not be here.
+      mesh: mesh of `sharding.make_mesh`.
       example: the shapes and dtypes of a batch, of `pipeline.example`.
       total_steps: updates of the whole run.
       model: a module to take instead of the recipe's.
@@ -62,7 +62,8 @@ def build(
 def create_model(
     config: Any, mesh: Mesh, num_classes: int | None = None
 ) -> models.Model:
-    """Returns the recipe's model, computed as these devices do it fastest."""
+    """Returns the recipe's model, computed as `config.run` says, else as is fastest
+    on these devices."""
     return models.create(
         **config.model, num_classes=num_classes, run=models.Run.on(mesh, **config.run)
     )

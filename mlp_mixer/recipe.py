@@ -1,6 +1,6 @@
 """Recipes: every field of a run, with its unit and meaning.
 
-`base` is the only place where defaults stand. A recipe is a file with
+`base` has every field but the model's own, with its default. A recipe is a file with
 `get_config(argument)` that starts from `base`, or from the paper's recipes in
 `mlp_mixer.paper`, and states the differences. It imports nothing but these two modules,
 so it works wherever it lies. Each section holds the arguments of exactly one function.
@@ -48,8 +48,9 @@ def base() -> ConfigDict:
     config.init_head = "match"
     # If they are for another grid of patches: "grow" (the paper's) or "interpolate".
     config.init_resize = "grow"
-    # Micro-batches per update: 1/accumulate of the activations, the same update, unless
-    # the model has BatchNorm, which normalises each micro-batch by itself.
+    # Micro-batches per update: 1/accumulate of the activations, the same update, but
+    # dropout and stochastic depth draw anew in each, and BatchNorm normalises each by
+    # itself.
     config.accumulate = 1
     # Where parameters and moments live: "replicated" or "fsdp".
     config.sharding = "replicated"
@@ -68,7 +69,7 @@ def base() -> ConfigDict:
     config.dataset.split = "train"
     # The feature of TFDS data that holds an image's class, or its classes.
     config.dataset.label = "label"
-    # What the recipe was computed for, so that a run can be planned without the data;
+    # What the recipe was computed for, so that its steps are known without the data;
     # compared with the data at the start. None: what the data has.
     config.dataset.num_examples = config_dict.placeholder(int)
     config.dataset.num_classes = config_dict.placeholder(int)

@@ -1,8 +1,8 @@
 """The device mesh, and where arrays live on it.
 
-Three axes: `data` and `fsdp` cut a batch, every device has a slice of it; `model` does
-not. Parameters and moments are either on every device ("replicated") or cut over `fsdp`
-as well ("fsdp"; over `data` where that axis has only one device).
+Three axes: `data` and `fsdp` cut a batch, `model` does not. With "fsdp", parameters and
+moments are cut over the axis `fsdp`, or over `data` where `fsdp` is 1; with
+"replicated" every device has all of them.
 """
 
 import math
@@ -47,7 +47,7 @@ def make_mesh(
     """
     here = devices is None
     found = list(jax.devices() if devices is None else devices)
-    given = f"mesh.data, fsdp and model are {data}, {fsdp} and {model}"
+    given = f"mesh.data is {data}, mesh.fsdp {fsdp}" + f", model {model}" * (model != 1)
     others = fsdp * model
     if fsdp < 1 or model < 1 or data == 0 or data < -1:
         raise ValueError(
@@ -152,7 +152,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
       accumulate: micro-batches that it is cut into first.
 
     Raises:
-      ValueError: micro-batches and devices do not divide it.
+      ValueError: micro-batches and parts do not divide it.
     """
     parts = rows(mesh) * accumulate
     if batch_size % parts:

@@ -1,6 +1,6 @@
 """What one step is: pure functions of a TrainState, compiled for a mesh."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -154,7 +154,8 @@ def make_train_step(
     the global batch.
 
     Args:
-      model: the model with its head.
+      model: the model with its head. Where its `run.mesh` is None, parameters that are
+        cut are gathered all at once.
       tx: optimiser of `optim.create`.
       mesh: mesh of `sharding.make_mesh`.
       target: state of `state_shapes`, whose shardings the state keeps.
@@ -244,15 +245,16 @@ def make_train_step(
 
 
 def _gathered(mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
-    """Parameters that may be cut, for a model: whole, and as they are.
+    """Returns variables of a model whose parameters may be cut: whole, and as they are.
 
-    Its blocks take the latter and gather one at a time, so the former are not computed.
+    Blocks gather theirs from the latter, one at a time. Of the former, only what lies
+    outside of blocks is computed.
     """
     return {"params": sharding.gathered(mesh, params), trunk.CUT: params}
 
 
 def make_predict(
-    model: nn.Module, mesh: Mesh, outputs: Sequence[str] = ("pre_logits",)
+    model: nn.Module, mesh: Mesh
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Array]]:
     """Returns `predict(variables, batch) -> {"logits": (n, k), "pre_logits": (n, c)}`.
 
@@ -263,12 +265,11 @@ def make_predict(
     Args:
       model: the model.
       mesh: mesh of `sharding.make_mesh`.
-      outputs: entries of the model's `out` that are returned beside the logits.
     """
 
     def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
         variables = {**variables, **_gathered(mesh, variables["params"])}
         logits, out = model.apply(variables, value_range(batch["image"]))
-        return {"logits": logits, **{name: out[name] for name in outputs}}
+        return {"logits": logits, "pre_logits": out["pre_logits"]}
 
     return jax.jit(predict, out_shardings=sharding.batch(mesh))

@@ -64,7 +64,7 @@ def train(
         recipe.check_fields(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch(mesh, config.batch_size, config.accumulate)
-        experiment.create_model(config, mesh)  # refused before data is opened
+        experiment.create_model(config, mesh)  # a wrong one, before data is opened
         size = config.model.image_size
         source = sources.open_source(
             **config.dataset, data_dir=data_dir, image_size=size
@@ -148,7 +148,7 @@ def train(
             learning_rate=schedule,
             last_good=checkpointer.latest_step,
         ) as writer:
-            # The first step is done; of it only what a stop kept from being evaluated.
+            # At first_step no update is due, only evaluations that a stop cut off.
             for step in range(first_step, total_steps + 1):
                 last = step == total_steps
                 if step > first_step:

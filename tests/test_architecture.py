@@ -50,7 +50,7 @@ LAYERS = (
     ("pretrained",),
     # What the programs share.
     ("program", "runs", "experiment"),
-    ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),
+    ("train", "evaluate", "predict", "prepare", "convert", "export"),
     # Studies: many runs of programs.
     ("sweep",),
 )

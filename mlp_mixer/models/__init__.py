@@ -22,6 +22,7 @@ __all__ = [
     "Model",
     "Run",
     "create",
+    "declared",
     "families",
     "family",
     "fields",

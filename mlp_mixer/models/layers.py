@@ -25,7 +25,7 @@ from mlp_mixer import known
 from mlp_mixer.models.derivatives import GELUS, Dense, add_bias
 from mlp_mixer.models.model import Noise, Outputs, Run
 
-# The tensor that rematerialisation keeps: a hidden layer before its GELU.
+# The name of what rematerialisation keeps: a hidden layer before its GELU.
 PRE_GELU = "pre_gelu"
 
 
@@ -57,7 +57,7 @@ class PatchEmbed(nn.Module):
         image, kernel, bias = nn.dtypes.promote_dtype(
             image, kernel, bias, dtype=self.run.dtype
         )
-        # One axis at a time: JAX reshapes no more of an array with explicit axis types.
+        # One axis at a time: with explicit axis types JAX splits or merges no more.
         patches = rearrange(image, "n (gh ph) w x -> n gh ph w x", ph=ph)
         patches = rearrange(patches, "n gh ph (gw pw) x -> gh gw n ph pw x", pw=pw)
         patches = rearrange(patches, "gh gw n ph pw x -> (gh gw) n ph pw x")
@@ -96,7 +96,7 @@ class MlpBlock(nn.Module):
         gelu = known.pick("gelu", self.gelu, GELUS)
         rngs: Any = (None, None)
         if noise.rng is not None:
-            rngs = jax.random.split(noise.rng)[::-1]
+            rngs = jax.random.split(noise.rng)[::-1]  # as runs of old drew
         shape = y.shape
         if self.run.flat:  # so that the GELU can overwrite its input
             y = y.reshape((shape[0], -1) if self.axis == 0 else (-1, shape[-1]))

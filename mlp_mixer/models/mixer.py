@@ -9,7 +9,7 @@ the same way in every channel i, then channels, the same way in every token j:
 After the last layer: LayerNorm, the mean over tokens, a linear head. Here X is (s, n,
 c), tokens first, for all n images at once: see `layers`.
 
-The parameter tree is the official one, so published files load by identity.
+The parameters have the official names and shapes: published files load as they are.
 """
 
 import functools
@@ -71,9 +71,9 @@ class MlpMixer(Model):
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:
-        """Returns logits (n, k) of images (n, h, w, 3) in [−1, 1], and outputs within.
+        """Returns (logits (n, k), out) of images (n, h, w, 3) in [−1, 1].
 
-        Those are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
+        In `out` are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
         self.check_image(image, AXES)
         stem = layers.PatchEmbed(

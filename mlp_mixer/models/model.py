@@ -8,6 +8,7 @@ A file of this package is one paper. It declares
 * `SIZES`: name → fields, laid out like the paper's table.
 * `AXES`: path of a parameter (`*` for the number of a block) → letters of its axes:
   `s` tokens, `c` channels, `d…` hidden units, `k` classes, `ph pw rgb` a patch.
+* `TIMM`, where timm has the model: timm's name of a layer, ours.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ class Run:
         features and logits are float32 in any case.
       scan: whether training compiles one block and scans it over depth. The parameters
         are stacked where they are used, so tree and checkpoints stay the same.
-      remat: what the backward pass keeps of a block, a key of `trunk.REMAT_POLICIES`.
+      remat: what the backward pass computes again of a block, a key of
+        `trunk.REMAT_POLICIES`.
       mesh: the devices; None if they are not known.
     """
 
@@ -50,10 +52,9 @@ class Run:
     ) -> "Run":
         """Returns the fastest way to train on these devices, but for what is given.
 
-        A GPU: unrolled blocks that keep everything win 5 to 19 % over the literal model
-        and one scanned block loses 8 to 13 %, in half the memory (H200,
-        docs/benchmarks). Elsewhere: one scanned block, which also compiles in a time
-        that hardly grows with depth.
+        A GPU: unrolled blocks that keep everything (measured: docs/benchmarks).
+        Elsewhere: one scanned block, which also compiles in a time that hardly grows
+        with depth.
         """
         on_gpu = mesh.devices.flat[0].platform == "gpu"
         scan = not on_gpu if scan is None else scan
@@ -151,11 +152,12 @@ class Model(nn.Module, kw_only=True):
             raise ValueError(
                 f"A {h}x{w} image makes {tokens} tokens of {ph}x{pw} pixels, but "
                 f"the parameters are for {expected} tokens: token mixing is tied "
-                "to the resolution. Resize the image to the training resolution."
+                "to the resolution. Resize the image to the training resolution, or "
+                "the weights (docs/resolution.md)."
             )
 
     def size_of(self, axes: dict[str, str], letter: str) -> int | None:
-        """The size of an axis that the parameters are for; None if nothing says it."""
+        """Returns the length of an axis in the parameters; None if none has it."""
         for path, letters in axes.items():
             if letter in letters.split():
                 leaf: Any = self.variables.get("params", {})

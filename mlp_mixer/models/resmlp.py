@@ -96,9 +96,9 @@ class ResMlp(Model):
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:
-        """Returns logits (n, k) of images (n, h, w, 3) in [−1, 1], and outputs within.
+        """Returns (logits (n, k), out) of images (n, h, w, 3) in [−1, 1].
 
-        Those are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
+        In `out` are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
         self.check_image(image, AXES)
         ph, pw = self.patch_size

@@ -14,8 +14,9 @@ from mlp_mixer import known, sharding
 from mlp_mixer.models.layers import PRE_GELU
 from mlp_mixer.models.model import Model, Noise, Run
 
-# What the backward pass may keep of a block besides its input; the rest is computed
-# again. With closed-form LayerNorm and GELU, "pre_gelu" costs almost no time.
+# What the backward pass computes again of a block: nothing, all but the
+# pre-activations, all. With closed-form LayerNorm and GELU, "pre_gelu" costs almost no
+# time.
 REMAT_POLICIES = {
     "none": None,
     "pre_gelu": jax.checkpoint_policies.save_only_these_names(PRE_GELU),
@@ -23,8 +24,8 @@ REMAT_POLICIES = {
 }
 
 
-# The collection of parameters as they are cut over devices. A block that finds its own
-# there gathers them itself, so that no device holds those of all blocks at once.
+# The collection of parameters as they are cut over devices. Where a model is given it,
+# `blocks` gathers those of one block at a time.
 CUT = "cut"
 
 
@@ -105,7 +106,7 @@ def _applied(
         if mesh:
             params = variables["params"]
             if train and not scan:
-                # Without it, a GPU's compiler gathers all blocks first, and only once.
+                # Else a GPU's compiler gathers all blocks first, and keeps them.
                 x, params = lax.optimization_barrier((x, params))
             variables = {**variables, "params": sharding.gathered(mesh, params)}
         x, updated = block.apply(variables, x, noise, mutable=changing)

@@ -1,8 +1,8 @@
 """Weights from anywhere, as the official parameter tree, and into models.
 
-    params = pretrained.load("imagenet1k/Mixer-B_16")
-    model = pretrained.create_model(params)
-    logits, out = model.apply({"params": params}, image)   # (n, h, w, 3) in [-1, 1]
+    weights = pretrained.read("imagenet1k/Mixer-B_16")
+    model = pretrained.create_model(weights)
+    logits, out = model.apply(weights.variables, image)   # (n, h, w, 3) in [-1, 1]
 
 A source is a run's folder, a published name, or a file: npz (both published layouts),
 safetensors (our names or timm's), or a torch state dict with timm's names. Weights
