@@ -158,7 +158,7 @@ def differing(name, tmp_path):
         more[1] = ["--config.optim.learning_rate=0.5"]
         said = r"recipe\.optim\.learning_rate: 0.* on process 0; 0\.5 on process 1"
     elif name == "a field that there is not":
-        more[0], said = ["--config.nosuch=1"], r"no such field: nosuch"
+        more[0], said = ["--config.nosuch=1"], r"config.nosuch is no field"
     elif name == "workdir":
         run, said = ["run", "run"], r"run on .* is not the folder of process 0"
     elif name == "class names":
