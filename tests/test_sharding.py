@@ -38,13 +38,13 @@ def test_a_mesh_can_be_of_devices_that_are_not_here():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((9,), "are 9, 1 and 1, but there are 8 devices; data -1 takes all"),
-        ((-1, 3), "are -1, 3 and 1, but there are 8 devices; fsdp x model must divide"),
-        ((-1, 16), "are -1, 16 and 1, but there are 8 devices; fsdp x model must di"),
-        ((2, 2, 4), "are 2, 2 and 4, but there are 8 devices"),
-        ((0,), "are 0, 1 and 1; expected numbers from 1"),
-        ((-2,), "are -2, 1 and 1; expected numbers from 1"),
-        ((1, 0), "are 1, 0 and 1; expected numbers from 1"),
+        ((9,), "data is 9, mesh.fsdp 1, but there are 8 devices; data -1 takes all"),
+        ((-1, 3), "mesh.fsdp 3, but there are 8 devices; fsdp x model must divide"),
+        ((-1, 16), "mesh.fsdp 16, but there are 8 devices; fsdp x model must divide"),
+        ((2, 2, 4), "is 2, mesh.fsdp 2, model 4, but there are 8 devices"),
+        ((0,), "mesh.data is 0, mesh.fsdp 1; expected numbers from 1"),
+        ((-2,), "mesh.data is -2, mesh.fsdp 1; expected numbers from 1"),
+        ((1, 0), "mesh.data is 1, mesh.fsdp 0; expected numbers from 1"),
     ],
 )
 def test_a_mesh_of_devices_that_are_not_there_is_explained(sizes, message):
