@@ -404,6 +404,10 @@ def _restore_variables(
 ) -> tuple[int, PyTree]:
     try:
         manager = orbax_io.open_for_reading(folder)
+        if not manager.all_steps():
+            # A listing may miss a folder that just got its name, and one that goes.
+            manager.close()
+            manager = orbax_io.open_for_reading(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         # Orbax lists the folders, then looks at each, which may be gone by then.
         raise _DroppedError(os.path.basename(error.filename or "?")) from error

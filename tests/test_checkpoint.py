@@ -961,6 +961,26 @@ with Checkpointer(sys.argv[1], every_steps=1, keep_latest=1) as c:
 """
 
 
+def test_a_checkpoint_that_gets_its_name_while_they_are_listed_is_found(
+    tmp_path, monkeypatch
+):
+    write(tmp_path, 10)
+    path = folder(tmp_path, 10)
+    opened = orbax_io.open_for_reading
+
+    def open_too_early(directory):
+        monkeypatch.setattr(orbax_io, "open_for_reading", opened)
+        path.rename(path.with_name("10.orbax-checkpoint-tmp"))
+        manager = opened(directory)
+        path.with_name("10.orbax-checkpoint-tmp").rename(path)
+        return manager
+
+    monkeypatch.setattr(orbax_io, "open_for_reading", open_too_early)
+    step, params = restore_params(tmp_path)
+    assert step == 10
+    assert_equal(params, init(10).params)
+
+
 @pytest.mark.slow
 def test_a_hundred_reads_beside_a_training_run_are_all_right(tmp_path, caplog):
     run = subprocess.Popen(
