@@ -190,7 +190,7 @@ def training_data(
       accept_changed_data: whether other examples of the same classes are no error.
 
     Raises:
-      ValueError: as `check_run`; or the run has other classes.
+      ValueError: the run there has another recipe, other classes or other data.
     """
     names = trained_classes(workdir)
     # Where both have names, those say better than their number which classes differ.

@@ -184,7 +184,8 @@ def complete(
 
     Args:
       config: the recipe.
-      workdir, data_dir: as in `train.train`.
+      workdir: folder of the run; what it holds is resumed.
+      data_dir: folder of data sets; None is TFDS's own.
       trial: whether a loss that is not finite is a result, NaN.
 
     Raises:
@@ -284,8 +285,8 @@ def run(
     Args:
       task: what to run.
       folder: the runs are below it, in `<task>/`.
-      seeds: how many final runs.
-      data_dir: as in `train.train`.
+      seeds: number of final runs.
+      data_dir: folder of data sets; None is TFDS's own.
       drop_checkpoints: whether to delete those of a finished run of the grid.
     """
     rates = task.learning_rates if len(task.learning_rates) > 1 else ()

@@ -110,11 +110,11 @@ def claim(
       accept_changed_data: whether other data of the same classes is accepted.
 
     Returns:
-      What notes the saved steps there.
+      The record of saved steps; its `note` writes one.
 
     Raises:
-      FileNotFoundError: as `check_run`.
-      ValueError: as `check_run`; or the run has other classes.
+      FileNotFoundError: a part of the run that is there is missing.
+      ValueError: the run there has another recipe, other classes or other data.
     """
     check_run(config, workdir, data, accept_changed_data=accept_changed_data)
     folder = epath.Path(workdir)
