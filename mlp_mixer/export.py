@@ -147,8 +147,8 @@ def export_onnx(weights: pretrained.Weights, path: Path) -> list[Difference]:
 
     Raises:
       ModuleNotFoundError: an optional package is not installed.
-      ValueError: the weights have no graph; the file is not right, and not kept; or the
-        path is not UTF-8.
+      ValueError: the weights have no graph, no image size, or values that are not
+        finite; the file is not right, and not kept; or the path is not UTF-8.
     """
     _require_modules("onnx", "onnxruntime")
     try:
