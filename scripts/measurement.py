@@ -275,8 +275,6 @@ def compile_function(
     if memory := executable.memory_analysis():
         for field in ("temp", "argument", "output", "alias"):
             result[f"{field}_bytes"] = getattr(memory, f"{field}_size_in_bytes")
-        if peak := getattr(memory, "peak_memory_in_bytes", 0):
-            result["peak_bytes"] = peak
     return lowered, executable, result
 
 

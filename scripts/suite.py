@@ -8,8 +8,8 @@ The first command runs the items of suite_plan.py, each in a process of its own,
 writes FOLDER/suite.json after each, then a table and a plot. An item that fails costs
 only itself; one for which the time does not suffice is left out. The same command again
 measures what is missing. Peers are optional: timm runs under --timm-python, onnxruntime
-in the package's environment. --compare prints ratios of two suites, --tables puts a
-suite's table into README.md and docs/speed.md.
+in the package's environment. --compare prints ratios of two suites, --tables keeps a
+suite in docs/benchmarks and puts its tables into README.md and docs/speed.md.
 """
 
 import argparse

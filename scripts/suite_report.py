@@ -141,7 +141,7 @@ def item_table(name: str, result: dict[str, Any]) -> str:
         return "\n".join(lines)
     heads = (
         "| side | images/s | ms a call | spread | of the product rate "
-        "| beside the first | temporary MiB | peak MiB | compile CPU s | page faults |"
+        "| beside the first | temporary MiB | all MiB | compile CPU s | page faults |"
     )
     lines = [heads, "|---" + "|---:" * 9 + "|"]
     sides = result.get("sides", {})
@@ -159,7 +159,7 @@ def item_table(name: str, result: dict[str, Any]) -> str:
             _cell(side, "share_of_product_rate", 1, ".0%"),
             ratio(side, first),
             _cell(side, "temp_bytes", 2**20, ",.0f"),
-            _cell(side, "peak_bytes", 2**20, ",.0f"),
+            _cell(side, "total_bytes", 2**20, ",.0f"),
             f"{side['compile_cpu_s'][0]:.1f}" if "compile_cpu_s" in side else "–",
             f"{sorted(faults)[len(faults) // 2]:,.0f}" if faults else "–",
         ]
@@ -239,35 +239,60 @@ def write_folder(
     path = folder / "table.md"
     path.write_text(table(report), encoding="utf-8")
     yield path
+    yield from plot(report, folder / "plot.png")
+
+
+def plot(report: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
+    """Draws the curves of a suite, if it has some and matplotlib is installed."""
     try:
         import suite_plot
     except ImportError:
-        return
-    yield from suite_plot.write_plot(report, folder / "plot.png")
+        return []
+    return list(suite_plot.write_plot(report, path))
 
 
-# <!-- suite: cpu -->, or <!-- suite: cpu short -->, to <!-- end of suite -->
+# What is between <!-- suite: PLATFORM WHAT --> and <!-- end of suite -->, where WHAT is
+# nothing (our model beside its peers), "short" (the same for two models), or an item.
 MARKED = re.compile(
-    r"(<!-- suite: (?P<platform>\w+)(?P<short> short)? -->\n)"
+    r"(?P<begin><!-- suite: (?P<platform>\w+)(?: (?P<what>[^\n]+?))? -->\n)"
     r".*?(?P<end><!-- end of suite -->)",
     re.S,
 )
 
 
 def rewritten(page: str, report: dict[str, Any]) -> str:
-    """Returns a page with a suite's table between the marks of its platform."""
+    """Returns a page with a suite's tables between the marks of its platform."""
 
     def replaced(found: re.Match[str]) -> str:
+        what, items = found["what"], report["items"]
         if found["platform"] != report["machine"]["platform"]:
             return found[0]
-        made = headline_table(report, short=bool(found["short"]))
-        return f"{found[1]}{made}\n\n{where(report)}.\n{found['end']}"
+        if what in (None, "short"):
+            made = headline_table(report, short=what == "short")
+            made += f"\n\n{where(report)}."
+        elif what in items:
+            made = item_table(what, items[what])
+        else:
+            return found[0]
+        return f"{found['begin']}{made}\n{found['end']}"
 
     return MARKED.sub(replaced, page)
 
 
 def write_pages(report: dict[str, Any], root: pathlib.Path = ROOT) -> Iterator[str]:
-    """Puts a suite's table into the pages with a place for it; yields their names."""
+    """Keeps a suite in docs/benchmarks, and puts its tables and plot into the pages.
+
+    Yields:
+      Names of the files that have changed.
+    """
+    platform = report["machine"]["platform"]
+    path = root / f"docs/benchmarks/{platform}_suite.json"
+    text = json.dumps(report, indent=1) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+        yield str(path.relative_to(root))
+        for drawn in plot(report, root / f"docs/speed_{platform}.png"):
+            yield str(drawn.relative_to(root))
     for name in PAGES:
         path = root / name
         page = path.read_text(encoding="utf-8") if path.exists() else ""

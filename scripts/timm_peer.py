@@ -61,7 +61,7 @@ class Timm:
         result = {"compile_cpu_s": [cpu], "compile_wall_s": [wall]}
         versions = {"torch": torch.__version__, "timm": timm.__version__}
         if not on_cpu:
-            result["peak_bytes"] = torch.cuda.max_memory_allocated()
+            result["total_bytes"] = torch.cuda.max_memory_allocated()
         return result | {"versions": versions}
 
     def _run_of(self, side: dict[str, Any], half: bool) -> Callable[[], Any]:

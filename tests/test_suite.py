@@ -282,6 +282,7 @@ def side_of(*times, batch=8, **more):
         "spread": (high - low) / middle,
         "images_per_s": batch / middle,
         "share_of_product_rate": 0.5,
+        "flops_per_image": 1e9,
     } | more
 
 
@@ -318,10 +319,16 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     page = (
         "# Title\n<!-- suite: cpu -->\nold\n<!-- end of suite -->\nbetween\n"
         "<!-- suite: gpu -->\nkept\n<!-- end of suite -->\n"
+        "<!-- suite: cpu train mixer_b16 batch 8 -->\n<!-- end of suite -->\n"
+        "<!-- suite: cpu not measured -->\nkept\n<!-- end of suite -->\n"
         "<!-- suite: cpu short -->\n<!-- end of suite -->\nend\n"
     )
+    (tmp_path / "docs/benchmarks").mkdir(parents=True)
     (tmp_path / "README.md").write_text(page)
-    assert list(suite_report.write_pages(report, tmp_path)) == ["README.md"]
+    written = list(suite_report.write_pages(report, tmp_path))
+    assert written == ["docs/benchmarks/cpu_suite.json", "README.md"]
+    kept = suite_report.load(str(tmp_path / "docs/benchmarks/cpu_suite.json"))
+    assert kept == report
     text = (tmp_path / "README.md").read_text()
     assert "old" not in text
     assert "| B/16 training step, batch 8 | 4 | 50% | 2.00 × | 0.25 |" in text
@@ -330,6 +337,9 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
         "some, 1 thread, CPU time, float32; jax 1; 2026-11-26, commit c0ffee." in text
     )
     assert "\nbetween\n<!-- suite: gpu -->\nkept\n" in text
+    assert "| ours | 4 | 2,000.00 | 100% | 50% | 1.00 |" in text
+    assert "| literal | 2 | 4,000.00 | 100% | 50% | 0.50 |" in text
+    assert "<!-- suite: cpu not measured -->\nkept\n" in text
     assert text.endswith("<!-- end of suite -->\nend\n")
     assert list(suite_report.write_pages(report, tmp_path)) == []
     assert (tmp_path / "README.md").read_text() == text
