@@ -129,7 +129,7 @@ class Worker:
         item = dict(request["item"])
         sides = tuple(Side(**side) for side in item.pop("sides"))
         self.item = Item(**item, sides=sides)
-        self.deadline = time.monotonic() + request["limit_s"]
+        self.deadline = time.monotonic() + request["until"] - time.time()
         self.write = write
         self.on_cpu = jax.default_backend() == "cpu"
         self.key = "cpu_s" if self.on_cpu else "wall_s"
@@ -148,6 +148,7 @@ class Worker:
             figures = self.result["sides"][side.label] = {"batch": side.batch}
             say(f"  {self.item.name}: {side.label} ...")
             try:
+                self.check_time(side, clocks)
                 if found := self.prepare(side, figures):
                     figures["first_call"] = found(1)
                     clocks[side.label] = found
@@ -160,6 +161,17 @@ class Worker:
             self.write(self.result)
         if len(clocks) > 1:
             self.time_in_turn(clocks)
+
+    def check_time(self, side: Side, clocks: dict[str, Clock]) -> None:
+        """Raises TimeoutError if another side would take the time of the rounds."""
+        calls = [
+            max(figures["first_call"]["wall_s"], self.request["seconds"])
+            for figures in self.result["sides"].values()
+            if "first_call" in figures
+        ]
+        left = self.deadline - time.monotonic()
+        if len(clocks) > 1 and left < self.item.rounds * sum(calls):
+            raise TimeoutError(f"{max(left, 0):.0f} s are left for the rounds")
 
     def prepare(self, side: Side, figures: dict[str, Any]) -> Clock | None:
         """Compiles a side into `figures`; returns its clock, if it is to be timed."""

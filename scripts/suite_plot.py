@@ -109,43 +109,49 @@ def _draw_curve(ax: Any, report: dict[str, Any], curve: str, found: Any) -> None
                 (x[-1], y[-1]),
                 xytext=(0, 6),
                 textcoords="offset points",
-                ha="right",
+                ha="right" if speed else "center",
                 color=colour,
             )
             ticks |= set(x)
     ax.set(title=title, xlabel=label, ylabel="images/s" if speed else "ms per image")
-    ax.set_xscale("log")
+    if speed:
+        ax.set_xscale("log")
+    else:  # a cost in proportion is a straight line through the origin
+        ax.set_xlim(0)
+        ticks = {x for x in ticks if x > max(ticks) / 20 or x == 1}
     ax.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    if speed:
-        ax.set_ylim(0, 1.2 * max(rate for line in found.values() for _, rate in line))
-    else:
-        ax.set_yscale("log")
-        _plain_numbers(ax.yaxis)
+    ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
 
 
 def _draw_costs(ax: Any, report: dict[str, Any], _: str, found: Any) -> None:
+    ax.set(xscale="log", yscale="log")
+    # In turn, as B/32 and S/16, and L/32 and B/16, are neighbours.
+    places = {
+        "forward": (((0, 6), "center"), ((-5, 2), "right")),
+        "train": (((6, -6), "left"), ((0, -13), "center")),
+    }
     for kind, colour, marker in PASSES:
         if line := found[kind]:
             x = [operations / 1e9 for _, operations, _ in line]
             y = [1e3 * seconds for *_, seconds in line]
             ax.plot(x, y, color=colour, marker=marker, markersize=4, linestyle="none")
-            for (model, *_), at_x, at_y in zip(line, x, y, strict=True):
+            for i, ((model, *_), at_x, at_y) in enumerate(zip(line, x, y, strict=True)):
+                offset, side = places[kind][i % 2]
                 ax.annotate(
                     suite_report.title(model),
                     (at_x, at_y),
-                    xytext=(-4, 4),
+                    xytext=offset,
                     textcoords="offset points",
-                    ha="right",
+                    ha=side,
                     color=colour,
                     fontsize=8,
                 )
             ax.plot([], [], color=colour, marker=marker, ls="none", label=NAMES[kind])
     rate = report["items"].get("rates", {}).get("rates", {}).get("large")
     if rate:
-        low, high = ax.get_xlim()
-        x = [max(low, 1), high]
+        x = list(ax.get_xlim())
         ax.plot(
             x,
             [1e12 * value / rate["flops_per_s"] for value in x],
@@ -158,8 +164,6 @@ def _draw_costs(ax: Any, report: dict[str, Any], _: str, found: Any) -> None:
         title="Cost against model size",
         xlabel="GFLOP per image (of products)",
         ylabel="ms per image",
-        xscale="log",
-        yscale="log",
     )
     _plain_numbers(ax.xaxis)
     _plain_numbers(ax.yaxis)

@@ -177,7 +177,7 @@ def worker(*sides, **request):
             "item": json.loads(json.dumps(dataclasses.asdict(item))),
             "dtype": "float32",
             "threads": 1,
-            "limit_s": 60,
+            "until": time.time() + 60,
             "seconds": 0,
             "timm_python": "no/such/python",
         }
@@ -218,7 +218,7 @@ def test_an_item_times_what_works_and_names_what_does_not():
 
 
 def test_an_item_without_time_for_another_round_keeps_what_it_has():
-    made, _ = worker(tiny("ours", kind="forward"), limit_s=0)
+    made, _ = worker(tiny("ours", kind="forward"), until=0)
     made.run()
     assert made.result["rounds"] == 1
     assert made.result["note"] == "time for 1 of 2 rounds"
