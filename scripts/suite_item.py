@@ -56,6 +56,7 @@ def machine() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "device_bytes": stats.get("bytes_limit"),
         "backend": getattr(device.client, "platform_version", ""),
+        "driver": _driver() if jax.default_backend() == "gpu" else None,
         "cpu_model": measurement.cpu_model(),
         "cpu_cores": os.cpu_count(),
         "avx512": _has_avx512(),
@@ -68,6 +69,21 @@ def machine() -> dict[str, Any]:
             if name.startswith(("XLA_", "JAX_", "NPROC"))
         },
     }
+
+
+def _driver() -> str | None:
+    """Driver, power limit and highest clock of NVIDIA's devices, if it can be read."""
+    asked = "--query-gpu=driver_version,power.limit,clocks.max.sm"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", asked, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a container may be without the program
+    return done.stdout.strip()
 
 
 def _has_avx512() -> bool | None:

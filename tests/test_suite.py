@@ -15,6 +15,7 @@ import stacked_step
 import suite
 import suite_item
 import suite_plan
+import suite_plot
 import suite_report
 import timm_peer
 from suite_plan import Item, Side
@@ -194,27 +195,35 @@ def tiny(label, **fields):
 
 def test_an_item_times_what_works_and_names_what_does_not():
     made, writes = worker(
-        tiny("ours", kind="forward"),
-        tiny("unknown option", kind="forward", options={"xla_no_such_option": 1}),
         tiny("timm eager", whose="timm", kind="forward"),
-        tiny("slices", kind="forward", slice_size=1),
+        tiny("unknown option", kind="forward", options={"xla_no_such_option": 1}),
+        tiny("ours", kind="forward"),
     )
     made.run()
     sides = made.result["sides"]
     assert "xla_no_such_option" in sides["unknown option"]["error"]
     assert "no/such/python" in sides["timm eager"]["error"]
-    for label in ("ours", "slices"):
-        assert len(sides[label]["rounds"]["cpu_s"]) == 2
-        images = 2 / sides[label]["median_s"]
-        assert sides[label]["images_per_s"] == pytest.approx(images)
-        assert sides[label]["temp_bytes"] > 0
-    assert sides["ours"]["logits"]["first"] == pytest.approx(
-        sides["slices"]["logits"]["first"], abs=1e-5
-    )
+    ours = sides["ours"]
+    assert len(ours["rounds"]["cpu_s"]) == 2
+    assert ours["images_per_s"] == pytest.approx(2 / ours["median_s"])
+    assert ours["temp_bytes"] > 0
     # Every figure is written when it is there.
-    assert "first_call" in writes[0]["sides"]["ours"]
-    assert "slices" not in writes[0]["sides"]
-    assert [write.get("rounds") for write in writes] == [None] * 4 + [1, 2]
+    assert [len(write["sides"]) for write in writes] == [1, 2, 3, 3, 3]
+    assert [write.get("rounds") for write in writes] == [None] * 3 + [1, 2]
+    assert "first_call" in writes[2]["sides"]["ours"]
+
+
+@pytest.mark.slow
+def test_all_sides_compute_the_same():
+    made, _ = worker(
+        tiny("ours", kind="forward"),
+        tiny("slices", kind="forward", slice_size=1),
+        tiny("literal", whose="literal", kind="forward"),
+    )
+    made.run()
+    first, *others = (side["logits"]["first"] for side in made.result["sides"].values())
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-5)
 
 
 def test_an_item_without_time_for_another_round_keeps_what_it_has():
@@ -343,3 +352,28 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     assert text.endswith("<!-- end of suite -->\nend\n")
     assert list(suite_report.write_pages(report, tmp_path)) == []
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_plot_shows_curves_in_order_and_each_model_once(tmp_path):
+    curve = {
+        "2 images": side_of(1, 2, 3, batch=2),
+        "1 images": side_of(1, 1, 1, batch=1),
+        "4 images": {"batch": 4, "error": "out of memory"},
+    }
+    report = report_of(ours=side_of(1, 2, 3))
+    report["items"]["train mixer_s16 batch 8"] = {"sides": {"ours": side_of(1, 2, 3)}}
+    report["items"]["train mixer_s16 batch 32"] = {
+        "sides": {"ours": side_of(1, 2, 3, batch=32)}
+    }
+    assert suite_plot.costs(report, "train") == [
+        ("mixer_b16", 1e9, 1 / 4), ("mixer_s16", 1e9, 1 / 16),
+    ]  # fmt: skip
+    assert list(suite_plot.write_plot(report, tmp_path / "a.png")) == [
+        tmp_path / "a.png"
+    ]
+    report["items"]["curve of batches, forward"] = {"sides": curve}
+    assert suite_plot.points(report, "batches", "forward") == [(1, 1.0), (2, 1.0)]
+    list(suite_plot.write_plot(report, tmp_path / "b.png"))
+    assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
+    report["items"] = {}
+    assert list(suite_plot.write_plot(report, tmp_path / "c.png")) == []
