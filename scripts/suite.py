@@ -151,7 +151,7 @@ class Suite:
                 continue
             say(f"{where}: about {expected:.0f} s; {left:.0f} s are left")
             begun = self.seconds_now()
-            result = self.measure(item, min(left, 30 + 2 * expected))
+            result = self.measure(item, min(left, 60 + 3 * expected))
             took = self.seconds_now() - begun
             self.pace *= min(max(took / expected, 0.5), 2.0) ** 0.5
             result |= {"date": now(), "seconds": took}

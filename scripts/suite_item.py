@@ -23,6 +23,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import compiled_program
 import flax
 import jax
 import jax.numpy as jnp
@@ -366,12 +367,26 @@ class Worker:
     def keep_program(
         self, side: Side, executable: Any, figures: dict[str, Any]
     ) -> None:
-        """Writes the compiled program beside the result."""
+        """Writes the compiled program beside the result, and sums up its kernels."""
         name = f"{self.item.name} {side.label}".replace(" ", "_")
         path = pathlib.Path(self.request["programs"]) / f"{name}.hlo.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(executable.as_text().encode()))
+        text = executable.as_text()
+        path.write_bytes(gzip.compress(text.encode()))
         figures["program"] = path.name
+        try:
+            found = compiled_program.kernels(text)
+        except Exception as error:  # the program is kept, and the side is timed
+            figures["program_error"] = f"{type(error).__name__}: {error}"
+            say(f"  {self.item.name}: {side.label}: {figures['program_error']}")
+            return
+        figures["kernels"] = kernel_sums(found)
+        figures["written_elsewhere_bytes"] = {  # stem and head are counted with them
+            where: compiled_program.elsewhere_written(found, where)
+            / side.batch
+            / figures["blocks"]
+            for where in compiled_program.PASSES
+        }
 
     def rates(self) -> None:
         """Measures products, the large one and those of our shapes, and a copy."""
@@ -412,6 +427,24 @@ class Worker:
         calls = max(1, min(500, round(0.1 / timed(times=1)["wall_s"])))
         times = [timed(times=calls)[self.key] for _ in range(3)]
         return measurement.statistics_of(times)["median_s"]
+
+
+def kernel_sums(found: list[Any]) -> dict[str, dict[str, int]]:
+    """Returns how many kernels of a kind there are, and what they read and write.
+
+    Args:
+      found: kernels of `compiled_program.kernels`; library products are told apart by
+        their epilogue.
+    """
+    sums: dict[str, dict[str, int]] = {}
+    for kernel in found:
+        library = kernel.kind == compiled_program.LIBRARY
+        name = f"{kernel.kind}, {kernel.work}" if library else kernel.kind
+        one = sums.setdefault(name, {"count": 0, "read_bytes": 0, "written_bytes": 0})
+        one["count"] += kernel.turns
+        one["read_bytes"] += kernel.turns * kernel.read
+        one["written_bytes"] += kernel.turns * kernel.written
+    return sums
 
 
 def _multiplied(m: int, k: int, n: int, dtype: str) -> Callable[[], Any]:

@@ -164,10 +164,26 @@ def item_table(name: str, result: dict[str, Any]) -> str:
             f"{sorted(faults)[len(faults) // 2]:,.0f}" if faults else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for label, side in sides.items():
+        if "kernels" in side:
+            lines.append(f"\nKernels of {label}:\n\n{kernel_table(side)}")
     if note := result.get("note"):
         lines.append(f"\n({note})")
     if result.get("status", "done") != "done":
         lines.append(f"\n({result['status']})")
+    return "\n".join(lines)
+
+
+def kernel_table(side: dict[str, Any]) -> str:
+    """Returns the kernels of a side's program by kind, as a table of Markdown."""
+    lines = ["| kind | number | reads MB | writes MB |", "|---|---:|---:|---:|"]
+    for kind, one in sorted(side["kernels"].items()):
+        read, written = one["read_bytes"] / 1e6, one["written_bytes"] / 1e6
+        lines.append(f"| {kind} | {one['count']:,} | {read:,.0f} | {written:,.0f} |")
+    total = sum(side["written_elsewhere_bytes"].values()) / 1e6
+    lines.append(
+        f"\nKernels other than products write {total:,.2f} MB per image and block."
+    )
     return "\n".join(lines)
 
 

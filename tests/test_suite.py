@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import benchmark
+import compiled_program
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,11 +194,12 @@ def tiny(label, **fields):
     return Side(label, model="mixer_s32", batch=2, image_size=64, fields=TINY, **fields)
 
 
-def test_an_item_times_what_works_and_names_what_does_not():
+def test_an_item_times_what_works_and_names_what_does_not(tmp_path):
     made, writes = worker(
         tiny("timm eager", whose="timm", kind="forward"),
         tiny("unknown option", kind="forward", options={"xla_no_such_option": 1}),
-        tiny("ours", kind="forward"),
+        tiny("ours", kind="forward", program=True),
+        programs=str(tmp_path),
     )
     made.run()
     sides = made.result["sides"]
@@ -207,6 +209,8 @@ def test_an_item_times_what_works_and_names_what_does_not():
     assert len(ours["rounds"]["cpu_s"]) == 2
     assert ours["images_per_s"] == pytest.approx(2 / ours["median_s"])
     assert ours["temp_bytes"] > 0
+    assert (tmp_path / "tiny_ours.hlo.gz").exists()
+    assert ours["kernels"]["product fusion"]["count"] > 0
     # Every figure is written when it is there.
     assert [len(write["sides"]) for write in writes] == [1, 2, 3, 3, 3]
     assert [write.get("rounds") for write in writes] == [None] * 3 + [1, 2]
@@ -319,6 +323,27 @@ def test_a_comparison_is_of_medians_and_marks_what_leaves_the_spread():
     assert not any(line.endswith(": gone") for line in lines)
     back = suite_report.comparison(b, a)
     assert "0.55   0.42 –  0.99  slower" in back
+
+
+def test_the_kernels_of_a_program_are_summed_by_kind():
+    def kernel(kind, work, turns):
+        return compiled_program.Kernel("k", kind, "forward", "", work, 3, 5, 0, turns)
+
+    found = [
+        kernel("library product", "gemm BIAS", 1),
+        kernel("library product", "gemm GELU", 2),
+        kernel("fusion", "add", 1),
+        kernel("fusion", "reduce", 4),
+    ]
+    sums = suite_item.kernel_sums(found)
+    assert sums["library product, gemm GELU"] == {
+        "count": 2, "read_bytes": 6, "written_bytes": 10,
+    }  # fmt: skip
+    assert sums["fusion"] == {"count": 5, "read_bytes": 15, "written_bytes": 25}
+    side = {"kernels": sums, "written_elsewhere_bytes": {"forward": 2e6, "update": 5e5}}
+    text = suite_report.kernel_table(side)
+    assert "| library product, gemm BIAS | 1 | 0 | 0 |" in text
+    assert "write 2.50 MB per image and block" in text
 
 
 def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
