@@ -288,6 +288,9 @@ def rewritten(page: str, report: dict[str, Any]) -> str:
             made += f"\n\n{where(report)}."
         elif what in items:
             made = item_table(what, items[what])
+            if made_at := items[what].get("commit"):
+                date = items[what]["date"].partition(" ")[0]
+                made += f"\n\n({date}, commit {made_at})"
         else:
             return found[0]
         return f"{found['begin']}{made}\n{found['end']}"

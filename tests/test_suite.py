@@ -133,6 +133,21 @@ def test_another_commit_of_the_same_code_continues(tmp_path, clock):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--out=FOLDER says where the results go."),
+        (["--minutes=0"], "'0' is not a number from 0.1"),
+        (["--compare", "no/suite", "no/suite"], "No such file or directory"),
+        (["--tables", "no/suite"], "No such file or directory"),
+    ],
+)
+def test_mistakes_are_answered_in_words(arguments, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["suite", *arguments])
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("code", "limit", "status"),
     [
         ("", 20, "done"),
@@ -300,7 +315,13 @@ def side_of(*times, batch=8, **more):
 
 
 def report_of(**sides):
-    items = {"train mixer_b16 batch 8": {"sides": sides, "status": "done"}}
+    item = {
+        "sides": sides,
+        "status": "done",
+        "date": "2026-11-25 9:00",
+        "commit": "bee",
+    }
+    items = {"train mixer_b16 batch 8": item}
     starts = [{"date": "2026-11-26 12:00:00 UTC", "commit": "c0ffee"}]
     return IDENTITY | {"items": items, "starts": starts, "left_out": {}}
 
@@ -373,6 +394,7 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     assert "\nbetween\n<!-- suite: gpu -->\nkept\n" in text
     assert "| ours | 4 | 2,000.00 | 100% | 50% | 1.00 |" in text
     assert "| literal | 2 | 4,000.00 | 100% | 50% | 0.50 |" in text
+    assert "\n(2026-11-25, commit bee)\n" in text
     assert "<!-- suite: cpu not measured -->\nkept\n" in text
     assert text.endswith("<!-- end of suite -->\nend\n")
     assert list(suite_report.write_pages(report, tmp_path)) == []
