@@ -281,6 +281,24 @@ def test_without_timm_its_process_says_so(request_, monkeypatch):
     assert reply["error"].startswith("torch is not installed")
 
 
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("exec sleep 30", "did not answer within 0 s"),
+        ("read line; exit 3", "ended with 3"),
+        ('read line; echo \'{"error": "no GPU"}\'; read line', "no GPU"),
+    ],
+)
+def test_a_peer_that_hangs_dies_or_refuses_is_told_apart(does, says, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    peer = suite_item.TimmProcess(str(python))
+    with peer.process, pytest.raises(suite_item.PeerError, match=says):
+        peer.ask({}, seconds=0.3 if "sleep" in does else 10)
+    assert peer.process.returncode is not None
+
+
 @pytest.mark.slow
 def test_a_small_suite_runs_to_its_end_and_is_not_repeated(tmp_path, capfd):
     command = ["suite", f"--out={tmp_path}", "--only=train mixer_s32", "--minutes=5"]
