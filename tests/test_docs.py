@@ -165,7 +165,7 @@ def check_program(module, arguments, monkeypatch):
     path = ROOT / f"{module.replace('.', '/')}.py"
     before = set(flags.FLAGS)
 
-    def parse(main, *, distributed=False):
+    def parse(main, *, distributed=False, **_):
         kept = [w for w in arguments if not w.startswith("--distributed=")]
         assert distributed or kept == arguments, f"{module} is one process"
         monkeypatch.setattr(sys, "argv", [module, *kept])
