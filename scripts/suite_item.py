@@ -99,16 +99,19 @@ class PeerError(Exception):
 class TimmProcess:
     """The process of timm_peer.py."""
 
-    def __init__(self, python: str, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, python: str) -> None:
         self.process = subprocess.Popen(
             [python, str(HERE / "timm_peer.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Returns the reply to a request of timm_peer.py.
+
+        Args:
+          request: the request.
+          seconds: how long the reply may take.
 
         Raises:
           PeerError: it failed, or did not answer in time.
@@ -120,10 +123,9 @@ class TimmProcess:
             self.process.stdin.flush()
         except BrokenPipeError as error:
             raise PeerError("timm's process has ended") from error
-        left = max(self.deadline - time.monotonic(), 0)
-        if not select.select([self.process.stdout], [], [], left)[0]:
+        if not select.select([self.process.stdout], [], [], max(seconds, 0))[0]:
             self.process.kill()
-            raise PeerError(f"timm did not answer within {left:.0f} s")
+            raise PeerError(f"timm did not answer within {seconds:.0f} s")
         line = self.process.stdout.readline()
         if not line:
             raise PeerError(f"timm's process ended with {self.process.wait()}")
@@ -218,11 +220,9 @@ class Worker:
                 slice_size=side.slice_size,
             )
         figures |= costs
-        figures["total_bytes"] = (
-            sum(
-                costs.get(f"{name}_bytes", 0) for name in ("temp", "argument", "output")
-            )
-        ) - costs.get("alias_bytes", 0)
+        kinds = ("temp", "argument", "output")
+        used = sum(costs.get(f"{kind}_bytes", 0) for kind in kinds)
+        figures["total_bytes"] = used - costs.get("alias_bytes", 0)
         if side.program:
             self.keep_program(side, executable, figures)
         if not side.timed:
@@ -266,19 +266,18 @@ class Worker:
     def timm_clock(self, side: Side, figures: dict[str, Any]) -> Clock:
         """Prepares a side of timm's process."""
         if self.timm is None:
-            # A tenth of what is left remains for the others' rounds.
-            left = self.deadline - time.monotonic()
-            deadline = time.monotonic() + 0.9 * left
-            self.timm = TimmProcess(self.request["timm_python"], deadline)
-        figures |= self.timm.ask(
-            {
-                "prepare": vars(side) | {"fields": side.fields_now},
-                "dtype": self.request["dtype"],
-                "threads": self.request["threads"],
-            }
-        )
+            self.timm = TimmProcess(self.request["timm_python"])
         ask = self.timm.ask
-        return lambda times: ask({"clock": side.label, "times": times})
+        request = {
+            "prepare": vars(side) | {"fields": side.fields_now},
+            "dtype": self.request["dtype"],
+            "threads": self.request["threads"],
+        }
+        # A part of the time that is left remains for the others' rounds.
+        figures |= ask(request, 0.8 * (self.deadline - time.monotonic()))
+        return lambda times: ask(
+            {"clock": side.label, "times": times}, self.deadline - time.monotonic()
+        )
 
     def onnx_clock(self, side: Side, bench: Bench, figures: dict[str, Any]) -> Clock:
         """Prepares onnxruntime on our own graph."""

@@ -120,6 +120,19 @@ def test_a_smaller_item_takes_the_place_of_one_that_does_not_fit(tmp_path, clock
     assert measured == ["a"]
 
 
+def test_an_item_that_asks_for_something_else_by_now_is_measured_again(tmp_path, clock):
+    measured: list[Any] = []
+
+    def measure(item, limit):
+        measured.append(item.rounds)
+        return {"status": "done", "sides": {}}
+
+    for rounds in (5, 5, 3):
+        items = [dataclasses.replace(ITEMS[0], rounds=rounds)]
+        suite.Suite(tmp_path / "s.json", IDENTITY, items, measure, 9, clock).run()
+    assert measured == [5, 3]
+
+
 @pytest.mark.parametrize("key", suite.SAME)
 def test_figures_of_another_machine_or_code_are_not_mixed(key, tmp_path, clock):
     start(tmp_path, clock, 60, [])
@@ -130,6 +143,21 @@ def test_figures_of_another_machine_or_code_are_not_mixed(key, tmp_path, clock):
 def test_another_commit_of_the_same_code_continues(tmp_path, clock):
     start(tmp_path, clock, 60, [])
     start(tmp_path, clock, 60, [], commit="decaf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--out=FOLDER says where the results go."),
+        (["--minutes=0"], "'0' is not a number from 0.1"),
+        (["--compare", "no/suite", "no/suite"], "No such file or directory"),
+        (["--tables", "no/suite"], "No such file or directory"),
+    ],
+)
+def test_mistakes_are_answered_in_words(arguments, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["suite", *arguments])
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -266,6 +294,24 @@ def test_without_timm_its_process_says_so(request_, monkeypatch):
     assert reply["error"].startswith("torch is not installed")
 
 
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("exec sleep 30", "did not answer within 0 s"),
+        ("read line; exit 3", "ended with 3"),
+        ('read line; echo \'{"error": "no GPU"}\'; read line', "no GPU"),
+    ],
+)
+def test_a_peer_that_hangs_dies_or_refuses_is_told_apart(does, says, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    peer = suite_item.TimmProcess(str(python))
+    with peer.process, pytest.raises(suite_item.PeerError, match=says):
+        peer.ask({}, seconds=0.3 if "sleep" in does else 10)
+    assert peer.process.returncode is not None
+
+
 @pytest.mark.slow
 def test_a_small_suite_runs_to_its_end_and_is_not_repeated(tmp_path, capfd):
     command = ["suite", f"--out={tmp_path}", "--only=train mixer_s32", "--minutes=5"]
@@ -300,7 +346,13 @@ def side_of(*times, batch=8, **more):
 
 
 def report_of(**sides):
-    items = {"train mixer_b16 batch 8": {"sides": sides, "status": "done"}}
+    item = {
+        "sides": sides,
+        "status": "done",
+        "date": "2026-11-25 9:00",
+        "commit": "bee",
+    }
+    items = {"train mixer_b16 batch 8": item}
     starts = [{"date": "2026-11-26 12:00:00 UTC", "commit": "c0ffee"}]
     return IDENTITY | {"items": items, "starts": starts, "left_out": {}}
 
@@ -373,6 +425,7 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     assert "\nbetween\n<!-- suite: gpu -->\nkept\n" in text
     assert "| ours | 4 | 2,000.00 | 100% | 50% | 1.00 |" in text
     assert "| literal | 2 | 4,000.00 | 100% | 50% | 0.50 |" in text
+    assert "\n(2026-11-25, commit bee)\n" in text
     assert "<!-- suite: cpu not measured -->\nkept\n" in text
     assert text.endswith("<!-- end of suite -->\nend\n")
     assert list(suite_report.write_pages(report, tmp_path)) == []
