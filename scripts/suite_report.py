@@ -285,7 +285,7 @@ def rewritten(page: str, report: dict[str, Any]) -> str:
         what, items = found["what"], report["items"]
         if found["platform"] != report["machine"]["platform"]:
             return found[0]
-        if what in (None, "short"):
+        if what in (None, "short") and any(headlines(report)):
             made = headline_table(report, short=what == "short")
             made += f"\n\n{where(report)}."
         elif what in items:
