@@ -294,7 +294,7 @@ def _scope(
 
 
 def _flops(one: Instruction, scope: Computation) -> int:
-    if one.opcode not in (*_PRODUCTS, "custom-call"):
+    if one.opcode not in _PRODUCTS and not one.attribute("contracted"):
         return 0
     shapes = [_ARRAY.findall(scope[name].shape)[0][1] for name in one.operands[:2]]
     result = _elements(_ARRAY.findall(one.shape)[0][1])
