@@ -24,6 +24,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,15 @@ from suite_item import write_json
 from suite_plan import Item
 
 HERE = pathlib.Path(__file__).resolve().parent
+# Scripts that have a part in the figures, besides the package.
+MEASURING = (
+    "literal_mixer",
+    "measurement",
+    "onnx_peer",
+    "stacked_step",
+    "suite_item",
+    "timm_peer",
+)
 # What makes two figures comparable; of a folder with other values nothing is resumed.
 SAME = ("machine", "sources", "dtype", "threads")
 
@@ -43,10 +53,9 @@ SAME = ("machine", "sources", "dtype", "threads")
 def sources() -> str:
     """Returns a hash of the code that is measured, and of what measures it."""
     found = hashlib.sha256()
-    files = [*(HERE.parent / "mlp_mixer").rglob("*.py"), *HERE.glob("*.py")]
-    for path in sorted(files):
-        if not path.name.startswith(("suite_report", "suite_plan")):
-            found.update(path.read_bytes())
+    package = (HERE.parent / "mlp_mixer").rglob("*.py")
+    for path in sorted([*package, *(HERE / f"{name}.py" for name in MEASURING)]):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -139,7 +148,8 @@ class Suite:
         for i, item in enumerate(self.items, 1):
             known = self.report["items"].get(item.name, {})
             where = f"[{i}/{len(self.items)}] {item.name}"
-            if known.get("status") == "done":
+            asked = json.loads(json.dumps(dataclasses.asdict(item)))
+            if known.get("status") == "done" and known["item"] == asked:
                 say(f"{where}: is there")
                 continue
             expected = self.pace * suite_plan.expected_seconds(item, self.machine)
@@ -151,10 +161,11 @@ class Suite:
                 continue
             say(f"{where}: about {expected:.0f} s; {left:.0f} s are left")
             begun = self.seconds_now()
-            result = self.measure(item, min(left, 30 + 2 * expected))
+            result = self.measure(item, min(left, 60 + 3 * expected))
             took = self.seconds_now() - begun
             self.pace *= min(max(took / expected, 0.5), 2.0) ** 0.5
-            result |= {"date": now(), "seconds": took}
+            result |= {"date": now(), "commit": commit(), "seconds": took}
+            result["item"] = asked
             self.report["items"][item.name] = result
             say(f"{where}: {result['status']} in {took:.0f} s")
             for line in suite_report.lines_of(result):
@@ -217,68 +228,83 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str]) -> None:
-    """Runs the suite, or reads what it has written."""
-    args = parser().parse_args(argv)
-    if args.compare:
-        a, b = (suite_report.load(name) for name in args.compare)
-        return print(suite_report.comparison(a, b))
-    if args.tables:
-        for name in args.tables:
-            for page in suite_report.write_pages(suite_report.load(name)):
-                print(page)
-        return None
-    if not args.out:
-        parser().error("--out=FOLDER says where the results go.")
-    folder = pathlib.Path(args.out)
-    (folder / "items").mkdir(parents=True, exist_ok=True)
+def opened(args: argparse.Namespace, folder: pathlib.Path) -> Suite:
+    """Returns the suite of the command line, on this machine.
+
+    Raises:
+      ValueError: there is no device, no item of that name, or the folder has figures
+        that would not compare.
+    """
     begun = time.monotonic()
+    (folder / "items").mkdir(parents=True, exist_ok=True)
     machine = in_a_process(["--machine"], folder / "machine.json", 120)
     if machine.pop("status") != "done":
-        parser().error("JAX found no device; its message is above.")
+        raise ValueError("JAX found no device; its message is above.")
     on_cpu = machine["platform"] == "cpu"
-    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
-    threads = args.threads if on_cpu else 0
+    identity = {
+        "machine": machine,
+        "commit": commit(),
+        "sources": sources(),
+        "dtype": args.dtype or ("float32" if on_cpu else "bfloat16"),
+        "threads": args.threads if on_cpu else 0,
+    }
     plan = suite_plan.items_for(machine["platform"])
     items = [item for item in plan if args.only in item.name]
     if not items:
-        parser().error(f"--only={args.only}: no item is called so; try --list.")
+        raise ValueError(f"--only={args.only}: no item is called so; try --list.")
 
     def measure(item: Item, limit: float) -> dict[str, Any]:
-        name = file_name(item)
+        asked, answer = (
+            folder / "items" / f"{file_name(item)}{end}"
+            for end in (".request.json", ".json")
+        )
         request = {
             "item": dataclasses.asdict(item),
-            "dtype": dtype,
-            "threads": threads,
+            "dtype": identity["dtype"],
+            "threads": identity["threads"],
             "until": time.time() + limit - 5,
             "seconds": suite_plan.MACHINES[machine["platform"]].seconds,
             "timm_python": args.timm_python,
             "programs": str(folder / "programs"),
         }
-        asked = folder / "items" / f"{name}.request.json"
         write_json(asked, request)
-        answer = folder / "items" / f"{name}.json"
         return in_a_process([str(asked)], answer, limit)
 
-    identity = {
-        "machine": machine,
-        "commit": commit(),
-        "sources": sources(),
-        "dtype": dtype,
-        "threads": threads,
-    }
     minutes = args.minutes - (time.monotonic() - begun) / 60
+    return Suite(folder / "suite.json", identity, items, measure, minutes)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the suite, or reads what it has written."""
+    args = parser().parse_args(argv)
     try:
-        suite = Suite(folder / "suite.json", identity, items, measure, minutes)
-    except ValueError as error:
+        if args.compare:
+            a, b = (suite_report.load(name) for name in args.compare)
+            return print(suite_report.comparison(a, b))
+        if args.tables:
+            for name in args.tables:
+                for page in suite_report.write_pages(suite_report.load(name)):
+                    print(page)
+            return None
+        if args.list:
+            with tempfile.TemporaryDirectory() as folder:
+                return print_items(opened(args, pathlib.Path(args.out or folder)))
+        if not args.out:
+            raise ValueError("--out=FOLDER says where the results go.")
+        suite = opened(args, pathlib.Path(args.out))
+    except (OSError, ValueError) as error:
         parser().error(str(error))
-    if args.list:
-        for item in items:
-            seconds = suite_plan.expected_seconds(item, suite.machine)
-            labels = ", ".join(side.label for side in item.sides)
-            print(f"{seconds:5.0f} s  {item.name}: {labels}")
-        return None
+    # Ended by another program, it still ends what it has started.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     suite.run()
-    for path in suite_report.write_folder(suite.report, folder):
+    for path in suite_report.write_folder(suite.report, pathlib.Path(args.out)):
         say(f"wrote {path}")
     print(suite_report.headline_table(suite.report))
+
+
+def print_items(suite: Suite) -> None:
+    """Prints the items, and how long each is expected to take."""
+    for item in suite.items:
+        seconds = suite_plan.expected_seconds(item, suite.machine)
+        labels = ", ".join(side.label for side in item.sides)
+        print(f"{seconds:5.0f} s  {item.name}: {labels}")

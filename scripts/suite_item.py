@@ -23,6 +23,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import compiled_program
 import flax
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def machine() -> dict[str, Any]:
         "device_kind": device.device_kind,
         "device_bytes": stats.get("bytes_limit"),
         "backend": getattr(device.client, "platform_version", ""),
+        "driver": _driver() if jax.default_backend() == "gpu" else None,
         "cpu_model": measurement.cpu_model(),
         "cpu_cores": os.cpu_count(),
         "avx512": _has_avx512(),
@@ -70,6 +72,21 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _driver() -> str | None:
+    """Driver, power limit and highest clock of NVIDIA's devices, if it can be read."""
+    asked = "--query-gpu=driver_version,power.limit,clocks.max.sm"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", asked, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a container may be without the program
+    return done.stdout.strip()
+
+
 def _has_avx512() -> bool | None:
     info = pathlib.Path("/proc/cpuinfo")
     return "avx512f" in info.read_text(encoding="utf-8") if info.exists() else None
@@ -82,16 +99,19 @@ class PeerError(Exception):
 class TimmProcess:
     """The process of timm_peer.py."""
 
-    def __init__(self, python: str, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, python: str) -> None:
         self.process = subprocess.Popen(
             [python, str(HERE / "timm_peer.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Returns the reply to a request of timm_peer.py.
+
+        Args:
+          request: the request.
+          seconds: how long the reply may take.
 
         Raises:
           PeerError: it failed, or did not answer in time.
@@ -103,10 +123,9 @@ class TimmProcess:
             self.process.stdin.flush()
         except BrokenPipeError as error:
             raise PeerError("timm's process has ended") from error
-        left = max(self.deadline - time.monotonic(), 0)
-        if not select.select([self.process.stdout], [], [], left)[0]:
+        if not select.select([self.process.stdout], [], [], max(seconds, 0))[0]:
             self.process.kill()
-            raise PeerError(f"timm did not answer within {left:.0f} s")
+            raise PeerError(f"timm did not answer within {seconds:.0f} s")
         line = self.process.stdout.readline()
         if not line:
             raise PeerError(f"timm's process ended with {self.process.wait()}")
@@ -201,11 +220,9 @@ class Worker:
                 slice_size=side.slice_size,
             )
         figures |= costs
-        figures["total_bytes"] = (
-            sum(
-                costs.get(f"{name}_bytes", 0) for name in ("temp", "argument", "output")
-            )
-        ) - costs.get("alias_bytes", 0)
+        kinds = ("temp", "argument", "output")
+        used = sum(costs.get(f"{kind}_bytes", 0) for kind in kinds)
+        figures["total_bytes"] = used - costs.get("alias_bytes", 0)
         if side.program:
             self.keep_program(side, executable, figures)
         if not side.timed:
@@ -249,19 +266,18 @@ class Worker:
     def timm_clock(self, side: Side, figures: dict[str, Any]) -> Clock:
         """Prepares a side of timm's process."""
         if self.timm is None:
-            # A tenth of what is left remains for the others' rounds.
-            left = self.deadline - time.monotonic()
-            deadline = time.monotonic() + 0.9 * left
-            self.timm = TimmProcess(self.request["timm_python"], deadline)
-        figures |= self.timm.ask(
-            {
-                "prepare": vars(side) | {"fields": side.fields_now},
-                "dtype": self.request["dtype"],
-                "threads": self.request["threads"],
-            }
-        )
+            self.timm = TimmProcess(self.request["timm_python"])
         ask = self.timm.ask
-        return lambda times: ask({"clock": side.label, "times": times})
+        request = {
+            "prepare": vars(side) | {"fields": side.fields_now},
+            "dtype": self.request["dtype"],
+            "threads": self.request["threads"],
+        }
+        # A part of the time that is left remains for the others' rounds.
+        figures |= ask(request, 0.8 * (self.deadline - time.monotonic()))
+        return lambda times: ask(
+            {"clock": side.label, "times": times}, self.deadline - time.monotonic()
+        )
 
     def onnx_clock(self, side: Side, bench: Bench, figures: dict[str, Any]) -> Clock:
         """Prepares onnxruntime on our own graph."""
@@ -350,12 +366,26 @@ class Worker:
     def keep_program(
         self, side: Side, executable: Any, figures: dict[str, Any]
     ) -> None:
-        """Writes the compiled program beside the result."""
+        """Writes the compiled program beside the result, and sums up its kernels."""
         name = f"{self.item.name} {side.label}".replace(" ", "_")
         path = pathlib.Path(self.request["programs"]) / f"{name}.hlo.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(executable.as_text().encode()))
+        text = executable.as_text()
+        path.write_bytes(gzip.compress(text.encode()))
         figures["program"] = path.name
+        try:
+            found = compiled_program.kernels(text)
+        except Exception as error:  # the program is kept, and the side is timed
+            figures["program_error"] = f"{type(error).__name__}: {error}"
+            say(f"  {self.item.name}: {side.label}: {figures['program_error']}")
+            return
+        figures["kernels"] = kernel_sums(found)
+        figures["written_elsewhere_bytes"] = {  # stem and head are counted with them
+            where: compiled_program.elsewhere_written(found, where)
+            / side.batch
+            / figures["blocks"]
+            for where in compiled_program.PASSES
+        }
 
     def rates(self) -> None:
         """Measures products, the large one and those of our shapes, and a copy."""
@@ -396,6 +426,24 @@ class Worker:
         calls = max(1, min(500, round(0.1 / timed(times=1)["wall_s"])))
         times = [timed(times=calls)[self.key] for _ in range(3)]
         return measurement.statistics_of(times)["median_s"]
+
+
+def kernel_sums(found: list[Any]) -> dict[str, dict[str, int]]:
+    """Returns how many kernels of a kind there are, and what they read and write.
+
+    Args:
+      found: kernels of `compiled_program.kernels`; library products are told apart by
+        their epilogue.
+    """
+    sums: dict[str, dict[str, int]] = {}
+    for kernel in found:
+        library = kernel.kind == compiled_program.LIBRARY
+        name = f"{kernel.kind}, {kernel.work}" if library else kernel.kind
+        one = sums.setdefault(name, {"count": 0, "read_bytes": 0, "written_bytes": 0})
+        one["count"] += kernel.turns
+        one["read_bytes"] += kernel.turns * kernel.read
+        one["written_bytes"] += kernel.turns * kernel.written
+    return sums
 
 
 def _multiplied(m: int, k: int, n: int, dtype: str) -> Callable[[], Any]:

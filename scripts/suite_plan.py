@@ -111,7 +111,13 @@ MACHINES = {
 
 
 def beside(
-    kind: str, model: str, batch: int, *peers: str, also: str = "", **more: Any
+    kind: str,
+    model: str,
+    batch: int,
+    *peers: str,
+    also: str = "",
+    rounds: int = 5,
+    **more: Any,
 ) -> Item:
     """Returns an item of our model beside its peers.
 
@@ -119,6 +125,7 @@ def beside(
       kind, model, batch: fields of all sides.
       *peers: what they are compared with: "literal", "timm MODE", "onnxruntime".
       also: end of its name, where an item of this pass, model and batch is there.
+      rounds: number of timings of each side.
       **more: other fields of our side.
     """
     sides = [Side("ours", kind=kind, model=model, batch=batch, **more)]
@@ -126,7 +133,7 @@ def beside(
         whose, _, mode = peer.partition(" ")
         options = {"mode": mode} if mode else {}
         sides.append(Side(peer, whose, kind, model, batch, options=options))
-    return Item(f"{kind} {model} batch {batch}{also}", tuple(sides))
+    return Item(f"{kind} {model} batch {batch}{also}", tuple(sides), rounds)
 
 
 def variants(
@@ -189,7 +196,7 @@ def cpu_items() -> list[Item]:
                 "keeps nothing": {"run": {"remat": "full"}},
             },
         ),
-        beside("forward", b16, 32, "literal", eager, onnx),
+        beside("forward", b16, 32, "literal", eager, onnx, rounds=3),
         beside("forward", s16, 8, "literal", eager, onnx),
         beside("forward", s16, 1, "literal", eager, onnx),
         beside("forward", s16, 32, "literal", eager, onnx),
@@ -229,7 +236,6 @@ def cpu_items() -> list[Item]:
         beside("forward", "mixer_h14", 1, "literal", eager),
         beside("train", "mixer_b32", 8, "literal", eager),
         *curves(batches=(1, 2, 4, 8, 16, 32), batch=1),
-        variants("levels of mixer_b16 batch 8", step, LEVELS, rounds=3),
         variants(
             "compiler's options of mixer_b16 batch 8",
             Side("ours", kind="forward", batch=8),
@@ -253,8 +259,8 @@ def cpu_items() -> list[Item]:
             ),
             rounds=3,
         ),
-        beside("train", s16, 32, "timm compiled", also=", timm compiled"),
-        beside("train", "mixer_l16", 2, "literal", eager),
+        beside("train", s16, 32, "timm compiled", also=", timm compiled", rounds=3),
+        beside("train", "mixer_l16", 2, "literal", eager, rounds=3),
     ]
 
 

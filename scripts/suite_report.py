@@ -16,6 +16,8 @@ PEERS = (
     ("onnxruntime", "onnxruntime"),
 )
 
+SHORT = (("train", "mixer_b16"), ("train", "mixer_s16"), ("forward", "mixer_b16"))
+
 
 def load(name: str) -> dict[str, Any]:
     """Returns the results in a suite's folder, or in a file.
@@ -96,12 +98,12 @@ def headline_table(report: dict[str, Any], *, short: bool = False) -> str:
 
     Args:
       report: results of a suite.
-      short: whether only B/16 and S/16 are shown, and no memory.
+      short: whether only the rows of `SHORT` are shown, and no memory.
     """
     rows = [
         row
         for row in sorted(headlines(report), key=lambda row: row[0] != "train")
-        if not short or row[1] in ("mixer_b16", "mixer_s16")
+        if not short or row[:2] in SHORT
     ]
     peers = [(k, head) for k, head in PEERS if any(k in sides for *_, sides in rows)]
     heads = ["", "images/s", "of the product rate"]
@@ -164,10 +166,26 @@ def item_table(name: str, result: dict[str, Any]) -> str:
             f"{sorted(faults)[len(faults) // 2]:,.0f}" if faults else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    for label, side in sides.items():
+        if "kernels" in side:
+            lines.append(f"\nKernels of {label}:\n\n{kernel_table(side)}")
     if note := result.get("note"):
         lines.append(f"\n({note})")
     if result.get("status", "done") != "done":
         lines.append(f"\n({result['status']})")
+    return "\n".join(lines)
+
+
+def kernel_table(side: dict[str, Any]) -> str:
+    """Returns the kernels of a side's program by kind, as a table of Markdown."""
+    lines = ["| kind | number | reads MB | writes MB |", "|---|---:|---:|---:|"]
+    for kind, one in sorted(side["kernels"].items()):
+        read, written = one["read_bytes"] / 1e6, one["written_bytes"] / 1e6
+        lines.append(f"| {kind} | {one['count']:,} | {read:,.0f} | {written:,.0f} |")
+    total = sum(side["written_elsewhere_bytes"].values()) / 1e6
+    lines.append(
+        f"\nKernels other than products write {total:,.2f} MB per image and block."
+    )
     return "\n".join(lines)
 
 
@@ -252,7 +270,7 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
 
 
 # What is between <!-- suite: PLATFORM WHAT --> and <!-- end of suite -->, where WHAT is
-# nothing (our model beside its peers), "short" (the same for two models), or an item.
+# nothing (our model beside its peers), "short" (the same, in fewer rows), or an item.
 MARKED = re.compile(
     r"(?P<begin><!-- suite: (?P<platform>\w+)(?: (?P<what>[^\n]+?))? -->\n)"
     r".*?(?P<end><!-- end of suite -->)",
@@ -272,6 +290,9 @@ def rewritten(page: str, report: dict[str, Any]) -> str:
             made += f"\n\n{where(report)}."
         elif what in items:
             made = item_table(what, items[what])
+            if made_at := items[what].get("commit"):
+                date = items[what]["date"].partition(" ")[0]
+                made += f"\n\n({date}, commit {made_at})"
         else:
             return found[0]
         return f"{found['begin']}{made}\n{found['end']}"

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import benchmark
+import compiled_program
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ import stacked_step
 import suite
 import suite_item
 import suite_plan
+import suite_plot
 import suite_report
 import timm_peer
 from suite_plan import Item, Side
@@ -118,6 +120,19 @@ def test_a_smaller_item_takes_the_place_of_one_that_does_not_fit(tmp_path, clock
     assert measured == ["a"]
 
 
+def test_an_item_that_asks_for_something_else_by_now_is_measured_again(tmp_path, clock):
+    measured: list[Any] = []
+
+    def measure(item, limit):
+        measured.append(item.rounds)
+        return {"status": "done", "sides": {}}
+
+    for rounds in (5, 5, 3):
+        items = [dataclasses.replace(ITEMS[0], rounds=rounds)]
+        suite.Suite(tmp_path / "s.json", IDENTITY, items, measure, 9, clock).run()
+    assert measured == [5, 3]
+
+
 @pytest.mark.parametrize("key", suite.SAME)
 def test_figures_of_another_machine_or_code_are_not_mixed(key, tmp_path, clock):
     start(tmp_path, clock, 60, [])
@@ -128,6 +143,21 @@ def test_figures_of_another_machine_or_code_are_not_mixed(key, tmp_path, clock):
 def test_another_commit_of_the_same_code_continues(tmp_path, clock):
     start(tmp_path, clock, 60, [])
     start(tmp_path, clock, 60, [], commit="decaf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--out=FOLDER says where the results go."),
+        (["--minutes=0"], "'0' is not a number from 0.1"),
+        (["--compare", "no/suite", "no/suite"], "No such file or directory"),
+        (["--tables", "no/suite"], "No such file or directory"),
+    ],
+)
+def test_mistakes_are_answered_in_words(arguments, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["suite", *arguments])
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -192,29 +222,40 @@ def tiny(label, **fields):
     return Side(label, model="mixer_s32", batch=2, image_size=64, fields=TINY, **fields)
 
 
-def test_an_item_times_what_works_and_names_what_does_not():
+def test_an_item_times_what_works_and_names_what_does_not(tmp_path):
     made, writes = worker(
-        tiny("ours", kind="forward"),
-        tiny("unknown option", kind="forward", options={"xla_no_such_option": 1}),
         tiny("timm eager", whose="timm", kind="forward"),
-        tiny("slices", kind="forward", slice_size=1),
+        tiny("unknown option", kind="forward", options={"xla_no_such_option": 1}),
+        tiny("ours", kind="forward", program=True),
+        programs=str(tmp_path),
     )
     made.run()
     sides = made.result["sides"]
     assert "xla_no_such_option" in sides["unknown option"]["error"]
     assert "no/such/python" in sides["timm eager"]["error"]
-    for label in ("ours", "slices"):
-        assert len(sides[label]["rounds"]["cpu_s"]) == 2
-        images = 2 / sides[label]["median_s"]
-        assert sides[label]["images_per_s"] == pytest.approx(images)
-        assert sides[label]["temp_bytes"] > 0
-    assert sides["ours"]["logits"]["first"] == pytest.approx(
-        sides["slices"]["logits"]["first"], abs=1e-5
-    )
+    ours = sides["ours"]
+    assert len(ours["rounds"]["cpu_s"]) == 2
+    assert ours["images_per_s"] == pytest.approx(2 / ours["median_s"])
+    assert ours["temp_bytes"] > 0
+    assert (tmp_path / "tiny_ours.hlo.gz").exists()
+    assert ours["kernels"]["product fusion"]["count"] > 0
     # Every figure is written when it is there.
-    assert "first_call" in writes[0]["sides"]["ours"]
-    assert "slices" not in writes[0]["sides"]
-    assert [write.get("rounds") for write in writes] == [None] * 4 + [1, 2]
+    assert [len(write["sides"]) for write in writes] == [1, 2, 3, 3, 3]
+    assert [write.get("rounds") for write in writes] == [None] * 3 + [1, 2]
+    assert "first_call" in writes[2]["sides"]["ours"]
+
+
+@pytest.mark.slow
+def test_all_sides_compute_the_same():
+    made, _ = worker(
+        tiny("ours", kind="forward"),
+        tiny("slices", kind="forward", slice_size=1),
+        tiny("literal", whose="literal", kind="forward"),
+    )
+    made.run()
+    first, *others = (side["logits"]["first"] for side in made.result["sides"].values())
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-5)
 
 
 def test_an_item_without_time_for_another_round_keeps_what_it_has():
@@ -253,6 +294,24 @@ def test_without_timm_its_process_says_so(request_, monkeypatch):
     assert reply["error"].startswith("torch is not installed")
 
 
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("exec sleep 30", "did not answer within 0 s"),
+        ("read line; exit 3", "ended with 3"),
+        ('read line; echo \'{"error": "no GPU"}\'; read line', "no GPU"),
+    ],
+)
+def test_a_peer_that_hangs_dies_or_refuses_is_told_apart(does, says, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    peer = suite_item.TimmProcess(str(python))
+    with peer.process, pytest.raises(suite_item.PeerError, match=says):
+        peer.ask({}, seconds=0.3 if "sleep" in does else 10)
+    assert peer.process.returncode is not None
+
+
 @pytest.mark.slow
 def test_a_small_suite_runs_to_its_end_and_is_not_repeated(tmp_path, capfd):
     command = ["suite", f"--out={tmp_path}", "--only=train mixer_s32", "--minutes=5"]
@@ -287,7 +346,13 @@ def side_of(*times, batch=8, **more):
 
 
 def report_of(**sides):
-    items = {"train mixer_b16 batch 8": {"sides": sides, "status": "done"}}
+    item = {
+        "sides": sides,
+        "status": "done",
+        "date": "2026-11-25 9:00",
+        "commit": "bee",
+    }
+    items = {"train mixer_b16 batch 8": item}
     starts = [{"date": "2026-11-26 12:00:00 UTC", "commit": "c0ffee"}]
     return IDENTITY | {"items": items, "starts": starts, "left_out": {}}
 
@@ -310,6 +375,27 @@ def test_a_comparison_is_of_medians_and_marks_what_leaves_the_spread():
     assert not any(line.endswith(": gone") for line in lines)
     back = suite_report.comparison(b, a)
     assert "0.55   0.42 –  0.99  slower" in back
+
+
+def test_the_kernels_of_a_program_are_summed_by_kind():
+    def kernel(kind, work, turns):
+        return compiled_program.Kernel("k", kind, "forward", "", work, 3, 5, 0, turns)
+
+    found = [
+        kernel("library product", "gemm BIAS", 1),
+        kernel("library product", "gemm GELU", 2),
+        kernel("fusion", "add", 1),
+        kernel("fusion", "reduce", 4),
+    ]
+    sums = suite_item.kernel_sums(found)
+    assert sums["library product, gemm GELU"] == {
+        "count": 2, "read_bytes": 6, "written_bytes": 10,
+    }  # fmt: skip
+    assert sums["fusion"] == {"count": 5, "read_bytes": 15, "written_bytes": 25}
+    side = {"kernels": sums, "written_elsewhere_bytes": {"forward": 2e6, "update": 5e5}}
+    text = suite_report.kernel_table(side)
+    assert "| library product, gemm BIAS | 1 | 0 | 0 |" in text
+    assert "write 2.50 MB per image and block" in text
 
 
 def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
@@ -339,7 +425,33 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     assert "\nbetween\n<!-- suite: gpu -->\nkept\n" in text
     assert "| ours | 4 | 2,000.00 | 100% | 50% | 1.00 |" in text
     assert "| literal | 2 | 4,000.00 | 100% | 50% | 0.50 |" in text
+    assert "\n(2026-11-25, commit bee)\n" in text
     assert "<!-- suite: cpu not measured -->\nkept\n" in text
     assert text.endswith("<!-- end of suite -->\nend\n")
     assert list(suite_report.write_pages(report, tmp_path)) == []
     assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_plot_shows_curves_in_order_and_each_model_once(tmp_path):
+    curve = {
+        "2 images": side_of(1, 2, 3, batch=2),
+        "1 images": side_of(1, 1, 1, batch=1),
+        "4 images": {"batch": 4, "error": "out of memory"},
+    }
+    report = report_of(ours=side_of(1, 2, 3))
+    report["items"]["train mixer_s16 batch 8"] = {"sides": {"ours": side_of(1, 2, 3)}}
+    report["items"]["train mixer_s16 batch 32"] = {
+        "sides": {"ours": side_of(1, 2, 3, batch=32)}
+    }
+    assert suite_plot.costs(report, "train") == [
+        ("mixer_b16", 1e9, 1 / 4), ("mixer_s16", 1e9, 1 / 16),
+    ]  # fmt: skip
+    assert list(suite_plot.write_plot(report, tmp_path / "a.png")) == [
+        tmp_path / "a.png"
+    ]
+    report["items"]["curve of batches, forward"] = {"sides": curve}
+    assert suite_plot.points(report, "batches", "forward") == [(1, 1.0), (2, 1.0)]
+    list(suite_plot.write_plot(report, tmp_path / "b.png"))
+    assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size
+    report["items"] = {}
+    assert list(suite_plot.write_plot(report, tmp_path / "c.png")) == []
