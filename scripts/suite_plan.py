@@ -23,7 +23,7 @@ class Side:
     Attributes:
       label: its name within the item; the first side is what others are compared with.
       whose: "ours", "literal", "stacked" (ours, with the state stacked in memory),
-        "timm" or "onnxruntime".
+        "bias row" (ours, see bias_row.py), "timm" or "onnxruntime".
       kind: "train" (a whole step) or "forward".
       model: a key of `SIZES`.
       batch: number of images of one call.
@@ -153,6 +153,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "scanned, keeps nothing": {"run": {"scan": True, "remat": "full"}},
 }
 SCANNED = FORMS["scanned, keeps pre-GELU"]
+# Then every product is cuBLASLt's, with biases and GELUs as its epilogues: see
+# docs/benchmarks/compiled_programs.md.
+WITHOUT_TRITON = {"options": {"xla_gpu_enable_triton_gemm": False}, "program": True}
 LEVELS = {
     f"level {level}": {"options": {"jax_optimization_level": level}}
     for level in ("O0", "O1", "O2", "O3")
@@ -283,8 +286,20 @@ def accelerator_items() -> list[Item]:
             step,
             {
                 "without cuBLASLt": {"options": {"xla_gpu_enable_cublaslt": False}},
-                "without Triton": {"options": {"xla_gpu_enable_triton_gemm": False}},
+                "without Triton": WITHOUT_TRITON,
+                "bias as a row": {"whose": "bias row", "program": True},
+                "bias as a row, without Triton": {"whose": "bias row"} | WITHOUT_TRITON,
                 "no autotuning": {"options": {"xla_gpu_autotune_level": 0}},
+            },
+            rounds=4,
+        ),
+        variants(
+            "products of the mixer_b16 inference batch 256",
+            forward,
+            {
+                "without cuBLASLt": {"options": {"xla_gpu_enable_cublaslt": False}},
+                "without Triton": WITHOUT_TRITON,
+                "bias as a row, without Triton": {"whose": "bias row"} | WITHOUT_TRITON,
             },
             rounds=4,
         ),
@@ -357,14 +372,7 @@ def accelerator_items() -> list[Item]:
             },
         ),
         variants(
-            "program of the mixer_b16 inference batch 256",
-            forward,
-            {
-                "without cuBLASLt": {"options": {"xla_gpu_enable_cublaslt": False}},
-                "without Triton": {"options": {"xla_gpu_enable_triton_gemm": False}},
-                **LEVELS,
-            },
-            rounds=4,
+            "levels of the mixer_b16 inference batch 256", forward, LEVELS, rounds=4
         ),
         beside("train", b16, 256, "timm max-autotune", also=", timm max-autotune"),
         compile_times(),
