@@ -4,6 +4,7 @@
     python scripts/benchmark.py mixer_h14 --batch=8 --compile-only
     python scripts/benchmark.py configs/mixer_b16.py:imagenet21k --out=b16.json
     python scripts/benchmark.py input        (the host's side: see input_benchmark.py)
+    python scripts/benchmark.py suite --out=FOLDER      (everything: see suite.py)
 
 Forward pass and training step of both, interleaved round by round in one process with
 the same flags, optimiser and loss, beside a large matrix product as the ceiling. A
@@ -14,71 +15,41 @@ programs on the machine disturb least. Elsewhere: wall time.
 
 import argparse
 import ast
-import dataclasses
 import functools
-import gc
 import json
 import os
 import pathlib
 import platform
 import statistics
 import sys
-import time
 import types
 from collections.abc import Callable
 from typing import Any
 
-# Also in a bare clone, where the package is not installed; and always this clone's.
-sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[1]))
-
 import arguments
 import flax
 import jax
-import jax.extend
 import jax.numpy as jnp
 import jaxlib
-import literal_mixer
 import numpy as np
 import optax
+from measurement import (
+    KINDS,
+    OPTIM,
+    Bench,
+    Job,
+    clock,
+    cpu_model,
+    fields_of,
+    interleave,
+    say,
+    start_devices,
+    statistics_of,
+    training,
+)
 
-from mlp_mixer import errors, experiment, models, sharding, steps
-from mlp_mixer.models.mixer import MlpMixer
+from mlp_mixer import errors
 from mlp_mixer.models.trunk import REMAT_POLICIES
-
-# What is measured without a recipe: an update as in pretraining.
-OPTIM = {
-    "warmup_steps": 10_000,
-    "learning_rate": 1e-3,
-    "decay": "linear",
-    "end_learning_rate": 1e-5,
-    "end_factor": None,
-    "name": "adam",
-    "b1": 0.9,
-    "b2": 0.999,
-    "eps": 1e-8,
-    "momentum": 0.9,
-    "momentum_dtype": "float32",
-    "weight_decay": 0.1,
-    "decayed": "kernels",
-    "clip_norm": 1.0,
-}
-KINDS = ("forward", "train")
-
-
-@dataclasses.dataclass
-class Job:
-    """What is measured: of a recipe what `experiment.build` reads."""
-
-    model: dict[str, Any]
-    dataset: types.SimpleNamespace  # with num_classes
-    optim: dict[str, Any]
-    total_steps: int
-    run: dict[str, Any]
-    loss: str = "sigmoid_xent"
-    mixup: float = 0.0
-    seed: int = 0
-    accumulate: int = 1
-    sharding: str = "replicated"
 
 
 def job_of(args: argparse.Namespace) -> Job:
@@ -114,169 +85,6 @@ def job_of(args: argparse.Namespace) -> Job:
     return job
 
 
-def fields_of(model: Any, of: type) -> dict[str, Any]:
-    """The values that `model` has for the fields of a module class."""
-    names = [f.name for f in dataclasses.fields(of)]
-    others = ("parent", "name", "run", "dtype")
-    return {name: getattr(model, name) for name in names if name not in others}
-
-
-def literal_of(model: MlpMixer) -> literal_mixer.LiteralMixer:
-    """The literal model of the same sizes, hence of the same parameter tree."""
-    literal = literal_mixer.LiteralMixer
-    fields = fields_of(model, literal) | {"dtype": model.run.dtype}
-    return literal(**fields)
-
-
-def flops(model: Any, image_size: tuple[int, int]) -> dict[str, int]:
-    """Floating-point operations per image: 2 per multiply-add, products only.
-
-    Training is three times the forward pass, less the stem's input gradient; what
-    rematerialisation computes again is not work done.
-    """
-    (height, width), (ph, pw) = image_size, model.patch_size
-    s, c = (height // ph) * (width // pw), model.hidden_dim
-    stem = s * ph * pw * 3 * c
-    block = 2 * s * model.tokens_mlp_dim * c + 2 * s * c * model.channels_mlp_dim
-    forward = stem + model.num_blocks * block + c * (model.num_classes or 0)
-    return {"forward": 2 * forward, "train": 2 * (3 * forward - stem)}
-
-
-def start_devices(threads: int | None, count: int) -> int | None:
-    """Prepares the backend; returns its CPU threads (None: all, or not a CPU)."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    if jax.default_backend() != "cpu":
-        return None
-    # The CPU client sizes its pool by NPROC (or by the affinity mask) when it is made;
-    # --xla_cpu_multi_thread_eigen=false no longer has an effect.
-    threads = 1 if threads is None else threads
-    jax.extend.backend.clear_backends()
-    if threads:
-        os.environ["NPROC"] = str(threads)
-    if count > 1:
-        jax.config.update("jax_num_cpu_devices", count)
-    return threads or None
-
-
-def say(message: str) -> None:
-    """A line of progress, apart from the results."""
-    print(message, file=sys.stderr, flush=True)
-
-
-class Bench:
-    """Both models on one mesh: compiles, runs and times them."""
-
-    def __init__(self, job: Job, batch: int, devices: int, peer: bool) -> None:
-        self.mesh = sharding.make_mesh(devices)
-        classes = job.dataset.num_classes
-        ours: Any = experiment.create_model(job, self.mesh, classes)
-        if not isinstance(ours, MlpMixer):
-            raise ValueError(
-                f"{job.model['name']} is no MLP-Mixer, of which the operations are "
-                "counted and the literal model is the peer; try mixer_b16."
-            )
-        self.models = {"ours": ours} | ({"literal": literal_of(ours)} if peer else {})
-        self.job, self.batch = job, batch
-        self.size = tuple(job.model["image_size"])
-        self.example = {"image": jax.ShapeDtypeStruct((1, *self.size, 3), "uint8")}
-        self.flops = flops(ours, self.size)
-        self.built = self._build(ours)
-
-    def _build(self, model: Any) -> experiment.Experiment:
-        job = self.job
-        return experiment.build(
-            job, self.mesh, self.example, job.total_steps, model=model
-        )
-
-    def _jitted(self, kind: str, model: Any) -> tuple[Any, tuple]:
-        cut = sharding.batch(self.mesh)
-        image = jax.ShapeDtypeStruct((self.batch, *self.size, 3), "uint8", sharding=cut)
-        if kind == "forward":
-
-            def forward(params, image):
-                image = steps.value_range(image)
-                return model.apply({"params": params}, image)[0]
-
-            return jax.jit(forward, out_shardings=cut), (
-                self.built.target.params,
-                image,
-            )
-        label = jax.ShapeDtypeStruct((self.batch,), "int32", sharding=cut)
-        built = self._build(model)
-        return built.train_step, (built.target, {"image": image, "label": label})
-
-    def compile(self, kind: str, name: str) -> tuple[Any, dict[str, Any]]:
-        """Returns the executable, and what it cost and needs."""
-        # Functions are traced once per identity: an earlier trace must not be free.
-        jax.clear_caches()
-        gc.collect()
-        cpu, wall = time.process_time(), time.perf_counter()
-        jitted, arguments = self._jitted(kind, self.models[name])
-        lowered = jitted.lower(*arguments)
-        executable = lowered.compile()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        result: dict[str, Any] = {"compile_cpu_s": [cpu], "compile_wall_s": [wall]}
-        if memory := executable.memory_analysis():
-            for field in ("temp", "argument", "output", "alias"):
-                result[f"{field}_bytes"] = getattr(memory, f"{field}_size_in_bytes")
-        run = getattr(self.models[name], "run", models.Run())
-        looped = kind == "train" and run.scan
-        # XLA counts the body of a loop once, whatever its number of turns.
-        cost = None if looped else lowered.cost_analysis()
-        result["xla_flops_per_image"] = cost and cost["flops"] / self.batch
-        return executable, result
-
-    def data(self) -> tuple[steps.TrainState, Any]:
-        """A state whose head is random, and a batch of noise.
-
-        A head of zeros would make all logits equal and all gradients below it zero.
-        """
-        model = self.models["ours"]
-        tx, target = self.built.tx, self.built.target
-        state = steps.init_state(model, tx, target, self.example, seed=0)
-        rng = np.random.default_rng(0)
-        kernel = state.params["head"]["kernel"]
-        random = rng.normal(0, kernel.shape[0] ** -0.5, kernel.shape)
-        state.params["head"]["kernel"] = jax.device_put(
-            random.astype(kernel.dtype), kernel.sharding
-        )
-        image = rng.integers(0, 256, (self.batch, *self.size, 3), np.uint8)
-        label = rng.integers(0, model.num_classes, self.batch, np.int32)
-        return state, sharding.place_rows({"image": image, "label": label}, self.mesh)
-
-    def product(self) -> tuple[Callable[[], Any], int]:
-        """A large square product in the compute dtype, and its operations."""
-        # Sizes at which the rate no longer grows.
-        n = 2048 if jax.default_backend() == "cpu" else 8192
-        a, b = jax.random.normal(jax.random.key(0), (2, n, n)).astype(
-            self.models["ours"].run.dtype
-        )
-        multiply = jax.jit(jnp.matmul).lower(a, b).compile()
-        return lambda: multiply(a, b), 2 * n**3
-
-
-def clock(run: Callable[[], Any], times: int) -> dict[str, float]:
-    """Seconds per call, until the device is done."""
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(times):
-        out = run()
-    jax.block_until_ready(out)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"cpu_s": cpu / times, "wall_s": wall / times}
-
-
-def training(executable: Any, state: Any, batch: Any) -> Callable[[], Any]:
-    """A run that takes the next step of a state of its own."""
-    state = jax.tree.map(jnp.copy, state)  # each step destroys its input
-
-    def run():
-        nonlocal state
-        state, scalars = executable(state, batch)
-        return scalars
-
-    return run
-
-
 def measure(
     bench: Bench, variants: dict[str, dict[str, Any]], rounds: int, seconds: float
 ) -> dict[str, Any]:
@@ -284,8 +92,7 @@ def measure(
     state, batch = bench.data()
     product, operations = bench.product()
     timed: dict[str, Any] = {"product": {"operations": operations}} | variants
-    runs: dict[str, Callable[[], Any]] = {}
-    calls: dict[str, int] = {}  # per timing, so that each lasts `seconds`
+    clocks: dict[str, Callable[[], dict[str, float]]] = {}
     logits: dict[str, Any] = {}
     for name, result in timed.items():
         kind, _, whose = name.partition(" ")
@@ -302,16 +109,16 @@ def measure(
                     run = functools.partial(executable, state.params, batch["image"])
                     logits[whose] = np.asarray(run())
             jax.block_until_ready(run())
-            calls[name] = max(1, round(seconds / clock(run, 1)["wall_s"]))
-            runs[name] = run
+            timed_once = functools.partial(clock, run, wait=jax.block_until_ready)
+            calls = max(1, round(seconds / timed_once(times=1)["wall_s"]))
+            clocks[name] = functools.partial(timed_once, times=calls)
         except jax.errors.JaxRuntimeError as error:  # e.g. out of memory: the rest runs
             result["error"] = str(error).splitlines()[0]
             say(f"{name}: {result['error']}")
-    for i in range(rounds):
-        say(f"round {i + 1}/{rounds} ...")
-        # There and back, so that a drift of the machine favours nobody.
-        for name in list(runs)[:: 1 if i % 2 == 0 else -1]:
-            for key, value in clock(runs[name], calls[name]).items():
+    for i, timings in enumerate(interleave(clocks, rounds), 1):
+        say(f"round {i}/{rounds} is done")
+        for name, timing in timings.items():
+            for key, value in timing.items():
                 timed[name].setdefault(key, []).append(value)
     out: dict[str, Any] = {"product": timed["product"]}
     stats = jax.devices()[0].memory_stats() or {}
@@ -334,12 +141,10 @@ def summarise(report: dict[str, Any]) -> None:
         report["product"]["flops_per_s"] = rate
     for result in variants.values():
         if times := result.get(key):
-            median = statistics.median(times)
-            result |= {"median_s": median, "min_s": min(times), "max_s": max(times)}
-            result["spread"] = (max(times) - min(times)) / median
-            result["images_per_s"] = batch / median
+            result |= statistics_of(times)
+            result["images_per_s"] = batch / result["median_s"]
             if rate:
-                work = result["flops_per_image"] * batch / median
+                work = result["flops_per_image"] * result["images_per_s"]
                 result["share_of_product_rate"] = work / rate / devices
         for field in ("compile_cpu_s", "compile_wall_s"):
             if field in result:
@@ -409,15 +214,6 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines + report["notes"])
 
 
-def cpu_model() -> str:
-    """The processor's own name for itself."""
-    info = pathlib.Path("/proc/cpuinfo")
-    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -456,6 +252,10 @@ def main(argv: list[str] | None = None) -> None:
         import input_benchmark  # needs the whole package, not five of its parts
 
         return input_benchmark.main(argv[1:], cpu_model())
+    if argv[:1] == ["suite"]:
+        import suite
+
+        return suite.main(argv[1:])
     args = parser().parse_args(argv)
     try:
         job = job_of(args)
@@ -466,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         parser().error(str(error))
     except Exception as error:
-        if (message := errors.message(error, ["benchmark"])) is None:
+        if (message := errors.message(error, ["benchmark", "measurement"])) is None:
             raise
         parser().error(message)
     ours: Any = bench.models["ours"]

@@ -10,6 +10,7 @@ import benchmark
 import jax
 import jax.numpy as jnp
 import literal_mixer
+import measurement
 import pytest
 
 from mlp_mixer import models
@@ -32,7 +33,7 @@ import sys
 sys.path.insert(0, "scripts")
 import einops, flax.linen, jax, jaxtyping, optax
 allowed = {name.partition(".")[0] for name in sys.modules} | sys.stdlib_module_names
-allowed |= {"mlp_mixer", "arguments", "benchmark", "literal_mixer"}
+allowed |= {"mlp_mixer", "arguments", "benchmark", "literal_mixer", "measurement"}
 for name in list(sys.modules):
     if name.partition(".")[0] in ("rich", "absl"):
         del sys.modules[name]
@@ -91,7 +92,7 @@ GFLOP = {
 
 @pytest.mark.parametrize("name", mixer.SIZES)
 def test_analytic_flops_are_those_of_table_1(name):
-    counted = benchmark.flops(models.create(name, num_classes=1000), (224, 224))
+    counted = measurement.flops(models.create(name, num_classes=1000), (224, 224))
     forward, train = GFLOP[name]
     assert counted["forward"] / 1e9 == pytest.approx(forward, abs=0.005)
     assert counted["train"] / 1e9 == pytest.approx(train, abs=0.05)
@@ -103,7 +104,7 @@ def test_analytic_flops_agree_with_the_compilers_count(name):
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     lowered = jax.jit(lambda v, x: model.apply(v, x)[0]).lower(variables, image)
-    counted = benchmark.flops(model, (224, 224))["forward"]
+    counted = measurement.flops(model, (224, 224))["forward"]
     # Elementwise work comes on top.
     cost = lowered.cost_analysis()
     assert cost is not None
@@ -113,11 +114,11 @@ def test_analytic_flops_agree_with_the_compilers_count(name):
 def test_flops_follow_image_shape_and_head():
     model = models.create("mixer_s16", num_classes=None, image_size=(32, 64))
     one, two = (
-        benchmark.flops(model, size)["forward"] for size in ((32, 64), (64, 64))
+        measurement.flops(model, size)["forward"] for size in ((32, 64), (64, 64))
     )
     assert two == 2 * one
     headed = models.create("mixer_s16", num_classes=7)
-    assert benchmark.flops(headed, (32, 64))["forward"] - one == 2 * 512 * 7
+    assert measurement.flops(headed, (32, 64))["forward"] - one == 2 * 512 * 7
 
 
 # --- One run --------------------------------------------------------------------------

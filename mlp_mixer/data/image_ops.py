@@ -198,10 +198,10 @@ def flip_lr(image: Image) -> Image:
     return cv2.flip(image, 1).reshape(image.shape)
 
 
-def shift(image: Image, dy: int, dx: int) -> Image:
-    """Moves the content down by `dy` and right by `dx` pixels, and fills with zeros."""
+def shift(image: Image, dy: int, dx: int, fill: int = 0) -> Image:
+    """Moves the content down by `dy` and right by `dx` pixels; `fill` comes in."""
     h, w = image.shape[:2]
-    out = np.zeros_like(image)
+    out = np.full_like(image, fill)
     out[max(dy, 0) : max(h + dy, 0), max(dx, 0) : max(w + dx, 0)] = image[
         max(-dy, 0) : max(h - dy, 0), max(-dx, 0) : max(w - dx, 0)
     ]

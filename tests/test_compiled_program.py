@@ -1,0 +1,126 @@
+"""What a compiled program reads and writes, and how little of that is not products."""
+
+import json
+import os
+import subprocess
+import sys
+
+import compiled_program
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled_program import kernels
+from jax import lax
+
+PROGRAM = """HloModule jit_train_step, is_scheduled=true
+
+%in_place (p.0: f32[4,8], p.1: f32[8]) -> f32[4,8] {
+  %p.0 = f32[4,8]{1,0} parameter(0)
+  %p.1 = f32[8]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,8]{1,0} bitcast(%p.1)
+  ROOT %set = f32[4,8]{1,0} dynamic-update-slice(%p.0, %row, %zero, %zero)
+}
+
+%one_row (q.0: f32[4,8]) -> (f32[8], f32[8]) {
+  %q.0 = f32[4,8]{1,0} parameter(0)
+  %first = f32[1,8]{1,0} slice(%q.0), slice={[0:1], [0:8]}
+  %flat = f32[8]{0} bitcast(%first)
+  %tanh.1 = f32[8]{0} tanh(%flat)
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%flat, %tanh.1)
+}
+
+ENTRY %main (x: bf16[4,16], w: bf16[16,8], b: bf16[8], t: f32[4,8]) -> f32[4,8] {
+  %x = bf16[4,16]{1,0} parameter(0)
+  %w = bf16[16,8]{1,0} parameter(1)
+  %b = bf16[8]{0} parameter(2)
+  %t = f32[4,8]{1,0} parameter(3)
+  %near = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} copy(%w)
+  %product = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, s8[4096]{0}) custom-call(%x, %near, %b), \
+custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(train_step)/jvp(MlpMixer)/MixerBlock_0/dot_general"}, \
+backend_config={"gemm_backend_config":{"beta":0,"dot_dimension_numbers":\
+{"lhs_contracting_dimensions":["1"]},"epilogue":"BIAS_GELU_AUX"}}
+  %rows = (f32[8]{0}, f32[8]{0}) fusion(%t), kind=kLoop, calls=%one_row, \
+metadata={op_name="jit(train_step)/transpose(jvp(MlpMixer))/MixerBlock_0/tanh"}
+  %row.1 = f32[8]{0} get-tuple-element(%rows), index=0
+  ROOT %out = f32[4,8]{1,0} fusion(%t, %row.1), kind=kLoop, calls=%in_place
+}
+"""
+
+
+def test_a_kernel_reads_and_writes_what_lies_in_the_devices_memory():
+    copy, product, rows, in_place = kernels(PROGRAM)
+    assert (copy.kind, copy.read, copy.written) == ("copy", 256, 0)  # goes on chip
+    # x and the bias; two results, without the library's workspace.
+    assert (product.read, product.written) == (4 * 16 * 2 + 8 * 2, 2 * 4 * 8 * 2)
+    assert (rows.read, rows.written) == (8 * 4, 2 * 8 * 4)  # a slice of t
+    assert (in_place.read, in_place.written) == (8 * 4, 8 * 4)  # nothing else of t
+
+
+def test_a_kernel_has_the_name_kind_and_work_of_what_it_computes():
+    _, product, rows, in_place = kernels(PROGRAM)
+    assert product.kind == compiled_program.LIBRARY
+    assert product.work == "__cublas$lt$matmul BIAS_GELU_AUX"
+    assert product.flops == 2 * 4 * 16 * 8
+    assert (product.where, product.part) == ("forward", "MixerBlock_0")
+    assert (rows.where, rows.kind, rows.work) == ("backward", "fusion", "slice tanh")
+    assert in_place.kind == "copy"
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_loops_kernels_count_as_often_as_it_turns(turns):
+    def layers(x, kernels):
+        return lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
+
+    shapes = jnp.zeros((4, 16)), jnp.zeros((turns, 16, 16))
+    text = jax.jit(layers).lower(*shapes).compile().as_text()
+    found = kernels(text)
+    assert sum(k.flops * k.turns for k in found) == turns * 2 * 4 * 16 * 16
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY computation"):
+        kernels("module @jit_f {}")
+
+
+def counted(chip, *words, tmp_path):
+    """What the command finds, in a process without the tests' own settings."""
+    out = tmp_path / "kernels.json"
+    command = [sys.executable, compiled_program.__file__, "mixer_b16", f"--chip={chip}"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run(
+        [*command, f"--out={out}", *words], check=True, env=environment, timeout=550
+    )
+    return json.loads(out.read_text())
+
+
+def largest(report):
+    """The kernels that are no products, the largest first: what to look at."""
+    others = (
+        k for k in report["kernels"] if k["kind"] not in compiled_program.PRODUCTS
+    )
+    by_size = sorted(others, key=lambda k: -k["written"] * k["turns"])
+    return "\n".join(
+        f"{k['written'] / 1e6:8.1f} MB {k['where']} {k['part']}: {k['work']}"
+        for k in by_size[:12]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bool(compiled_program.missing_wheels("h200")),
+    reason=compiled_program.missing_wheels("h200"),
+)
+@pytest.mark.parametrize(
+    ("products", "forward", "backward"),
+    [("generated", 3_045, 2_412), ("library", 1_546, 2_717)],
+)
+def test_on_an_h200_little_is_written_that_is_no_product(
+    products, forward, backward, tmp_path
+):
+    report = counted("h200", f"--products={products}", tmp_path=tmp_path)
+    written = report["written_per_image_and_block"]
+    names = largest(report)
+    assert written["forward"] <= forward * 1e3, names
+    assert written["backward"] <= backward * 1e3, names
