@@ -37,6 +37,15 @@ from suite_item import write_json
 from suite_plan import Item
 
 HERE = pathlib.Path(__file__).resolve().parent
+# Scripts that have a part in the figures, besides the package.
+MEASURING = (
+    "literal_mixer",
+    "measurement",
+    "onnx_peer",
+    "stacked_step",
+    "suite_item",
+    "timm_peer",
+)
 # What makes two figures comparable; of a folder with other values nothing is resumed.
 SAME = ("machine", "sources", "dtype", "threads")
 
@@ -44,10 +53,9 @@ SAME = ("machine", "sources", "dtype", "threads")
 def sources() -> str:
     """Returns a hash of the code that is measured, and of what measures it."""
     found = hashlib.sha256()
-    files = [*(HERE.parent / "mlp_mixer").rglob("*.py"), *HERE.glob("*.py")]
-    for path in sorted(files):
-        if not path.name.startswith(("suite_report", "suite_plan")):
-            found.update(path.read_bytes())
+    package = (HERE.parent / "mlp_mixer").rglob("*.py")
+    for path in sorted([*package, *(HERE / f"{name}.py" for name in MEASURING)]):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
@@ -140,7 +148,8 @@ class Suite:
         for i, item in enumerate(self.items, 1):
             known = self.report["items"].get(item.name, {})
             where = f"[{i}/{len(self.items)}] {item.name}"
-            if known.get("status") == "done":
+            asked = json.loads(json.dumps(dataclasses.asdict(item)))
+            if known.get("status") == "done" and known["item"] == asked:
                 say(f"{where}: is there")
                 continue
             expected = self.pace * suite_plan.expected_seconds(item, self.machine)
@@ -156,6 +165,7 @@ class Suite:
             took = self.seconds_now() - begun
             self.pace *= min(max(took / expected, 0.5), 2.0) ** 0.5
             result |= {"date": now(), "commit": commit(), "seconds": took}
+            result["item"] = asked
             self.report["items"][item.name] = result
             say(f"{where}: {result['status']} in {took:.0f} s")
             for line in suite_report.lines_of(result):

@@ -16,6 +16,8 @@ PEERS = (
     ("onnxruntime", "onnxruntime"),
 )
 
+SHORT = (("train", "mixer_b16"), ("train", "mixer_s16"), ("forward", "mixer_b16"))
+
 
 def load(name: str) -> dict[str, Any]:
     """Returns the results in a suite's folder, or in a file.
@@ -96,12 +98,12 @@ def headline_table(report: dict[str, Any], *, short: bool = False) -> str:
 
     Args:
       report: results of a suite.
-      short: whether only B/16 and S/16 are shown, and no memory.
+      short: whether only the rows of `SHORT` are shown, and no memory.
     """
     rows = [
         row
         for row in sorted(headlines(report), key=lambda row: row[0] != "train")
-        if not short or row[1] in ("mixer_b16", "mixer_s16")
+        if not short or row[:2] in SHORT
     ]
     peers = [(k, head) for k, head in PEERS if any(k in sides for *_, sides in rows)]
     heads = ["", "images/s", "of the product rate"]
@@ -268,7 +270,7 @@ def plot(report: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
 
 
 # What is between <!-- suite: PLATFORM WHAT --> and <!-- end of suite -->, where WHAT is
-# nothing (our model beside its peers), "short" (the same for two models), or an item.
+# nothing (our model beside its peers), "short" (the same, in fewer rows), or an item.
 MARKED = re.compile(
     r"(?P<begin><!-- suite: (?P<platform>\w+)(?: (?P<what>[^\n]+?))? -->\n)"
     r".*?(?P<end><!-- end of suite -->)",

@@ -120,6 +120,19 @@ def test_a_smaller_item_takes_the_place_of_one_that_does_not_fit(tmp_path, clock
     assert measured == ["a"]
 
 
+def test_an_item_that_asks_for_something_else_by_now_is_measured_again(tmp_path, clock):
+    measured: list[Any] = []
+
+    def measure(item, limit):
+        measured.append(item.rounds)
+        return {"status": "done", "sides": {}}
+
+    for rounds in (5, 5, 3):
+        items = [dataclasses.replace(ITEMS[0], rounds=rounds)]
+        suite.Suite(tmp_path / "s.json", IDENTITY, items, measure, 9, clock).run()
+    assert measured == [5, 3]
+
+
 @pytest.mark.parametrize("key", suite.SAME)
 def test_figures_of_another_machine_or_code_are_not_mixed(key, tmp_path, clock):
     start(tmp_path, clock, 60, [])
