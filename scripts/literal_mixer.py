@@ -53,7 +53,7 @@ class LiteralMixer(Model):
 
     @nn.compact
     def __call__(self, image, *, train=False):
-        """Returns (logits, {})."""
+        """Returns (logits (n, k), {"pre_logits": (n, c)})."""
         del train
         conv = nn.Conv(
             self.hidden_dim,
@@ -75,4 +75,4 @@ class LiteralMixer(Model):
         x = x.mean(1, dtype=jnp.float32)
         classes: Any = self.num_classes
         head = nn.Dense(classes, kernel_init=nn.initializers.zeros, name="head")
-        return head(x), {}
+        return head(x), {"pre_logits": x}

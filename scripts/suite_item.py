@@ -202,7 +202,7 @@ class Worker:
         bench = self.bench_of(side)
         ours: Any = bench.models["ours"]
         if side.whose == "ours":
-            figures["run"] = {"scan": ours.run.scan, "remat": ours.run.remat}
+            figures["run"] = str(ours.run)
         if side.whose == "onnxruntime":
             return self.onnx_clock(side, bench, figures)
         if side.whose == "stacked":
@@ -214,10 +214,7 @@ class Worker:
             _, executable, costs = measurement.compile_function(step, arguments, {})
         else:
             executable, costs = bench.compile(
-                side.kind,
-                side.whose,
-                options=side.options,
-                slice_size=side.slice_size,
+                side.kind, side.whose, options=side.options
             )
         figures |= costs
         kinds = ("temp", "argument", "output")
