@@ -35,6 +35,14 @@ _NAMES = {
 }
 
 
+def default_cache_dir() -> pathlib.Path:
+    """$MLP_MIXER_CACHE, or mlp_mixer in $XDG_CACHE_HOME, or in ~/.cache."""
+    if chosen := os.environ.get("MLP_MIXER_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(parent).expanduser() / "mlp_mixer"
+
+
 def read_json(path: epath.PathLike, *kinds: type) -> Any:
     """Returns the value in a JSON file.
 

@@ -33,7 +33,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32
 
-from mlp_mixer import console, program, runs, sharding, text, visualize
+from mlp_mixer import console, program, runs, sharding, text
 from mlp_mixer.data import decoding, folders, image_ops, pipeline
 from mlp_mixer.files import writing
 
@@ -382,6 +382,8 @@ def _write_sheet(
 ) -> None:
     if not shown:
         raise ValueError("none of the images chosen for it could be read")
+    from mlp_mixer import visualize  # only a sheet needs Matplotlib
+
     images = []
     for image in shown:
         pixels = decoding.decode(pathlib.Path(image.path).read_bytes(), exif=exif)

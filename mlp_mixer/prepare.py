@@ -61,4 +61,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "verify", True, "Whether to compare them with their published checksums."
     )
-    program.run(main)
+    program.run(main, compiles=False)

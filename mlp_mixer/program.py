@@ -17,7 +17,16 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from mlp_mixer import console, errors, fields, known, models, processes, recipe
+from mlp_mixer import (
+    compilation_cache,
+    console,
+    errors,
+    fields,
+    known,
+    models,
+    processes,
+    recipe,
+)
 from mlp_mixer.text import printable
 
 logger = logging.getLogger(__name__)
@@ -29,7 +38,12 @@ flags.disclaim_key_flags()
 WAIT_SECONDS = 300.0
 
 
-def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None:
+def run(
+    main: Callable[[list[str]], None],
+    *,
+    distributed: bool = False,
+    compiles: bool = True,
+) -> None:
     """Runs `main(arguments)` with the flags that are defined, and exits.
 
     An error that this project raises on purpose says what to do, so it is printed
@@ -38,6 +52,7 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
     Args:
       main: receives what is left of the command line without flags.
       distributed: whether the program may be one of several processes.
+      compiles: whether what it compiles is kept for its next start.
     """
     if distributed:
         flags.DEFINE_string(
@@ -47,9 +62,19 @@ def run(main: Callable[[list[str]], None], *, distributed: bool = False) -> None
             "or HOST:PORT,INDEX,COUNT with the address of process 0.",
         )
 
+    if compiles:
+        define_path(
+            "compilation_cache",
+            None,
+            "A folder that keeps compiled programs for the next start, or off; "
+            "~/.cache/mlp_mixer/compiled if not set.",
+        )
+
     def start(argv: list[str]) -> None:
         console.log_to_terminal()
         try:
+            if compiles:
+                compilation_cache.keep_programs(flags.FLAGS.compilation_cache)
             main(argv[1:])
         except Exception:
             if distributed and jax.process_count() > 1:

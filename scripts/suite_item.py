@@ -152,8 +152,8 @@ class Worker:
         self.write = write
         self.on_cpu = jax.default_backend() == "cpu"
         self.key = "cpu_s" if self.on_cpu else "wall_s"
-        # The fastest product of those tried: on CPUs larger ones leave the caches.
-        self.large = (1568, 768, 3072) if self.on_cpu else (8192, 8192, 8192)
+        # The size of the highest rate: on a CPU larger products leave the caches.
+        self.large = (1024,) * 3 if self.on_cpu else (8192,) * 3
         self.result: dict[str, Any] = {"compared_by": self.key, "sides": {}}
         self.timm: TimmProcess | None = None
         self.state: tuple[Any, Any] = (None, None)

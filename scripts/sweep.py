@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 import arguments
 
-from mlp_mixer import console, program, sweep
+from mlp_mixer import compilation_cache, console, program, sweep
 
 
 def parser(doc: str | None, workdir: str) -> argparse.ArgumentParser:
@@ -95,6 +95,7 @@ def start(main: Callable[[list[str]], None]) -> None:
     """Runs `main(arguments)` as a program does."""
     console.log_to_terminal()
     with program.errors_in_one_line("sweep"):
+        compilation_cache.keep_programs(None)
         main(sys.argv[1:])
 
 

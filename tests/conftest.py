@@ -13,21 +13,19 @@ import tempfile
 FLAGS = "--xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
-import jax  # noqa: E402  (reads the flags)
+# And the tests compile the same few programs: each once for the whole session, the
+# programs in other processes included.
+CACHE = tempfile.mkdtemp(prefix="mlp_mixer_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jax  # noqa: E402  (reads the environment)
 import pytest  # noqa: E402
 from set_up import random_params  # noqa: E402
 
 from mlp_mixer import models, pretrained, recipe, text  # noqa: E402
 
-# And the tests compile the same few programs: each once for the whole session, the
-# programs in other processes included.
-CACHE = {
-    "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="mlp_mixer_tests_"),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-}
-atexit.register(shutil.rmtree, CACHE["jax_compilation_cache_dir"], ignore_errors=True)
-for name, value in CACHE.items():
-    jax.config.update(name, value)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -130,9 +128,7 @@ def start_program(name, *arguments, cwd=None, devices=2):
     return subprocess.Popen(
         [sys.executable, "-m", f"mlp_mixer.{name}", *map(str, arguments)],
         cwd=cwd,
-        env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-        | {name.upper(): str(value) for name, value in CACHE.items()},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -25,6 +25,7 @@ LAYERS = (
         "losses",
         "fingerprints",
         "signals",
+        "compilation_cache",
         "metrics",
         "ownership",
         "data.decoding",
@@ -41,6 +42,7 @@ LAYERS = (
         "checkpoint",
         "history",
         "data.pipeline",
+        "data.prepared",
         "data.sources",
         "data.preparation",
         "visualize",
@@ -418,18 +420,27 @@ print(*sorted(packages() - before - sys.stdlib_module_names))
     assert printed_by(script).splitlines() == ["mlp_mixer", ""]
 
 
-def test_weights_as_a_library_load_nothing_that_only_some_files_need():
+def test_weights_and_predictions_load_nothing_that_only_some_of_them_need():
     script = """
 import sys
 import jax, flax.linen
 before = {*sys.modules}
+
+def show_packages():
+    print(*sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
+
 from mlp_mixer import pretrained
-print(*sorted({name.partition(".")[0] for name in {*sys.modules} - before}))
+show_packages()
+from mlp_mixer import predict
+show_packages()
 """
-    loaded = printed_by(script).split()
-    assert "mlp_mixer" in loaded
-    heavy = "orbax tensorstore tensorboardX ml_collections grain tensorflow_datasets"
-    assert not {*heavy.split(), "tensorflow", "torch", "cv2", "matplotlib"} & {*loaded}
+    weights, predictions = ({*line.split()} for line in printed_by(script).splitlines())
+    assert "mlp_mixer" in weights
+    only_some = {"tensorflow_datasets", "tensorflow", "torch", "onnx", "matplotlib"}
+    heavy = {"orbax", "tensorstore", "tensorboardX", "ml_collections", "grain", "cv2"}
+    assert not (only_some | heavy) & weights
+    assert "grain" in predictions  # and with it Orbax
+    assert not only_some & predictions
 
 
 def test_weights_load_what_they_need_when_they_are_read():

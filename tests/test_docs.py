@@ -165,7 +165,7 @@ def check_program(module, arguments, monkeypatch):
     path = ROOT / f"{module.replace('.', '/')}.py"
     before = set(flags.FLAGS)
 
-    def parse(main, *, distributed=False):
+    def parse(main, *, distributed=False, **_):
         kept = [w for w in arguments if not w.startswith("--distributed=")]
         assert distributed or kept == arguments, f"{module} is one process"
         monkeypatch.setattr(sys, "argv", [module, *kept])
@@ -297,8 +297,6 @@ exec {shlex.quote(sys.executable)} "$@"
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory, data_dir):
     """shell(text, folder): runs commands as a reader does, with short trainings."""
-    from conftest import CACHE
-
     bin = tmp_path_factory.mktemp("bin")
     (bin / "python").write_text(SHIM)
     (bin / "python").chmod(0o755)
@@ -308,7 +306,7 @@ def shell(tmp_path_factory, data_dir):
         "TFDS_DATA_DIR": data_dir,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "1",
-    } | {name.upper(): str(value) for name, value in CACHE.items()}
+    }
 
     def run(text, folder):
         return subprocess.run(

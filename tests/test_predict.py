@@ -21,7 +21,16 @@ import pytest
 import safetensors.numpy
 from odd_names import NAMES as ODD_NAMES
 
-from mlp_mixer import checkpoint, predict, pretrained, recipe, runs, text, workdir
+from mlp_mixer import (
+    checkpoint,
+    predict,
+    pretrained,
+    recipe,
+    runs,
+    text,
+    visualize,
+    workdir,
+)
 from mlp_mixer.data import decoding, image_ops
 from mlp_mixer.models.mixer import MlpMixer
 
@@ -323,13 +332,13 @@ def test_the_sheet_shows_images_evenly_up_to_its_size(
     weights, images, tmp_path, monkeypatch
 ):
     drawn = []
-    original = predict.visualize.sheet
+    original = visualize.sheet
 
     def sheet(images, **texts):
         drawn.append((images, texts))
         return original(images, **texts)
 
-    monkeypatch.setattr(predict.visualize, "sheet", sheet)
+    monkeypatch.setattr(visualize, "sheet", sheet)
     monkeypatch.setattr(predict, "SHEET", 5)
     path = tmp_path / "sheet.png"
     written([str(images)], weights=weights, sheet=str(path), top=2)
@@ -349,13 +358,13 @@ def test_the_sheet_shows_images_evenly_up_to_its_size(
 
 def test_a_photo_is_made_small_before_it_is_drawn(weights, tmp_path, monkeypatch):
     seen = []
-    original = predict.visualize.sheet
+    original = visualize.sheet
 
     def sheet(images, **texts):
         seen.append(images[0].shape)
         return original(images, **texts)
 
-    monkeypatch.setattr(predict.visualize, "sheet", sheet)
+    monkeypatch.setattr(visualize, "sheet", sheet)
     PIL.Image.new("RGB", (1600, 800)).save(tmp_path / "photo.png")
     path = str(tmp_path / "sheet.png")
     written([str(tmp_path)], weights=weights, sheet=path)
@@ -464,13 +473,13 @@ def test_photos_that_exif_turns_are_counted_and_turned_if_asked(
     assert not np.allclose(turned.probabilities, same.probabilities, rtol=1e-2)
     assert caplog.messages == ["2 of 3 images were turned as Exif says."]
     shown: list[tuple[int, ...]] = []
-    original = predict.visualize.sheet
+    original = visualize.sheet
 
     def sheet(images, **texts):
         shown.extend(image.shape for image in images)
         return original(images, **texts)
 
-    monkeypatch.setattr(predict.visualize, "sheet", sheet)
+    monkeypatch.setattr(visualize, "sheet", sheet)
     options = {"exif": True, "sheet": str(tmp_path / "sheet.png")}
     written(paths, weights=weights, **options)
     assert shown == [(30, 9, 3), (30, 9, 3), (9, 30, 3)]

@@ -471,6 +471,16 @@ def test_a_run_begins_the_same_on_every_mesh():
     assert (other.params["stem"]["kernel"] != one.params["stem"]["kernel"]).all()
 
 
+def test_a_run_begins_the_same_however_much_its_initialisation_is_optimised(
+    monkeypatch,
+):
+    quick = init_state(1, "replicated", 3)
+    monkeypatch.setitem(
+        steps.INIT_OPTIONS, "cpu", {"xla_backend_optimization_level": 3}
+    )
+    jax.tree.map(np.testing.assert_array_equal, init_state(1, "replicated", 3), quick)
+
+
 # --- What a step computes -------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from mlp_mixer.data import decoding
 from mlp_mixer.data.decoding import SUFFIXES
@@ -472,6 +471,8 @@ def subfolders(folder: pathlib.Path) -> tuple[str, ...]:
 
 def _slices(split: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
     """Parses `split` as TFDS does, over plain counts, to (name, start, stop)."""
+    import tensorflow_datasets as tfds  # slow, and not needed for files
+
     # TFDS reserves "all" for every split there is, and cuts no slices from it.
     infos = {
         f"{name}_": tfds.core.SplitInfo(f"{name}_", [count], 0)

@@ -1,32 +1,22 @@
-"""Where examples come from: TFDS data at random positions, image folders, noise.
+"""Where examples come from: prepared TFDS data, image folders, noise.
 
-Nothing here needs TensorFlow or the network. TFDS data is read in both of its formats,
-array_record and TFRecord.
+Nothing here needs TensorFlow or the network.
 """
 
 import concurrent.futures
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import grain
 import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
-from google.protobuf.message import DecodeError
 from jaxtyping import Int
-from tensorflow_datasets.core import read_only_builder
-from tensorflow_datasets.core.utils import file_utils
 
-from mlp_mixer.data import folders, preparation
+from mlp_mixer.data import folders
 from mlp_mixer.data.class_names import assumed, canonical, places
-from mlp_mixer.data.tfrecords import TFRecords
 
 Label = int | Int[np.ndarray, " m"]
 
@@ -105,7 +95,9 @@ def open_source(
             image_size=image_size,
         )
     else:
-        source = _TfdsSource(name, _find_builder(name, data_dir), split, label)
+        from mlp_mixer.data import prepared  # TFDS is slow to import
+
+        source = prepared.open_prepared(name, split, label, data_dir)
     if not len(source):
         raise ValueError(f"{name} {split} has 0 examples; widen the slice.")
     found = {"num_examples": len(source), "num_classes": source.num_classes}
@@ -122,138 +114,6 @@ def open_source(
             + "."
         )
     return source
-
-
-class _TfdsSource:
-    """A split of a prepared TFDS data set, its images left encoded."""
-
-    def __init__(
-        self,
-        name: str,
-        builder: tfds.core.DatasetBuilder,
-        split: str,
-        label: str,
-    ):
-        info = builder.info
-        features = dict(info.features)
-        image: Any = features.get("image")
-        classes: Any = features.get(label)
-        several = isinstance(classes, tfds.features.Sequence)
-        one = classes.feature if several else classes
-        if not (
-            isinstance(image, tfds.features.Image)
-            and isinstance(one, tfds.features.ClassLabel)
-        ):
-            found = {k: type(v).__name__ for k, v in features.items()}
-            raise ValueError(
-                f"{name} needs the features 'image' (Image) and {label!r} (ClassLabel);"
-                f" it has {found}. If another one holds the classes, name it:"
-                " dataset.label='...'."
-            )
-        formats = {f.value for f in info.available_file_formats()}
-        if not formats & {"array_record", "tfrecord"}:
-            raise ValueError(
-                f"{name} is stored as {sorted(formats)}; prepare it again with"
-                " file_format='array_record'."
-            )
-        random_access = "array_record" in formats
-        if random_access and info.file_format.value != "array_record":
-            builder = tfds.builder_from_directory(builder.data_dir, "array_record")
-        try:
-            files = builder.info.splits[split].file_instructions
-        except (KeyError, ValueError, NotImplementedError) as error:
-            raise ValueError(
-                f"{name} cannot be read as split {split!r} ({error}). Its splits are"
-                f" {', '.join(info.splits)}; a part is written like 'train[:99%]'."
-            ) from error
-        files = [file for file in files if file.take > 0]  # "train[10:5]" has others
-        self._prefix = f"{name} {split}"
-        self._label = label
-        # Only these are parsed; other features, such as a mask, cost nothing.
-        self._features = tfds.features.FeaturesDict({"image": image, label: classes})
-        self._label_features = tfds.features.FeaturesDict({label: classes})
-        self._id_features = tfds.features.FeaturesDict(
-            {k: features[k] for k in ("file_name", "id") if k in features}
-        )
-        read = grain.sources.ArrayRecordDataSource if random_access else TFRecords
-        self._records = read(files) if files else ()
-        self.version = str(info.version)
-        self.shards = [(file.filename, file.examples_in_shard) for file in files]
-        self.multi_label = several
-        self.num_classes = int(one.num_classes)
-        self.class_names = tuple(one.names)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self._parse(
-            self._features, index, decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        return {"image": example["image"], "label": self._as_label(example)}
-
-    def label(self, index: int) -> Label:
-        return self._as_label(self._parse(self._label_features, index))
-
-    def _parse(
-        self, features: tfds.features.FeaturesDict, index: int, **options: Any
-    ) -> dict[str, Any]:
-        try:
-            return features.deserialize_example_np(self._records[index], **options)
-        except DecodeError as error:
-            raise ValueError(f"{self._prefix}[{index}]: {error}") from error
-
-    def _as_label(self, example: dict[str, Any]) -> Label:
-        label = example[self._label]
-        return np.asarray(label, np.int64) if self.multi_label else int(label)
-
-    def name_of(self, index: int) -> str:
-        name = f"{self._prefix}[{index}]"
-        if not self._id_features:
-            return name
-        try:
-            ids = self._id_features.deserialize_example_np(self._records[index])
-        except DecodeError:
-            return name
-        ids = (v.decode() if isinstance(v, bytes) else str(v) for v in ids.values())
-        return f"{name} ({', '.join(ids)})"
-
-
-def _find_builder(
-    name: str, data_dir: str | os.PathLike | None
-) -> tfds.core.DatasetBuilder:
-    """The prepared TFDS data set of this name, found by its files, without code."""
-    folder = os.path.expanduser(os.fspath(data_dir)) if data_dir else None
-    try:
-        return read_only_builder.builder_from_files(name, data_dir=folder)
-    except tfds.core.DatasetNotFoundError:
-        pass
-    except ValueError as error:
-        raise ValueError(
-            f"{name!r} is neither one of {', '.join(DATASETS)} nor a TFDS name like"
-            " 'cifar10' or 'cifar10:3.0.2'."
-        ) from error
-    data_dirs = [pathlib.Path(path) for path in file_utils.list_data_dirs(folder)]
-
-    def prepared(path: str = "") -> list[str]:
-        existing = [root / path for root in data_dirs if (root / path).is_dir()]
-        return [name for root in existing for name in folders.subfolders(root)]
-
-    wanted = name.partition(":")[0]
-    kind, known = wanted.partition("/")[0], preparation.PREPARABLE
-    hint = ""
-    if versions := prepared(kind):
-        hint = f" Of {kind!r} there is only {', '.join(versions)}."
-    elif not {kind, wanted} & {*known}:
-        names = [*DATASETS, *known, *prepared()]
-        close = [n for n in names if n.startswith(kind)]
-        if close := close or difflib.get_close_matches(kind, names, 1):
-            hint = f" Did you mean {close[0]!r}?"
-    raise FileNotFoundError(
-        f"No prepared data set {name!r} in {', '.join(map(str, data_dirs))}.{hint}"
-        " Nothing is downloaded during training; prepare it once:\n"
-        + preparation.instructions(wanted, data_dirs[0])
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,10 +229,11 @@ def fingerprint(source: Source) -> dict[str, Any]:
     does not depend on the folder of the data: data may be moved, and processes that
     mount the same data elsewhere get the same description.
     """
-    return _common(source, type(source).__name__)
+    return common_fields(source, type(source).__name__)
 
 
-def _common(source: Source, kind: str) -> dict[str, Any]:
+def common_fields(source: Source, kind: str) -> dict[str, Any]:
+    """What the fingerprints of all sources say, with the kind of source."""
     names = source.class_names
     return {
         "kind": kind,
@@ -384,20 +245,7 @@ def _common(source: Source, kind: str) -> dict[str, Any]:
 
 @fingerprint.register
 def _(source: _SyntheticSource) -> dict[str, Any]:
-    return _common(source, "synthetic") | {"image_size": list(source.size)}
-
-
-@fingerprint.register
-def _(source: _TfdsSource) -> dict[str, Any]:
-    shards = {
-        os.path.basename(path): {
-            "examples": examples,
-            "bytes": epath.Path(path).stat().length,
-        }
-        for path, examples in source.shards
-    }
-    version = {"version": source.version, "shards": shards}
-    return _common(source, "prepared") | version
+    return common_fields(source, "synthetic") | {"image_size": list(source.size)}
 
 
 @fingerprint.register
@@ -421,7 +269,7 @@ def _(source: folders.FolderSource) -> dict[str, Any]:
         for name, files in of_classes.items()
     }
     order = _digest(f"{k}/{line}" for k, line in zip(of_files, lines, strict=True))
-    return _common(source, "folder") | {"classes": classes, "order": order}
+    return common_fields(source, "folder") | {"classes": classes, "order": order}
 
 
 @fingerprint.register
@@ -449,17 +297,18 @@ def _size(path: str) -> int:
         return -1
 
 
-def _open_digits(_: str, split: str, **options: Any) -> Source:
-    builder = preparation.prepare_digits(options["data_dir"])
-    return _TfdsSource("digits", builder, split, "label")
-
-
 def _open_synthetic(_: str, split: str, **options: Any) -> Source:
     return _SyntheticSource(
         options["num_examples"] or 1024,
         options["num_classes"] or 1000,
         options["image_size"],
     )
+
+
+def _open_digits(_: str, split: str, **options: Any) -> Source:
+    from mlp_mixer.data import prepared
+
+    return prepared.open_digits(split, options["data_dir"])
 
 
 DATASETS: dict[str, Callable[..., Source]] = {

@@ -129,14 +129,6 @@ def download_url(name: str) -> str:
     return f"{base.rstrip('/')}/{name}.npz"
 
 
-def default_cache_dir() -> pathlib.Path:
-    """$MLP_MIXER_CACHE, or mlp_mixer in $XDG_CACHE_HOME, or in ~/.cache."""
-    if chosen := os.environ.get("MLP_MIXER_CACHE"):
-        return pathlib.Path(chosen).expanduser()
-    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(parent).expanduser() / "mlp_mixer"
-
-
 def fetch(name: str, *, waits_s: Sequence[float] = (1.0, 4.0, 16.0)) -> pathlib.Path:
     """Returns the verified local file of published weights, downloaded if need be.
 
@@ -159,7 +151,7 @@ def fetch(name: str, *, waits_s: Sequence[float] = (1.0, 4.0, 16.0)) -> pathlib.
         near = known.nearest(name, PUBLISHED)
         raise ValueError(f"No weights {name!r} are published; try {near}.")
     entry = PUBLISHED[name]
-    path = default_cache_dir() / f"{name}.npz"
+    path = files.default_cache_dir() / f"{name}.npz"
     if entry.note:
         logger.info("%s is %s.", name, entry.note)
     try:

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mlp_mixer import workdir
-from mlp_mixer.data import class_names, decoding, folders, sources
+from mlp_mixer.data import class_names, decoding, folders, prepared, sources
 from mlp_mixer.data.preparation import digits
 
 
@@ -387,10 +387,10 @@ def test_the_fingerprint_of_a_prepared_set_tells_version_shards_and_classes(
     folder = tmp_path / "named_digits" / "1.0.0"
     shard = next(folder.glob("*train.array_record-00001*"))
     shard.write_bytes(shard.read_bytes() + bytes(64))
-    source = sources._TfdsSource(
+    source = prepared.PreparedSource(
         "named_digits", tfds.builder_from_directory(folder), "test", "label"
     )
-    whole = sources._TfdsSource(
+    whole = prepared.PreparedSource(
         "named_digits", tfds.builder_from_directory(folder), "train+test", "label"
     )
     assert sources.fingerprint(whole)["shards"][shard.name] == {

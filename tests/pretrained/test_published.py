@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import trustme
 
-from mlp_mixer import console, models, pretrained
+from mlp_mixer import console, files, models, pretrained
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.pretrained import npz, published
 from mlp_mixer.pretrained.published import PUBLISHED, Published
@@ -276,13 +276,11 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
     for name in ("MLP_MIXER_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert published.default_cache_dir() == pathlib.Path(
-        "/home/somebody/.cache/mlp_mixer"
-    )
+    assert files.default_cache_dir() == pathlib.Path("/home/somebody/.cache/mlp_mixer")
     monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/cache")
-    assert published.default_cache_dir() == pathlib.Path("/scratch/cache/mlp_mixer")
+    assert files.default_cache_dir() == pathlib.Path("/scratch/cache/mlp_mixer")
     monkeypatch.setenv("MLP_MIXER_CACHE", "~/weights")
-    assert published.default_cache_dir() == pathlib.Path("/home/somebody/weights")
+    assert files.default_cache_dir() == pathlib.Path("/home/somebody/weights")
 
 
 # --- The download ---------------------------------------------------------------------
