@@ -204,7 +204,7 @@ class Worker:
         bench = self.bench_of(side)
         ours: Any = bench.models["ours"]
         if side.whose == "ours":
-            figures["run"] = {"scan": ours.run.scan, "remat": ours.run.remat}
+            figures["run"] = str(ours.run)
         if side.whose == "onnxruntime":
             return self.onnx_clock(side, bench, figures)
         if side.whose == "stacked":
@@ -217,11 +217,9 @@ class Worker:
         else:
             row = side.whose == "bias row"
             with bias_row.traced() if row else contextlib.nullcontext():
+                whose = "ours" if row else side.whose
                 executable, costs = bench.compile(
-                    side.kind,
-                    "ours" if row else side.whose,
-                    options=side.options,
-                    slice_size=side.slice_size,
+                    side.kind, whose, options=side.options
                 )
         figures |= costs
         kinds = ("temp", "argument", "output")
