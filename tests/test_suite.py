@@ -192,8 +192,6 @@ def test_the_plans_have_one_name_for_each_item_and_side():
             assert len(set(labels)) == len(labels), item.name
             assert 0 < suite_plan.expected_seconds(item, machine) < 3600
             assert all(side.flops > 0 for side in item.sides)
-            for side in item.sides:  # slices tile their batch
-                assert side.batch % (side.slice_size or 1) == 0, item.name
 
 
 # --- One item -------------------------------------------------------------------------
@@ -249,7 +247,7 @@ def test_an_item_times_what_works_and_names_what_does_not(tmp_path):
 def test_all_sides_compute_the_same():
     made, _ = worker(
         tiny("ours", kind="forward"),
-        tiny("slices", kind="forward", slice_size=1),
+        tiny("one at a time", kind="forward", run={"images_at_once": 1}),
         tiny("literal", whose="literal", kind="forward"),
     )
     made.run()
