@@ -39,6 +39,7 @@ from suite_plan import Item
 HERE = pathlib.Path(__file__).resolve().parent
 # Scripts that have a part in the figures, besides the package.
 MEASURING = (
+    "bias_row",
     "literal_mixer",
     "measurement",
     "onnx_peer",

@@ -194,6 +194,14 @@ def test_the_plans_have_one_name_for_each_item_and_side():
             assert all(side.flops > 0 for side in item.sides)
 
 
+def test_the_pages_show_items_that_are_measured():
+    for name in suite_report.PAGES:
+        page = (suite_report.ROOT / name).read_text()
+        for found in suite_report.MARKED.finditer(page):
+            names = {item.name for item in suite_plan.items_for(found["platform"])}
+            assert found["what"] in {None, "short", *names}
+
+
 # --- One item -------------------------------------------------------------------------
 
 
