@@ -16,6 +16,7 @@ the device's memory; caches and a TPU's on-chip memory do not count.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import gzip
 import importlib.metadata
@@ -294,7 +295,7 @@ def _scope(
 
 
 def _flops(one: Instruction, scope: Computation) -> int:
-    if one.opcode not in (*_PRODUCTS, "custom-call"):
+    if one.opcode not in _PRODUCTS and not one.attribute("contracted"):
         return 0
     shapes = [_ARRAY.findall(scope[name].shape)[0][1] for name in one.operands[:2]]
     result = _elements(_ARRAY.findall(one.shape)[0][1])
@@ -516,6 +517,7 @@ def compile_step(args: argparse.Namespace, blocks: int) -> Any:
       args: the parsed command line.
       blocks: number of blocks.
     """
+    import bias_row
     import jax
     import measurement
 
@@ -542,10 +544,12 @@ def compile_step(args: argparse.Namespace, blocks: int) -> Any:
     def forward(params: Any, image: Any) -> Any:
         return model.apply({"params": params}, steps.value_range(image))[0]
 
-    if args.forward:
-        lowered = jax.jit(forward).lower(built.target.params, image)
-    else:
-        lowered = train_step.lower(built.target, {"image": image, "label": label})
+    with bias_row.traced() if args.bias_row else contextlib.nullcontext():
+        if args.forward:
+            lowered = jax.jit(forward).lower(built.target.params, image)
+        else:
+            batch = {"image": image, "label": label}
+            lowered = train_step.lower(built.target, batch)
     options: dict[str, Any] = {}
     if args.products == "library":
         options |= _LIBRARY_OPTIONS
@@ -624,6 +628,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--scan", action=argparse.BooleanOptionalAction, help="one scanned block")
     flag("--remat", help="none, pre_gelu or full")
     flag("--forward", action="store_true", help="inference, not a training step")
+    flag("--bias_row", action="store_true", help="token mixing as in bias_row.py")
     flag("--products", choices=("generated", "library"), default="generated")
     flag(
         "--option",

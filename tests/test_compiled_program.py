@@ -113,13 +113,18 @@ def largest(report):
     reason=compiled_program.missing_wheels("h200"),
 )
 @pytest.mark.parametrize(
-    ("products", "forward", "backward"),
-    [("generated", 3_045, 2_412), ("library", 1_546, 2_717)],
+    ("words", "forward", "backward"),
+    [
+        (("--products=generated",), 3_045, 2_412),
+        (("--products=library",), 1_546, 2_717),
+        (("--products=library", "--bias_row"), 956, 2_716),
+    ],
+    ids=["generated", "library", "bias row"],
 )
-def test_on_an_h200_little_is_written_that_is_no_product(
-    products, forward, backward, tmp_path
+def test_on_an_h200_no_more_is_written_beside_products(
+    words, forward, backward, tmp_path
 ):
-    report = counted("h200", f"--products={products}", tmp_path=tmp_path)
+    report = counted("h200", "--blocks=1", *words, tmp_path=tmp_path)
     written = report["written_per_image_and_block"]
     names = largest(report)
     assert written["forward"] <= forward * 1e3, names
