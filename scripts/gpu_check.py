@@ -81,6 +81,7 @@ GRADIENT = {
     "end_factor": None,
 }
 PRETRAINING = GRADIENT | {"name": "adam", "weight_decay": 0.1, "clip_norm": 1.0}
+AT_ONCE = {"images_at_once": ROWS // 4}
 NOISE: dict[str, Any] = {"dropout": 0.1, "stochastic_depth": 0.2}
 
 Arrays = dict[str, np.ndarray]
@@ -325,6 +326,9 @@ def accumulate() -> Iterator[Result]:
     for name in ("mixer", "resmlp", "gmlp"):
         parts = Setup(name, accumulate=4).step()
         yield worst(f"{name}: accumulate=4 = 1", parts, plain_step(name), 2e-5)
+    parts = Setup("mixer", run=AT_ONCE).step()
+    what = "mixer: a quarter of the images at once = all"
+    yield worst(what, parts, plain_step("mixer"), 2e-5)
 
 
 def _device_count() -> int:
@@ -354,6 +358,9 @@ def predict() -> Iterator[Result]:
         logits = forward(variables, setup.batch()["image"])
         error = by_largest(setup.logits(), logits)
         yield Result(f"{name}: predict = forward pass", error, 1e-6)
+    parts, whole = Setup("mixer", run=AT_ONCE).logits(), Setup("mixer").logits()
+    what = "mixer: a quarter of the images at once = all"
+    yield Result(what, by_largest(parts, whole), 1e-5)
 
 
 def checkpoints() -> Iterator[Result]:
