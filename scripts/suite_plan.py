@@ -142,22 +142,25 @@ def variants(
     return Item(name, (base, *made), **of)
 
 
-FORMS: dict[str, dict[str, Any]] = {
-    "unrolled, keeps everything": {"run": {"scan": False, "remat": "none"}},
-    "unrolled, keeps pre-GELU": {"run": {"scan": False, "remat": "pre_gelu"}},
-    "unrolled, keeps nothing": {"run": {"scan": False, "remat": "full"}},
-    "scanned, keeps everything": {"run": {"scan": True, "remat": "none"}},
-    "scanned, keeps pre-GELU": {"run": {"scan": True, "remat": "pre_gelu"}},
-    "scanned, keeps nothing": {"run": {"scan": True, "remat": "full"}},
-}
-
-
 def images_at_once(count: int, **run: Any) -> dict[str, Any]:
     """Returns what a side is given to compute so many images at a time."""
     return {"run": {"images_at_once": count, **run}}
 
 
-SCANNED = FORMS["scanned, keeps pre-GELU"]
+ALL = 2**20  # images: more than any batch
+FORMS = {
+    f"{shape}, keeps {what}": images_at_once(ALL, scan=scan, remat=remat)
+    for shape, scan in (("unrolled", False), ("scanned", True))
+    for what, remat in (
+        ("everything", "none"),
+        ("pre-GELU", "pre_gelu"),
+        ("nothing", "full"),
+    )
+}
+UNROLLED, SCANNED = (
+    FORMS["unrolled, keeps everything"],
+    FORMS["scanned, keeps pre-GELU"],
+)
 # Then every product is cuBLASLt's, with biases and GELUs as its epilogues: see
 # docs/benchmarks/compiled_programs.md.
 WITHOUT_TRITON = {"options": {"xla_gpu_enable_triton_gemm": False}, "program": True}
@@ -223,21 +226,8 @@ def cpu_items() -> list[Item]:
             {f"{n} at once": images_at_once(n) for n in (4, 8, 16, 32)},
             rounds=3,
         ),
-        variants(
-            "state of mixer_s32 batch 4",
-            Side("at use", model=s32, batch=4, **SCANNED),
-            {
-                "stacked in memory": {"whose": "stacked"},
-                "unrolled": FORMS["unrolled, keeps everything"],
-                "literal": {"whose": "literal", "run": {}},
-            },
-        ),
-        variants(
-            "state of mixer_b16 batch 8",
-            Side("at use", batch=8, **SCANNED),
-            {"stacked in memory": {"whose": "stacked"}},
-            rounds=3,
-        ),
+        state_in_memory(s32, 4),
+        state_in_memory(b16, 8),
         compile_times(),
         beside("forward", "mixer_s32", 8, "literal", eager, onnx),
         beside("forward", "mixer_b32", 8, "literal", eager, onnx),
@@ -327,12 +317,7 @@ def accelerator_items() -> list[Item]:
         ),
         variants("levels of mixer_b16 batch 256", step, LEVELS, rounds=4),
         variants("forms of mixer_b16 batch 256", step, FORMS, rounds=4),
-        variants(
-            "state of mixer_b16 batch 256",
-            Side("at use", batch=256, **SCANNED),
-            {"stacked in memory": {"whose": "stacked"}},
-            rounds=4,
-        ),
+        state_in_memory(b16, 256),
         *(
             variants(
                 f"batches of the mixer_b16 step from {few}",
@@ -368,15 +353,7 @@ def accelerator_items() -> list[Item]:
             for kind in ("train", "forward")
         ),
         *curves(batches=(1, 8, 32, 128, 512, 2048), batch=256),
-        variants(
-            "state of mixer_s32 batch 64",
-            Side("at use", model="mixer_s32", batch=64, **SCANNED),
-            {
-                "stacked in memory": {"whose": "stacked"},
-                "unrolled": FORMS["unrolled, keeps everything"],
-                "literal": {"whose": "literal", "run": {}},
-            },
-        ),
+        state_in_memory("mixer_s32", 64),
         variants(
             "levels of the mixer_b16 inference batch 256", forward, LEVELS, rounds=4
         ),
@@ -385,12 +362,26 @@ def accelerator_items() -> list[Item]:
     ]
 
 
+def state_in_memory(model: str, batch: int) -> Item:
+    """The item of parameters stacked at use, stacked in memory, and not stacked."""
+    return variants(
+        f"state of {model} batch {batch}",
+        Side("stacked at use", model=model, batch=batch, **SCANNED),
+        {
+            "stacked in memory": {"whose": "stacked"},
+            "unrolled": UNROLLED,
+            "literal": {"whose": "literal"},
+        },
+        rounds=3,
+    )
+
+
 def compile_times() -> Item:
     """The item that compiles training steps, and runs nothing."""
     how: dict[str, dict[str, Any]] = {
         "scanned": SCANNED,
         "stacked in memory": {"whose": "stacked"} | SCANNED,
-        "unrolled": FORMS["unrolled, keeps everything"],
+        "unrolled": UNROLLED,
         "literal": {"whose": "literal"},
     }
     sides = [
