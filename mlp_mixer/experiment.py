@@ -64,6 +64,6 @@ def create_model(
 ) -> models.Model:
     """Returns the recipe's model, computed as `config.run` says, else as is fastest
     on these devices."""
-    return models.create(
-        **config.model, num_classes=num_classes, run=models.Run.on(mesh, **config.run)
-    )
+    model = models.create(**config.model, num_classes=num_classes)
+    size = config.model["image_size"]
+    return model.clone(run=models.Run.choose(model, size, mesh, **config.run))

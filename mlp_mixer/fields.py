@@ -191,6 +191,7 @@ RECIPE: dict[str, Row] = {
     "run.dtype": _DTYPE,
     "run.scan": dataclasses.replace(_SWITCH, none=True),
     "run.remat": _choice("none", "pre_gelu", "full", none=True),
+    "run.images_at_once": _COUNT,
     "optim.name": _choice("adam", "momentum"),
     "optim.learning_rate": _real(0),
     "optim.warmup_steps": _whole(0),

@@ -91,12 +91,15 @@ def base() -> ConfigDict:
     config.model.name = "mixer_b16"
     config.model.image_size = (224, 224)  # height, width in pixels
 
-    # models.Run.on: how the model is computed; None: as is fastest on the devices
+    # models.Run.choose: how the model is computed; None: as is fastest on the devices
     config.run = ConfigDict()
     config.run.dtype = "float32"  # of activations and products, or "bfloat16"
     config.run.scan = config_dict.placeholder(bool)  # compile one block, not all
     # Computed again for the backward pass: "none", "pre_gelu" (what is cheap), "full".
     config.run.remat = config_dict.placeholder(str)
+    # Images that each device computes at a time. It changes no draws: where training
+    # draws noise or normalises over the batch, it concerns evaluation alone.
+    config.run.images_at_once = config_dict.placeholder(int)
 
     # optim.create
     config.optim = ConfigDict()

@@ -106,7 +106,9 @@ def open_model(
         classes = naming.choose(named, count, labels=labels) if count else ()
     protocol = preprocess or weights.preprocess or "big_vision"
     mesh = sharding.make_mesh()
-    run = models.Run(dtype or weights.dtype, mesh=mesh)
+    model = pretrained.create_model(weights)
+    run = models.Run.choose(model, size, mesh, dtype=dtype or weights.dtype)
+    model = model.clone(run=run)
     if jax.process_count() > 1:  # each has read for itself, perhaps another file
         processes.compare(
             step=weights.step,
@@ -117,7 +119,6 @@ def open_model(
             dtype=run.dtype,
             arrays=fingerprint(weights.variables),
         )
-    model = pretrained.create_model(weights, run)
     strategy = "replicated" if config is None else config.sharding
     logger.info(
         "%s: %s, %dx%d px, preprocessed by %s, computed in %s",

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from mlp_mixer import known, losses, sharding
 from mlp_mixer.fingerprints import PyTree
 from mlp_mixer.models import trunk
+from mlp_mixer.models.model import Model
 
 Batch = dict[str, Any]
 Metrics = dict[str, Float[Array, ""]]
@@ -50,7 +50,7 @@ def value_range(image: Shaped[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
 
 
 def state_shapes(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     example: Example,
@@ -75,7 +75,7 @@ def state_shapes(
 
 
 def init_state(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformation,
     target: TrainState,
     example: Example,
@@ -116,7 +116,7 @@ def init_state(
 
 
 def _init(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformation,
     rng: Array,
     example: Example,
@@ -143,7 +143,7 @@ def _stream(seed: int, name: int) -> Array:
 
 
 def make_train_step(
-    model: nn.Module,
+    model: Model,
     tx: optax.GradientTransformation,
     mesh: Mesh,
     target: TrainState,
@@ -168,8 +168,9 @@ def make_train_step(
       loss: a key of `losses.LOSSES`.
       seed: seed of the run.
       mixup: p of Beta(p, p); 0 does not mix.
-      accumulate: micro-batches per step. Their gradients are averaged, so the result
-        is the big batch's, with 1/accumulate of its activations. (Dropout and
+      accumulate: micro-batches per step, each of them as many of the model's
+        `run.images_at_once`. Their gradients are averaged, so the result is the big
+        batch's, with 1/accumulate of its activations. (Dropout and
         stochastic depth draw anew in each micro-batch; BatchNorm normalises each by
         itself, and its running statistics take one after the other.)
 
@@ -181,6 +182,7 @@ def make_train_step(
       ValueError: unknown loss.
     """
     loss_fn = known.pick("loss", loss, losses.LOSSES)
+    num_classes: Any = model.num_classes
     shardings = jax.tree.map(lambda a: a.sharding, target)
     whole = all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
 
@@ -200,19 +202,11 @@ def make_train_step(
     differentiated = jax.value_and_grad(objective, has_aux=True)
 
     def gradients(
-        params: PyTree, stats: PyTree, batch: Batch, rng: Array
+        params: PyTree, stats: PyTree, batch: Batch, rng: Array, count: int
     ) -> tuple[tuple[Array, PyTree], PyTree]:
-        """(loss, statistics), gradient."""
-        if accumulate == 1:
+        """(loss, statistics), gradient, of `count` micro-batches."""
+        if count == 1:
             return differentiated(params, stats, batch, rng)
-        # Micro-batch i is rows i, i + accumulate, …: every device cuts its own rows,
-        # so nothing travels.
-        batch = sharding.constrained(
-            jax.tree.map(
-                lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-            ),
-            sharding.batch(mesh, axis=1),
-        )
 
         def add(carry: PyTree, micro: PyTree) -> tuple[PyTree, None]:
             total, stats = carry
@@ -220,22 +214,29 @@ def make_train_step(
             return (jax.tree.map(jnp.add, total, (value, grads)), stats), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        rngs = jax.random.split(rng, accumulate)
-        (total, stats), _ = lax.scan(add, (zero, stats), (batch, rngs))
-        value, grads = jax.tree.map(lambda x: x / accumulate, total)
+        micro = (_micro_batches(batch, count, mesh), jax.random.split(rng, count))
+        (total, stats), _ = lax.scan(add, (zero, stats), micro)
+        value, grads = jax.tree.map(lambda x: x / count, total)
         return (value, stats), grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sharding.check_batch(mesh, len(batch["image"]), accumulate)
+        count = accumulate
+        if not (model.draws_noise or state.stats):  # else a part is not as in the whole
+            count *= model.run.parts(
+                len(batch["image"]) // sharding.rows(mesh) // accumulate
+            )
         rng = jax.random.fold_in(_stream(seed, TRAIN), state.step)
         mixup_rng, model_rng = jax.random.split(rng)
         image = value_range(batch["image"])
-        label = losses.targets(batch["label"], model.num_classes)
+        label = losses.targets(batch["label"], num_classes)
         if mixup:
             mixed = losses.mixup(mixup_rng, image, label, mixup)
             image, label = sharding.constrained(mixed, sharding.batch(mesh))
         batch = {**batch, "image": image, "label": label}
-        (value, stats), grads = gradients(state.params, state.stats, batch, model_rng)
+        (value, stats), grads = gradients(
+            state.params, state.stats, batch, model_rng, count
+        )
         grads = sharding.constrained(grads, shardings.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -250,6 +251,18 @@ def make_train_step(
     )
 
 
+def _micro_batches(batch: PyTree, count: int, mesh: Mesh) -> PyTree:
+    """Returns (n, …) arrays as (count, n / count, …).
+
+    Micro-batch i is rows i, i + count, …: every device cuts its own rows, so nothing
+    travels.
+    """
+    cut = jax.tree.map(
+        lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+    return sharding.constrained(cut, sharding.batch(mesh, axis=1))
+
+
 def _gathered(mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
     """Returns variables of a model whose parameters may be cut: whole, and as they are.
 
@@ -260,7 +273,7 @@ def _gathered(mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
 
 
 def make_predict(
-    model: nn.Module, mesh: Mesh
+    model: Model, mesh: Mesh
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Array]]:
     """Returns `predict(variables, batch) -> {"logits": (n, k), "pre_logits": (n, c)}`.
 
@@ -275,7 +288,16 @@ def make_predict(
 
     def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
         variables = {**variables, **_gathered(mesh, variables["params"])}
-        logits, out = model.apply(variables, value_range(batch["image"]))
-        return {"logits": logits, "pre_logits": out["pre_logits"]}
+
+        def forward(image: Array) -> dict[str, Array]:
+            logits, out = model.apply(variables, value_range(image))
+            return {"logits": logits, "pre_logits": out["pre_logits"]}
+
+        image = batch["image"]
+        count = model.run.parts(len(image) // sharding.rows(mesh))
+        if count == 1:
+            return forward(image)
+        parts = lax.map(forward, _micro_batches(image, count, mesh))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
 
     return jax.jit(predict, out_shardings=sharding.batch(mesh))

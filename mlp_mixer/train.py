@@ -129,6 +129,7 @@ def train(
             mesh.size,
             jax.default_backend(),
         )
+        logger.info("It is computed in %s.", model.run)
         batches = pipeline.train_batches(
             source,
             **config.input,

@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "input.workers",
     "run.scan",
     "run.remat",
+    "run.images_at_once",
     "log_every_steps",
     "evals",
     "checkpoint",

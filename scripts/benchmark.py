@@ -68,7 +68,7 @@ def job_of(args: argparse.Namespace) -> Job:
         model = {"name": args.what, "image_size": (224, 224)}
         data = types.SimpleNamespace(num_classes=1000)
         job = Job(model, data, dict(OPTIM), 100_000, {})
-    given = {key: getattr(args, key) for key in ("dtype", "scan", "remat")}
+    given = {key: getattr(args, key) for key in HOW}
     job.run |= {key: value for key, value in given.items() if value is not None}
     if args.image_size:
         job.model["image_size"] = (args.image_size, args.image_size)
@@ -163,6 +163,8 @@ def summarise(report: dict[str, Any]) -> None:
                 ratios[f"{kind}_{name}"] = b / a if turned else a / b
 
 
+# Flags that say how it is computed.
+HOW = ("dtype", "scan", "remat", "images_at_once")
 # Heading, key of a variant, unit, format.
 COLUMNS = (
     ("images/s", "images_per_s", 1, ".2f"),
@@ -184,7 +186,8 @@ def table(report: dict[str, Any]) -> str:
     model = report["model"]
     lines = [
         f"{report['what']}: batch {report['batch']}, {model['image_size']}, "
-        f"{model['dtype']}; training: scan={model['scan']}, remat={model['remat']}",
+        f"{model['dtype']}; scan={model['scan']}, remat={model['remat']}, "
+        f"images_at_once={model['images_at_once']}",
         f"{report['devices']} x {report['device_kind']}; jax "
         f"{report['versions']['jax']}, flax {report['versions']['flax']}; "
         f"{report['cpu_model']}, {report['cpu_threads'] or 'all'} CPU thread(s)",
@@ -231,8 +234,12 @@ def parser() -> argparse.ArgumentParser:
     flag("--seconds", type=seconds, default=1.0, help="at least, per timing")
     flag("--dtype", choices=("float32", "bfloat16"), help="of products")
     flag("--image_size", type=arguments.whole(1, 2**15), help="side in pixels")
-    flag("--scan", action=switch, help="one scanned block; default: not on GPUs")
-    flag("--remat", choices=REMAT_POLICIES, help="default: pre_gelu; on GPU none")
+    flag("--scan", action=switch, help="one scanned block; default: on TPUs")
+    flag("--remat", choices=REMAT_POLICIES, help="default: none; scanned pre_gelu")
+    several = arguments.whole(1)
+    flag(
+        "--images_at_once", type=several, help="default: all; what a CPU's cache holds"
+    )
     flag("--override", action="append", default=[], metavar="KEY=VALUE", help="a field")
     flag("--peer", action=switch, default=True, help="the literal model too")
     flag("--only", choices=KINDS, help="half of it")
@@ -284,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         "batch": batch,
         "model": fields_of(ours, type(ours))
         | {"image_size": bench.size, "dtype": jnp.dtype(ours.run.dtype).name}
-        | {"scan": ours.run.scan, "remat": ours.run.remat},
+        | {key: getattr(ours.run, key) for key in HOW[1:]},
         "optim": {"total_steps": job.total_steps} | job.optim,
         "loss": job.loss,
         "mixup": job.mixup,

@@ -4,8 +4,12 @@ Images first, a convolution for the stem, two transposes in every layer, Flax's 
 Dense, LayerNorm and GELU, automatic differentiation: what anybody would write.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
+
+from mlp_mixer.models import Model
 
 
 class Mlp(nn.Module):
@@ -38,20 +42,18 @@ class Block(nn.Module):
         return x + Mlp(self.channels_mlp_dim, self.dtype, name="channel_mixing")(y)
 
 
-class LiteralMixer(nn.Module):
+class LiteralMixer(Model):
     """The fields and the interface of `models.mixer.MlpMixer`, without its options."""
 
-    patch_size: tuple[int, int]
     num_blocks: int
     hidden_dim: int
     tokens_mlp_dim: int
     channels_mlp_dim: int
-    num_classes: int
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, image, *, train=False):
-        """Returns (logits, {})."""
+        """Returns (logits (n, k), {"pre_logits": (n, c)})."""
         del train
         conv = nn.Conv(
             self.hidden_dim,
@@ -71,7 +73,6 @@ class LiteralMixer(nn.Module):
             x = block(x)
         x = nn.LayerNorm(dtype=self.dtype, name="pre_head_layer_norm")(x)
         x = x.mean(1, dtype=jnp.float32)
-        head = nn.Dense(
-            self.num_classes, kernel_init=nn.initializers.zeros, name="head"
-        )
-        return head(x), {}
+        classes: Any = self.num_classes
+        head = nn.Dense(classes, kernel_init=nn.initializers.zeros, name="head")
+        return head(x), {"pre_logits": x}

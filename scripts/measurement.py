@@ -4,7 +4,6 @@ Needs jax, flax, optax, einops and jaxtyping alone.
 """
 
 import dataclasses
-import functools
 import gc
 import os
 import pathlib
@@ -25,9 +24,8 @@ import jax.extend
 import jax.numpy as jnp
 import literal_mixer
 import numpy as np
-from jax import lax
 
-from mlp_mixer import experiment, models, sharding, steps
+from mlp_mixer import experiment, sharding, steps
 from mlp_mixer.models.mixer import MlpMixer
 
 # What is measured without a recipe: an update as in pretraining.
@@ -147,24 +145,16 @@ class Bench:
         label = jax.ShapeDtypeStruct((n,), "int32", sharding=cut)
         return {"image": image, "label": label}
 
-    def _jitted(self, kind: str, model: Any, slice_size: int) -> tuple[Any, tuple]:
-        cut, batch = sharding.batch(self.mesh), self.batch_shapes()
-        if kind == "forward":
+    def _jitted(self, kind: str, model: Any) -> tuple[Any, tuple]:
+        built, batch = self._build(model), self.batch_shapes()
+        if kind == "train":
+            return built.train_step, (built.target, batch)
 
-            def forward(params, image):
-                image = steps.value_range(image)
-                return model.apply({"params": params}, image)[0]
+        def forward(params, image):
+            return built.predict({"params": params}, {"image": image})["logits"]
 
-            def in_slices(params, image):
-                slices = image.reshape(-1, slice_size, *image.shape[1:])
-                logits = lax.map(functools.partial(forward, params), slices)
-                return logits.reshape(self.batch, -1)
-
-            whole = slice_size in (0, self.batch)
-            jitted = jax.jit(forward if whole else in_slices, out_shardings=cut)
-            return jitted, (self.built.target.params, batch["image"])
-        built = self._build(model)
-        return built.train_step, (built.target, batch)
+        jitted = jax.jit(forward, out_shardings=sharding.batch(self.mesh))
+        return jitted, (built.target.params, batch["image"])
 
     def compile(
         self,
@@ -172,7 +162,6 @@ class Bench:
         name: str,
         *,
         options: Mapping[str, Any] = types.MappingProxyType({}),
-        slice_size: int = 0,
     ) -> tuple[Any, dict[str, Any]]:
         """Returns the executable, and what it cost and needs.
 
@@ -180,13 +169,12 @@ class Bench:
           kind: a pass, of `KINDS`.
           name: a key of `models`.
           options: compiler's options, of `compiled`.
-          slice_size: number of images that are predicted at a time, one slice after
-            the other; 0: all.
         """
-        jitted, arguments = self._jitted(kind, self.models[name], slice_size)
+        jitted, arguments = self._jitted(kind, self.models[name])
         lowered, executable, result = compile_function(jitted, arguments, options)
-        run = getattr(self.models[name], "run", models.Run())
-        looped = kind == "train" and run.scan
+        run = self.models[name].run
+        parts = run.parts(self.batch // sharding.rows(self.mesh))
+        looped = parts > 1 or (kind == "train" and run.scan)
         # XLA counts the body of a loop once, whatever its number of turns.
         cost = None if looped else lowered.cost_analysis()
         result["xla_flops_per_image"] = cost and cost["flops"] / self.batch

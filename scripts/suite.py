@@ -2,14 +2,15 @@
 
     python scripts/benchmark.py suite --minutes=8 --out=FOLDER
     python scripts/benchmark.py suite --compare FOLDER_A FOLDER_B
-    python scripts/benchmark.py suite --tables FOLDER
+    python scripts/benchmark.py suite --tables FOLDER ...
 
 The first command runs the items of suite_plan.py, each in a process of its own, and
 writes FOLDER/suite.json after each, then a table and a plot. An item that fails costs
 only itself; one for which the time does not suffice is left out. The same command again
 measures what is missing. Peers are optional: timm runs under --timm-python, onnxruntime
-in the package's environment. --compare prints ratios of two suites, --tables keeps a
-suite in docs/benchmarks and puts its tables into README.md and docs/speed.md.
+in the package's environment. --compare prints ratios of two suites, --tables keeps
+one (or several of one machine, of which the last counts) in docs/benchmarks and puts
+its tables into README.md and docs/speed.md.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from suite_plan import Item
 HERE = pathlib.Path(__file__).resolve().parent
 # Scripts that have a part in the figures, besides the package.
 MEASURING = (
+    "bias_row",
     "literal_mixer",
     "measurement",
     "onnx_peer",
@@ -282,9 +284,9 @@ def main(argv: list[str]) -> None:
             a, b = (suite_report.load(name) for name in args.compare)
             return print(suite_report.comparison(a, b))
         if args.tables:
-            for name in args.tables:
-                for page in suite_report.write_pages(suite_report.load(name)):
-                    print(page)
+            report = suite_report.merged([suite_report.load(x) for x in args.tables])
+            for page in suite_report.write_pages(report):
+                print(page)
             return None
         if args.list:
             with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ class Side:
     Attributes:
       label: its name within the item; the first side is what others are compared with.
       whose: "ours", "literal", "stacked" (ours, with the state stacked in memory),
-        "timm" or "onnxruntime".
+        "bias row" (ours, see bias_row.py), "timm" or "onnxruntime".
       kind: "train" (a whole step) or "forward".
       model: a key of `SIZES`.
       batch: number of images of one call.
@@ -31,7 +31,6 @@ class Side:
       fields: other values of the model's fields, e.g. num_blocks.
       run: fields of `models.Run` that are not left to choice.
       accumulate: number of micro-batches of a training step.
-      slice_size: number of images predicted at a time; 0: the batch.
       options: the compiler's options; timm's: {"mode": …}, see timm_peer.py.
       timed: whether it runs; otherwise it is only compiled.
       program: whether the compiled program is kept as a file.
@@ -46,7 +45,6 @@ class Side:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
-    slice_size: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     timed: bool = True
     program: bool = False
@@ -144,15 +142,28 @@ def variants(
     return Item(name, (base, *made), **of)
 
 
-FORMS: dict[str, dict[str, Any]] = {
-    "unrolled, keeps everything": {"run": {"scan": False, "remat": "none"}},
-    "unrolled, keeps pre-GELU": {"run": {"scan": False, "remat": "pre_gelu"}},
-    "unrolled, keeps nothing": {"run": {"scan": False, "remat": "full"}},
-    "scanned, keeps everything": {"run": {"scan": True, "remat": "none"}},
-    "scanned, keeps pre-GELU": {"run": {"scan": True, "remat": "pre_gelu"}},
-    "scanned, keeps nothing": {"run": {"scan": True, "remat": "full"}},
+def images_at_once(count: int, **run: Any) -> dict[str, Any]:
+    """Returns what a side is given to compute so many images at a time."""
+    return {"run": {"images_at_once": count, **run}}
+
+
+ALL = 2**20  # images: more than any batch
+FORMS = {
+    f"{shape}, keeps {what}": images_at_once(ALL, scan=scan, remat=remat)
+    for shape, scan in (("unrolled", False), ("scanned", True))
+    for what, remat in (
+        ("everything", "none"),
+        ("pre-GELU", "pre_gelu"),
+        ("nothing", "full"),
+    )
 }
-SCANNED = FORMS["scanned, keeps pre-GELU"]
+UNROLLED, SCANNED = (
+    FORMS["unrolled, keeps everything"],
+    FORMS["scanned, keeps pre-GELU"],
+)
+# Then every product is cuBLASLt's, with biases and GELUs as its epilogues: see
+# docs/benchmarks/compiled_programs.md.
+WITHOUT_TRITON = {"options": {"xla_gpu_enable_triton_gemm": False}, "program": True}
 LEVELS = {
     f"level {level}": {"options": {"jax_optimization_level": level}}
     for level in ("O0", "O1", "O2", "O3")
@@ -193,7 +204,9 @@ def cpu_items() -> list[Item]:
             Side("ours", batch=32, timed=False),
             {
                 "literal": {"whose": "literal"},
-                "keeps nothing": {"run": {"remat": "full"}},
+                "all images at once": images_at_once(32),
+                "scanned, keeps pre-GELU": images_at_once(32, scan=True),
+                "scanned, keeps nothing": images_at_once(32, scan=True, remat="full"),
             },
         ),
         beside("forward", b16, 32, "literal", eager, onnx, rounds=3),
@@ -202,33 +215,19 @@ def cpu_items() -> list[Item]:
         beside("forward", s16, 32, "literal", eager, onnx),
         variants("forms of mixer_b16 batch 8", step, FORMS, rounds=3),
         variants(
-            "slices of mixer_b16 batch 32",
+            "images at once of mixer_b16 batch 32",
             Side("ours", kind="forward", batch=32),
-            {f"slices of {n}": {"slice_size": n} for n in (1, 2, 4, 8, 16, 32)},
+            {f"{n} at once": images_at_once(n) for n in (1, 2, 4, 8, 16, 32)},
             rounds=3,
         ),
         variants(
-            "micro-batches of mixer_s16 batch 32",
+            "images at once of the mixer_s16 training step batch 32",
             Side("ours", model=s16, batch=32),
-            {"unrolled": FORMS["unrolled, keeps everything"]}
-            | {f"{n} micro-batches": {"accumulate": n} for n in (2, 4, 8)},
+            {f"{n} at once": images_at_once(n) for n in (4, 8, 16, 32)},
             rounds=3,
         ),
-        variants(
-            "state of mixer_s32 batch 4",
-            Side("at use", model=s32, batch=4, **SCANNED),
-            {
-                "stacked in memory": {"whose": "stacked"},
-                "unrolled": FORMS["unrolled, keeps everything"],
-                "literal": {"whose": "literal", "run": {}},
-            },
-        ),
-        variants(
-            "state of mixer_b16 batch 8",
-            Side("at use", batch=8, **SCANNED),
-            {"stacked in memory": {"whose": "stacked"}},
-            rounds=3,
-        ),
+        state_in_memory(s32, 4),
+        state_in_memory(b16, 8),
         compile_times(),
         beside("forward", "mixer_s32", 8, "literal", eager, onnx),
         beside("forward", "mixer_b32", 8, "literal", eager, onnx),
@@ -283,8 +282,20 @@ def accelerator_items() -> list[Item]:
             step,
             {
                 "without cuBLASLt": {"options": {"xla_gpu_enable_cublaslt": False}},
-                "without Triton": {"options": {"xla_gpu_enable_triton_gemm": False}},
+                "without Triton": WITHOUT_TRITON,
+                "bias as a row": {"whose": "bias row", "program": True},
+                "bias as a row, without Triton": {"whose": "bias row"} | WITHOUT_TRITON,
                 "no autotuning": {"options": {"xla_gpu_autotune_level": 0}},
+            },
+            rounds=4,
+        ),
+        variants(
+            "products of the mixer_b16 inference batch 256",
+            forward,
+            {
+                "without cuBLASLt": {"options": {"xla_gpu_enable_cublaslt": False}},
+                "without Triton": WITHOUT_TRITON,
+                "bias as a row, without Triton": {"whose": "bias row"} | WITHOUT_TRITON,
             },
             rounds=4,
         ),
@@ -306,12 +317,7 @@ def accelerator_items() -> list[Item]:
         ),
         variants("levels of mixer_b16 batch 256", step, LEVELS, rounds=4),
         variants("forms of mixer_b16 batch 256", step, FORMS, rounds=4),
-        variants(
-            "state of mixer_b16 batch 256",
-            Side("at use", batch=256, **SCANNED),
-            {"stacked in memory": {"whose": "stacked"}},
-            rounds=4,
-        ),
+        state_in_memory(b16, 256),
         *(
             variants(
                 f"batches of the mixer_b16 step from {few}",
@@ -327,9 +333,9 @@ def accelerator_items() -> list[Item]:
             for few, many in ((64, 512), (1024, 2048))
         ),
         variants(
-            "slices of mixer_b16 batch 256",
+            "images at once of mixer_b16 batch 256",
             forward,
-            {f"slices of {n}": {"slice_size": n} for n in (16, 32, 64, 128)},
+            {f"{n} at once": images_at_once(n) for n in (16, 32, 64, 128)},
             rounds=4,
         ),
         beside("forward", b16, 1, "literal", *timm),
@@ -347,28 +353,27 @@ def accelerator_items() -> list[Item]:
             for kind in ("train", "forward")
         ),
         *curves(batches=(1, 8, 32, 128, 512, 2048), batch=256),
+        state_in_memory("mixer_s32", 64),
         variants(
-            "state of mixer_s32 batch 64",
-            Side("at use", model="mixer_s32", batch=64, **SCANNED),
-            {
-                "stacked in memory": {"whose": "stacked"},
-                "unrolled": FORMS["unrolled, keeps everything"],
-                "literal": {"whose": "literal", "run": {}},
-            },
-        ),
-        variants(
-            "program of the mixer_b16 inference batch 256",
-            forward,
-            {
-                "without cuBLASLt": {"options": {"xla_gpu_enable_cublaslt": False}},
-                "without Triton": {"options": {"xla_gpu_enable_triton_gemm": False}},
-                **LEVELS,
-            },
-            rounds=4,
+            "levels of the mixer_b16 inference batch 256", forward, LEVELS, rounds=4
         ),
         beside("train", b16, 256, "timm max-autotune", also=", timm max-autotune"),
         compile_times(),
     ]
+
+
+def state_in_memory(model: str, batch: int) -> Item:
+    """The item of parameters stacked at use, stacked in memory, and not stacked."""
+    return variants(
+        f"state of {model} batch {batch}",
+        Side("stacked at use", model=model, batch=batch, **SCANNED),
+        {
+            "stacked in memory": {"whose": "stacked"},
+            "unrolled": UNROLLED,
+            "literal": {"whose": "literal"},
+        },
+        rounds=3,
+    )
 
 
 def compile_times() -> Item:
@@ -376,7 +381,7 @@ def compile_times() -> Item:
     how: dict[str, dict[str, Any]] = {
         "scanned": SCANNED,
         "stacked in memory": {"whose": "stacked"} | SCANNED,
-        "unrolled": FORMS["unrolled, keeps everything"],
+        "unrolled": UNROLLED,
         "literal": {"whose": "literal"},
     }
     sides = [
@@ -447,7 +452,7 @@ def expected_seconds(item: Item, machine: Machine) -> float:
         if side.whose == "timm":
             compiling = machine.torch_s if side.options.get("mode") in SLOW_MODES else 2
         else:
-            scanned = side.run.get("scan", machine.platform == "cpu")
+            scanned = side.run.get("scan", machine.platform == "tpu")
             scanned = scanned and side.whose != "literal" and side.kind == "train"
             compiling = machine.train_s if side.kind == "train" else machine.forward_s
             compiling *= 0.5 if scanned else depth

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -30,6 +30,27 @@ def load(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the items of several suites of one machine as one; the last one counts.
+
+    Raises:
+      ValueError: their figures would not compare.
+    """
+    first, *others = reports
+    for other in others:
+        for key in ("machine", "dtype", "threads"):
+            if first[key] != other[key]:
+                raise ValueError(
+                    f"The suites were measured with another {key}: {first[key]} and "
+                    f"{other[key]}; put them into the pages one by one."
+                )
+        first = other | {
+            "starts": first["starts"] + other["starts"],
+            "items": first["items"] | other["items"],
+        }
+    return first
+
+
 def title(model: str) -> str:
     """Returns a model's name as papers write it: "B/16" of "mixer_b16"."""
     found = re.fullmatch(r"mixer_([a-z])(\d+)", model)
@@ -52,9 +73,13 @@ def where(report: dict[str, Any]) -> str:
             peers |= side.get("versions", {})
     names = ("jax", "jaxlib", "flax", "torch", "timm", "onnxruntime")
     packages = ", ".join(f"{name} {peers[name]}" for name in names if name in peers)
-    date = report["starts"][-1]["date"].partition(" ")[0]
-    made = f", commit {report['commit']}" if report.get("commit") else ""
-    return f"{what}, {report['dtype']}; {packages}; {date}{made}"
+    results = report["items"].values()
+    dates = sorted({result["date"].partition(" ")[0] for result in results})
+    commits = list(dict.fromkeys(result["commit"] or "" for result in results))
+    made = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
+    if any(commits):
+        made += f", commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return f"{what}, {report['dtype']}; {packages}; {made}"
 
 
 def ratio(side: dict[str, Any], other: dict[str, Any]) -> str:
@@ -285,7 +310,7 @@ def rewritten(page: str, report: dict[str, Any]) -> str:
         what, items = found["what"], report["items"]
         if found["platform"] != report["machine"]["platform"]:
             return found[0]
-        if what in (None, "short"):
+        if what in (None, "short") and any(headlines(report)):
             made = headline_table(report, short=what == "short")
             made += f"\n\n{where(report)}."
         elif what in items:

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import re
 
+import flax.errors
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -260,6 +261,20 @@ def test_stochastic_depth_leaves_out_whole_branches_of_some_images(name):
     before, after = (out[k].reshape(64, -1) for k in blocks[-2:])
     still = (before == after).all(1)
     assert 0 < still.sum() < 64
+
+
+@every_family
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_model_says_whether_its_training_draws_noise(name, rate):
+    model = small(name, stochastic_depth=rate)
+    assert model.draws_noise == bool(rate)
+    train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    without_a_key = functools.partial(jax.eval_shape, train, variables(name), images())
+    if rate:
+        with pytest.raises(flax.errors.InvalidRngError):
+            without_a_key()
+    else:
+        without_a_key()
 
 
 def on_one_cpu():

@@ -9,15 +9,19 @@ import pytest
 
 from mlp_mixer import checkpoint, sharding, steps
 from mlp_mixer.data import pipeline
+from mlp_mixer.models import Model, Run
 
 SIZE, ROWS, MOMENTUM = (8, 8), 32, 0.75
 EXAMPLE = pipeline.example(SIZE)
 
 
-class Normalised(nn.Module):
+class Normalised(Model):
     """The smallest model with BatchNorm: of pixels, before a linear head."""
 
+    patch_size: tuple[int, int] = (1, 1)
     num_classes: int = 5
+    # Which training leaves alone: a part of a batch has other statistics.
+    run: Run = Run(images_at_once=2)
 
     @nn.compact
     def __call__(self, image, *, train=False):
@@ -118,9 +122,10 @@ def test_a_run_may_begin_with_the_statistics_of_its_weights():
         jax.tree.map(np.testing.assert_array_equal, state.stats, expected)
 
 
-class Without(nn.Module):
+class Without(Model):
     """A model without statistics."""
 
+    patch_size: tuple[int, int] = (1, 1)
     num_classes: int = 5
 
     @nn.compact

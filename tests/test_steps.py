@@ -111,10 +111,13 @@ class Program:
         return jax.device_get((state, metrics))
 
 
-def model_of(mesh, *, flat=False, scan=False, remat="none", **fields):
+def model_of(
+    mesh, *, flat=False, scan=False, remat="none", images_at_once=None, **fields
+):
     """`flat` as on one CPU, whatever devices the step is for."""
     mesh = sharding.make_mesh(1) if flat else mesh if mesh.size > 1 else None
-    return MlpMixer(**FIELDS | fields, run=Run(scan=scan, remat=remat, mesh=mesh))
+    run = Run(scan=scan, remat=remat, images_at_once=images_at_once, mesh=mesh)
+    return MlpMixer(**FIELDS | fields, run=run)
 
 
 compiled = functools.cache(Program)
@@ -356,12 +359,34 @@ def test_micro_batches_make_the_big_batchs_update(devices, strategy):
     assert_same_training(parts.trained, whole.trained)
 
 
-def test_micro_batches_need_less_memory():
-    def temporaries(accumulate):
-        analysis = compiled(1, accumulate=accumulate).step.memory_analysis()
-        return analysis.temp_size_in_bytes
+@pytest.mark.parametrize(
+    ("devices", "parts", "images"),
+    [
+        (1, {"images_at_once": 10}, "[4,8,64,64,3]"),
+        (8, {"images_at_once": 1, "accumulate": 2}, "[4,1,64,64,3]"),
+    ],
+)
+def test_images_a_few_at_a_time_make_the_big_batchs_update(devices, parts, images):
+    few = compiled(devices, "replicated", **parts)
+    assert_same_training(few.trained, compiled(1).trained)
+    assert f"f32{images}" in few.step.as_text()
 
-    assert temporaries(4) < 0.5 * temporaries(1)
+
+@pytest.mark.parametrize("noise", [{"stochastic_depth": 0.5}, {"dropout": 0.5}])
+def test_images_a_few_at_a_time_draw_the_same_noise(noise):
+    """Parts of a batch would draw other noise than the whole, so there are none."""
+    whole, few = compiled(1, **noise), compiled(1, images_at_once=4, **noise)
+    jax.tree.map(np.testing.assert_array_equal, few.trained, whole.trained)
+
+
+def temporaries(program):
+    return program.step.memory_analysis().temp_size_in_bytes
+
+
+def test_micro_batches_need_less_memory():
+    whole = temporaries(compiled(1))
+    assert temporaries(compiled(1, accumulate=4)) < 0.5 * whole
+    assert temporaries(compiled(1, images_at_once=10)) < 0.5 * whole
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -531,12 +556,18 @@ def test_value_range_maps_bytes_to_minus_one_and_one():
 
 
 @pytest.mark.parametrize(
-    ("devices", "strategy", "rows"),
-    [(1, "replicated", 3), (8, "replicated", 8), (8, "fsdp", 24)],
+    ("devices", "strategy", "rows", "images_at_once"),
+    [
+        (1, "replicated", 3, None),
+        (1, "replicated", 24, 7),
+        (8, "replicated", 8, None),
+        (8, "fsdp", 24, 1),
+    ],
 )
-def test_predict_is_the_model_without_noise(devices, strategy, rows):
+def test_predict_is_the_model_without_noise(devices, strategy, rows, images_at_once):
     mesh = sharding.make_mesh(devices)
-    model = MlpMixer(**FIELDS, dropout=0.5, stochastic_depth=0.5)
+    run = Run(images_at_once=images_at_once)
+    model = MlpMixer(**FIELDS, dropout=0.5, stochastic_depth=0.5, run=run)
     params = jax.tree.map(
         jax.device_put,
         random_params(),

@@ -192,8 +192,14 @@ def test_the_plans_have_one_name_for_each_item_and_side():
             assert len(set(labels)) == len(labels), item.name
             assert 0 < suite_plan.expected_seconds(item, machine) < 3600
             assert all(side.flops > 0 for side in item.sides)
-            for side in item.sides:  # slices tile their batch
-                assert side.batch % (side.slice_size or 1) == 0, item.name
+
+
+def test_the_pages_show_items_that_are_measured():
+    for name in suite_report.PAGES:
+        page = (suite_report.ROOT / name).read_text()
+        for found in suite_report.MARKED.finditer(page):
+            names = {item.name for item in suite_plan.items_for(found["platform"])}
+            assert found["what"] in {None, "short", *names}
 
 
 # --- One item -------------------------------------------------------------------------
@@ -249,7 +255,7 @@ def test_an_item_times_what_works_and_names_what_does_not(tmp_path):
 def test_all_sides_compute_the_same():
     made, _ = worker(
         tiny("ours", kind="forward"),
-        tiny("slices", kind="forward", slice_size=1),
+        tiny("one at a time", kind="forward", run={"images_at_once": 1}),
         tiny("literal", whose="literal", kind="forward"),
     )
     made.run()
@@ -345,14 +351,13 @@ def side_of(*times, batch=8, **more):
     } | more
 
 
+def item_of(**sides):
+    made = {"status": "done", "date": "2026-11-25 9:00:00 UTC", "commit": "bee"}
+    return {"sides": sides} | made
+
+
 def report_of(**sides):
-    item = {
-        "sides": sides,
-        "status": "done",
-        "date": "2026-11-25 9:00",
-        "commit": "bee",
-    }
-    items = {"train mixer_b16 batch 8": item}
+    items = {"train mixer_b16 batch 8": item_of(**sides)}
     starts = [{"date": "2026-11-26 12:00:00 UTC", "commit": "c0ffee"}]
     return IDENTITY | {"items": items, "starts": starts, "left_out": {}}
 
@@ -419,9 +424,7 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     assert "old" not in text
     assert "| B/16 training step, batch 8 | 4 | 50% | 2.00 × | 0.25 |" in text
     assert "| B/16 training step, batch 8 | 4 | 50% | 2.00 × |\n" in text
-    assert (
-        "some, 1 thread, CPU time, float32; jax 1; 2026-11-26, commit c0ffee." in text
-    )
+    assert "some, 1 thread, CPU time, float32; jax 1; 2026-11-25, commit bee." in text
     assert "\nbetween\n<!-- suite: gpu -->\nkept\n" in text
     assert "| ours | 4 | 2,000.00 | 100% | 50% | 1.00 |" in text
     assert "| literal | 2 | 4,000.00 | 100% | 50% | 0.50 |" in text
@@ -429,7 +432,22 @@ def test_a_page_is_rewritten_between_its_marks_and_only_once(tmp_path):
     assert "<!-- suite: cpu not measured -->\nkept\n" in text
     assert text.endswith("<!-- end of suite -->\nend\n")
     assert list(suite_report.write_pages(report, tmp_path)) == []
-    assert (tmp_path / "README.md").read_text() == text
+    # Of a suite that has measured something else, what was there stays.
+    other = suite_report.rewritten(text, report | {"items": {}})
+    assert other == (tmp_path / "README.md").read_text() == text
+
+
+def test_several_suites_of_one_machine_are_one_and_the_last_counts():
+    one, two = report_of(ours=side_of(1, 2, 3)), report_of(ours=side_of(2, 3, 4))
+    one["items"]["other"] = one["items"]["train mixer_b16 batch 8"] | {"commit": "old"}
+    both = suite_report.merged([one, two])
+    assert both["items"]["train mixer_b16 batch 8"]["sides"] == {
+        "ours": side_of(2, 3, 4)
+    }
+    assert suite_report.where(both).endswith("; 2026-11-25, commits bee, old")
+    assert suite_report.merged([one]) == one
+    with pytest.raises(ValueError, match="another threads: 1 and 2"):
+        suite_report.merged([one, two | {"threads": 2}])
 
 
 def test_the_plot_shows_curves_in_order_and_each_model_once(tmp_path):
@@ -439,17 +457,16 @@ def test_the_plot_shows_curves_in_order_and_each_model_once(tmp_path):
         "4 images": {"batch": 4, "error": "out of memory"},
     }
     report = report_of(ours=side_of(1, 2, 3))
-    report["items"]["train mixer_s16 batch 8"] = {"sides": {"ours": side_of(1, 2, 3)}}
-    report["items"]["train mixer_s16 batch 32"] = {
-        "sides": {"ours": side_of(1, 2, 3, batch=32)}
-    }
+    for batch in (8, 32):
+        name = f"train mixer_s16 batch {batch}"
+        report["items"][name] = item_of(ours=side_of(1, 2, 3, batch=batch))
     assert suite_plot.costs(report, "train") == [
         ("mixer_b16", 1e9, 1 / 4), ("mixer_s16", 1e9, 1 / 16),
     ]  # fmt: skip
     assert list(suite_plot.write_plot(report, tmp_path / "a.png")) == [
         tmp_path / "a.png"
     ]
-    report["items"]["curve of batches, forward"] = {"sides": curve}
+    report["items"]["curve of batches, forward"] = item_of(**curve)
     assert suite_plot.points(report, "batches", "forward") == [(1, 1.0), (2, 1.0)]
     list(suite_plot.write_plot(report, tmp_path / "b.png"))
     assert (tmp_path / "b.png").stat().st_size > (tmp_path / "a.png").stat().st_size

@@ -21,6 +21,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+# Bytes of the state (s, n, c) up to which one CPU is fastest: with hidden layers four
+# times as wide, a block's arrays stay in a cache of 32 MiB.
+CACHED_STATE = 4 * 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -33,33 +37,80 @@ class Run:
         are stacked where they are used, so tree and checkpoints stay the same.
       remat: what the backward pass computes again of a block, a key of
         `trunk.REMAT_POLICIES`.
+      images_at_once: number of images of a batch that each device computes at a time,
+        one part of the batch after the other; None: all.
       mesh: the devices; None if they are not known.
     """
 
     dtype: Any = "float32"
     scan: bool = False
     remat: str = "none"
+    images_at_once: int | None = None
     mesh: Mesh | None = None
 
     @classmethod
-    def on(
+    def choose(
         cls,
+        model: "Model",
+        image_size: tuple[int, int],
         mesh: Mesh,
         *,
         dtype: Any = "float32",
         scan: bool | None = None,
         remat: str | None = None,
+        images_at_once: int | None = None,
     ) -> "Run":
-        """Returns the fastest way to train on these devices, but for what is given.
+        """Returns the fastest way to compute a model, but for what is given.
 
-        A GPU: unrolled blocks that keep everything (measured: docs/benchmarks).
-        Elsewhere: one scanned block, which also compiles in a time that hardly grows
-        with depth.
+        Measured (docs/benchmarks): unrolled blocks that keep everything are fastest on
+        CPUs and GPUs. Elsewhere one block is scanned, which keeps less and compiles in
+        a time that hardly grows with depth. One CPU takes as many images at a time as
+        its cache holds.
+
+        Args:
+          model: the model; its own `run` is not read.
+          image_size: (height, width) in pixels.
+          mesh: the devices.
+          dtype: dtype of activations and products.
+          scan, remat, images_at_once: what is given; None: what is fastest.
         """
-        on_gpu = mesh.devices.flat[0].platform == "gpu"
-        scan = not on_gpu if scan is None else scan
-        default = "none" if on_gpu else "pre_gelu"
-        return cls(dtype, scan, default if remat is None else remat, mesh)
+        platform = mesh.devices.flat[0].platform
+        if scan is None:
+            scan = platform not in ("cpu", "gpu")
+        if remat is None:
+            remat = "pre_gelu" if scan else "none"
+        run = cls(dtype, scan, remat, images_at_once, mesh)
+        channels = getattr(model, "hidden_dim", None)
+        if images_at_once is None and channels and run.flat:
+            (h, w), (ph, pw) = image_size, model.patch_size
+            state = (h // ph) * (w // pw) * channels * jnp.dtype(dtype).itemsize
+            limit = max(1, CACHED_STATE // state)
+            run = dataclasses.replace(run, images_at_once=limit)
+        return run
+
+    def parts(self, images: int) -> int:
+        """Returns in how many equal parts a device computes so many images.
+
+        Each part has at most `images_at_once`. If no part of at least half as many
+        divides the images, there is one part: small ones take longer than all at once.
+        """
+        limit = self.images_at_once
+        if limit is None or images <= limit:
+            return 1
+        size = max(size for size in range(1, limit + 1) if images % size == 0)
+        return images // size if 2 * size >= limit else 1
+
+    def __str__(self) -> str:
+        """How it is computed, in words for the log."""
+        blocks = "one scanned block" if self.scan else "unrolled blocks"
+        kept = {
+            "none": "keeping everything",
+            "pre_gelu": "keeping pre-activations",
+            "full": "keeping each block's input",
+        }[self.remat]
+        images = self.images_at_once
+        at_once = f", at most {images} images at once" if images else ""
+        return f"{jnp.dtype(self.dtype).name}, {blocks} {kept}{at_once}"
 
     @property
     def flat(self) -> bool:
@@ -119,6 +170,11 @@ class Model(nn.Module, kw_only=True):
         """
         others = ("parent", "name", "num_classes", "run")
         return {f.name: f for f in dataclasses.fields(cls) if f.name not in others}
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether training draws dropout or stochastic depth."""
+        return any(getattr(self, rate, 0) for rate in ("dropout", "stochastic_depth"))
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless images of (height, width) pixels fit the model."""

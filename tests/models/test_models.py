@@ -170,15 +170,51 @@ def test_inference_on_one_cpu_holds_one_hidden_layer_at_a_time():
     assert memory.temp_size_in_bytes < 2 * hidden
 
 
+def chosen(mesh, name="mixer_b16", side=224, **given):
+    model = models.create(name, num_classes=10)
+    return models.Run.choose(model, (side, side), mesh, **given)
+
+
 def test_a_gpu_trains_unrolled_and_a_recipe_can_say_otherwise():
-    def how(run):
+    def how(*args, **given):
+        run = chosen(on(*args), **given)
         return run.scan, run.remat
 
-    assert how(models.Run.on(on("gpu"))) == (False, "none")
-    assert how(models.Run.on(on("tpu"))) == (True, "pre_gelu")
-    assert how(models.Run.on(on("cpu", 8))) == (True, "pre_gelu")
-    assert how(models.Run.on(on("gpu"), scan=True)) == (True, "none")
-    assert how(models.Run.on(on("tpu"), remat="full")) == (True, "full")
+    assert how("gpu") == how("cpu") == how("cpu", 8) == (False, "none")
+    assert how("tpu") == (True, "pre_gelu")
+    assert how("gpu", scan=True) == (True, "pre_gelu")
+    assert how("tpu", remat="full") == (True, "full")
+    assert how("tpu", scan=False) == (False, "none")
+
+
+def test_one_cpu_takes_as_many_images_at_a_time_as_its_cache_holds():
+    images = {
+        name: chosen(on("cpu"), name, side).images_at_once
+        for name, side in [("mixer_s16", 224), ("mixer_b16", 224), ("mixer_h14", 3584)]
+    }
+    # 196 · 512 and 196 · 768 floats each; one of the last is larger than the cache.
+    assert images == {"mixer_s16": 10, "mixer_b16": 6, "mixer_h14": 1}
+    assert chosen(on("cpu"), dtype="bfloat16").images_at_once == 13
+    assert chosen(on("cpu"), images_at_once=3).images_at_once == 3
+    for mesh in (on("cpu", 8), on("gpu"), on("tpu")):
+        assert chosen(mesh).images_at_once is None
+
+
+def test_a_batch_is_cut_into_equal_parts_that_are_not_small():
+    parts = models.Run(images_at_once=10).parts
+    assert [parts(n) for n in (1, 10, 12, 20, 32, 35)] == [1, 1, 2, 2, 4, 5]
+    # Of 22 the next part is 2 images, of a prime number 1.
+    assert parts(22) == parts(31) == 1
+    assert models.Run().parts(1000) == 1
+
+
+def test_the_log_says_how_a_model_is_computed():
+    assert str(chosen(on("cpu"))) == (
+        "float32, unrolled blocks keeping everything, at most 6 images at once"
+    )
+    assert str(chosen(on("tpu"), dtype="bfloat16")) == (
+        "bfloat16, one scanned block keeping pre-activations"
+    )
 
 
 def test_an_architecture_makes_any_size_of_which_all_is_said():
