@@ -81,7 +81,7 @@ def base() -> ConfigDict:
     config.input.shift = 0  # pad by so many pixels and crop at random
     config.input.randaugment_layers = 0
     config.input.randaugment_magnitude = 0
-    config.input.workers = 0  # processes that decode; 0: threads of this one
+    config.input.workers = 0  # processes that decode, also in evaluations; 0: threads
     config.input.max_broken_images = 10  # distinct; one more ends the run
 
     # models.create, with dataset.num_classes. A recipe may add any field of the model's

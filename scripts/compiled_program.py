@@ -311,19 +311,19 @@ def _traffic(
     computations: dict[str, Computation], computation: Computation, one: Instruction
 ) -> tuple[int, int]:
     """The bytes that an instruction reads and writes."""
-    if one.opcode.removesuffix("-start") in ("copy", "slice"):
-        arrays = _sizes(one.shape)
-        source = sum(_sizes(computation[one.operands[0]].shape))
-        if not one.opcode.endswith("-start"):
-            return (min(source, arrays[0]) if arrays[0] else source), arrays[0]
-        # (result, source, …) of a copy, (source, result, …) of a slice.
-        moved = arrays[one.opcode == "slice-start"]
-        length = _elements(_ARRAY.findall(one.shape)[one.opcode == "slice-start"][1])
-        whole = _elements(_ARRAY.findall(computation[one.operands[0]].shape)[0][1])
-        return source * length // whole, moved
-    body = (
-        computations.get(one.attribute("calls"), {}) if one.opcode == "fusion" else {}
-    )
+    written = _sizes(one.shape)
+    if one.opcode.removesuffix("-start") in ("copy", "slice", "dynamic-slice"):
+        # copy-start makes (result, source, …), slice-start (source, result, …).
+        position = int(one.opcode == "slice-start")
+        source = computation[one.operands[0]].shape
+        length, whole = (
+            _elements(_ARRAY.findall(shape)[i][1])
+            for shape, i in ((one.shape, position), (source, 0))
+        )
+        return sum(_sizes(source)) * length // whole, written[position]
+    body: Computation = {}
+    if one.opcode == "fusion":
+        body = computations[one.attribute("calls")]
     parameters = {
         int(re.match(r"\d+", i.rest)[0]): i.name  # type: ignore[index]
         for i in body.values()
@@ -331,22 +331,25 @@ def _traffic(
     }
     read = 0
     for position, name in enumerate(one.operands):
-        if name in one.operands[:position]:
+        if name in one.operands[:position] or name not in computation:
             continue
-        whole = sum(_sizes(computation[name].shape)) if name in computation else 0
+        whole = sum(_sizes(computation[name].shape))
         if position in parameters:
             whole = min(whole, _part_read(body, parameters[position], whole))
+        elif one.opcode == "dynamic-update-slice" and not position:
+            whole = 0  # it is updated in place
         read += whole
-    roots = [i for i in body.values() if i.is_root] or [one]
-    root = roots[0]
-    if root.opcode == "tuple":
-        written = sum(_written(body, body[name]) for name in root.operands)
-    else:
-        written = _written(body or computation, root)
-    if one.attribute("target").startswith("__cublas"):
-        # The last array is the library's workspace.
-        written = sum(_sizes(one.shape)[:-1]) or written
-    return read, written
+    if one.attribute("target").startswith("__cublas") and len(written) > 1:
+        written.pop()  # the library's workspace
+    if body or one.opcode == "dynamic-update-slice":
+        root, inside = one, computation
+        if body:
+            root, inside = next(i for i in body.values() if i.is_root), body
+        results = [root]
+        if root.opcode == "tuple":
+            results = [inside[name] for name in root.operands]
+        written = list(map(min, written, (_made(inside, r) for r in results)))
+    return read, sum(written)
 
 
 def _part_read(body: Computation, parameter: str, whole: int) -> int:
@@ -358,27 +361,34 @@ def _part_read(body: Computation, parameter: str, whole: int) -> int:
         if user.opcode == "bitcast":
             read += _part_read(body, user.name, whole)
         elif user.opcode in _PART_READ and user.operands[0] == parameter:
-            read += sum(_sizes(re.sub(r"S\(\d+\)", "", user.shape)))
+            read += _length(user.shape)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != parameter:
             return whole  # of an array that is updated in place, nothing is read
     return read
 
 
-def _written(body: Computation, root: Instruction) -> int:
-    """What a fusion writes: an array, or a slice into one."""
-    inner = root
-    while inner.opcode == "bitcast" and inner.operands[0] in body:
-        inner = body[inner.operands[0]]
-    if inner.opcode == "dynamic-update-slice" and inner.operands[1] in body:
-        whole = sum(_sizes(root.shape))
-        return min(whole, sum(_sizes(body[inner.operands[1]].shape)))
-    return sum(_sizes(root.shape))
+def _made(body: Computation, result: Instruction) -> int:
+    """The bytes of an array that are new: all, or a slice that is set in it."""
+    while result.opcode == "bitcast" and result.operands[0] in body:
+        result = body[result.operands[0]]
+    if result.opcode == "dynamic-update-slice" and result.operands[1] in body:
+        result = body[result.operands[1]]
+    return _length(result.shape)
+
+
+def _length(shape: str) -> int:
+    """The bytes of a shape, wherever they lie."""
+    return sum(_sizes(re.sub(r"S\(\d+\)", "", shape)))
 
 
 def _part(path: str) -> str:
     """The modules on an instruction's path, without functions and transformations."""
     found = re.search(r"jvp\(\w*\)+/(.*)", path.partition(";")[0])
-    inside = found[1] if found else re.sub(r"^(jit\(\w+\)/)?(MlpMixer/)?", "", path)
+    inside = (
+        found[1]
+        if found
+        else re.sub(r"^(jit\(\w+\)/)?((Literal|Mlp)Mixer/)?", "", path)
+    )
     names = [n for n in inside.split("/") if not re.search(r"[(,>]", n)]
     names = [
         n for n in names if n not in ("while", "body", "closed_call", "checkpoint")
@@ -533,8 +543,10 @@ def compile_step(args: argparse.Namespace, blocks: int) -> Any:
         {key: value for key, value in given.items() if value is not None},
     )
     mesh = sharding.make_mesh(devices=devices_of(args.chip))
-    model = experiment.create_model(job, mesh, 1000)
+    model: Any = experiment.create_model(job, mesh, 1000)
     example = {"image": jax.ShapeDtypeStruct((1, *size, 3), "uint8")}
+    if args.literal:
+        model = measurement.literal_of(model)
     built = experiment.build(job, mesh, example, job.total_steps, model=model)
     train_step: Any = built.train_step
     cut = sharding.batch(mesh)
@@ -628,6 +640,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--scan", action=argparse.BooleanOptionalAction, help="one scanned block")
     flag("--remat", help="none, pre_gelu or full")
     flag("--forward", action="store_true", help="inference, not a training step")
+    flag("--literal", action="store_true", help="the literal model in place of ours")
     flag("--bias_row", action="store_true", help="token mixing as in bias_row.py")
     flag("--products", choices=("generated", "library"), default="generated")
     flag(

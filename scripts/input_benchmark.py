@@ -2,11 +2,14 @@
 
     python scripts/benchmark.py input
     python scripts/benchmark.py input --images=/data/val/n01440764 --rate=5000
+    python scripts/benchmark.py input --workers 1 2 4 8 16 32 --plot=input.png
 
 From JPEG bytes in memory to batches of uint8: Inception crop, bilinear resize, flip,
 with and without RandAugment. Ours (direct calls, the training pipeline in threads, in
 worker processes) and tf.data take turns, round by round, pinned to as many cores as
 they have processes. Without TensorFlow, from the extra `prepare`, the peer is left out.
+Then: our functions at other image sizes and with other JPEGs, and the time to start a
+training step while threads or worker processes decode.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -36,6 +40,8 @@ from mlp_mixer.data import decoding, image_ops, pipeline, randaugment
 STAGES = ("decode", "crop and resize", "flip", "RandAugment")
 # The last is big_vision's run of B/16, a whole TPU v3-128.
 RATES = (1_000.0, 3_000.0, 10_000.0, 48_400.0)
+# Arrays of a state, about those of B/16 with Adam's moments.
+STATE = 450
 HINT = "no tf.data here: pip install '.[prepare]' brings TensorFlow"
 
 
@@ -136,16 +142,29 @@ def direct(
         yield image
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and, on Linux, of its worker processes."""
+    ticks = 0
+    for process in multiprocessing.active_children():
+        stat = pathlib.Path(f"/proc/{process.pid}/stat")
+        if stat.exists():
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def clock(batches: Iterator[Any], size: int, warm: int, seconds: float) -> dict:
     """CPU and wall seconds per image, after `warm` batches."""
     for _ in range(warm):
         next(batches)
-    cpu, wall, count = time.process_time(), time.perf_counter(), 0
+    own, cpu, wall = time.process_time(), cpu_seconds(), time.perf_counter()
+    count = 0
     while time.perf_counter() - wall < seconds or not count:
         next(batches)
         count += size
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"cpu_s": cpu / count, "wall_s": wall / count}
+    own, cpu = time.process_time() - own, cpu_seconds() - cpu
+    wall = time.perf_counter() - wall
+    return {"cpu_s": cpu / count, "own_cpu_s": own / count, "wall_s": wall / count}
 
 
 @dataclasses.dataclass
@@ -154,6 +173,7 @@ class Bench:
 
     jpegs: list[bytes]
     args: argparse.Namespace
+    shapes: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
 
     def variants(self, peer: bool) -> dict[str, tuple[int, Callable[[], Iterator]]]:
         """Name → number of cores, and a function that starts endless batches."""
@@ -163,7 +183,8 @@ class Bench:
             out[f"direct{end}"] = 1, functools.partial(self._direct, layers)
             out[f"threads{end}"] = 1, functools.partial(self._ours, layers, 0)
             for k in self.args.workers:
-                out[f"{k} workers{end}"] = k, functools.partial(self._ours, layers, k)
+                name = f"{k} worker{'s' * (k > 1)}{end}"
+                out[name] = k, functools.partial(self._ours, layers, k)
             if peer:
                 out[f"tf.data{end}"] = 1, functools.partial(self._peer, layers)
         return out
@@ -214,9 +235,17 @@ def measure(bench: Bench, peer: bool) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0)) if has_affinity else [0]
     variants = bench.variants(peer)
     report: dict[str, Any] = {
-        name: {"cores": min(n, len(cores)), "cpu_s": [], "wall_s": []}
+        name: {"cores": min(n, len(cores)), "cpu_s": [], "own_cpu_s": [], "wall_s": []}
         for name, (n, _) in variants.items()
     }
+    sizes = [
+        {"jpegs": name, "image_size": size, "layers": layers, "cpu_s": []}
+        for name, size in [
+            *(("", size) for size in args.sizes),
+            *((shape, args.image_size) for shape in bench.shapes),
+        ]
+        for layers in (0, 2)
+    ]
     spent: dict[str, list[float]] = collections.defaultdict(list)
     try:
         for i in range(args.rounds):
@@ -226,8 +255,8 @@ def measure(bench: Bench, peer: bool) -> dict[str, Any]:
                 count, start = variants[name]
                 pin(count, cores)
                 batches = start()
-                # The pipeline prepares up to four batches in advance.
-                times = clock(batches, args.batch, 6, args.seconds)
+                # The pipeline prepares that many batches in advance.
+                times = clock(batches, args.batch, 12, args.seconds)
                 if hasattr(batches, "close"):
                     batches.close()
                 for key, value in times.items():
@@ -235,19 +264,58 @@ def measure(bench: Bench, peer: bool) -> dict[str, Any]:
             pin(1, cores)
             stages = direct(bench.jpegs, args.image_size, 2, args.magnitude, spent)
             clock(stages, 1, 0, args.seconds)
+            for one in sizes:
+                jpegs = bench.shapes.get(one["jpegs"], bench.jpegs)
+                images = direct(jpegs, one["image_size"], one["layers"], args.magnitude)
+                one["cpu_s"].append(clock(images, 1, 16, args.seconds)["cpu_s"])
     finally:
         pin(len(cores), cores)
-    return {"variants": report, "stages": dict(spent)}
+    return {"variants": report, "stages": dict(spent), "sizes": sizes}
+
+
+def measure_dispatch(bench: Bench) -> dict[str, Any]:
+    """Seconds to start a step while nobody, threads or processes decode.
+
+    With the JPEGs as they are, and with tiny ones, whose rows are the interpreter's
+    work alone: so busy do many cores keep the interpreter of one process.
+    """
+    import jax
+
+    step = jax.jit(lambda state: [x + 1 for x in state], donate_argnums=0)
+    tiny = Bench(photos(16, 16, 16, 700), argparse.Namespace(**vars(bench.args)))
+    tiny.args.image_size = 8
+    report: dict[str, Any] = {}
+    ways = {"nothing": None, "threads": 0} | {
+        f"{k} worker{'s' * (k > 1)}": k for k in bench.args.workers
+    }
+    for i in range(bench.args.rounds):
+        for name, workers in list(ways.items())[:: 1 if i % 2 == 0 else -1]:
+            for load, of in (("", bench), (", interpreter busy", tiny)):
+                batches: Any = None if workers is None else of._ours(2, workers)
+                state = [jax.numpy.zeros(8) for _ in range(STATE)]
+                for _ in range(12):
+                    state = step(state)
+                    _ = batches and next(batches)
+                times: list[float] = []
+                end = time.perf_counter() + bench.args.seconds
+                while time.perf_counter() < end or not times:
+                    _ = batches and next(batches)
+                    start = time.perf_counter()
+                    state = step(state)
+                    times.append(time.perf_counter() - start)
+                    jax.block_until_ready(state)
+                if batches:
+                    batches.close()
+                entry = report.setdefault(f"{name}{load}", {"median_s": []})
+                entry["median_s"].append(statistics.median(times))
+    return report
 
 
 def summarise(report: dict[str, Any], rates: list[float]) -> None:
     """Adds medians, rates per core, ratios and the cores that a rate needs."""
     variants = report["variants"]
-    for name, result in variants.items():
-        # The CPU time of worker processes is not this process's: wall time, on as many
-        # cores as there are workers.
-        key = result["compared_by"] = "wall_s" if "worker" in name else "cpu_s"
-        times = [t * (result["cores"] if key == "wall_s" else 1) for t in result[key]]
+    for result in variants.values():
+        times = result["cpu_s"]
         median = statistics.median(times)
         result |= {"median_s": median, "min_s": min(times), "max_s": max(times)}
         result["spread"] = (max(times) - min(times)) / median
@@ -260,7 +328,7 @@ def summarise(report: dict[str, Any], rates: list[float]) -> None:
         theirs = variants.get(f"tf.data{plus}{augmented}")
         if theirs and way != "tf.data":
             ratios[name] = {
-                "cpu_or_wall": theirs["median_s"] / result["median_s"],
+                "cpu": theirs["median_s"] / result["median_s"],
                 "best": theirs["min_s"] / result["min_s"],
                 "wall": statistics.median(theirs["wall_s"])
                 / statistics.median(result["wall_s"])
@@ -270,6 +338,8 @@ def summarise(report: dict[str, Any], rates: list[float]) -> None:
         stage: {"median_s": statistics.median(times), "mean_s": statistics.mean(times)}
         for stage, times in report["stages"].items()
     }
+    for one in report["sizes"]:
+        one["images_per_s_per_core"] = 1 / statistics.median(one["cpu_s"])
     report["cores_for_rate"] = {
         f"{rate:g}": {n: rate * r["median_s"] for n, r in variants.items()}
         for rate in rates
@@ -301,7 +371,7 @@ def table(report: dict[str, Any]) -> str:
             *(f"{result[key] * 1e3:.2f}" for key in ("median_s", "min_s", "max_s")),
             f"{result['spread']:.0%}",
             f"{result['images_per_s_wall']:,.0f}",
-            f"{ratio['cpu_or_wall']:.2f}" if ratio else "-",
+            f"{ratio['cpu']:.2f}" if ratio else "-",
         ]
         lines.append(" ".join([f"{name:24}", *(f"{cell:>13}" for cell in cells)]))
     lines += [
@@ -320,8 +390,59 @@ def table(report: dict[str, Any]) -> str:
             if "+" not in way
         ]
         lines.append(f"  {float(rate):>8,.0f} images/s: {', '.join(cells)}")
-    lines += ["", "Compared by CPU time, worker processes by wall time on their cores."]
+    lines += ["", "Images/s of one core, direct calls, with RandAugment (without):"]
+    for plain, augmented in zip(
+        report["sizes"][::2], report["sizes"][1::2], strict=True
+    ):
+        what = plain["jpegs"] or "the JPEGs above"
+        lines.append(
+            f"  {what:>15} -> {plain['image_size']:3} px:"
+            f" {augmented['images_per_s_per_core']:6,.0f}"
+            f" ({plain['images_per_s_per_core']:,.0f})"
+        )
+    if report["dispatch"]:
+        lines += ["", f"ms to start a step of {STATE} arrays while decoding:"]
+    for name, result in report["dispatch"].items():
+        best, median = min(result["median_s"]), statistics.median(result["median_s"])
+        lines.append(f"  {name:27} {median * 1e3:6.2f}, best {best * 1e3:6.2f}")
+    lines += ["", "Compared by CPU time, with that of worker processes."]
     return "\n".join(lines + report["notes"])
+
+
+def write_plot(report: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws images/s against cores and against the image's side."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.7), layout="constrained")
+    for layers, label, colour in (
+        (0, "crop, resize, flip", "#1f5fa8"),
+        (2, "with RandAugment", "#c4552d"),
+    ):
+        found = sorted(
+            (result["cores"], result["images_per_s_wall"])
+            for name, result in report["variants"].items()
+            if "worker" in name and name.endswith("RandAugment") == bool(layers)
+        )
+        left.plot(*zip(*found, strict=True), "o-", color=colour, label=label)
+        sizes = [
+            (one["image_size"], one["images_per_s_per_core"])
+            for one in report["sizes"]
+            if not one["jpegs"] and one["layers"] == layers
+        ]
+        right.plot(*zip(*sorted(sizes), strict=True), "o-", color=colour, label=label)
+    left.set(title="Worker processes, wall time", xlabel="cores = workers")
+    right.set(title="One core, direct calls, CPU time", xlabel="side of the image, px")
+    for ax in (left, right):
+        ax.set(ylabel="images/s", xlim=0, ylim=0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e8e8e8")
+        ax.legend(frameon=False)
+    figure.suptitle(report["cpu_model"], x=0.01, ha="left", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -351,6 +472,11 @@ def parser() -> argparse.ArgumentParser:
     flag("--magnitude", type=real(0, 20), default=15.0, help="of RandAugment(2, ...)")
     workers = whole(1, 1024)
     flag("--workers", type=workers, nargs="*", default=[1, 2], help="processes")
+    sizes, shapes = [64, 112, 224, 384, 448], [(187, 250), (750, 1000)]
+    flag("--sizes", type=side, nargs="*", default=sizes, help="sides to compare")
+    flag("--shapes", type=_shape, nargs="*", default=shapes, help="JPEGs to compare")
+    switch = argparse.BooleanOptionalAction
+    flag("--dispatch", action=switch, default=True, help="time to start a step")
     flag("--rounds", type=whole(1), default=5)
     flag("--seconds", type=real(0), default=1.0, help="at least, per timing")
     rate = real(0.001)
@@ -358,6 +484,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--peer", action=argparse.BooleanOptionalAction, default=True, help="tf.data")
     file = arguments.new_file
     flag("--out", type=file, metavar="FILE.json", help="where all raw figures go")
+    flag("--plot", type=file, metavar="FILE.png", help="needs matplotlib and workers")
     return p
 
 
@@ -397,7 +524,13 @@ def main(argv: list[str], cpu_model: str) -> None:
         "magnitude": args.magnitude,
         "notes": [HINT] if args.peer and not found else [],
     }
-    report |= measure(Bench(jpegs, args), args.peer and found)
+    shapes = {
+        f"{h}x{w}": photos(args.count, h, w, h * w * args.bytes // 187_500)
+        for h, w in args.shapes
+    }
+    bench = Bench(jpegs, args, shapes)
+    report |= measure(bench, args.peer and found)
+    report["dispatch"] = measure_dispatch(bench) if args.dispatch else {}
     if "tensorflow" in sys.modules:
         report["versions"]["tensorflow"] = sys.modules["tensorflow"].__version__
     summarise(report, args.rate)
@@ -405,4 +538,6 @@ def main(argv: list[str], cpu_model: str) -> None:
         pathlib.Path(args.out).write_text(
             json.dumps(report, indent=1) + "\n", encoding="utf-8"
         )
+    if args.plot:
+        write_plot(report, pathlib.Path(args.plot))
     print(table(report))

@@ -31,6 +31,7 @@ LAYERS = (
         "data.decoding",
         "data.image_ops",
         "data.randaugment",
+        "data.assembly",
         "data.tfrecords",
         "data.folders",
         "data.class_names",
@@ -77,8 +78,7 @@ DOORS = {
         "program",
         *PROGRAMS,
     ),
-    # data.pipeline: Grain's workers read flags.
-    "absl.flags": ("program", "data.pipeline", *PROGRAMS),
+    "absl.flags": ("program", *PROGRAMS),
     "absl.app": ("program", *PROGRAMS),
     "cv2": ("data.image_ops", "data.randaugment"),
     "tensorboardX": ("metrics",),

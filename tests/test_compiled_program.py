@@ -35,6 +35,7 @@ ENTRY %main (x: bf16[4,16], w: bf16[16,8], b: bf16[8], t: f32[4,8]) -> f32[4,8] 
   %w = bf16[16,8]{1,0} parameter(1)
   %b = bf16[8]{0} parameter(2)
   %t = f32[4,8]{1,0} parameter(3)
+  %some = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} slice(%w), slice={[0:4], [0:8]}
   %near = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} copy(%w)
   %product = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, s8[4096]{0}) custom-call(%x, %near, %b), \
 custom_call_target="__cublas$lt$matmul", \
@@ -50,7 +51,8 @@ metadata={op_name="jit(train_step)/transpose(jvp(MlpMixer))/MixerBlock_0/tanh"}
 
 
 def test_a_kernel_reads_and_writes_what_lies_in_the_devices_memory():
-    copy, product, rows, in_place = kernels(PROGRAM)
+    some, copy, product, rows, in_place = kernels(PROGRAM)
+    assert (some.kind, some.read, some.written) == ("copy", 4 * 8 * 2, 0)
     assert (copy.kind, copy.read, copy.written) == ("copy", 256, 0)  # goes on chip
     # x and the bias; two results, without the library's workspace.
     assert (product.read, product.written) == (4 * 16 * 2 + 8 * 2, 2 * 4 * 8 * 2)
@@ -59,7 +61,7 @@ def test_a_kernel_reads_and_writes_what_lies_in_the_devices_memory():
 
 
 def test_a_kernel_has_the_name_kind_and_work_of_what_it_computes():
-    _, product, rows, in_place = kernels(PROGRAM)
+    *_, product, rows, in_place = kernels(PROGRAM)
     assert product.kind == compiled_program.LIBRARY
     assert product.work == "__cublas$lt$matmul BIAS_GELU_AUX"
     assert product.flops == 2 * 4 * 16 * 8
@@ -129,3 +131,20 @@ def test_on_an_h200_no_more_is_written_beside_products(
     names = largest(report)
     assert written["forward"] <= forward * 1e3, names
     assert written["backward"] <= backward * 1e3, names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    bool(compiled_program.missing_wheels("v5e")),
+    reason=compiled_program.missing_wheels("v5e"),
+)
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [(("--forward", "--blocks=1"), 0), (("--blocks=2",), 452)],
+    ids=["inference", "training"],
+)
+def test_on_a_v5e_products_take_in_what_surrounds_them(words, most, tmp_path):
+    report = counted("v5e", "--batch=64", *words, tmp_path=tmp_path)
+    written = report["written_per_image_and_block"]
+    # Not counted: "other", copies between a chip's memories ahead of time.
+    assert written["forward"] + written["backward"] <= most * 1e3, largest(report)

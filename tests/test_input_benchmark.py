@@ -1,7 +1,12 @@
 """The host path's benchmark: what it makes, what it measures, without TensorFlow."""
 
+import itertools
 import json
+import multiprocessing
+import pathlib
 import statistics
+import time
+from typing import Any
 
 import benchmark
 import input_benchmark
@@ -11,7 +16,7 @@ import pytest
 from mlp_mixer.data import decoding
 
 TINY = "input --count=2 --shape=40x60 --bytes=2000 --image_size=16 --batch=3"
-QUICK = f"{TINY} --workers --no-peer --rounds=2 --seconds=0"
+QUICK = f"{TINY} --workers --no-peer --rounds=2 --seconds=0 --sizes 8 16 --shapes 20x30"
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +63,45 @@ def test_the_cores_for_a_rate_are_its_share_of_one_core(run):
             assert cores == pytest.approx(rate / result["images_per_s_per_core"])
 
 
-def test_worker_processes_count_by_wall_time_on_their_cores():
-    times = {"cores": 2, "cpu_s": [9.0, 9.0], "wall_s": [1.0, 3.0]}
+def test_a_way_counts_by_all_of_its_cpu_time():
+    times = {"cores": 2, "cpu_s": [3.0, 5.0], "wall_s": [1.0, 3.0]}
     peer = {"cores": 1, "cpu_s": [2.0, 2.0], "wall_s": [5.0, 5.0]}
-    report = {"variants": {"2 workers": times, "tf.data": peer}, "stages": {}}
+    variants: dict[str, Any] = {"2 workers": times, "tf.data": peer}
+    report: dict[str, Any] = {"variants": variants, "stages": {}, "sizes": []}
     input_benchmark.summarise(report, [10.0])
     assert report["variants"]["2 workers"]["median_s"] == 4.0
-    assert report["ratios"]["2 workers"]["cpu_or_wall"] == 0.5
+    assert report["ratios"]["2 workers"]["cpu"] == 0.5
     assert report["cores_for_rate"]["10"] == {"2 workers": 40.0, "tf.data": 20.0}
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="needs Linux's /proc")
+def test_the_cpu_time_of_worker_processes_counts():
+    before = input_benchmark.cpu_seconds() - time.process_time()
+    process = multiprocessing.get_context("spawn").Process(
+        target=sum, args=[range(9**8)]
+    )
+    process.start()
+    try:
+        end = time.monotonic() + 30
+        spent = before
+        while spent < before + 0.05 and time.monotonic() < end:
+            time.sleep(0.02)
+            spent = input_benchmark.cpu_seconds() - time.process_time()
+        assert spent >= before + 0.05
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_sizes_and_starts_of_steps_are_measured(run):
+    sizes = [(one["jpegs"], one["image_size"], one["layers"]) for one in run["sizes"]]
+    found = itertools.product([("", 8), ("", 16), ("20x30", 16)], (0, 2))
+    assert sizes == [(*what, layers) for what, layers in found]
+    assert all(one["images_per_s_per_core"] > 0 for one in run["sizes"])
+    ways = ["nothing", "threads"]
+    assert set(run["dispatch"]) == {
+        f"{way}{load}" for way in ways for load in ("", ", interpreter busy")
+    }
 
 
 def test_without_tensorflow_the_table_says_how_to_get_it(capsys, monkeypatch):

@@ -338,6 +338,9 @@ def test_evaluators_follow_the_data_set_and_never_move_it():
     assert sections["val"]["batch_size"] == 64
     assert sections["minival"]["batch_size"] == 8
     assert (config.batch_size, config.dataset.name) == (64, "folder:/x")
+    config.input.workers = 3
+    everything = evaluators.sections(config, ["all"])
+    assert {section["workers"] for section in everything.values()} == {3}
     config.evals.minival.every_steps = 0
     assert list(evaluators.sections(config)) == ["val"]
 

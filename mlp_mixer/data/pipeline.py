@@ -1,7 +1,7 @@
 """Batches for training and evaluation, on the host, through Grain.
 
-Rows of one global stream (shuffled, augmented) → this process's chunks of a few rows →
-its batches. A broken image is replaced, and a column of its row says so.
+Rows of one global stream (shuffled, augmented) → this process's share of them → its
+batches. A broken image is replaced, and a column of its row says so.
 
 Each row of the stream, its augmentation included, is a function of the seed and of its
 position alone. So a run may start at any step, and the global batches are the same, row
@@ -10,37 +10,27 @@ big_vision's `configs/mlp_mixer_i1k.py`: Inception crop, flip, RandAugment, all 
 uint8; the device normalises.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import logging
 import math
-import multiprocessing
-import multiprocessing.resource_tracker
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import UInt8
 
 from mlp_mixer import known
-from mlp_mixer.data import decoding, image_ops, randaugment
+from mlp_mixer.data import assembly, decoding, image_ops, randaugment
+from mlp_mixer.data.assembly import Batch
 from mlp_mixer.data.sources import Label, Source
 from mlp_mixer.text import printable
 
-Batch = dict[str, np.ndarray]
 Image = UInt8[np.ndarray, "h w 3"]
 Cropped = UInt8[np.ndarray, "height width 3"]
 
 logger = logging.getLogger(__name__)
-
-# Seconds that a worker process goes on working after SIGTERM.
-_GRACE = 30
 
 
 def example(image_size: tuple[int, int]) -> Batch:
@@ -80,7 +70,8 @@ def train_batches(
         zeros come in.
       randaugment_layers: number of random operations that are applied.
       randaugment_magnitude: strength of these, 0 ... 20.
-      workers: number of processes that decode and augment; 0 does so in threads.
+      workers: number of processes that decode and augment; 0 does so in threads. The
+        batches of all streams with as many workers come from the same processes.
       max_broken_images: number of distinct images in this process that may be broken,
         or have a label that is none of the classes. Each is logged by name and
         replaced by the next good one; one more ends the run.
@@ -106,10 +97,17 @@ def train_batches(
     # Before the share: order and draws follow the global position.
     stream = stream.random_map(augment)
     rows = _local_batch_size(batch_size, process_index, process_count)
-    share = _Share(stream, rows, process_index, process_count, start_step, 2**40)
-    batches = _batches(share, workers)
+    blank = {
+        "image": np.zeros((*image_size, 3), np.uint8),
+        "label": _target(source, None),
+        "broken": np.int32(-1),
+    }
+    share = _Share(stream, blank, rows, process_index, process_count, start_step, 2**40)
     return _name_broken(
-        batches, source, "the next good one replaces it", max_broken_images
+        assembly.Batches(share, workers),
+        source,
+        "the next good one replaces it",
+        max_broken_images,
     )
 
 
@@ -120,14 +118,14 @@ def eval_batches(
     batch_size: int,
     preprocess: str,
     exif: bool = False,
+    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yields every example once, over all processes, in the order of the source.
 
     All processes get the same number of batches, ceil(len(source) / batch_size); the
-    last one is padded with rows of zeros. Threads decode, because worker processes
-    would be started again for each of a run's evaluations.
+    last one is padded with rows of zeros.
 
     Args:
       source: the examples.
@@ -135,6 +133,7 @@ def eval_batches(
       batch_size: number of rows of the global batch, cut as in `train_batches`.
       preprocess: a key of `image_ops.PROTOCOLS`.
       exif: whether images are turned as their Exif orientation says.
+      workers: as in `train_batches`, whose processes it uses.
 
     Returns:
       An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
@@ -151,8 +150,9 @@ def eval_batches(
     prepare = _EvaluationRow(source, image_size, preprocess, exif, blank)
     steps = math.ceil(len(source) / batch_size)
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
-    share = _Share(positions, rows, process_index, process_count, 0, steps)
-    return _name_broken(_batches(share, workers=0), source, "it is not counted")
+    padding = prepare.map(len(source))
+    share = _Share(positions, padding, rows, process_index, process_count, 0, steps)
+    return _name_broken(assembly.Batches(share, workers), source, "it is not counted")
 
 
 def _inception(
@@ -297,115 +297,34 @@ def read_image(
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """This process's rows of the global stream, in chunks of a few rows.
+    """This process's rows of the global stream.
 
     They are rows p·b to (p+1)·b of every global batch, from `start_step` on, so a row
-    has the same position for any number of processes. A thread or worker process makes
-    one chunk at a time, so that several build one batch; passing on single examples
-    would cost more than a third of the time that it takes to make them.
+    has the same position for any number of processes.
     """
 
     stream: Any
+    blank: dict[str, Any]
     rows: int
     process_index: int
     process_count: int
     start_step: int
     steps: int
 
-    @property
-    def chunk(self) -> int:
-        """Number of rows of a chunk; it divides the batch."""
-        return math.gcd(self.rows, 32)
-
-    def __len__(self) -> int:
-        return self.steps * self.rows // self.chunk
-
-    def __getitem__(self, index: int) -> Batch:
-        step, row = divmod(index * self.chunk, self.rows)
+    def row(self, step: int, row: int) -> dict[str, Any]:
         block = (step + self.start_step) * self.process_count + self.process_index
-        first = block * self.rows + row
-        examples = [self.stream[first + k] for k in range(self.chunk)]
-        return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
-
-
-def _batches(share: _Share, workers: int) -> Iterator[Batch]:
-    if workers and not flags.FLAGS.is_parsed():
-        # Grain passes absl's flags to its workers, also outside of `app.run`.
-        flags.FLAGS.mark_as_parsed()
-    # More threads compete for the interpreter: with sixteen it is a quarter slower.
-    chunks = grain.MapDataset.source(share).to_iter_dataset(
-        grain.ReadOptions(num_threads=4, prefetch_buffer_size=16)
-    )
-    if workers:
-        # Its start unblocks signals, so it must be over before `_running` blocks them.
-        multiprocessing.resource_tracker.ensure_running()
-        chunks = chunks.mp_prefetch(
-            grain.MultiprocessingOptions(workers), worker_init_fn=_follow_parent
-        )
-    # Last, because the buffers above count chunks; rows keep the share's order.
-    batches = chunks.batch(
-        share.rows // share.chunk, drop_remainder=True, batch_fn=_concatenate
-    )
-    ahead = grain.experimental.ThreadPrefetchIterDataset(
-        batches, prefetch_buffer_size=1
-    )
-    return iter(ahead)
-
-
-def _follow_parent(index: int, count: int) -> None:
-    """Ends this worker process once its parent is gone, and not much earlier.
-
-    Ctrl-C and a cluster send their signal to all processes of a run, but the parent
-    needs some more batches before it ends. So `_running` starts workers with SIGINT and
-    SIGTERM blocked. SIGTERM is handled late rather than never, because Python sends it
-    to the workers that are left when it ends, and waits for them.
-    """
-    del index, count
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()  # type: ignore[union-attr]
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-
-
-@contextlib.contextmanager
-def _running(batches: Any) -> Iterator[Iterator[Batch]]:
-    """Starts the threads and worker processes of `_batches`, and ends them."""
-    # Threads and processes inherit the signal mask of the thread that starts them.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    try:
-        batches.start_prefetch()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    # The traceback of an error may keep them alive until the interpreter shuts down.
-    atexit.register(batches.close)
-    try:
-        yield batches
-    except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):
-            raise
-        raise ChildProcessError(
-            f"A process that decodes images ended ({error}) An exit code of -9 mostly"
-            " means that memory was short: start again with fewer input.workers."
-        ) from error
-    finally:
-        atexit.unregister(batches.close)
-        batches.close()
-
-
-def _concatenate(chunks: Sequence[Batch]) -> Batch:
-    return {key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]}
+        return self.stream[block * self.rows + row]
 
 
 def _name_broken(
-    batches: Any, source: Source, consequence: str, limit: int | None = None
+    batches: assembly.Batches,
+    source: Source,
+    consequence: str,
+    limit: int | None = None,
 ) -> Iterator[Batch]:
     """Yields the batches; logs broken images by name, and raises above `limit`."""
     seen: dict[int, None] = {}
-    with _running(batches):
+    with contextlib.closing(batches):
         for batch in batches:
             broken = batch.pop("broken")
             for index in map(int, broken[broken >= 0]):
@@ -415,6 +334,7 @@ def _name_broken(
             if limit is not None and len(seen) > limit:
                 raise _too_many(source, seen, limit)
             yield batch
+            del batch  # so that its memory may be used again
 
 
 def _warn_of_broken(source: Source, index: int, consequence: str) -> None:

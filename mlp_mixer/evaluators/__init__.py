@@ -47,6 +47,7 @@ def sections(
             raise ValueError(f"The recipe has no evaluator {name!r}; try {tries}.")
         section = evals[name]
         section["batch_size"] = section["batch_size"] or recipe.batch_size
+        section["workers"] = recipe.input.workers
         found[name] = _class_of(name, section).completed(section, recipe, class_names)
     return found
 

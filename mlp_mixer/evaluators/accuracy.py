@@ -115,7 +115,7 @@ class Accuracy(Evaluator):
           class_names: names of the model's classes, by which the split's labels are
             mapped to them; None if they have none.
           data_dir: where data sets are; TFDS's own folder by default.
-          **more: predict, mesh and batch_size, as in `Inference`.
+          **more: predict, mesh, batch_size and workers, as in `Inference`.
 
         Raises:
           ValueError: the split has classes that the model does not have.

@@ -236,7 +236,7 @@ class FewShot(Evaluator):
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           every_steps: training steps between two evaluations.
           data_dir: where data sets are; TFDS's own folder by default.
-          **more: predict, mesh and batch_size, as in `Inference`.
+          **more: predict, mesh, batch_size and workers, as in `Inference`.
 
         Raises:
           ValueError: the splits have other classes, or several labels per image; or

@@ -39,6 +39,7 @@ class Inference:
         image_size: tuple[int, int],
         preprocess: str,
         batch_size: int,
+        workers: int = 0,
     ):
         """Compiles nothing yet.
 
@@ -51,11 +52,13 @@ class Inference:
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           batch_size: images at once over all devices, rounded up to a multiple of
             the parts that they cut it into.
+          workers: number of processes that decode; 0: threads of this one.
         """
         self._predict, self._mesh, self._batch_size = predict, mesh, batch_size
         self._options: dict[str, Any] = {
             "image_size": image_size,
             "preprocess": preprocess,
+            "workers": workers,
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }

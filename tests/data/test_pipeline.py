@@ -126,6 +126,13 @@ def test_worker_processes_change_nothing_and_report_what_is_broken(tmp_path, cap
     assert_same(none, two)
     assert caplog.text.count("Broken image") == 2  # once in each run
     assert caplog.text.count(str(tmp_path / "1" / "05.png")) == 2
+    passes = [
+        list(set_up.eval_batches(source, image_size=(8, 8), batch_size=5, workers=w))
+        for w in (0, 2)
+    ]
+    for none, two in zip(*passes, strict=True):
+        assert_same(none, two)
+    assert caplog.text.count(str(tmp_path / "1" / "05.png")) == 4
 
 
 @pytest.mark.parametrize("k", [1, 4, 9])
