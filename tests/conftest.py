@@ -1,30 +1,17 @@
 """Every test sees eight CPU devices and may not promote ranks silently."""
 
-import atexit
 import logging
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 
-# Most of a small test is compiling: less optimised, it is done in half the time.
-FLAGS = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+import jax
+import pytest
+import session  # noqa: F401  (sets what they share)
+from set_up import random_params
 
-# And the tests compile the same few programs: each once for the whole session, the
-# programs in other processes included.
-CACHE = tempfile.mkdtemp(prefix="mlp_mixer_tests_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-
-import jax  # noqa: E402  (reads the environment)
-import pytest  # noqa: E402
-from set_up import random_params  # noqa: E402
-
-from mlp_mixer import models, pretrained, recipe, text  # noqa: E402
+from mlp_mixer import models, pretrained, recipe, text
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
