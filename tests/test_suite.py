@@ -257,6 +257,7 @@ def test_all_sides_compute_the_same():
         tiny("ours", kind="forward"),
         tiny("one at a time", kind="forward", run={"images_at_once": 1}),
         tiny("literal", whose="literal", kind="forward"),
+        tiny("bias row", whose="bias row", kind="forward"),
     )
     made.run()
     first, *others = (side["logits"]["first"] for side in made.result["sides"].values())
