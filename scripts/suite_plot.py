@@ -127,7 +127,7 @@ def _draw_curve(ax: Any, report: dict[str, Any], curve: str, found: Any) -> None
 
 def _draw_costs(ax: Any, report: dict[str, Any], _: str, found: Any) -> None:
     ax.set(xscale="log", yscale="log")
-    # In turn, as B/32 and S/16, and L/32 and B/16, are neighbours.
+    # B/32 and S/16, and L/32 and B/16, are neighbours.
     places = {
         "forward": (((0, 6), "center"), ((-5, 2), "right")),
         "train": (((6, -6), "left"), ((0, -13), "center")),
@@ -137,8 +137,8 @@ def _draw_costs(ax: Any, report: dict[str, Any], _: str, found: Any) -> None:
             x = [operations / 1e9 for _, operations, _ in line]
             y = [1e3 * seconds for *_, seconds in line]
             ax.plot(x, y, color=colour, marker=marker, markersize=4, linestyle="none")
-            for i, ((model, *_), at_x, at_y) in enumerate(zip(line, x, y, strict=True)):
-                offset, side = places[kind][i % 2]
+            for (model, *_), at_x, at_y in zip(line, x, y, strict=True):
+                offset, side = places[kind][model.endswith("32")]
                 ax.annotate(
                     suite_report.title(model),
                     (at_x, at_y),
