@@ -127,10 +127,11 @@ def _draw_curve(ax: Any, report: dict[str, Any], curve: str, found: Any) -> None
 
 def _draw_costs(ax: Any, report: dict[str, Any], _: str, found: Any) -> None:
     ax.set(xscale="log", yscale="log")
-    # B/32 and S/16, and L/32 and B/16, are neighbours.
+    # Training steps are above. B/32 and S/16, and L/32 and B/16, are neighbours.
+    above = ((-6, 3), "right")
     places = {
-        "forward": (((0, 6), "center"), ((-5, 2), "right")),
-        "train": (((6, -6), "left"), ((0, -13), "center")),
+        "forward": (((6, -6), "left"), ((0, -13), "center")),
+        "train": (above, above),
     }
     for kind, colour, marker in PASSES:
         if line := found[kind]:
