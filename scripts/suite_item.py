@@ -102,7 +102,7 @@ class TimmProcess:
     """The process of timm_peer.py."""
 
     def __init__(self, python: str) -> None:
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             [python, str(HERE / "timm_peer.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -118,8 +118,6 @@ class TimmProcess:
         Raises:
           PeerError: it failed, or did not answer in time.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()

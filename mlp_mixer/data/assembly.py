@@ -6,6 +6,7 @@ refers to its arrays any more. Worker processes are started once, for training a
 of its evaluations.
 """
 
+import abc
 import atexit
 import contextlib
 import dataclasses
@@ -191,16 +192,18 @@ class _Stream:
     closed: bool = False
 
 
-class _Crew:
+class _Crew(abc.ABC):
     """Threads or processes that make rows."""
 
     hands: int  # number of tasks that they work on at the same time
 
+    @abc.abstractmethod
     def open(self, of: Rows) -> _Stream:
-        raise NotImplementedError
+        """Begins a stream of batches."""
 
+    @abc.abstractmethod
     def close(self, stream: _Stream) -> None:
-        raise NotImplementedError
+        """Ends a stream; what is being made of it is dropped."""
 
     def ask(self, stream: _Stream, step: int) -> None:
         """Gives out the tasks of a batch."""
@@ -229,17 +232,19 @@ class _Crew:
             raise made.error
         return made.batch
 
+    @abc.abstractmethod
     def _new_memory(self, stream: _Stream) -> mmap.mmap:
-        raise NotImplementedError
+        """Returns memory for one more batch."""
 
+    @abc.abstractmethod
     def _give(
         self, stream: _Stream, made: _Made, step: int, first: int, end: int
     ) -> None:
-        raise NotImplementedError
+        """Gives out one task: some rows of a batch."""
 
+    @abc.abstractmethod
     def _receive(self) -> None:
         """Waits until something is done, and notes it."""
-        raise NotImplementedError
 
 
 # --- Threads --------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def eval_batches(
       batch_size: number of rows of the global batch, cut as in `train_batches`.
       preprocess: a key of `image_ops.PROTOCOLS`.
       exif: whether images are turned as their Exif orientation says.
-      workers: as in `train_batches`, whose processes it uses.
+      workers: number of processes that decode, the same as training's; 0: threads.
 
     Returns:
       An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
