@@ -99,7 +99,10 @@ def train(
             check_owned,
         ),
         checkpoint.Checkpointer(
-            f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
+            f"{workdir}/checkpoints",
+            **config.checkpoint,
+            clock_every_steps=config.log_every_steps,
+            more_is_better=more_is_better,
         ) as checkpointer,
     ):
         # State: the newest good checkpoint, else a fresh start, from weights or none.
