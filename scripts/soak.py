@@ -3,15 +3,16 @@
     python scripts/soak.py --minutes=10 --seed=0
 
 In each round a small Mixer learns the digits for some steps, in one process with two
-devices, in two processes, or in another number after each start. Meanwhile faults happen,
-all a function of the seed but for the moment, to which the machine adds its own chance.
-After each end of the processes no intact checkpoint may be lost, none may be set aside
-unharmed, and the records up to the newest one must be there. Each start must go on from
-the newest intact checkpoint. At the end parameters, moments and records must be those of
-the uninterrupted run: the same bits, or, where the number of processes changed, within
-the order of float additions.
+devices, in two processes, or in one or two, drawn for each start. Meanwhile faults
+happen, a function of the seed but for their moment, to which the machine adds its own
+chance. Whenever all processes have ended, no intact checkpoint may be lost, none may be
+set aside unharmed, and the records up to the newest one must be there. Each start must
+go on from the newest intact checkpoint. At the end parameters, moments and records must
+be those of the uninterrupted run: the same bits, or, where the number of processes
+changed, up to the order of float additions.
 
-On a violation it exits with 1, keeps the folder, and says how to repeat it. It needs Linux.
+On a violation it exits with 1, keeps the folder, and says how to repeat the round. It
+needs Linux.
 """
 
 import argparse

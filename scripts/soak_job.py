@@ -233,7 +233,8 @@ class Ledger:
                 step not in folders or digest(folders[step]) != known
             ):
                 raise ViolationError(
-                    f"The intact checkpoint {step} is lost; there are {sorted(folders)}."
+                    f"The intact checkpoint {step} is lost; there are "
+                    f"{sorted(folders)}."
                 )
         aside = {p.name: p for p in self._folder.glob("damaged-*")}
         for name in aside.keys() - self._aside:

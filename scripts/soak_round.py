@@ -1,5 +1,6 @@
 """Faults, for `soak.py`: one run is broken again and again until it is trained."""
 
+import contextlib
 import dataclasses
 import pathlib
 import random
@@ -380,7 +381,8 @@ def fill_disk(round: Round) -> None:
     left = round.draw.choice([0, 2**12, 2**16])
     pids = round.job.pids()
     if round.disk.is_own:
-        with filler.open("wb") as file:
+        # The run may take some of it meanwhile.
+        with contextlib.suppress(OSError), filler.open("wb", 0) as file:
             free = shutil.disk_usage(round.disk.folder).free
             file.write(bytes(max(0, free - left)))
     else:  # files may not grow

@@ -2,7 +2,7 @@
 
 Python imports this module by its name when it starts with this folder in PYTHONPATH.
 SOAK_SLOW_DISK=SEED delays what changes names on the disk, up to half a second each.
-SOAK_CLOCK=AFTER,BACK sets the clock back by BACK seconds, AFTER seconds after the start.
+SOAK_CLOCK=AFTER,BACK sets the clock back by BACK seconds, AFTER seconds from the start.
 """
 
 import functools
