@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mlp_mixer import orbax_io
+from mlp_mixer import orbax_io, processes
 from mlp_mixer.fingerprints import PyTree, examine, leaves
 from mlp_mixer.orbax_io import DamagedError
 from mlp_mixer.signals import AgreedStop, StopFlag
@@ -50,6 +50,10 @@ class Checkpointer:
     Args:
       directory: local folder or one on a bucket (`gs://…`); created if missing.
       every_steps: number of steps; `save` acts on its multiples.
+      every_minutes: minutes since the last save or the start; `save` also acts on the
+        next multiple of `clock_every_steps`. None: the clock is not read.
+      clock_every_steps: number of steps; at its multiples process 0 reads its clock and
+        tells the others.
       keep_latest: number of the newest checkpoints that are kept.
       keep_every_steps: number of steps; checkpoints at its multiples are kept for ever.
       keep_best: name of a metric; the checkpoint with its best value is kept.
@@ -63,20 +67,24 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         every_steps: int,
+        every_minutes: float | None = None,
+        clock_every_steps: int = 50,
         keep_latest: int = 2,
         keep_every_steps: int | None = None,
         keep_best: str | None = None,
         more_is_better: bool = True,
         stop_after: float | None = None,
     ):
-        counts = (every_steps, keep_latest, keep_every_steps)
+        counts = (every_steps, clock_every_steps, keep_latest, keep_every_steps)
         if any(count is not None and count < 1 for count in counts):
             raise ValueError(
-                f"every_steps, keep_latest, keep_every_steps are {counts}; each must "
-                f"be 1 or more."
+                f"every_steps, clock_every_steps, keep_latest, keep_every_steps are "
+                f"{counts}; each must be 1 or more."
             )
         self.directory = orbax_io.locate(directory)
-        self._every_steps = every_steps
+        self._every_steps, self._clock_every_steps = every_steps, clock_every_steps
+        self._every_minutes = every_minutes
+        self._saved_at = time.monotonic()  # of the last save, restoring or the start
         self._keep_best, self._more_is_better = keep_best, more_is_better
         self._position: int | None = None  # the step last saved or restored
         self._complete: int | None = None  # the newest known to be whole
@@ -138,18 +146,32 @@ class Checkpointer:
         return max(self.all_steps(), default=None)
 
     def complete_step(self) -> int | None:
-        """The step last saved or restored completely, as known without waiting."""
+        """The step last saved or restored completely, as known without waiting.
+
+        Raises:
+          CheckpointError: the save in the background has failed; see `wait`.
+        """
         step = self._position
-        if step is not None and step != self._complete:
-            done = not self._manager.is_saving_in_progress()
-            # After a save that failed there is no folder; `wait` raises its error.
-            if done and orbax_io.step_folder(self.directory, step).exists():
+        saved = step != self._complete and not self._manager.is_saving_in_progress()
+        if step is not None and saved:
+            # At once, now that it has ended: Orbax's `check_for_errors` does not tell
+            # what its own thread has been told.
+            self.wait()
+            if orbax_io.step_folder(self.directory, step).exists():
                 self._complete = step
         return self._complete
 
     def due(self, step: int) -> bool:
-        """Whether `save` acts on this step without `force`."""
-        return step % self._every_steps == 0
+        """Whether `save` acts on this step without `force`.
+
+        Several processes all ask, with the same steps, and get the same answer.
+        """
+        if step % self._every_steps == 0:
+            return True
+        if self._every_minutes is None or step % self._clock_every_steps:
+            return False
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return processes.first(minutes >= self._every_minutes)
 
     def save(
         self,
@@ -178,6 +200,7 @@ class Checkpointer:
         if not (force or self.due(step)) or step == self._position:
             return False
         self.wait()
+        self._complete = self._position
         newest = self.latest_step()
         if newest is not None and step <= newest:
             # Orbax would skip such a save without a word.
@@ -202,6 +225,7 @@ class Checkpointer:
                     sorted(values),
                 )
         self._position = self._saving = step
+        self._saved_at = time.monotonic()
         with self._failure_named():
             orbax_io.start_saving(self._manager, step, state, prints, values)
         return True
@@ -304,6 +328,7 @@ class Checkpointer:
             else:
                 logger.info("Restored step %d from %s", step, self.directory)
                 self._position = step
+                self._saved_at = time.monotonic()
                 return state
         if damaged := orbax_io.list_names(self.directory, "damaged-*"):
             raise FileNotFoundError(_none_left(self.directory, damaged))

@@ -105,6 +105,7 @@ def train(
         checkpoint.Checkpointer(
             f"{workdir}/checkpoints",
             **config.checkpoint,
+            clock_every_steps=config.log_every_steps,
             more_is_better=more_is_better,
             stop_after=stop_after,
         ) as checkpointer,
