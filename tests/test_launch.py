@@ -188,7 +188,8 @@ echo "$*" >> "$CLOUD/calls"
 shift 2
 case "$1 $2" in
   "queued-resources create") echo ACTIVE > "$CLOUD/state" ;;
-  "queued-resources delete") rm "$CLOUD/state"; rm -rf "$CLOUD"/host_* ;;
+  "queued-resources delete") rm "$CLOUD/state"
+    mkdir "$CLOUD/gone_$$"; mv "$CLOUD"/host_? "$CLOUD/gone_$$" ;;
   "queued-resources describe") cat "$CLOUD/state" ;;
   "tpu-vm scp") mkdir -p "$CLOUD"/host_{0,1}; for i in 0 1; do
     cp "$3" "$CLOUD/host_$i"; done ;;
