@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from mlp_mixer import orbax_io, processes
 from mlp_mixer.fingerprints import PyTree, examine, leaves
 from mlp_mixer.orbax_io import DamagedError
-from mlp_mixer.signals import StopFlag
+from mlp_mixer.signals import AgreedStop, StopFlag
 from mlp_mixer.text import quoted
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class Checkpointer:
       keep_every_steps: number of steps; checkpoints at its multiples are kept for ever.
       keep_best: name of a metric; the checkpoint with its best value is kept.
       more_is_better: whether the best value of that metric is the highest.
+      stop_after: number of seconds since the start of the process, after which
+        `stop_requested` says so.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Checkpointer:
         keep_every_steps: int | None = None,
         keep_best: str | None = None,
         more_is_better: bool = True,
+        stop_after: float | None = None,
     ):
         counts = (every_steps, clock_every_steps, keep_latest, keep_every_steps)
         if any(count is not None and count < 1 for count in counts):
@@ -92,8 +95,8 @@ class Checkpointer:
         if unfinished and jax.process_index() == 0:
             logger.warning("Removing unfinished saves in %s: %s", directory, unfinished)
         # Before the folder appears, which shows others that the run can be stopped.
-        # With several processes JAX's preemption notice needs the signals itself.
-        self._stop = None if jax.distributed.is_initialized() else StopFlag()
+        several = jax.distributed.is_initialized()
+        self._stop = AgreedStop(stop_after) if several else StopFlag(stop_after)
         try:
             self._manager = orbax_io.open_for_writing(
                 self.directory,
@@ -106,8 +109,7 @@ class Checkpointer:
                 metrics = _read_metrics(self.directory, self.all_steps())
                 self._scores.update(_scores(metrics, keep_best))
         except BaseException:
-            if self._stop:
-                self._stop.uninstall()
+            self._stop.uninstall()
             raise
 
     def __enter__(self) -> "Checkpointer":
@@ -128,8 +130,7 @@ class Checkpointer:
         Raises:
           CheckpointError: if the unfinished save failed.
         """
-        if self._stop:
-            self._stop.uninstall()
+        self._stop.uninstall()
         try:
             self.wait()
         finally:
@@ -362,14 +363,12 @@ class Checkpointer:
         return [step == best or step not in self._scores for step in steps]
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save and stop, because of SIGTERM, SIGINT or a preemption notice.
+        """Whether to save and stop: SIGTERM, SIGINT, or `stop_after` is over.
 
-        Several processes agree on a step some time after the signal, so all must call
-        this with the same steps.
+        Several processes agree on a call some time after the signal to one of them, so
+        all must call this equally often.
         """
-        if self._stop:
-            return self._stop.is_set
-        return self._manager.reached_preemption(step)
+        return self._stop.requested(step)
 
 
 def restore_variables(
