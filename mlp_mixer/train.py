@@ -189,7 +189,7 @@ def train(
                     stopping = stopping or (stop() and not last)
                     if last or stopping or checkpointer.due(step):
                         # A state that is not finite must not become a checkpoint.
-                        writer.flush()
+                        writer.store()
                         check_owned()
                         checkpointer.save(step, state, results, force=last or stopping)
                 note_saved(checkpointer.complete_step())
