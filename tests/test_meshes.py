@@ -1,4 +1,4 @@
-"""Laws of the axis `model`, alone and with the others: the paper's MLPs cut in pairs."""
+"""Laws of the axis `model`, alone and with the others: MLPs are cut in pairs."""
 
 import collections
 import functools
