@@ -9,7 +9,7 @@ import re
 
 from etils import epath
 
-from mlp_mixer import files, metrics
+from mlp_mixer import files, metrics, records
 
 FILE = "saved.json"
 _REMOVE = "If the checkpoints are there, remove it; it is written anew."
@@ -21,11 +21,10 @@ _TO_RESTORE = re.compile(r"\d{8,}$|damaged-")
 
 def has_begun(workdir: epath.PathLike) -> bool:
     """Whether there is a result to lose; a wrong field may have prevented any."""
-    records = epath.Path(workdir) / "metrics.jsonl"
     return (
         bool(checkpoints(workdir))
         or _noted_step(workdir) is not None
-        or (records.exists() and bool(records.read_text().strip()))
+        or any(path.read_text().strip() for path in records.paths(workdir))
     )
 
 

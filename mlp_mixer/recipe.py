@@ -126,6 +126,8 @@ def base() -> ConfigDict:
     # checkpoint.Checkpointer; the last step is kept in any case
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
+    # Also once so many minutes have passed since a save, after a step that is logged.
+    config.checkpoint.every_minutes = config_dict.placeholder(float)
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_every_steps = config_dict.placeholder(int)
     config.checkpoint.keep_best = config_dict.placeholder(str)  # e.g. "val/top1"
