@@ -108,8 +108,10 @@ def test_every_block_says_what_it_is_and_what_it_needs():
 # --- Commands -------------------------------------------------------------------------
 
 # Of other projects, with arguments that are not looked at.
-OTHERS = ("cd", "export", "find", "git", "pip", ".venv/bin/pip", "wait")
-OTHERS += ("gcloud", "kubectl", "sbatch", "scancel", "squeue", "tensorboard")
+OTHERS = (
+    *("cd", "export", "find", "git", "pip", ".venv/bin/pip", "wait"),
+    *("gcloud", "kubectl", "sbatch", "scancel", "squeue", "tensorboard"),
+)
 OPERATORS = ("|", "||", "&", "&&", ";")
 
 
