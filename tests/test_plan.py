@@ -194,7 +194,7 @@ def test_what_does_not_fit_gets_the_cheapest_that_does(tiny, eight, monkeypatch)
     proposal = made.proposal
     assert proposal is not None
     assert proposal.step.fits
-    assert "--config.sharding=fsdp" in proposal.words
+    assert "--config.mesh.data=" in proposal.words
     # The words make the recipe that was reckoned.
     again = search.changed(found, proposal.fields).reckoned()
     assert again.peak == proposal.step.peak

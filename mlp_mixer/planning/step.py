@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -104,7 +104,7 @@ class Planner:
                 config.run.scan = models.Run.scans(platform)
             if config.run.remat is None:
                 config.run.remat = "pre_gelu" if config.run.scan else "none"
-        self._states: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}  # what every mesh shares
 
     def changed(self, **changes: Any) -> "Planner":
         """Returns a planner of the recipe with other values of fields.
@@ -120,7 +120,7 @@ class Planner:
                 else:
                     config[field] = value
         planner = Planner(config, self.topology, self.devices)
-        planner._states = self._states
+        planner._made = self._made
         return planner
 
     @functools.cached_property
@@ -139,12 +139,22 @@ class Planner:
         total = recipe.total_steps(self.config)
         return experiment.build(self.config, self.mesh, _batch(self.config, 1), total)
 
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What depends on the model alone and how it is computed, made only once."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
     def _state(self) -> Any:
-        """The state with its shardings; made once for each mesh."""
-        key = f"{self.config.mesh}{self.config.sharding}"
-        if key not in self._states:
-            self._states[key] = self.build().target
-        return self._states[key]
+        """The state's shapes with their shardings: those of `build`, made only once."""
+        shapes = self._once("shapes", lambda: self.build().target)
+        axes = models.family(self.config.model.name).AXES
+        strategy = self.config.sharding
+        return jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            shapes,
+            sharding.shardings(shapes, self.mesh, strategy, axes),
+        )
 
     def shardings(self) -> list[tuple[str, str, str, str, float]]:
         """Returns each parameter's path, shape, letters, cut, and bytes on a device."""
@@ -152,18 +162,18 @@ class Planner:
         axes, rows = models.family(self.config.model.name).AXES, []
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
             name = "/".join(str(key.key) for key in path)
+            letters = " ".join(sharding.letters_of(path, leaf, axes))
             shape = " x ".join(map(str, leaf.shape))
             cut = ", ".join(str(axis or "-") for axis in leaf.sharding.spec)
-            rows.append(
-                (name, shape, _letters(name, axes), cut or "whole", _held(leaf))
-            )
+            rows.append((name, shape, letters, cut or "whole", _held(leaf)))
         return rows
 
     def reckoned(self) -> Step:
         """Returns what a step needs, by the shapes of its program."""
         config, mesh, chip = self.config, self.mesh, self.topology.chip
         state = self._state()
-        counted = _counted(config)
+        counted = self._once(f"counts {config.run}", lambda: _counted(config))
+        run = self._once(f"words {config.run}", lambda: _words(config, mesh))
         images = config.batch_size / sharding.rows(mesh) / config.accumulate
         if config.run.images_at_once:
             images = min(images, config.run.images_at_once)
@@ -181,7 +191,7 @@ class Planner:
         collectives = self._collectives(state, images)
         return Step(
             origin="shapes",
-            run=str(experiment.create_model(config, mesh).run),
+            run=run,
             mesh={str(axis): size for axis, size in mesh.shape.items()},
             sharding=config.sharding,
             accumulate=config.accumulate,
@@ -241,10 +251,10 @@ class Planner:
             found["all-reduce"] = (micro, micro * whole)
         if self.mesh.shape["model"] > 1:
             model = self.config.model
-            axes = models.family(model.name).AXES
             mlps = sum(
-                _letters(name, axes).startswith("d") and len(leaf.shape) == 2
-                for name, leaf in _named(state.params)
+                len(shape) == 2 and letters[0].startswith("d")
+                for letters, shape in _lettered(self.config, state.params)
+                if letters
             )
             (h, w), (ph, pw) = model.image_size, model.patch_size
             size = 2 if self.config.run.dtype == "bfloat16" else 4
@@ -333,30 +343,27 @@ class _Counted:
 
 def _counted(config: Any) -> _Counted:
     jaxpr = _jaxpr(config, config.run.remat)
-    kept = _jaxpr(config, "none")
+    kept = jaxpr if config.run.remat == "none" else _jaxpr(config, "none")
     return _Counted(
         *(jaxpr, counts.flops(jaxpr), counts.flops(kept), counts.product_bytes(jaxpr))
     )
 
 
-_JAXPRS: dict[str, Any] = {}
-
-
 def _jaxpr(config: Any, remat: str) -> Any:
-    """The jaxpr of a step of `_IMAGES` images on one device; each is traced once."""
+    """The jaxpr of a step of `_IMAGES` images on one device."""
     config = config.copy_and_resolve_references()
     with config.unlocked(), config.ignore_type():
         config.run.update(remat=remat, images_at_once=_IMAGES)
         config.update(accumulate=1, sharding="replicated")
-    fields = (config.model, config.run, config.optim, config.loss, config.mixup)
-    key = str(fields)
-    if key not in _JAXPRS:
-        mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
-        total = recipe.total_steps(config)
-        built = experiment.build(config, mesh, _batch(config, 1), total)
-        traced = jax.make_jaxpr(built.train_step)
-        _JAXPRS[key] = traced(built.target, _batch(config, _IMAGES))
-    return _JAXPRS[key]
+    mesh = sharding.make_mesh(devices=jax.devices("cpu")[:1])
+    total = recipe.total_steps(config)
+    built = experiment.build(config, mesh, _batch(config, 1), total)
+    return jax.make_jaxpr(built.train_step)(built.target, _batch(config, _IMAGES))
+
+
+def _words(config: Any, mesh: jax.sharding.Mesh) -> str:
+    """How the model is computed, for people."""
+    return str(experiment.create_model(config, mesh).run)
 
 
 def _batch(config: Any, images: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -373,29 +380,20 @@ def _held(leaf: Any) -> float:
     return float(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
 
 
-def _named(params: Any) -> list[tuple[str, Any]]:
+def _lettered(config: Any, params: Any) -> list[tuple[Sequence[str], Sequence[int]]]:
+    """The letters and the lengths of every parameter's axes."""
+    axes = models.family(config.model.name).AXES
     return [
-        ("/".join(str(key.key) for key in path), leaf)
+        (sharding.letters_of(path, leaf, axes), leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
 
 
-def _letters(name: str, axes: Mapping[str, str]) -> str:
-    """The letters of a parameter's axes; "" where `AXES` has none."""
-    for pattern, letters in axes.items():
-        if re.fullmatch(re.escape(pattern).replace(r"\*", r"\d+"), name):
-            return letters
-    return ""
-
-
 def _hidden_lengths(config: Any, params: Any) -> Set[int]:
     """The lengths that only hidden units and classes have: what the axis model cuts."""
-    axes = models.family(config.model.name).AXES
     lengths: dict[bool, set[int]] = {True: set(), False: set()}
-    for name, leaf in _named(params):
-        for letter, length in zip(
-            _letters(name, axes).split(), leaf.shape, strict=False
-        ):
+    for letters, shape in _lettered(config, params):
+        for letter, length in zip(letters, shape, strict=False):
             lengths[letter.startswith("d") or letter == "k"].add(length)
     return lengths[True] - lengths[False]
 
