@@ -20,6 +20,7 @@ from mlp_mixer import (
     checkpoint,
     evaluators,
     experiment,
+    goodput,
     metrics,
     pretrained,
     processes,
@@ -43,6 +44,7 @@ def train(
     data_dir: str | None = None,
     profile: str | None = None,
     accept_changed_data: bool = False,
+    began: float | None = None,
 ) -> steps.TrainState:
     """Runs `config` to its last step, evaluating and checkpointing on the way.
 
@@ -53,11 +55,14 @@ def train(
       profile: "START:STOP", steps of which a trace is written.
       accept_changed_data: whether a run goes on with other data than it began with, of
         the same classes.
+      began: `time.monotonic()` of the process's start, if that is the run's; now by
+        default.
 
     Returns:
       The state after the last update, or after the one at which the process was asked
       to stop (SIGTERM, SIGINT, or the cluster's preemption notice).
     """
+    clock = goodput.Clock(began)
     # Descriptions: nothing is on a device yet.
     workdir = epath.Path(workdir).expanduser()
     with processes.together():
@@ -94,6 +99,7 @@ def train(
     runs.check_agreement(config, data, evals)
 
     with (
+        clock,
         claimed(config, workdir, source.class_names, data, **accept) as (
             note_saved,
             check_owned,
@@ -148,14 +154,17 @@ def train(
             every_steps=config.log_every_steps,
             learning_rate=schedule,
             last_good=checkpointer.latest_step,
+            clock=clock,
         ) as writer:
             # At first_step no update is due, only evaluations that a stop cut off.
             for step in range(first_step, total_steps + 1):
                 last = step == total_steps
                 if step > first_step:
                     profiler.before(step)
-                    batch = sharding.place_rows(next(batches), mesh)
-                    state, scalars = train_step(state, batch)
+                    with clock.doing("input"):
+                        batch = sharding.place_rows(next(batches), mesh)
+                    with clock.doing("steps"):
+                        state, scalars = train_step(state, batch)
                     writer.train(step, scalars)
                     profiler.after(step, last, scalars)
 
@@ -166,7 +175,9 @@ def train(
                     if stopping or not writer.is_due(step, name, evaluator.every_steps):
                         continue
                     writer.flush()
-                    result = None if stop() else evaluator.run(state.variables, stop)
+                    with clock.doing("evaluation"):
+                        asked = stop()
+                        result = None if asked else evaluator.run(state.variables, stop)
                     if result is None:
                         stopping = True
                         continue
@@ -183,11 +194,15 @@ def train(
                         # A state that is not finite must not become a checkpoint.
                         writer.flush()
                         check_owned()
-                        checkpointer.save(step, state, results, force=last or stopping)
+                        with clock.doing("checkpoint"):
+                            checkpointer.save(
+                                step, state, results, force=last or stopping
+                            )
                 note_saved(checkpointer.complete_step())
                 if stopping:
                     break
-            checkpointer.wait()
+            with clock.doing("checkpoint"):
+                checkpointer.wait()
             note_saved(checkpointer.complete_step())
             if stopping:
                 logger.info(
@@ -207,6 +222,7 @@ def main(arguments: list[str]) -> None:
         data_dir=flags.FLAGS.data_dir,
         profile=flags.FLAGS.profile,
         accept_changed_data=flags.FLAGS.accept_changed_data,
+        began=goodput.process_start(),
     )
 
 
