@@ -17,10 +17,10 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from mlp_mixer import orbax_io
+from mlp_mixer import orbax_io, processes
 from mlp_mixer.fingerprints import PyTree, examine, leaves
 from mlp_mixer.orbax_io import DamagedError
-from mlp_mixer.signals import StopFlag
+from mlp_mixer.signals import AgreedStop, StopFlag
 from mlp_mixer.text import quoted
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,16 @@ class Checkpointer:
     Args:
       directory: local folder or one on a bucket (`gs://…`); created if missing.
       every_steps: number of steps; `save` acts on its multiples.
+      every_minutes: minutes since the last save or the start; `save` also acts on the
+        next multiple of `clock_every_steps`. None: the clock is not read.
+      clock_every_steps: number of steps; at its multiples process 0 reads its clock and
+        tells the others.
       keep_latest: number of the newest checkpoints that are kept.
       keep_every_steps: number of steps; checkpoints at its multiples are kept for ever.
       keep_best: name of a metric; the checkpoint with its best value is kept.
       more_is_better: whether the best value of that metric is the highest.
+      stop_after: number of seconds since the start of the process, after which
+        `stop_requested` says so.
     """
 
     def __init__(
@@ -61,19 +67,24 @@ class Checkpointer:
         directory: str | os.PathLike[str],
         *,
         every_steps: int,
+        every_minutes: float | None = None,
+        clock_every_steps: int = 50,
         keep_latest: int = 2,
         keep_every_steps: int | None = None,
         keep_best: str | None = None,
         more_is_better: bool = True,
+        stop_after: float | None = None,
     ):
-        counts = (every_steps, keep_latest, keep_every_steps)
+        counts = (every_steps, clock_every_steps, keep_latest, keep_every_steps)
         if any(count is not None and count < 1 for count in counts):
             raise ValueError(
-                f"every_steps, keep_latest, keep_every_steps are {counts}; each must "
-                f"be 1 or more."
+                f"every_steps, clock_every_steps, keep_latest, keep_every_steps are "
+                f"{counts}; each must be 1 or more."
             )
         self.directory = orbax_io.locate(directory)
-        self._every_steps = every_steps
+        self._every_steps, self._clock_every_steps = every_steps, clock_every_steps
+        self._every_minutes = every_minutes
+        self._saved_at = time.monotonic()  # of the last save, restoring or the start
         self._keep_best, self._more_is_better = keep_best, more_is_better
         self._position: int | None = None  # the step last saved or restored
         self._complete: int | None = None  # the newest known to be whole
@@ -84,8 +95,8 @@ class Checkpointer:
         if unfinished and jax.process_index() == 0:
             logger.warning("Removing unfinished saves in %s: %s", directory, unfinished)
         # Before the folder appears, which shows others that the run can be stopped.
-        # With several processes JAX's preemption notice needs the signals itself.
-        self._stop = None if jax.distributed.is_initialized() else StopFlag()
+        several = jax.distributed.is_initialized()
+        self._stop = AgreedStop(stop_after) if several else StopFlag(stop_after)
         try:
             self._manager = orbax_io.open_for_writing(
                 self.directory,
@@ -98,8 +109,7 @@ class Checkpointer:
                 metrics = _read_metrics(self.directory, self.all_steps())
                 self._scores.update(_scores(metrics, keep_best))
         except BaseException:
-            if self._stop:
-                self._stop.uninstall()
+            self._stop.uninstall()
             raise
 
     def __enter__(self) -> "Checkpointer":
@@ -120,8 +130,7 @@ class Checkpointer:
         Raises:
           CheckpointError: if the unfinished save failed.
         """
-        if self._stop:
-            self._stop.uninstall()
+        self._stop.uninstall()
         try:
             self.wait()
         finally:
@@ -137,18 +146,32 @@ class Checkpointer:
         return max(self.all_steps(), default=None)
 
     def complete_step(self) -> int | None:
-        """The step last saved or restored completely, as known without waiting."""
+        """The step last saved or restored completely, as known without waiting.
+
+        Raises:
+          CheckpointError: the save in the background has failed; see `wait`.
+        """
         step = self._position
-        if step is not None and step != self._complete:
-            done = not self._manager.is_saving_in_progress()
-            # After a save that failed there is no folder; `wait` raises its error.
-            if done and orbax_io.step_folder(self.directory, step).exists():
+        saved = step != self._complete and not self._manager.is_saving_in_progress()
+        if step is not None and saved:
+            # At once, now that it has ended: Orbax's `check_for_errors` does not tell
+            # what its own thread has been told.
+            self.wait()
+            if orbax_io.step_folder(self.directory, step).exists():
                 self._complete = step
         return self._complete
 
     def due(self, step: int) -> bool:
-        """Whether `save` acts on this step without `force`."""
-        return step % self._every_steps == 0
+        """Whether `save` acts on this step without `force`.
+
+        Several processes all ask, with the same steps, and get the same answer.
+        """
+        if step % self._every_steps == 0:
+            return True
+        if self._every_minutes is None or step % self._clock_every_steps:
+            return False
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return processes.first(minutes >= self._every_minutes)
 
     def save(
         self,
@@ -177,6 +200,7 @@ class Checkpointer:
         if not (force or self.due(step)) or step == self._position:
             return False
         self.wait()
+        self._complete = self._position
         newest = self.latest_step()
         if newest is not None and step <= newest:
             # Orbax would skip such a save without a word.
@@ -201,6 +225,7 @@ class Checkpointer:
                     sorted(values),
                 )
         self._position = self._saving = step
+        self._saved_at = time.monotonic()
         with self._failure_named():
             orbax_io.start_saving(self._manager, step, state, prints, values)
         return True
@@ -303,6 +328,7 @@ class Checkpointer:
             else:
                 logger.info("Restored step %d from %s", step, self.directory)
                 self._position = step
+                self._saved_at = time.monotonic()
                 return state
         if damaged := orbax_io.list_names(self.directory, "damaged-*"):
             raise FileNotFoundError(_none_left(self.directory, damaged))
@@ -337,14 +363,12 @@ class Checkpointer:
         return [step == best or step not in self._scores for step in steps]
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save and stop, because of SIGTERM, SIGINT or a preemption notice.
+        """Whether to save and stop: SIGTERM, SIGINT, or `stop_after` is over.
 
-        Several processes agree on a step some time after the signal, so all must call
-        this with the same steps.
+        Several processes agree on a call some time after the signal to one of them, so
+        all must call this equally often.
         """
-        if self._stop:
-            return self._stop.is_set
-        return self._manager.reached_preemption(step)
+        return self._stop.requested(step)
 
 
 def restore_variables(

@@ -178,6 +178,7 @@ RECIPE: dict[str, Row] = {
         _whole(1), values="a number of devices from 1, or -1 for all", also=-1
     ),
     "mesh.fsdp": _whole(1),
+    "mesh.model": _whole(1),
     **_section("dataset", _DATASET),
     "input.crop": _choice("inception", "resize_crop", "resize"),
     "input.flip": _SWITCH,
@@ -207,6 +208,7 @@ RECIPE: dict[str, Row] = {
     "optim.momentum": _rate(),
     "optim.momentum_dtype": _DTYPE,
     "checkpoint.every_steps": _whole(1),
+    "checkpoint.every_minutes": _positive(none=True),
     "checkpoint.keep_latest": _whole(1),
     "checkpoint.keep_every_steps": _COUNT,
     "checkpoint.keep_best": _text("the name of a metric, e.g. val/top1", none=True),

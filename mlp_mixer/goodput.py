@@ -9,8 +9,6 @@ the record before; their sum over all records is the time of the run.
 import collections
 import contextlib
 import math
-import os
-import pathlib
 import queue
 import threading
 import time
@@ -46,7 +44,6 @@ _COMPILING = tuple(
     f"/jax/core/compile/{part}_duration"
     for part in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
-_IMPORTED = time.monotonic()
 
 Record = Mapping[str, Any]
 
@@ -54,20 +51,6 @@ Record = Mapping[str, Any]
 def is_time(name: str) -> bool:
     """Whether a number of a record is a time, or a rate, which no two runs share."""
     return name in (*_SECONDS, *_COUNTS, _STAMP, "images_per_second")
-
-
-def process_start() -> float:
-    """Returns the `time.monotonic()` at which this process began, before its imports.
-
-    Where the system does not tell, that is the time at which this module was imported.
-    """
-    try:
-        # After the name, which may hold anything, the 20th field: ticks since the boot.
-        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        born = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - born)
-    except (OSError, AttributeError):  # not Linux
-        return _IMPORTED
 
 
 class Clock(contextlib.AbstractContextManager):
@@ -79,18 +62,18 @@ class Clock(contextlib.AbstractContextManager):
 
     def __init__(
         self,
-        began: float | None = None,
+        before: float = 0.0,
         *,
         now: Callable[[], float] = time.monotonic,
     ):
         """Begins to count.
 
         Args:
-          began: time, as `now` tells it, at which the start began; now by default.
+          before: number of seconds that the start took until now.
           now: function that returns the time in seconds; never goes back.
         """
         self._now = now
-        self._began = self._mark = now() if began is None else began
+        self._began = self._mark = now() - before
         self._kind = "start"
         self._spent = dict.fromkeys(KINDS, 0.0)
         self._taken = dict(self._spent)

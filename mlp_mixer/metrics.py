@@ -1,4 +1,4 @@
-"""A run's records: metrics.jsonl, TensorBoard, and traces of its steps.
+"""A run's records, for people and TensorBoard, and traces of its steps.
 
 Only the first process writes them.
 """
@@ -19,7 +19,7 @@ import tensorboardX
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mlp_mixer import console, files, goodput, processes
+from mlp_mixer import console, files, goodput, processes, records
 from mlp_mixer.text import brief, printable
 
 MAX_BYTES = 2**29  # of metrics.jsonl, two million records
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class Writer(contextlib.AbstractContextManager):
     """Records a run's metrics and shows its progress.
 
-    metrics.jsonl holds one JSON object per record, `step` and names such as
+    metrics.jsonl, or the parts that `records` makes of it, holds one JSON object per
+    record, `step` and names such as
     `train/loss` (nats), `train/grad_norm`, `train/lr`, `images_per_second`,
     `<evaluator>/top1` (in [0, 1]); and the seconds since the record before, by what
     they were spent on: `seconds/<kind>`, a key of `goodput.KINDS`.
@@ -69,7 +70,7 @@ class Writer(contextlib.AbstractContextManager):
         self._step = first_step
         self._unwritten: list[dict[str, float]] = []
         self._mark = first_step, clock.total(goodput.TRAINING)
-        self._file: Any = None
+        self._file: records.Lines | None = None
         self._board: _Board | None = None
         clock.started()
         # Evaluators with a record for the first step; the same on every process.
@@ -82,12 +83,12 @@ class Writer(contextlib.AbstractContextManager):
 
     def _open(self, first_step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        records = read(self._path.parent)
-        kept = [r for r in records if r["step"] <= first_step]
-        if len(kept) < len(records):
+        there = read(self._path.parent)
+        kept = [r for r in there if r["step"] <= first_step]
+        if len(kept) < len(there):
             logger.info(
                 "%d records after step %d are dropped: these steps are done again.",
-                len(records) - len(kept),
+                len(there) - len(kept),
                 first_step,
             )
         for record in kept:
@@ -95,17 +96,16 @@ class Writer(contextlib.AbstractContextManager):
                 names = {name for name in record if not goodput.is_time(name)}
                 self._evaluated |= {name.rpartition("/")[0] for name in names}
         opening = {"step": first_step} | goodput.stamped(
-            goodput.opening(records, first_step, self._clock)
+            goodput.opening(there, first_step, self._clock)
         )
         self._seconds.update(goodput.sums([*kept, opening]))
         if first_step < self._total:
             kept.append(opening)
         else:  # only if there is more to record: a finished run stays as it is
             self._unwritten.append(opening)
-        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
+        lines = [f"{json.dumps(record)}\n" for record in kept]
         with self._failure_named(self._path):
-            files.write_text(self._path, lines)
-            self._file = self._path.open("a")
+            self._file = records.open_for_appending(self._path.parent, lines)
         with self._failure_named(self._board_path):
             self._board = _Board(self._board_path, first_step)
 
@@ -176,6 +176,17 @@ class Writer(contextlib.AbstractContextManager):
         line = f"loss {values['loss']:.4f}  {rate * self._batch:,.0f} images/s"
         self._shown.tell(step, line, (self._total - step) / rate)
 
+    def store(self) -> None:
+        """Records the step that is pending, and has every record in the run's folder.
+
+        Called before a checkpoint is saved, since a start from there keeps the records
+        up to its step. Raises as `flush` does.
+        """
+        self.flush()
+        if self._file is not None:
+            with self._failure_named(self._path):
+                self._file.store()
+
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes a record."""
         self._write(step, scalars, self._clock.take())
@@ -189,8 +200,7 @@ class Writer(contextlib.AbstractContextManager):
         self._seconds.update(goodput.sums([record]))
         with self._failure_named(self._path):
             for line in [*self._unwritten, record]:
-                self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+                self._file.append(json.dumps(line) + "\n")
         self._unwritten.clear()
         if scalars:
             with self._failure_named(self._board_path):
@@ -279,9 +289,8 @@ class _Board:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Returns the records of a run, none if there is no file; see `read_file`."""
-    path = epath.Path(workdir) / "metrics.jsonl"
-    return read_file(path) if path.exists() else []
+    """Returns the records of a run, none if there are no files; see `read_file`."""
+    return [record for path in records.paths(workdir) for record in read_file(path)]
 
 
 def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -294,13 +303,13 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
     """
     *lines, last = files.read_bytes(path, MAX_BYTES).split(b"\n")
     where = printable(os.fspath(path))
-    records = [
+    found = [
         _record(line, f"Line {number} of {where}")
         for number, line in enumerate(lines, 1)
     ]
     if last.endswith(b"}"):  # complete, only the end of the line is missing
-        records.append(_record(last, f"Line {len(lines) + 1} of {where}"))
-    return records
+        found.append(_record(last, f"Line {len(lines) + 1} of {where}"))
+    return found
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

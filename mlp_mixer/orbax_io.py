@@ -231,9 +231,19 @@ class _KeepAlso:
         return self._keep([info.step for info in checkpoints])
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Says no: `signals` decides when to stop.
+
+        JAX takes what it is asked with for the caller's position, so nobody else may
+        ask it.
+        """
+        return False
+
+
 def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
     _silence_orbax()
-    return ocp.CheckpointManager(
+    return _Manager(
         directory,
         options=ocp.CheckpointManagerOptions(step_format_fixed_length=8, **options),
     )

@@ -136,6 +136,11 @@ def define_path(name: str, default: str | None, help: str, **options: Any) -> No
     flags.DEFINE(_Path(), name, default, help, **options)
 
 
+def define_duration(name: str, default: str | None, help: str, **options: Any) -> None:
+    """Defines a flag such as 3h50m; its value is a number of seconds."""
+    flags.DEFINE(_Duration(), name, default, help, **options)
+
+
 def define_dtype() -> None:
     """Defines --dtype for programs that predict."""
     flags.DEFINE_enum(
@@ -152,6 +157,23 @@ class _Path(flags.ArgumentParser):
     def parse(self, argument: Any) -> str:
         """Returns the path with `~` expanded."""
         return path(argument)
+
+
+class _Duration(flags.ArgumentParser):
+    syntactic_help = "a duration such as 90s, 15m, 3h50m or 1d12h"
+
+    def parse(self, argument: Any) -> float:
+        """Returns the seconds in days, hours, minutes and seconds, in this order."""
+        parts = re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", argument, re.ASCII)
+        seconds = 0
+        for part, unit in zip(parts.groups() if parts else (), _UNITS, strict=False):
+            seconds += unit * int(part[:-1]) if part else 0
+        if not seconds:
+            raise ValueError(f"expected {self.syntactic_help}, longer than nothing.")
+        return float(seconds)
+
+
+_UNITS = 86400, 3600, 60, 1  # seconds in a day, an hour, …
 
 
 def path(text: str) -> str:

@@ -61,6 +61,7 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that cut the batch; -1: as many as there are
     config.mesh.fsdp = 1  # times so many, which with sharding="fsdp" cut parameters
+    config.mesh.model = 1  # devices that share rows, and cut hidden units and classes
 
     # data.sources.open_source, for training; evaluators have their own
     config.dataset = ConfigDict()
@@ -125,6 +126,8 @@ def base() -> ConfigDict:
     # checkpoint.Checkpointer; the last step is kept in any case
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
+    # Also once so many minutes have passed since a save, after a step that is logged.
+    config.checkpoint.every_minutes = config_dict.placeholder(float)
     config.checkpoint.keep_latest = 2
     config.checkpoint.keep_every_steps = config_dict.placeholder(int)
     config.checkpoint.keep_best = config_dict.placeholder(str)  # e.g. "val/top1"

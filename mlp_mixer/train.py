@@ -9,6 +9,7 @@ metrics.jsonl, saved.json, tensorboard/, checkpoints/; owner.json while it train
 
 import functools
 import logging
+import os
 import sys
 
 import jax
@@ -29,10 +30,11 @@ from mlp_mixer import (
     runs,
     sharding,
     shipped,
+    signals,
     steps,
 )
 from mlp_mixer.data import pipeline, sources
-from mlp_mixer.workdir import claimed
+from mlp_mixer.workdir import claimed, load
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ def train(
     data_dir: str | None = None,
     profile: str | None = None,
     accept_changed_data: bool = False,
-    began: float | None = None,
+    stop_after: float | None = None,
+    seconds_before: float = 0.0,
 ) -> steps.TrainState:
     """Runs `config` to its last step, evaluating and checkpointing on the way.
 
@@ -55,14 +58,16 @@ def train(
       profile: "START:STOP", steps of which a trace is written.
       accept_changed_data: whether a run goes on with other data than it began with, of
         the same classes.
-      began: `time.monotonic()` of the process's start, if that is the run's; now by
-        default.
+      stop_after: number of seconds since the start of the process, after which the run
+        saves and stops.
+      seconds_before: number of seconds that the process took to come here, which count
+        as the run's.
 
     Returns:
       The state after the last update, or after the one at which the process was asked
-      to stop (SIGTERM, SIGINT, or the cluster's preemption notice).
+      to stop (SIGTERM, SIGINT, or the end of its time).
     """
-    clock = goodput.Clock(began)
+    clock = goodput.Clock(seconds_before)
     # Descriptions: nothing is on a device yet.
     workdir = epath.Path(workdir).expanduser()
     with processes.together():
@@ -105,7 +110,11 @@ def train(
             check_owned,
         ),
         checkpoint.Checkpointer(
-            f"{workdir}/checkpoints", **config.checkpoint, more_is_better=more_is_better
+            f"{workdir}/checkpoints",
+            **config.checkpoint,
+            clock_every_steps=config.log_every_steps,
+            more_is_better=more_is_better,
+            stop_after=stop_after,
         ) as checkpointer,
     ):
         # State: the newest good checkpoint, else a fresh start, from weights or none.
@@ -143,8 +152,7 @@ def train(
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.process_rows(mesh, config.batch_size),
         )
         with metrics.Writer(
             workdir,
@@ -192,7 +200,7 @@ def train(
                     stopping = stopping or (stop() and not last)
                     if last or stopping or checkpointer.due(step):
                         # A state that is not finite must not become a checkpoint.
-                        writer.flush()
+                        writer.store()
                         check_owned()
                         with clock.doing("checkpoint"):
                             checkpointer.save(
@@ -216,14 +224,19 @@ def train(
 def main(arguments: list[str]) -> None:
     """The command line."""
     program.check_no_words(arguments)
-    train(
+    folder = flags.FLAGS.workdir or shipped.default_workdir(sys.argv)
+    state = train(
         flags.FLAGS.config,
-        flags.FLAGS.workdir or shipped.default_workdir(sys.argv),
+        folder,
         data_dir=flags.FLAGS.data_dir,
         profile=flags.FLAGS.profile,
         accept_changed_data=flags.FLAGS.accept_changed_data,
-        began=goodput.process_start(),
+        stop_after=flags.FLAGS.stop_after,
+        seconds_before=signals.seconds_since_start(),
     )
+    steps_left = recipe.total_steps(load(folder)) - int(state.step)
+    if flags.FLAGS.stop_after is not None and steps_left:
+        sys.exit(os.EX_TEMPFAIL)  # a job script starts it again
 
 
 if __name__ == "__main__":
@@ -233,5 +246,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("profile", None, "START:STOP: steps to write a trace of.")
     flags.DEFINE_bool(
         "accept_changed_data", False, "Go on with other data of the same classes."
+    )
+    program.define_duration(
+        "stop_after",
+        None,
+        "Time since the start, e.g. 3h50m, after which the run saves and stops; with "
+        f"this flag the exit status is {os.EX_TEMPFAIL} whenever steps are left.",
     )
     program.run(main, distributed=True)

@@ -19,7 +19,7 @@ LAYERS = (
     ("text", "errors", "known", "processes", "goodput"),
     ("sharding",),
     ("console", "files", "models", "shipped"),
-    ("fields",),
+    ("fields", "records"),
     (
         "recipe",
         "losses",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlp_mixer import orbax_io
+from mlp_mixer import checkpoint, orbax_io, processes
 from mlp_mixer.checkpoint import Checkpointer, CheckpointError, restore_variables
 from mlp_mixer.fingerprints import fingerprint
 
@@ -287,6 +288,64 @@ def test_a_best_metric_that_is_not_measured_is_named(tmp_path, caplog):
     with Checkpointer(tmp_path, every_steps=10, keep_best="val/top1") as c:
         c.save(10, state_at(10), {"val/top-1": 0.5})
     assert "has no 'val/top1', only ['val/top-1']" in caplog.text
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The minutes on the checkpointer's clock, which a test sets."""
+    minutes = [0.0]
+    watch = types.SimpleNamespace(
+        monotonic=lambda: 60 * minutes[0], time_ns=time.time_ns
+    )
+    monkeypatch.setattr(checkpoint, "time", watch)
+    return minutes
+
+
+def test_a_save_is_due_by_time_too_at_the_next_step_at_which_the_clock_is_read(
+    tmp_path, clock
+):
+    options = {"every_steps": 1000, "every_minutes": 30.0, "clock_every_steps": 10}
+    with Checkpointer(tmp_path, **options) as c:
+        clock[0] = 29.9
+        assert not c.save(10, state_at(10))
+        clock[0] = 30.0
+        assert not c.due(11)
+        assert c.save(20, state_at(20))
+        clock[0] = 59.9  # since that save
+        assert not c.due(30)
+        assert c.due(1000)
+        clock[0] = 60.0
+        assert c.save(40, state_at(40))
+        assert not c.due(50)
+    with Checkpointer(tmp_path, **options) as c:
+        clock[0] = 80
+        assert c.restore(target()).step == 40
+        clock[0] = 100  # the time before the restoring does not count
+        assert not c.due(50)
+        clock[0] = 110
+        assert c.due(50)
+    with Checkpointer(tmp_path, every_steps=1000) as c:
+        clock[0] = 1e6
+        assert not c.due(60)
+
+
+def test_of_several_processes_the_first_one_s_clock_decides(
+    tmp_path, clock, monkeypatch
+):
+    asked = []
+
+    def first(value):
+        asked.append(value)
+        return not value
+
+    monkeypatch.setattr(processes, "first", first)
+    with Checkpointer(
+        tmp_path, every_steps=9, every_minutes=1.0, clock_every_steps=4
+    ) as c:
+        assert [step for step in range(1, 13) if c.due(step)] == [4, 8, 9, 12]
+        clock[0] = 2
+        assert [step for step in range(1, 13) if c.due(step)] == [9]
+    assert asked == [False] * 3 + [True] * 3  # and not at any other step
 
 
 def test_useless_numbers_are_refused(tmp_path):
@@ -1059,6 +1118,28 @@ def test_a_save_that_fails_is_an_error_at_the_latest_at(
     assert len(unfinished) == 1
     assert restored_step(tmp_path) == 20
     assert f"Removing unfinished saves in {tmp_path}: {unfinished}" in caplog.text
+
+
+def poll(checkpointer, seconds=20):
+    for _ in range(100 * seconds):
+        checkpointer.complete_step()
+        time.sleep(0.01)
+
+
+def test_a_save_that_fails_in_the_background_is_an_error_once_it_has_ended(
+    tmp_path, small_files_only
+):
+    with Checkpointer(tmp_path, every_steps=10) as c:
+        c.save(10, state_at(10))
+        c.wait()
+        assert c.complete_step() == 10
+        small_files_only(True)
+        c.save(20, state_at(20))
+        with pytest.raises(CheckpointError, match=r"step 20 .* \[10\]") as error:
+            poll(c)
+        assert "File too large" in str(error.value)
+        small_files_only(False)
+    assert restored_step(tmp_path) == 10
 
 
 def test_a_save_that_fails_at_the_end_covers_no_earlier_error(

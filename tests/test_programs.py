@@ -419,6 +419,25 @@ def test_a_size_is_two_numbers(words, monkeypatch):
         program_module.size("image_size")
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("15m", 900), ("3h50m", 13_800), ("1d2h", 93_600), ("1m1s", 61)],
+)
+def test_a_duration_is_days_hours_minutes_and_seconds(text, seconds):
+    values = flags.FlagValues()
+    program_module.define_duration("limit", None, "A time.", flag_values=values)
+    values(["program", f"--limit={text}"])
+    assert values["limit"].value == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0s", "90", "50m3h", "3h 50m", "-1s", "1.5h"])
+def test_a_wrong_duration_says_what_it_may_be(text):
+    values = flags.FlagValues()
+    program_module.define_duration("limit", None, "A time.", flag_values=values)
+    with pytest.raises(flags.Error, match=r"limit=.*90s, 15m, 3h50m or 1d12h"):
+        values(["program", f"--limit={text}"])
+
+
 def test_an_interruption_ends_a_program_in_one_line(capsys):
     with pytest.raises(SystemExit) as ended, program_module.errors_in_one_line():
         raise KeyboardInterrupt

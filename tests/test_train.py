@@ -16,6 +16,7 @@ from set_up import assert_equal_runs, told
 from mlp_mixer import (
     checkpoint,
     metrics,
+    orbax_io,
     ownership,
     pretrained,
     recipe,
@@ -337,6 +338,35 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     ):
         train.train(tiny, workdir)
     assert os.listdir(f"{workdir}/checkpoints") == ["00000004"]
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(
+    tiny, tmp_path, monkeypatch
+):
+    write, flush = orbax_io._record_files, metrics.Writer.flush
+
+    def fails(directory, step):
+        if step == 8:
+            time.sleep(0.1)  # seconds, until after the note that 4 is saved
+            raise PermissionError(13, "Permission denied", f"{directory}")
+        write(directory, step)
+
+    def slow(self):
+        step = self._pending[0] if self._pending else 0
+        time.sleep(0.3 if step > 8 else 0)  # until after the failure
+        flush(self)
+
+    monkeypatch.setattr(orbax_io, "_record_files", fails)
+    monkeypatch.setattr(metrics.Writer, "flush", slow)
+    monkeypatch.setattr(checkpoint.Checkpointer, "due", lambda self, n: n in (4, 8))
+    workdir = tmp_path / "run"
+    with pytest.raises(checkpoint.CheckpointError, match=r"step 8 .* \[4\]") as error:
+        train.train(tiny, str(workdir))
+    assert "Permission denied" in str(error.value)
+    assert 8 <= max(record["step"] for record in metrics.read(workdir)) < 12
+    assert json.loads((workdir / "saved.json").read_text()) == {"saved": 4}
+    names = os.listdir(workdir / "checkpoints")
+    assert [name for name in sorted(names) if "tmp" not in name] == ["00000004"]
 
 
 def test_a_learning_rate_that_is_too_high_really_stops_the_run(tiny, tmp_path):
