@@ -145,8 +145,7 @@ def train(
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.process_rows(mesh, config.batch_size),
         )
         with metrics.Writer(
             workdir,

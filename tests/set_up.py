@@ -135,6 +135,12 @@ def train_batches(source, **fields):
     return pipeline.train_batches(source, **dict(recipe.base().input) | fields)
 
 
+def share(batch_size, process, count):
+    """The rows of a batch that one of `count` processes makes."""
+    each = batch_size // count
+    return range(process * each, (process + 1) * each)
+
+
 def eval_batches(source, **fields):
     """`pipeline.eval_batches` with the preprocessing of `recipe.evaluation`."""
     preprocess = recipe.evaluation("").preprocess

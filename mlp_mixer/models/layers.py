@@ -9,7 +9,7 @@ The letters are the same everywhere: `n` images (batch), `h w` image height and 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mlp_mixer import known
+from mlp_mixer import known, sharding
 from mlp_mixer.models.derivatives import GELUS, Dense, add_bias
 from mlp_mixer.models.model import Noise, Outputs, Run
 
@@ -97,13 +97,40 @@ class MlpBlock(nn.Module):
         rngs: Any = (None, None)
         if noise.rng is not None:
             rngs = jax.random.split(noise.rng)[::-1]  # as runs of old drew
-        shape = y.shape
+        shape, mesh = y.shape, self.run.mesh
+        y = sharding.branch(mesh, y)
         if self.run.flat:  # so that the GELU can overwrite its input
             y = y.reshape((shape[0], -1) if self.axis == 0 else (-1, shape[-1]))
-        h = dense(self.mlp_dim, name="Dense_0")(y)
+        h = sharding.hidden(mesh, dense(self.mlp_dim, name="Dense_0")(y), self.axis)
         h = _dropout(rngs[0], self.dropout, gelu(checkpoint_name(h, PRE_GELU)))
         y = dense(shape[self.axis], name="Dense_1")(h).reshape(shape)
+        y = sharding.branch(mesh, y)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
+
+
+def depthwise(run: Run) -> Callable[..., Array]:
+    """Returns what a `nn.Conv` of one odd-sized filter per channel computes with.
+
+    Where devices share rows, as along the mesh's `model`, XLA's partitioner sums the
+    gradient of such a filter over them too, and so multiplies it by their number (seen
+    with jax 0.10.2 and 0.12.0). There the filter is a sum of shifted images.
+    """
+    alone = run.mesh is None or run.mesh.shape.get("model", 1) == 1
+    return lax.conv_general_dilated if alone else _sum_of_shifted
+
+
+def _sum_of_shifted(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw 1 c"], *_: Any, **__: Any
+) -> Float[Array, "n h w c"]:
+    h, w = x.shape[1:3]
+    kh, kw = kernel.shape[:2]
+    padded = jnp.pad(x, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
+    terms = [
+        padded[:, i : i + h, j : j + w] * kernel[i, j].reshape(1, 1, 1, -1)
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return functools.reduce(jnp.add, terms)
 
 
 def uniform(limit: float) -> Initializer:
