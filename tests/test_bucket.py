@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import fake_gcs
 import jax
@@ -133,7 +134,7 @@ except ownership.OwnedError as error:
 
 
 def test_of_two_starts_at_once_on_a_bucket_one_is_refused(bucket):
-    pair = [
+    pair: list[Any] = [
         subprocess.Popen(
             [sys.executable, "-c", OWNER],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
