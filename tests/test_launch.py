@@ -286,7 +286,7 @@ def test_a_tpu_pod_is_kept_until_the_run_is_trained(
     assert len(trained) == 2 * min(len(statuses), 2 if returncode else 9)
     assert set(trained) == {
         "-m mlp_mixer.train --config=configs/mixer_b16.py --workdir=gs://bucket/run"
-        " --distributed=auto --config.words=a b"
+        " --stop_after=30d --distributed=auto --config.words=a b"
     }
 
 

@@ -13,8 +13,8 @@
 #
 #     scripts/launch/tpu_pod.sh keep --config.seed=1    # all of it until it is trained
 #
-# `keep` creates, installs and trains, and does so again after a preemption; it deletes
-# the chips at the end, also if the run has failed RETRIES times.
+# `keep` creates, installs and trains, and does so again after a preemption or a stop; it
+# deletes the chips at the end, also if the run has failed more than RETRIES times.
 #
 #   TPU, ZONE   name and place of the slice
 #   TYPE        accelerator type, see `gcloud compute tpus accelerator-types list`
@@ -64,7 +64,8 @@ install() {
 train() {
   local command process
   command="--config=$CONFIG --workdir=${WORKDIR:?is needed, e.g. gs://bucket/runs/b16}"
-  command+=" ${DATA_DIR:+--data_dir=$DATA_DIR} --distributed=auto"
+  # With --stop_after a start that leaves steps ends with 75, so that `keep` can tell.
+  command+=" ${DATA_DIR:+--data_dir=$DATA_DIR} --stop_after=30d --distributed=auto"
   for argument; do command+=" $(printf '%q' "$argument")"; done
   process="cd mlp_mixer; rm -f ~/train.status
     .venv/bin/python -m mlp_mixer.train $command >> ~/train.txt 2>&1 &
