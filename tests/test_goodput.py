@@ -198,6 +198,23 @@ def test_compilation_is_told_from_what_compiles():
     assert second.keys() <= {"seconds/evaluation", "seconds/other"}
 
 
+def test_what_is_traced_within_what_is_traced_counts_once(hands):
+    def told(part, seconds):
+        name = f"/jax/core/compile/{part}_duration"
+        jax.monitoring.record_event_duration_secs(name, seconds)
+
+    with goodput.Clock(now=hands) as clock:
+        clock.started()
+        with clock.doing("evaluation"):
+            hands.turn(10 + 2)
+            told("jaxpr_trace", 2.0)
+            hands.turn(1)
+            told("jaxpr_trace", 4.0)  # what it calls, and a second on either side
+            hands.turn(3)
+            told("backend_compile", 3.0)
+        assert clock.take() == {"seconds/compile": 4 + 3, "seconds/evaluation": 9}
+
+
 def test_a_time_of_day_that_goes_back_gives_no_negative_seconds(
     tmp_path, hands, monkeypatch
 ):
