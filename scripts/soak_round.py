@@ -198,6 +198,7 @@ class Round:
             soak_job.until_step(self._reference, newest),
             self._tolerance,
         )
+        soak_job.check_times(self.job.workdir, self.job)
 
     def has_ended(self) -> bool:
         """Whether the run is trained; False if a person has to start it again.
