@@ -112,7 +112,7 @@ def test_a_report_says_where_the_time_went_if_that_is_recorded():
     records = [{"step": 1, "seconds/steps": 90.0, "seconds/input": 10.0}]
     seen = examples()
     options = {"name": "val", "examples": seen, "class_names": list("abc")}
-    nothing = {"shown": [], "images": [], "truths": []}
+    nothing: dict = {"shown": [], "images": [], "truths": []}
     said = titles_and_labels(visualize.report(records, **options, **nothing))
     assert any(text.startswith("90.0 % of 1 min 40 s went into") for text in said)
 
