@@ -9,7 +9,7 @@ import re
 
 from etils import epath
 
-from mlp_mixer import files, metrics, records
+from mlp_mixer import files, metrics
 
 FILE = "saved.json"
 _REMOVE = "If the checkpoints are there, remove it; it is written anew."
@@ -24,7 +24,8 @@ def has_begun(workdir: epath.PathLike) -> bool:
     return (
         bool(checkpoints(workdir))
         or _noted_step(workdir) is not None
-        or any(path.read_text().strip() for path in records.paths(workdir))
+        # At step 0 a start has noted its time alone.
+        or any(record["step"] > 0 for record in metrics.read(workdir))
     )
 
 

@@ -3,6 +3,7 @@
 Only the first process writes them.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -18,7 +19,7 @@ import tensorboardX
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mlp_mixer import console, files, processes, records
+from mlp_mixer import console, files, goodput, processes, records
 from mlp_mixer.text import brief, printable
 
 MAX_BYTES = 2**29  # of metrics.jsonl, two million records
@@ -31,7 +32,8 @@ class Writer(contextlib.AbstractContextManager):
     metrics.jsonl, or the parts that `records` makes of it, holds one JSON object per
     record, `step` and names such as
     `train/loss` (nats), `train/grad_norm`, `train/lr`, `images_per_second`,
-    `<evaluator>/top1` (in [0, 1]).
+    `<evaluator>/top1` (in [0, 1]); and the seconds since the record before, by what
+    they were spent on: `seconds/<kind>`, a key of `goodput.KINDS`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Writer(contextlib.AbstractContextManager):
         every_steps: int,
         learning_rate: Callable[[int], Any],
         last_good: Callable[[], int | None],
+        clock: goodput.Clock,
     ):
         """Opens the records of `workdir` for a run that goes on after `first_step`.
 
@@ -55,15 +58,21 @@ class Writer(contextlib.AbstractContextManager):
           every_steps: number of steps between two records of training metrics.
           learning_rate: update, counted from 0 → its learning rate.
           last_good: function that returns the step of the newest checkpoint, or None.
+          clock: clock of this start, whose start-up ends here.
         """
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._board_path = epath.Path(workdir) / "tensorboard"
         self._total, self._batch, self._every = total_steps, batch_size, every_steps
         self._learning_rate, self._last_good = learning_rate, last_good
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._mark = (first_step, time.perf_counter())
+        self._clock = clock
+        self._seconds: collections.Counter = collections.Counter()  # of all starts
+        self._step = first_step
+        self._unwritten: list[dict[str, float]] = []
+        self._mark = first_step, clock.total(goodput.TRAINING)
         self._file: records.Lines | None = None
         self._board: _Board | None = None
+        clock.started()
         # Evaluators with a record for the first step; the same on every process.
         self._evaluated: set[str] = set()
         with processes.together():
@@ -84,7 +93,16 @@ class Writer(contextlib.AbstractContextManager):
             )
         for record in kept:
             if record["step"] == first_step and "train/lr" not in record:
-                self._evaluated |= {name.rpartition("/")[0] for name in record}
+                names = {name for name in record if not goodput.is_time(name)}
+                self._evaluated |= {name.rpartition("/")[0] for name in names}
+        opening = {"step": first_step} | goodput.stamped(
+            goodput.opening(there, first_step, self._clock)
+        )
+        self._seconds.update(goodput.sums([*kept, opening]))
+        if first_step < self._total:
+            kept.append(opening)
+        else:  # only if there is more to record: a finished run stays as it is
+            self._unwritten.append(opening)
         lines = [f"{json.dumps(record)}\n" for record in kept]
         with self._failure_named(self._path):
             self._file = records.open_for_appending(self._path.parent, lines)
@@ -122,9 +140,10 @@ class Writer(contextlib.AbstractContextManager):
 
         To fetch them a step late keeps the device busy. Raises as `flush` does.
         """
+        self._clock.step_began(scalars)
         self.flush()
         self._evaluated.clear()
-        self._pending = step, scalars
+        self._step, self._pending = step, (step, scalars)
 
     def flush(self) -> None:
         """Fetches and records the step that is pending.
@@ -148,7 +167,7 @@ class Writer(contextlib.AbstractContextManager):
         if step % self._every and step != self._total:
             return
         before, since = self._mark
-        self._mark = step, time.perf_counter()
+        self._mark = step, self._clock.total(goodput.TRAINING)
         rate = (step - before) / max(self._mark[1] - since, 1e-9)
         lr = float(self._learning_rate(step - 1))
         record = {f"train/{k}": v for k, v in values.items()}
@@ -170,12 +189,22 @@ class Writer(contextlib.AbstractContextManager):
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes a record."""
+        self._write(step, scalars, self._clock.take())
+
+    def _write(
+        self, step: int, scalars: Mapping[str, float], times: Mapping[str, float]
+    ) -> None:
         if self._file is None or self._board is None:
             return
+        record = {"step": step, **scalars, **goodput.stamped(times)}
+        self._seconds.update(goodput.sums([record]))
         with self._failure_named(self._path):
-            self._file.append(json.dumps({"step": step, **scalars}) + "\n")
-        with self._failure_named(self._board_path):
-            self._board.write_scalars(step, scalars)
+            for line in [*self._unwritten, record]:
+                self._file.append(json.dumps(line) + "\n")
+        self._unwritten.clear()
+        if scalars:
+            with self._failure_named(self._board_path):
+                self._board.write_scalars(step, scalars)
 
     def evaluation(self, step: int, name: str, results: Mapping[str, float]) -> None:
         """Records and logs an evaluator's results."""
@@ -184,11 +213,12 @@ class Writer(contextlib.AbstractContextManager):
         )
         values = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
         logger.info("step %d  %s: %s", step, name, values)
-        # The time of an evaluation does not count as training's.
-        self._mark = step, time.perf_counter()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Closes the files and the bar.
+        """Closes the files and the bar, and says where the run's time went.
+
+        A start that ends with an error counts as one that is killed, since the folder
+        may be another process's by now.
 
         Raises:
           OSError: records could not be written; not raised if the block has raised an
@@ -196,6 +226,11 @@ class Writer(contextlib.AbstractContextManager):
         """
         self._shown.stop()
         failed = []
+        if error is None and not self._unwritten:
+            try:
+                self._write(self._step, {}, goodput.closing(self._clock))
+            except OSError as failure:
+                failed.append(failure)
         for file, path in ((self._file, self._path), (self._board, self._board_path)):
             try:
                 with self._failure_named(path):
@@ -205,6 +240,8 @@ class Writer(contextlib.AbstractContextManager):
                 failed.append(failure)
         if failed and error is None:
             raise failed[0]
+        if self._seconds and error is None:
+            logger.info("%s.", goodput.sentence(self._seconds))
 
 
 class _Board:

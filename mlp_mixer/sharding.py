@@ -2,11 +2,12 @@
 
 Three axes: `data` and `fsdp` cut a batch; the devices along `model` share its rows.
 
-A parameter is cut by the letters of its axes in `AXES`. `model` cuts hidden units and
-the head's classes: of an MLP's two products the first is cut by its output and the
-second by its input, so one sum over `model` makes the branch whole (Shoeybi et al.
-2019, arXiv 1909.08053). With "fsdp" the largest axis that is left is cut too, over
-`fsdp`, or over `data` where `fsdp` is 1. Moments are cut as their parameters.
+A parameter is cut by the letters of its axes in `AXES`: over `model` along hidden units
+and the head's classes. So the first product of an MLP is cut by its output and the
+second by its input, and one sum over `model` makes the branch whole (Shoeybi et al.
+2019, arXiv 1909.08053). From the parameters alone the compiler finds how to cut hidden
+layers; tests hold it to that. With "fsdp" the largest axis that is left is cut too,
+over `fsdp`, or over `data` where `fsdp` is 1. Moments are cut as their parameters are.
 """
 
 import math
@@ -95,25 +96,6 @@ def constrained(tree: Any, shardings: Any) -> Any:
     explicit = AxisType.Explicit in types  # then a constraint would be an assertion
     move = jax.sharding.reshard if explicit else lax.with_sharding_constraint
     return move(tree, shardings)
-
-
-def hidden(mesh: Mesh | None, x: jax.Array, axis: int) -> jax.Array:
-    """The hidden layer (s, n, d) of an MLP along `axis`, cut over `model`."""
-    return _activation(mesh, x, axis)
-
-
-def branch(mesh: Mesh | None, x: jax.Array) -> jax.Array:
-    """The input or output (s, n, c) of an MLP, whole along `model`: here is its sum."""
-    return _activation(mesh, x, None)
-
-
-def _activation(mesh: Mesh | None, x: jax.Array, axis: int | None) -> jax.Array:
-    if mesh is None or mesh.shape.get("model", 1) == 1:
-        return x
-    spec: list[Any] = [None, ROWS, None]
-    if axis is not None and x.shape[axis] % mesh.shape["model"] == 0:
-        spec[axis] = "model"
-    return constrained(x, NamedSharding(mesh, P(*spec)))
 
 
 def gathered(mesh: Mesh, params: Any, axes: Mapping[str, str]) -> Any:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mlp_mixer import metrics
+from mlp_mixer import goodput, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOTAL_STEPS = 60
@@ -42,8 +42,6 @@ FIELDS = [f"--config.{name}={value}" for name, value in RECIPE.items()]
 LOST_SECONDS = 100.0
 # And whoever was asked to end, or is out of disk.
 END_SECONDS = 60.0
-# Names of records that no two runs share.
-TIMES = re.compile("images_per_second$")
 
 
 class ViolationError(Exception):
@@ -274,8 +272,10 @@ def digest(folder: pathlib.Path) -> str:
 
 def records_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a run without times, which no two runs share."""
-    kept = ({k: v for k, v in r.items() if not TIMES.search(k)} for r in _read(workdir))
-    return [record for record in kept if record.keys() != {"step"}]
+    told = [
+        {k: v for k, v in r.items() if not goodput.is_time(k)} for r in _read(workdir)
+    ]
+    return [record for record in told if record.keys() != {"step"}]
 
 
 def _read(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import types
 
 import pytest
 from etils import epath
+from set_up import told
 from test_metrics import scalars, writer
 
 from mlp_mixer import files, history, metrics, records
@@ -52,7 +53,7 @@ def record(step):
 
 
 def steps_in(workdir):
-    return [r["step"] for r in metrics.read(workdir)]
+    return [r["step"] for r in told(workdir)]
 
 
 def names(workdir):

@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mlp_mixer import known, sharding
+from mlp_mixer import known
 from mlp_mixer.models.derivatives import GELUS, Dense, add_bias
 from mlp_mixer.models.model import Noise, Outputs, Run
 
@@ -97,14 +97,12 @@ class MlpBlock(nn.Module):
         rngs: Any = (None, None)
         if noise.rng is not None:
             rngs = jax.random.split(noise.rng)[::-1]  # as runs of old drew
-        shape, mesh = y.shape, self.run.mesh
-        y = sharding.branch(mesh, y)
+        shape = y.shape
         if self.run.flat:  # so that the GELU can overwrite its input
             y = y.reshape((shape[0], -1) if self.axis == 0 else (-1, shape[-1]))
-        h = sharding.hidden(mesh, dense(self.mlp_dim, name="Dense_0")(y), self.axis)
+        h = dense(self.mlp_dim, name="Dense_0")(y)
         h = _dropout(rngs[0], self.dropout, gelu(checkpoint_name(h, PRE_GELU)))
         y = dense(shape[self.axis], name="Dense_1")(h).reshape(shape)
-        y = sharding.branch(mesh, y)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
 
 
