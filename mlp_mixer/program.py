@@ -44,6 +44,7 @@ def run(
     *,
     distributed: bool = False,
     compiles: bool = True,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
     """Runs `main(arguments)` with the flags that are defined, and exits.
 
@@ -54,6 +55,7 @@ def run(
       main: receives what is left of the command line without flags.
       distributed: whether the program may be one of several processes.
       compiles: whether what it compiles is kept for its next start.
+      prepare: what is called first, before JAX has used a device.
     """
     if distributed:
         flags.DEFINE_string(
@@ -72,6 +74,8 @@ def run(
         )
 
     def start(argv: list[str]) -> None:
+        if prepare:
+            prepare()
         console.log_to_terminal()
         try:
             if compiles:

@@ -9,8 +9,10 @@ import compiled_program
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled_program import kernels
 from jax import lax
+
+from mlp_mixer.planning import hlo, targets
+from mlp_mixer.planning.hlo import kernels
 
 PROGRAM = """HloModule jit_train_step, is_scheduled=true
 
@@ -62,7 +64,7 @@ def test_a_kernel_reads_and_writes_what_lies_in_the_devices_memory():
 
 def test_a_kernel_has_the_name_kind_and_work_of_what_it_computes():
     *_, product, rows, in_place = kernels(PROGRAM)
-    assert product.kind == compiled_program.LIBRARY
+    assert product.kind == hlo.LIBRARY
     assert product.work == "__cublas$lt$matmul BIAS_GELU_AUX"
     assert product.flops == 2 * 4 * 16 * 8
     assert (product.where, product.part) == ("forward", "MixerBlock_0")
@@ -99,9 +101,7 @@ def counted(chip, *words, tmp_path):
 
 def largest(report):
     """The kernels that are no products, the largest first: what to look at."""
-    others = (
-        k for k in report["kernels"] if k["kind"] not in compiled_program.PRODUCTS
-    )
+    others = (k for k in report["kernels"] if k["kind"] not in hlo.PRODUCTS)
     by_size = sorted(others, key=lambda k: -k["written"] * k["turns"])
     return "\n".join(
         f"{k['written'] / 1e6:8.1f} MB {k['where']} {k['part']}: {k['work']}"
@@ -111,8 +111,8 @@ def largest(report):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    bool(compiled_program.missing_wheels("h200")),
-    reason=compiled_program.missing_wheels("h200"),
+    bool(targets.missing_wheels("h200")),
+    reason=targets.missing_wheels("h200"),
 )
 @pytest.mark.parametrize(
     ("words", "forward", "backward"),
@@ -135,8 +135,8 @@ def test_on_an_h200_no_more_is_written_beside_products(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    bool(compiled_program.missing_wheels("v5e")),
-    reason=compiled_program.missing_wheels("v5e"),
+    bool(targets.missing_wheels("v5e")),
+    reason=targets.missing_wheels("v5e"),
 )
 @pytest.mark.parametrize(
     ("words", "most"),
