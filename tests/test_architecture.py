@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("text", "errors", "known", "processes"),
+    ("text", "errors", "known", "processes", "supervisor", "joining"),
     ("sharding",),
     ("console", "files", "models", "shipped"),
     ("fields",),
