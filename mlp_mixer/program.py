@@ -463,7 +463,7 @@ def _check_host(where: str, host: str, port: int) -> None:
 
 @contextlib.contextmanager
 def _bounded_wait(
-    seconds: float,
+    seconds: int,
 ) -> Iterator[Callable[[Callable[[], str]], None]]:
     """Says from time to time whom this process waits for, and ends it after `seconds`.
 

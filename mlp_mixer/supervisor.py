@@ -198,14 +198,18 @@ class Page:
     def __init__(self) -> None:
         self.held = b""
         self._since = 0.0
+        self._begins_line = True  # what comes next
 
     def passed(self, text: bytes) -> bytes:
         """Returns what can be printed of the text; the rest is held."""
         if not self.held:
             self._since = time.monotonic()
         text = self.held + text
-        found = _PAGE.search(text) or _PART.search(text)
+        begin = 0 if self._begins_line else 1
+        found = _PAGE.search(text, begin) or _PART.search(text, begin)
         end = found.start() if found else len(text)
+        if end:
+            self._begins_line = text[end - 1 : end] == b"\n"
         self.held = text[end:]
         return text[:end]
 
@@ -214,7 +218,7 @@ class Page:
         text = self.held
         if _FATAL in text or time.monotonic() - self._since < _PATIENCE:
             return b""
-        self.held = b""
+        self.held, self._begins_line = b"", text.endswith(b"\n")
         return text
 
     def lost(self, hosts: Sequence[str]) -> str | None:
@@ -246,7 +250,7 @@ _PAGE = re.compile(
     re.MULTILINE,
 )
 # The beginning of such a line, at the end of the text.
-_PART = re.compile(rb"^[WEF](?:\d{0,4}|\d{4} [^ \n]*(?: +[\w.]*)?)\Z", re.MULTILINE)
+_PART = re.compile(rb"^[WEF](?:\d{0,4}|\d{4} [\d:. ]*[a-z_.]*)\Z", re.MULTILINE)
 
 
 def named(index: int | None, hosts: Sequence[str]) -> str:
