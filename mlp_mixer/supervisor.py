@@ -28,7 +28,7 @@ from typing import Any
 _CONNECTION = "MLP_MIXER_SUPERVISOR"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_SIGNAL = 1.0  # seconds in which a signal may arrive twice, e.g. as its group's
-_PATIENCE = 3.0  # seconds between JAX's first line about an error and its last
+_PATIENCE = 10.0  # seconds between JAX's first line about an error and its last
 _PR_SET_PDEATHSIG = 1
 
 _connection: socket.socket | None = None  # the child's
