@@ -216,7 +216,8 @@ class Page:
     def released(self) -> bytes:
         """Returns what was held, and did not become the page."""
         text = self.held
-        if _FATAL in text or time.monotonic() - self._since < _PATIENCE:
+        waits = time.monotonic() - self._since < _PATIENCE
+        if not text or waits or _FATAL in text:
             return b""
         self.held, self._begins_line = b"", text.endswith(b"\n")
         return text

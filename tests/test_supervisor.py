@@ -82,6 +82,7 @@ PAGES = {
 @pytest.mark.parametrize(("text", "lost"), PAGES.values(), ids=PAGES)
 def test_the_page_of_jax_becomes_the_names_of_who_is_lost(text, lost, cut):
     page = supervisor.Page()
+    assert page.released() == b""
     data = f"03:16:11 step 5/900\nEvery word\n{text}".encode()
     shown = b"".join(
         page.passed(data[i : i + cut]) + page.released()
