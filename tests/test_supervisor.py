@@ -82,7 +82,6 @@ PAGES = {
 @pytest.mark.parametrize(("text", "lost"), PAGES.values(), ids=PAGES)
 def test_the_page_of_jax_becomes_the_names_of_who_is_lost(text, lost, cut):
     page = supervisor.Page()
-    assert page.released() == b""
     data = f"03:16:11 step 5/900\nEvery word\n{text}".encode()
     shown = b"".join(
         page.passed(data[i : i + cut]) + page.released()
@@ -93,6 +92,12 @@ def test_the_page_of_jax_becomes_the_names_of_who_is_lost(text, lost, cut):
     assert page.lost([]) == lost.replace(" on a", "").replace(" on b", "").replace(
         " on c", ""
     )
+
+
+def test_a_page_that_nothing_comes_before_is_held_too():
+    page = supervisor.Page()
+    assert page.released() == b""
+    assert page.passed(_AGENT.encode()) == b""
 
 
 @pytest.mark.parametrize(
