@@ -42,6 +42,7 @@ def log_to_terminal() -> None:
     for handler in root.handlers[:]:
         root.removeHandler(handler)
     absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("fsspec").setLevel(logging.WARNING)  # a line for each file read
     if _CONSOLE.is_terminal:
         handler = rich.logging.RichHandler(console=_CONSOLE, show_path=False)
         handler.setFormatter(_Printable("%(message)s"))

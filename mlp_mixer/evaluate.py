@@ -4,10 +4,10 @@
     python -m mlp_mixer.evaluate --workdir=runs/mixer_b16 --only=val,real,v2
     python -m mlp_mixer.evaluate --workdir=runs/mixer_b16 --only=all --preprocess=timm
 
-Prints one table, which says what each evaluator looked at and under which protocol;
-writes evaluate.json, evaluate.md and report.png to the run's folder. evaluate.json
-holds every name exactly; the other ones are for people, and there characters that
-cannot be shown are escaped.
+Prints a table, which says what each evaluator looked at and under which protocol, and
+one of where the run's time went; writes evaluate.json, evaluate.md and report.png to
+the run's folder. evaluate.json holds every name exactly; the other ones are for people,
+and there characters that cannot be shown are escaped.
 """
 
 from mlp_mixer import supervisor
@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -26,6 +27,7 @@ from mlp_mixer import (
     console,
     evaluators,
     files,
+    goodput,
     metrics,
     processes,
     program,
@@ -119,14 +121,19 @@ def evaluate(
             drawn = name, result.examples
     results = evaluators.across(evals, results)
     if evals and jax.process_index() == 0:
-        table = _results_table(workdir, run, evals, results)
+        records = _records(workdir)
+        tables = [_results_table(workdir, run, evals, results)]
+        if rows := goodput.rows(records):
+            title = f"{workdir}: where the time went"
+            tables.append(console.Table(title, ["", "time", "share"], rows))
         try:
-            _write_results(workdir, run, evals, results, table)
+            _write_results(workdir, run, evals, results, records, tables)
             if drawn:
-                _write_report(workdir, run, *drawn)
+                _write_report(workdir, run, records, *drawn)
         finally:
             # Also where the folder cannot be written; last, since stdout may fail.
-            table.show()
+            for table in tables:
+                table.show()
     if missing:
         raise FileNotFoundError(
             "\n".join(f"{name} was not evaluated: {m}" for name, m in missing.items())
@@ -134,15 +141,29 @@ def evaluate(
     return results
 
 
+def _records(folder: epath.Path) -> list[dict[str, Any]]:
+    """The run's records; none if they cannot be read, and the log says why."""
+    try:
+        return metrics.read(folder)
+    except (OSError, ValueError) as error:
+        # What was measured is no worse for it.
+        logger.warning("Neither curves nor times are shown: %s", error)
+        return []
+
+
 def _write_report(
-    folder: epath.Path, run: runs.Opened, name: str, examples: accuracy.Examples
+    folder: epath.Path,
+    run: runs.Opened,
+    records: visualize.Records,
+    name: str,
+    examples: accuracy.Examples,
 ) -> None:
     """Draws report.png; where it cannot be drawn, the log says why."""
     path = folder / "report.png"
     try:
         shown = visualize.mistakes_first(examples, SHEET)
         figure = visualize.report(
-            metrics.read(folder),
+            records,
             name=name,
             examples=examples,
             shown=shown,
@@ -182,7 +203,8 @@ def _write_results(
     run: runs.Opened,
     evals: dict[str, evaluators.Evaluator],
     results: dict[str, dict],
-    table: console.Table,
+    records: visualize.Records,
+    tables: Sequence[console.Table],
 ) -> None:
     """Writes evaluate.json and evaluate.md."""
     content = {
@@ -194,9 +216,11 @@ def _write_results(
             k: {"data": e.data, "preprocess": e.preprocess} for k, e in evals.items()
         },
         "results": results,
+        "seconds": goodput.sums(records),
     }
     files.write_json(folder / "evaluate.json", content)
-    files.write_text(folder / "evaluate.md", table.markdown())
+    markdown = "\n".join(table.markdown() for table in tables)
+    files.write_text(folder / "evaluate.md", markdown)
     logger.info("Wrote evaluate.json and evaluate.md to %s.", folder)
 
 

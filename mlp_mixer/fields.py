@@ -178,6 +178,7 @@ RECIPE: dict[str, Row] = {
         _whole(1), values="a number of devices from 1, or -1 for all", also=-1
     ),
     "mesh.fsdp": _whole(1),
+    "mesh.model": _whole(1),
     **_section("dataset", _DATASET),
     "input.crop": _choice("inception", "resize_crop", "resize"),
     "input.flip": _SWITCH,

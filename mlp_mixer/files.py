@@ -22,6 +22,11 @@ from mlp_mixer.text import brief, printable
 
 logger = logging.getLogger(__name__)
 
+# gcsfs keeps what it has listed on a bucket for ever: what other programs write there
+# later would be hidden, and what they replace read up to its old size. Its library
+# reads this when it is imported.
+os.environ.setdefault("FSSPEC_GCS_USE_LISTINGS_CACHE", "false")
+
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 50  # A recipe has five levels.
 _NAMES = {

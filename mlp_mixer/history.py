@@ -21,11 +21,11 @@ _TO_RESTORE = re.compile(r"\d{8,}$|damaged-")
 
 def has_begun(workdir: epath.PathLike) -> bool:
     """Whether there is a result to lose; a wrong field may have prevented any."""
-    records = epath.Path(workdir) / "metrics.jsonl"
     return (
         bool(checkpoints(workdir))
         or _noted_step(workdir) is not None
-        or (records.exists() and bool(records.read_text().strip()))
+        # At step 0 a start has noted its time alone.
+        or any(record["step"] > 0 for record in metrics.read(workdir))
     )
 
 

@@ -1,8 +1,9 @@
-"""A run's records: metrics.jsonl, TensorBoard, and traces of its steps.
+"""A run's records, for people and TensorBoard, and traces of its steps.
 
 Only the first process writes them.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -18,7 +19,7 @@ import tensorboardX
 from etils import epath
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from mlp_mixer import console, files, processes
+from mlp_mixer import console, files, goodput, processes, records
 from mlp_mixer.text import brief, printable
 
 MAX_BYTES = 2**29  # of metrics.jsonl, two million records
@@ -28,9 +29,11 @@ logger = logging.getLogger(__name__)
 class Writer(contextlib.AbstractContextManager):
     """Records a run's metrics and shows its progress.
 
-    metrics.jsonl holds one JSON object per record, `step` and names such as
+    metrics.jsonl, or the parts that `records` makes of it, holds one JSON object per
+    record, `step` and names such as
     `train/loss` (nats), `train/grad_norm`, `train/lr`, `images_per_second`,
-    `<evaluator>/top1` (in [0, 1]).
+    `<evaluator>/top1` (in [0, 1]); and the seconds since the record before, by what
+    they were spent on: `seconds/<kind>`, a key of `goodput.KINDS`.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Writer(contextlib.AbstractContextManager):
         every_steps: int,
         learning_rate: Callable[[int], Any],
         last_good: Callable[[], int | None],
+        clock: goodput.Clock,
     ):
         """Opens the records of `workdir` for a run that goes on after `first_step`.
 
@@ -54,15 +58,21 @@ class Writer(contextlib.AbstractContextManager):
           every_steps: number of steps between two records of training metrics.
           learning_rate: update, counted from 0 → its learning rate.
           last_good: function that returns the step of the newest checkpoint, or None.
+          clock: clock of this start, whose start-up ends here.
         """
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._board_path = epath.Path(workdir) / "tensorboard"
         self._total, self._batch, self._every = total_steps, batch_size, every_steps
         self._learning_rate, self._last_good = learning_rate, last_good
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._mark = (first_step, time.perf_counter())
-        self._file: Any = None
+        self._clock = clock
+        self._seconds: collections.Counter = collections.Counter()  # of all starts
+        self._step = first_step
+        self._unwritten: list[dict[str, float]] = []
+        self._mark = first_step, clock.total(goodput.TRAINING)
+        self._file: records.Lines | None = None
         self._board: _Board | None = None
+        clock.started()
         # Evaluators with a record for the first step; the same on every process.
         self._evaluated: set[str] = set()
         with processes.together():
@@ -73,21 +83,29 @@ class Writer(contextlib.AbstractContextManager):
 
     def _open(self, first_step: int) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        records = read(self._path.parent)
-        kept = [r for r in records if r["step"] <= first_step]
-        if len(kept) < len(records):
+        there = read(self._path.parent)
+        kept = [r for r in there if r["step"] <= first_step]
+        if len(kept) < len(there):
             logger.info(
                 "%d records after step %d are dropped: these steps are done again.",
-                len(records) - len(kept),
+                len(there) - len(kept),
                 first_step,
             )
         for record in kept:
             if record["step"] == first_step and "train/lr" not in record:
-                self._evaluated |= {name.rpartition("/")[0] for name in record}
-        lines = "".join(f"{json.dumps(record)}\n" for record in kept)
+                names = {name for name in record if not goodput.is_time(name)}
+                self._evaluated |= {name.rpartition("/")[0] for name in names}
+        opening = {"step": first_step} | goodput.stamped(
+            goodput.opening(there, first_step, self._clock)
+        )
+        self._seconds.update(goodput.sums([*kept, opening]))
+        if first_step < self._total:
+            kept.append(opening)
+        else:  # only if there is more to record: a finished run stays as it is
+            self._unwritten.append(opening)
+        lines = [f"{json.dumps(record)}\n" for record in kept]
         with self._failure_named(self._path):
-            files.write_text(self._path, lines)
-            self._file = self._path.open("a")
+            self._file = records.open_for_appending(self._path.parent, lines)
         with self._failure_named(self._board_path):
             self._board = _Board(self._board_path, first_step)
 
@@ -122,9 +140,10 @@ class Writer(contextlib.AbstractContextManager):
 
         To fetch them a step late keeps the device busy. Raises as `flush` does.
         """
+        self._clock.step_began(scalars)
         self.flush()
         self._evaluated.clear()
-        self._pending = step, scalars
+        self._step, self._pending = step, (step, scalars)
 
     def flush(self) -> None:
         """Fetches and records the step that is pending.
@@ -148,7 +167,7 @@ class Writer(contextlib.AbstractContextManager):
         if step % self._every and step != self._total:
             return
         before, since = self._mark
-        self._mark = step, time.perf_counter()
+        self._mark = step, self._clock.total(goodput.TRAINING)
         rate = (step - before) / max(self._mark[1] - since, 1e-9)
         lr = float(self._learning_rate(step - 1))
         record = {f"train/{k}": v for k, v in values.items()}
@@ -157,15 +176,35 @@ class Writer(contextlib.AbstractContextManager):
         line = f"loss {values['loss']:.4f}  {rate * self._batch:,.0f} images/s"
         self._shown.tell(step, line, (self._total - step) / rate)
 
+    def store(self) -> None:
+        """Records the step that is pending, and has every record in the run's folder.
+
+        Called before a checkpoint is saved, since a start from there keeps the records
+        up to its step. Raises as `flush` does.
+        """
+        self.flush()
+        if self._file is not None:
+            with self._failure_named(self._path):
+                self._file.store()
+
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes a record."""
+        self._write(step, scalars, self._clock.take())
+
+    def _write(
+        self, step: int, scalars: Mapping[str, float], times: Mapping[str, float]
+    ) -> None:
         if self._file is None or self._board is None:
             return
+        record = {"step": step, **scalars, **goodput.stamped(times)}
+        self._seconds.update(goodput.sums([record]))
         with self._failure_named(self._path):
-            self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-            self._file.flush()
-        with self._failure_named(self._board_path):
-            self._board.write_scalars(step, scalars)
+            for line in [*self._unwritten, record]:
+                self._file.append(json.dumps(line) + "\n")
+        self._unwritten.clear()
+        if scalars:
+            with self._failure_named(self._board_path):
+                self._board.write_scalars(step, scalars)
 
     def evaluation(self, step: int, name: str, results: Mapping[str, float]) -> None:
         """Records and logs an evaluator's results."""
@@ -174,11 +213,12 @@ class Writer(contextlib.AbstractContextManager):
         )
         values = "  ".join(f"{key} {value:.4g}" for key, value in results.items())
         logger.info("step %d  %s: %s", step, name, values)
-        # The time of an evaluation does not count as training's.
-        self._mark = step, time.perf_counter()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Closes the files and the bar.
+        """Closes the files and the bar, and says where the run's time went.
+
+        A start that ends with an error counts as one that is killed, since the folder
+        may be another process's by now.
 
         Raises:
           OSError: records could not be written; not raised if the block has raised an
@@ -186,6 +226,11 @@ class Writer(contextlib.AbstractContextManager):
         """
         self._shown.stop()
         failed = []
+        if error is None and not self._unwritten:
+            try:
+                self._write(self._step, {}, goodput.closing(self._clock))
+            except OSError as failure:
+                failed.append(failure)
         for file, path in ((self._file, self._path), (self._board, self._board_path)):
             try:
                 with self._failure_named(path):
@@ -195,6 +240,8 @@ class Writer(contextlib.AbstractContextManager):
                 failed.append(failure)
         if failed and error is None:
             raise failed[0]
+        if self._seconds and error is None:
+            logger.info("%s.", goodput.sentence(self._seconds))
 
 
 class _Board:
@@ -242,9 +289,8 @@ class _Board:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """Returns the records of a run, none if there is no file; see `read_file`."""
-    path = epath.Path(workdir) / "metrics.jsonl"
-    return read_file(path) if path.exists() else []
+    """Returns the records of a run, none if there are no files; see `read_file`."""
+    return [record for path in records.paths(workdir) for record in read_file(path)]
 
 
 def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -257,13 +303,13 @@ def read_file(path: epath.PathLike) -> list[dict[str, Any]]:
     """
     *lines, last = files.read_bytes(path, MAX_BYTES).split(b"\n")
     where = printable(os.fspath(path))
-    records = [
+    found = [
         _record(line, f"Line {number} of {where}")
         for number, line in enumerate(lines, 1)
     ]
     if last.endswith(b"}"):  # complete, only the end of the line is missing
-        records.append(_record(last, f"Line {len(lines) + 1} of {where}"))
-    return records
+        found.append(_record(last, f"Line {len(lines) + 1} of {where}"))
+    return found
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

@@ -210,9 +210,21 @@ def open_for_writing(
         cleanup_tmp_directories=True,
         preservation_policy=policies.AnyPreservationPolicy(keep),
         async_options=ocp.AsyncOptions(
-            post_finalization_callback=lambda: _record_files(directory, saving())
+            post_finalization_callback=lambda: _record_files(directory, saving()),
+            barrier_sync_fn=_wait_for_the_others if jax.process_count() > 1 else None,
         ),
     )
+
+
+def _wait_for_the_others(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, but not if the save of this one has just failed.
+
+    Orbax waits here with the error in its hand, while the others wait elsewhere for
+    this process to write: all for ten minutes. So it raises the error at once, and the
+    job ends.
+    """
+    if sys.exc_info()[0] is None:
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 class _KeepAlso:

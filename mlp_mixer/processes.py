@@ -7,8 +7,10 @@ tell one another what they have, and what failed, before they work together.
 import contextlib
 import hashlib
 import json
+import logging
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +20,9 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+logger = logging.getLogger(__name__)
+
+SLOW_SECONDS = 30.0
 LINES = 10  # of a message, for differences
 WIDTH = 50  # characters, of one value in it
 
@@ -104,6 +109,39 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
+@contextlib.contextmanager
+def warn_if_slow(what: str) -> Iterator[None]:
+    """Says every 30 seconds that this host still waits for something in the block.
+
+    A mount that hangs raises no error, and the other processes wait for this one.
+
+    Args:
+      what: what it waits for, e.g. "the images in /mnt/images".
+    """
+    done = threading.Event()
+    who = f"{socket.gethostname()} (process {jax.process_index()})"
+
+    def warn() -> None:
+        seconds = 0.0
+        while not done.wait(SLOW_SECONDS):
+            seconds += SLOW_SECONDS
+            logger.warning(
+                "%s waits for %s since %.0f s. Is its disk slow, or does its mount "
+                "hang? The other processes wait too.",
+                who,
+                what,
+                seconds,
+            )
+
+    thread = threading.Thread(target=warn, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def compare(**values: Any) -> None:
     """Passes if every process has the same values; each calls it.
 
@@ -111,13 +149,14 @@ def compare(**values: Any) -> None:
       **values: name → what JSON has.
 
     Raises:
-      ValueError: they differ; names each one, its values and the processes.
+      ValueError: they differ; names each one, its values, the processes and, of several
+        hosts, theirs.
     """
     mine = _flattened(values)
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     if len(set(gather(digest))) == 1:
         return
-    everybodys = gather(mine)
+    hosts, everybodys = zip(*gather([socket.gethostname(), mine]), strict=True)
     names = sorted(set().union(*everybodys))
     lines = []
     for name in names:
@@ -126,7 +165,9 @@ def compare(**values: Any) -> None:
             value = json.dumps(theirs[name]) if name in theirs else "absent"
             holders.setdefault(value, []).append(i)
         if len(holders) > 1:
-            each = (f"{_shortened(v)} on {_named(who)}" for v, who in holders.items())
+            each = (
+                f"{_shortened(v)} on {_named(who, hosts)}" for v, who in holders.items()
+            )
             lines.append(f"  {name}: {'; '.join(each)}")
     more = [f"  and {len(lines) - LINES} more"] if len(lines) > LINES else []
     raise ValueError(
@@ -148,7 +189,9 @@ def _shortened(text: str) -> str:
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
-def _named(indices: Sequence[int]) -> str:
-    named = ", ".join(map(str, indices[:LINES]))
+def _named(indices: Sequence[int], hosts: Sequence[str]) -> str:
+    """Processes for people: "processes 0 and 3", with their hosts if there are more."""
+    several = len(set(hosts)) > 1
+    each = [f"{i} ({hosts[i]})" if several else str(i) for i in indices[:LINES]]
     more = f" and {len(indices) - LINES} more" if len(indices) > LINES else ""
-    return f"process{'es' * (len(indices) > 1)} {named}{more}"
+    return f"process{'es' * (len(indices) > 1)} {', '.join(each)}{more}"

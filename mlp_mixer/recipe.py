@@ -61,6 +61,7 @@ def base() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that cut the batch; -1: as many as there are
     config.mesh.fsdp = 1  # times so many, which with sharding="fsdp" cut parameters
+    config.mesh.model = 1  # devices that share rows, and cut hidden units and classes
 
     # data.sources.open_source, for training; evaluators have their own
     config.dataset = ConfigDict()

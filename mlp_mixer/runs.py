@@ -130,7 +130,10 @@ def open_model(
         mesh,
         steps.make_predict(model, mesh),
         sharding.place(
-            weights.variables, sharding.shardings(weights.variables, mesh, strategy)
+            weights.variables,
+            sharding.shardings(
+                weights.variables, mesh, strategy, model.declared_axes()
+            ),
         ),
         size,
         protocol,

@@ -1,12 +1,18 @@
 """The device mesh, and where arrays live on it.
 
-Three axes: `data` and `fsdp` cut a batch, `model` does not. With "fsdp", parameters and
-moments are cut over the axis `fsdp`, or over `data` where `fsdp` is 1; with
-"replicated" every device has all of them.
+Three axes: `data` and `fsdp` cut a batch; the devices along `model` share its rows.
+
+A parameter is cut by the letters of its axes in `AXES`: over `model` along hidden units
+and the head's classes. So the first product of an MLP is cut by its output and the
+second by its input, and one sum over `model` makes the branch whole (Shoeybi et al.
+2019, arXiv 1909.08053). From the parameters alone the compiler finds how to cut hidden
+layers; tests hold it to that. With "fsdp" the largest axis that is left is cut too,
+over `fsdp`, or over `data` where `fsdp` is 1. Moments are cut as their parameters are.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +53,7 @@ def make_mesh(
     """
     here = devices is None
     found = list(jax.devices() if devices is None else devices)
-    given = f"mesh.data is {data}, mesh.fsdp {fsdp}" + f", model {model}" * (model != 1)
+    given = f"mesh.data is {data}, mesh.fsdp {fsdp}, mesh.model {model}"
     others = fsdp * model
     if fsdp < 1 or model < 1 or data == 0 or data < -1:
         raise ValueError(
@@ -92,17 +98,22 @@ def constrained(tree: Any, shardings: Any) -> Any:
     return move(tree, shardings)
 
 
-def gathered(mesh: Mesh, params: Any) -> Any:
+def gathered(mesh: Mesh, params: Any, axes: Mapping[str, str]) -> Any:
     """Undoes the cut of "fsdp" inside a compiled function; gradients come back cut.
 
     Left to itself, the compiler may move activations instead, or keep the gradient of
     every parameter whole on every device.
+
+    Args:
+      mesh: mesh of devices.
+      params: the parameters, or some of them by their whole paths.
+      axes: the model's `AXES`.
     """
 
-    def one(leaf: Any) -> Any:
-        cut = _fsdp(mesh, leaf)
-        spec = P(*(axis if axis == "model" else None for axis in cut.spec))
-        whole = NamedSharding(mesh, spec)
+    def one(path: Any, leaf: Any) -> Any:
+        letters = _letters(path, leaf, axes)
+        whole = NamedSharding(mesh, _spec(mesh, leaf.shape, letters, fsdp=False))
+        cut = NamedSharding(mesh, _spec(mesh, leaf.shape, letters, fsdp=True))
         gather = jax.custom_vjp(lambda x: constrained(x, whole))
         gather.defvjp(
             lambda x: (constrained(x, whole), None),
@@ -110,37 +121,64 @@ def gathered(mesh: Mesh, params: Any) -> Any:
         )
         return gather(leaf)
 
-    return jax.tree.map(one, params)
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _fsdp(mesh: Mesh, leaf: Any) -> NamedSharding:
-    spec: list[str | None] = [None] * leaf.ndim
+def _letters(path: Sequence[Any], leaf: Any, axes: Mapping[str, str]) -> Sequence[str]:
+    """The letters of a parameter, or of a moment of one; none where they are not known.
+
+    Args:
+      path: its keys, perhaps after those of the state that holds it.
+      leaf: the array or its shape.
+      axes: the model's `AXES`.
+    """
+    name = "/".join(str(key.key) for key in path if hasattr(key, "key"))
+    for pattern, letters in axes.items():
+        numbered = re.escape(pattern).replace(r"\*", r"\d+")
+        if re.fullmatch(rf"(.*/)?{numbered}", name):
+            found = letters.split()
+            return found if len(found) == leaf.ndim else ()
+    return ()
+
+
+def _spec(mesh: Mesh, shape: Sequence[int], letters: Sequence[str], *, fsdp: bool) -> P:
+    """How an array is cut over `model`, and with `fsdp` over the batch's devices."""
+    spec: list[str | None] = [None] * len(shape)
+    if mesh.shape["model"] > 1:
+        for axis, letter in enumerate(letters):
+            divides = shape[axis] % mesh.shape["model"] == 0
+            if divides and (letter.startswith("d") or letter == "k"):
+                spec[axis] = "model"
     name = "fsdp" if mesh.shape["fsdp"] > 1 else "data"
-    if leaf.size >= FSDP_MIN_ELEMENTS:
-        for axis in np.argsort(leaf.shape)[::-1]:
-            if leaf.shape[axis] % mesh.shape[name] == 0:
+    if fsdp and math.prod(shape) >= FSDP_MIN_ELEMENTS:
+        for axis in np.argsort(shape)[::-1]:
+            if spec[axis] is None and shape[axis] % mesh.shape[name] == 0:
                 spec[axis] = name
                 break
-    return NamedSharding(mesh, P(*spec))
+    return P(*spec)
 
 
-STRATEGIES = {
-    "replicated": lambda mesh, leaf: replicated(mesh),
-    "fsdp": _fsdp,
-}
+# What is cut beside what `model` cuts.
+STRATEGIES = {"replicated": False, "fsdp": True}
 
 
-def shardings(tree: Any, mesh: Mesh, strategy: str) -> Any:
+def shardings(tree: Any, mesh: Mesh, strategy: str, axes: Mapping[str, str]) -> Any:
     """Returns a NamedSharding for every array (or shape) of `tree`.
 
     Args:
       tree: parameters, optimiser state or a whole train state.
       mesh: mesh of devices.
       strategy: "replicated", or "fsdp": every array of `FSDP_MIN_ELEMENTS` or more is
-        cut along its largest axis that the devices divide.
+        cut along its largest axis that the devices divide, and `model` does not cut.
+      axes: the model's `AXES`.
     """
-    cut = known.pick("sharding", strategy, STRATEGIES)
-    return jax.tree.map(lambda leaf: cut(mesh, leaf), tree)
+    fsdp = known.pick("sharding", strategy, STRATEGIES)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(
+            mesh, _spec(mesh, leaf.shape, _letters(path, leaf, axes), fsdp=fsdp)
+        ),
+        tree,
+    )
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
@@ -170,17 +208,47 @@ def whole_batch(mesh: Mesh, batch_size: int) -> int:
     return -(-batch_size // rows(mesh)) * rows(mesh)
 
 
-def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Makes one global array per leaf from this process's rows, cut over the devices.
+def process_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Returns the rows of a global batch that this process's devices hold, in order.
+
+    Processes whose devices share rows, along `model`, get the same ones.
 
     Raises:
       ValueError: the devices do not divide the batch.
     """
-    count = len(jax.tree.leaves(tree)[0]) * jax.process_count()
-    check_batch(mesh, count, accumulate=1)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(batch(mesh), x), tree
+    check_batch(mesh, batch_size, accumulate=1)
+    return tuple(
+        row for start, stop in _spans(mesh, batch_size) for row in range(start, stop)
     )
+
+
+def _spans(mesh: Mesh, batch_size: int) -> list[tuple[int, int]]:
+    """The parts (start, stop) of a batch on this process's devices."""
+    indices: Any = batch(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
+
+
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+    """Makes one global array per leaf, cut over the devices, from `process_rows`.
+
+    Raises:
+      ValueError: the devices do not divide the batch.
+    """
+    here, parts = len(jax.tree.leaves(tree)[0]), len(_spans(mesh, rows(mesh)))
+    size = here * rows(mesh) // parts
+    check_batch(mesh, size, accumulate=1)
+    first = {start: i for i, (start, _) in enumerate(_spans(mesh, size))}
+    each = size // rows(mesh)
+
+    def one(x: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            i = first[index[0].start or 0]
+            return x[i * each : (i + 1) * each]
+
+        shape = (size, *x.shape[1:])
+        return jax.make_array_from_callback(shape, batch(mesh), part)
+
+    return jax.tree.map(one, tree)
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -70,7 +70,7 @@ def state_shapes(
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
         shapes,
-        sharding.shardings(shapes, mesh, strategy),
+        sharding.shardings(shapes, mesh, strategy, model.declared_axes()),
     )
 
 
@@ -184,12 +184,13 @@ def make_train_step(
     loss_fn = known.pick("loss", loss, losses.LOSSES)
     num_classes: Any = model.num_classes
     shardings = jax.tree.map(lambda a: a.sharding, target)
-    whole = all(s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
+    parts = [part for s in jax.tree.leaves(shardings.params) for part in s.spec]
+    whole = not any(part in sharding.ROWS for part in parts)
 
     def objective(
         params: PyTree, stats: PyTree, batch: Batch, rng: Array
     ) -> tuple[Array, PyTree]:
-        variables = {"params": params} if whole else _gathered(mesh, params)
+        variables = {"params": params} if whole else _gathered(model, mesh, params)
         (logits, out), stats = model.apply(
             {**variables, **stats},
             batch["image"],
@@ -263,13 +264,14 @@ def _micro_batches(batch: PyTree, count: int, mesh: Mesh) -> PyTree:
     return sharding.constrained(cut, sharding.batch(mesh, axis=1))
 
 
-def _gathered(mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
+def _gathered(model: Model, mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
     """Returns variables of a model whose parameters may be cut: whole, and as they are.
 
     Blocks gather theirs from the latter, one at a time. Of the former, only what lies
     outside of blocks is computed.
     """
-    return {"params": sharding.gathered(mesh, params), trunk.CUT: params}
+    whole = sharding.gathered(mesh, params, model.declared_axes())
+    return {"params": whole, trunk.CUT: params}
 
 
 def make_predict(
@@ -287,7 +289,7 @@ def make_predict(
     """
 
     def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
-        variables = {**variables, **_gathered(mesh, variables["params"])}
+        variables = {**variables, **_gathered(model, mesh, variables["params"])}
 
         def forward(image: Array) -> dict[str, Array]:
             logits, out = model.apply(variables, value_range(image))

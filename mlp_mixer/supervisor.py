@@ -49,7 +49,11 @@ def supervise(*, saves: bool) -> None:
 
 def _is_one_of_several(words: Sequence[str]) -> bool:
     flags = words[: words.index("--")] if "--" in words else words
-    return any(re.match(r"--?distributed(=|$)", word) for word in flags)
+    # Another program may run this one with arguments of its own: it has no such parent.
+    can_start_again = sys.orig_argv[len(sys.orig_argv) - len(words) :] == [*words]
+    return can_start_again and any(
+        re.match(r"--?distributed(=|$)", word) for word in flags
+    )
 
 
 # --- The child ------------------------------------------------------------------------
@@ -143,7 +147,8 @@ class _Supervisor:
         """Waits for the end of the child, and returns the status to exit with."""
         sources = [self._connection.fileno(), self._stderr]
         while True:
-            ready = select.select(sources, [], [], 0.5)[0]
+            ended = self._child.poll() is not None  # asked first: then all is there
+            ready = select.select(sources, [], [], 0 if ended else 0.5)[0]
             if self._connection.fileno() in ready and not self._hear():
                 sources.remove(self._connection.fileno())
             if self._stderr in ready:
@@ -153,7 +158,7 @@ class _Supervisor:
                 elif not _print_bytes(self._page.passed(text)):
                     os.close(self._stderr)  # nobody reads: the child is to notice
                     sources.remove(self._stderr)
-            elif self._child.poll() is not None:
+            elif ended:
                 break
             _print_bytes(self._page.released())
         return self._explained(self._child.returncode)

@@ -26,6 +26,7 @@ from mlp_mixer import (
     checkpoint,
     evaluators,
     experiment,
+    goodput,
     metrics,
     pretrained,
     processes,
@@ -34,6 +35,7 @@ from mlp_mixer import (
     runs,
     sharding,
     shipped,
+    signals,
     steps,
 )
 from mlp_mixer.data import pipeline, sources
@@ -50,6 +52,7 @@ def train(
     profile: str | None = None,
     accept_changed_data: bool = False,
     stop_after: float | None = None,
+    seconds_before: float = 0.0,
 ) -> steps.TrainState:
     """Runs `config` to its last step, evaluating and checkpointing on the way.
 
@@ -62,11 +65,14 @@ def train(
         the same classes.
       stop_after: number of seconds since the start of the process, after which the run
         saves and stops.
+      seconds_before: number of seconds that the process took to come here, which count
+        as the run's.
 
     Returns:
       The state after the last update, or after the one at which the process was asked
       to stop (SIGTERM, SIGINT, or the end of its time).
     """
+    clock = goodput.Clock(seconds_before)
     # Descriptions: nothing is on a device yet.
     workdir = epath.Path(workdir).expanduser()
     with processes.together():
@@ -103,6 +109,7 @@ def train(
     runs.check_agreement(config, data, evals)
 
     with (
+        clock,
         claimed(config, workdir, source.class_names, data, **accept) as (
             note_saved,
             check_owned,
@@ -150,8 +157,7 @@ def train(
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=first_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.process_rows(mesh, config.batch_size),
         )
         with metrics.Writer(
             workdir,
@@ -161,14 +167,17 @@ def train(
             every_steps=config.log_every_steps,
             learning_rate=schedule,
             last_good=checkpointer.latest_step,
+            clock=clock,
         ) as writer:
             # At first_step no update is due, only evaluations that a stop cut off.
             for step in range(first_step, total_steps + 1):
                 last = step == total_steps
                 if step > first_step:
                     profiler.before(step)
-                    batch = sharding.place_rows(next(batches), mesh)
-                    state, scalars = train_step(state, batch)
+                    with clock.doing("input"):
+                        batch = sharding.place_rows(next(batches), mesh)
+                    with clock.doing("steps"):
+                        state, scalars = train_step(state, batch)
                     writer.train(step, scalars)
                     profiler.after(step, last, scalars)
 
@@ -179,7 +188,9 @@ def train(
                     if stopping or not writer.is_due(step, name, evaluator.every_steps):
                         continue
                     writer.flush()
-                    result = None if stop() else evaluator.run(state.variables, stop)
+                    with clock.doing("evaluation"):
+                        asked = stop()
+                        result = None if asked else evaluator.run(state.variables, stop)
                     if result is None:
                         stopping = True
                         continue
@@ -194,13 +205,17 @@ def train(
                     stopping = stopping or (stop() and not last)
                     if last or stopping or checkpointer.due(step):
                         # A state that is not finite must not become a checkpoint.
-                        writer.flush()
+                        writer.store()
                         check_owned()
-                        checkpointer.save(step, state, results, force=last or stopping)
+                        with clock.doing("checkpoint"):
+                            checkpointer.save(
+                                step, state, results, force=last or stopping
+                            )
                 note_saved(checkpointer.complete_step())
                 if stopping:
                     break
-            checkpointer.wait()
+            with clock.doing("checkpoint"):
+                checkpointer.wait()
             note_saved(checkpointer.complete_step())
             if stopping:
                 logger.info(
@@ -222,6 +237,7 @@ def main(arguments: list[str]) -> None:
         profile=flags.FLAGS.profile,
         accept_changed_data=flags.FLAGS.accept_changed_data,
         stop_after=flags.FLAGS.stop_after,
+        seconds_before=signals.seconds_since_start(),
     )
     steps_left = recipe.total_steps(load(folder)) - int(state.step)
     if flags.FLAGS.stop_after is not None and steps_left:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
+from mlp_mixer import goodput  # noqa: E402
 from mlp_mixer.text import printable, shortened  # noqa: E402
 
 Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
@@ -57,6 +58,8 @@ def report(
     heights = [4.6, 1.7 * max(rows, 1)]
     top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=heights))
     axes = top.subplots(1, 4 if confusion else 3)
+    if seconds := goodput.sums(records):
+        top.suptitle(goodput.sentence(seconds), size=10)
     _loss(axes[0], records)
     _learning_rate(axes[1], records)
     _accuracy(axes[2], records)

@@ -37,15 +37,15 @@ def read_ledger(path: str | pathlib.Path) -> Ledger:
       ValueError: it is damaged, or has no record of step 1.
     """
     path = pathlib.Path(path)
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    read = metrics.read if path.is_dir() else metrics.read_file
     ledger = {
         r["step"]: {key: float(r[key]) for key in KEYS}
-        for r in metrics.read_file(file)
+        for r in read(path)
         if r["step"] in STEPS and set(KEYS) <= r.keys()
     }
     if 1 not in ledger:
         raise ValueError(
-            f"{file} has no record of step 1; train with --config.log_every_steps=1."
+            f"{path} has no record of step 1; train with --config.log_every_steps=1."
         )
     return ledger
 

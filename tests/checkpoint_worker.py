@@ -1,7 +1,10 @@
 """One process: checkpoint_worker.py MODE DIRECTORY INDEX COUNT DEVICES PORT"""
 
 import logging
+import os
 import pathlib
+import resource
+import signal
 import sys
 import time
 
@@ -17,7 +20,7 @@ jax.distributed.initialize(f"localhost:{port}", count, index)
 
 import test_checkpoint as cases  # noqa: E402
 
-from mlp_mixer.checkpoint import Checkpointer  # noqa: E402
+from mlp_mixer.checkpoint import Checkpointer, CheckpointError  # noqa: E402
 
 logging.basicConfig(level=logging.INFO)
 everywhere = cases.target(count * devices)
@@ -44,6 +47,22 @@ with Checkpointer(directory, every_steps=10) as checkpointer:
             checkpointer.save(30, broken)
         except FloatingPointError as error:
             print("step 30 is not finite:", error, flush=True)
+    elif mode == "fill":
+        checkpointer.save(10, state_at(10))
+        checkpointer.wait()
+        told = pathlib.Path(directory, "told")
+        if index == 1:  # the disk of this one is full
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+        checkpointer.save(20, state_at(20))
+        if index == 1:
+            try:
+                checkpointer.wait()
+            except CheckpointError as error:
+                told.write_text(str(error))
+        while not told.exists():
+            time.sleep(0.05)
+        os._exit(0)  # the other end of JAX would wait for the first save
     else:
         state = checkpointer.restore(everywhere)
         step = int(state.step)

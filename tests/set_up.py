@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlp_mixer import checkpoint, experiment, metrics, recipe, sharding
+from mlp_mixer import checkpoint, experiment, goodput, metrics, recipe, sharding
 from mlp_mixer.data import pipeline
 
 # JSON that something happened to.
@@ -85,7 +85,8 @@ def assert_equal_runs(config, one, other):
 def told(workdir):
     """metrics.jsonl without the times, which no two runs share."""
     records = metrics.read(workdir)
-    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+    said = [{k: v for k, v in r.items() if not goodput.is_time(k)} for r in records]
+    return [record for record in said if record.keys() != {"step"}]
 
 
 def contents(folder):
@@ -100,31 +101,30 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_pair(program, name, arguments, folders=(None, None), seconds=300):
-    """Runs two processes of one run, each with one device.
-
-    More devices than cores may wait for one another's collectives for ever.
+def run_pair(program, name, arguments, folders=None, seconds=300, devices=1):
+    """Runs the processes of one run, usually two.
 
     Args:
       program: the fixture.
       name: name of the program, e.g. "train".
-      arguments: arguments of each of the two.
+      arguments: arguments of each process.
       folders: working folder of each.
       seconds: time that each may take.
+      devices: number of devices of each.
 
     Returns:
       Exit codes and outputs.
     """
-    port = free_port()
+    port, count = free_port(), len(arguments)
     pair = [
         program(
             name,
             *arguments[i],
-            f"--distributed=localhost:{port},{i},2",
-            cwd=folders[i],
-            devices=1,
+            f"--distributed=localhost:{port},{i},{count}",
+            cwd=folders[i] if folders else None,
+            devices=devices,
         )
-        for i in range(2)
+        for i in range(count)
     ]
     said = [process.communicate(timeout=seconds)[0] for process in pair]
     return [process.returncode for process in pair], said
@@ -133,6 +133,12 @@ def run_pair(program, name, arguments, folders=(None, None), seconds=300):
 def train_batches(source, **fields):
     """`pipeline.train_batches` with the fields of `recipe.base()` but for these."""
     return pipeline.train_batches(source, **dict(recipe.base().input) | fields)
+
+
+def share(batch_size, process, count):
+    """The rows of a batch that one of `count` processes makes."""
+    each = batch_size // count
+    return range(process * each, (process + 1) * each)
 
 
 def eval_batches(source, **fields):

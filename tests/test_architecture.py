@@ -16,10 +16,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("text", "errors", "known", "processes", "supervisor", "joining"),
+    (
+        *("text", "errors", "known", "processes", "goodput"),
+        *("supervisor", "joining"),
+    ),
     ("sharding",),
     ("console", "files", "models", "shipped"),
-    ("fields",),
+    ("fields", "records"),
     (
         "recipe",
         "losses",

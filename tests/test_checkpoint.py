@@ -1429,3 +1429,11 @@ def test_two_processes_stop_together_after_a_signal_to_one(tmp_path):
     [a, b] = [o.split("stopped at ")[1].split()[0] for o in outputs]
     assert a == b
     assert restored_step(tmp_path) == int(a)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_of_two_processes_is_told_at_once(tmp_path):
+    run_workers("fill", tmp_path)
+    told = (tmp_path / "told").read_text()
+    assert f"Saving step 20 in {tmp_path} failed" in told
+    assert "intact: [10]" in told

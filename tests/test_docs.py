@@ -108,7 +108,10 @@ def test_every_block_says_what_it_is_and_what_it_needs():
 # --- Commands -------------------------------------------------------------------------
 
 # Of other projects, with arguments that are not looked at.
-OTHERS = ("cd", "find", "git", "pip")
+OTHERS = (
+    *("cd", "export", "find", "git", "pip", ".venv/bin/pip", "wait"),
+    *("gcloud", "kubectl", "sbatch", "scancel", "squeue", "tensorboard"),
+)
 OPERATORS = ("|", "||", "&", "&&", ";")
 
 
@@ -155,6 +158,11 @@ def check_command(words, monkeypatch):
             assert arguments[1] in ("pytest", "venv"), arguments[1]
     elif name == "python" and arguments[0] == "scripts/convert_checkpoint.py":
         check_program("mlp_mixer.convert", arguments[1:], monkeypatch)
+    elif script := [w for w in words if w.startswith("scripts/launch/")]:
+        # What is left of its command line goes to the training.
+        rest = [w for w in words[words.index(script[0]) :] if w.startswith("--")]
+        recipe_of_script = "--config=configs/mixer_b16.py"
+        check_program("mlp_mixer.train", [recipe_of_script, *rest], monkeypatch)
     elif name == "python" and arguments[0].endswith(".py"):
         check_script(arguments[0], arguments[1:], monkeypatch)
     else:
@@ -455,6 +463,8 @@ def test_readme_names_every_model_and_its_file():
         "python -m mlp_mixer.predict --weights=runs/digits --format=xml x.png",
         "python -m mlp_mixer.convert a.npz b.npz --distributed=auto",
         "python -m mlp_mixer.trian",
+        "scripts/launch/slrum.sh",
+        "sbatch --nodes=2 scripts/launch/slurm.sh --config.nothing=1",
         "python scripts/sweep.py --config=configs/digits.py --config.nothing=1",
         "python scripts/sweep.py --config=configs/digits.py --sede=3",
         "python scripts/compare_runs.py runs/digits",

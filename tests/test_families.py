@@ -14,6 +14,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from golden import record_timm
 from safetensors.numpy import load_file
+from set_up import told
 
 from mlp_mixer import (
     checkpoint,
@@ -410,7 +411,7 @@ def test_a_run_is_evaluated_as_in_training(trained, data_dir):
 @every_family
 def test_its_recipe_reads_digits(name, data_dir, tmp_path):
     train.train(digits(name), str(tmp_path), data_dir=data_dir)
-    assert metrics.read(tmp_path)[-1]["test/top1"] >= 0.95
+    assert told(tmp_path)[-1]["test/top1"] >= 0.95
 
 
 def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(

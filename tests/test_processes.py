@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from set_up import free_port, run_pair, state_of, told
 
-from mlp_mixer import pretrained, workdir
+from mlp_mixer import pretrained, processes, workdir
 
 RUN = [
     "--config=configs/digits.py",
@@ -174,6 +174,11 @@ def differing(name, tmp_path):
     elif name == "no data":
         images.rename(images.with_name("away"))
         said = r"No folder 'images'"
+    elif name == "unreadable data":
+        for path in [*(other / "train").rglob("*.png")]:
+            path.unlink()
+            path.symlink_to("/proc/self/mem")
+        said = r"folder:images train cannot be read, .*Input/output error"
     elif name == "batch":
         more, said = [["--config.batch_size=7"]] * 2, "A batch of 7 does not divide"
     arguments = [
@@ -193,6 +198,20 @@ def differing(name, tmp_path):
     return arguments, (tmp_path / "0", tmp_path / "1"), said
 
 
+def test_of_several_hosts_those_that_differ_are_named(monkeypatch):
+    files = [300, 298, 300, 300, 299]
+    rows = [[f"host{i}", {"data.images": n}] for i, n in enumerate(files)]
+    monkeypatch.setattr(
+        processes, "gather", lambda value: rows if isinstance(value, list) else files
+    )
+    with pytest.raises(ValueError, match="must agree") as error:
+        processes.compare(data={"images": 300})
+    assert str(error.value).endswith(
+        "  data.images: 300 on processes 0 (host0), 2 (host2), 3 (host3); "
+        "298 on process 1 (host1); 299 on process 4 (host4)"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -204,6 +223,7 @@ def differing(name, tmp_path):
         "data",
         "data of an evaluator",
         "no data",
+        "unreadable data",
         "batch",
     ],
 )

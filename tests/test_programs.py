@@ -21,6 +21,7 @@ from mlp_mixer import (
     checkpoint,
     convert,
     evaluate,
+    goodput,
     metrics,
     models,
     pretrained,
@@ -137,7 +138,8 @@ def test_evaluate_prints_a_table_and_writes_it_and_a_picture(
     assert results["evaluators"] == {
         "test": {"data": "digits test", "preprocess": "vision_transformer"}
     }
-    title, _, head, _, *rows = (workdir / "evaluate.md").read_text().splitlines()
+    first, second = (workdir / "evaluate.md").read_text().split("\n\n# ")
+    title, _, head, _, *rows = first.splitlines()
     assert title == f"# {workdir} at step 150: mixer_s16, 8 × 8"
     assert cells(head) == ["", "test"]
     found = dict(map(cells, rows))
@@ -154,9 +156,16 @@ def test_evaluate_prints_a_table_and_writes_it_and_a_picture(
     assert test["top1"] > 0.6
     assert test["top1"] <= test["top5"] <= 1
     assert f"{100 * test['top1']:.2f} %" in said
+    *_, whole = map(cells, second.splitlines())
+    assert whole == [
+        "all",
+        goodput.duration(sum(results["seconds"].values())),
+        "100.0 %",
+    ]
+    assert "compilation" in said
     assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
     # The number is the one that training recorded at its last step.
-    record = metrics.read(workdir)[-1]
+    (*_, record) = (r for r in metrics.read(workdir) if "test/top1" in r)
     assert record["test/top1"] == pytest.approx(test["top1"])
     assert record["test/loss"] == pytest.approx(test["loss"], rel=1e-4)
 

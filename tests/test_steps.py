@@ -1,182 +1,42 @@
 """Laws of a training step: the same on any mesh, and no device does another's work."""
 
-import functools
-import math
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import literal_mixer
 import numpy as np
-import optimisers
 import pytest
 import session
-import set_up
 from jax.sharding import AxisType, Mesh
+from step_program import (
+    ADAM,
+    EXAMPLE,
+    FIELDS,
+    GRADIENT,
+    IMAGE,
+    LARGEST_PARAMETER,
+    NOISE,
+    ROWS,
+    STRATEGIES,
+    Program,
+    adam,
+    assert_close,
+    assert_same_training,
+    batches,
+    compiled,
+    flops,
+    held,
+    named,
+    optimiser,
+    random_params,
+    temporaries,
+    travels,
+)
 
 from mlp_mixer import sharding, steps
-from mlp_mixer.data import pipeline
 from mlp_mixer.models import Run
 from mlp_mixer.models.mixer import MlpMixer
-
-# Large enough that "fsdp" cuts every kernel but the head's, and that no batch of
-# activations or images is as small as a parameter.
-FIELDS: dict[str, Any] = {
-    "patch_size": (8, 8),
-    "num_blocks": 2,
-    "hidden_dim": 64,
-    "tokens_mlp_dim": 64,
-    "channels_mlp_dim": 256,
-    "num_classes": 8,
-}
-SIZE, ROWS = (64, 64), 32
-EXAMPLE = pipeline.example(SIZE)
-IMAGE = math.prod(SIZE) * 3
-LARGEST_PARAMETER = 64 * 256
-STEPS = 3
-STRATEGIES = ["replicated", "fsdp"]
-NOISE: dict[str, Any] = {"mixup": 0.5, "stochastic_depth": 0.5}
-# Most of these tests' time is the compiler's, and half of that this optimisation, of
-# machine code alone.
-QUICKLY = {"xla_backend_optimization_level": 0}
-# Clipping is active: it needs the norm of gradients that may be cut.
-ADAM: dict[str, Any] = {"learning_rate": 1e-3, "weight_decay": 0.1, "clip_norm": 0.5}
-# The accumulator of momentum is, after one step, the gradient itself.
-GRADIENT: dict[str, Any] = {
-    "name": "momentum",
-    "learning_rate": 1e-3,
-    "clip_norm": None,
-}
-
-
-def optimiser(**fields):
-    return optimisers.create(**fields, total_steps=100, warmup_steps=0)[0]
-
-
-class Program:
-    """A compiled step for abstract arguments: to be read, and to be run."""
-
-    def __init__(
-        self,
-        devices=1,
-        strategy="replicated",
-        *,
-        optim=ADAM,
-        seed=0,
-        mixup=0.0,
-        accumulate=1,
-        rows=ROWS,
-        loss="sigmoid_xent",
-        **fields,
-    ):
-        self.mesh = sharding.make_mesh(devices)
-        self.model, self.tx = model_of(self.mesh, **fields), optimiser(**optim)
-        self.target = steps.state_shapes(
-            self.model, self.tx, self.mesh, EXAMPLE, strategy=strategy
-        )
-        step: Any = steps.make_train_step(
-            self.model,
-            self.tx,
-            self.mesh,
-            self.target,
-            loss=loss,
-            seed=seed,
-            mixup=mixup,
-            accumulate=accumulate,
-        )
-        batch = {
-            "image": jax.ShapeDtypeStruct((rows, *SIZE, 3), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
-        }
-        self.step = step.lower(self.target, batch).compile(QUICKLY)
-
-    def state(self, step=0):
-        """A state of random parameters and, but for the number, of step 0."""
-        params = random_params()
-        state = steps.TrainState(jnp.int32(step), params, {}, self.tx.init(params))
-        return jax.tree.map(
-            lambda x, a: jax.device_put(x, a.sharding), state, self.target
-        )
-
-    def batch(self, i=0):
-        return sharding.place_rows(batches()[i], self.mesh)
-
-    @functools.cached_property
-    def trained(self):
-        """The state after some steps, and the metrics of every one; on the host."""
-        state, metrics = self.state(), []
-        for i in range(STEPS):
-            state, scalars = self.step(state, self.batch(i))
-            metrics.append(scalars)
-        return jax.device_get((state, metrics))
-
-
-def model_of(
-    mesh, *, flat=False, scan=False, remat="none", images_at_once=None, **fields
-):
-    """`flat` as on one CPU, whatever devices the step is for."""
-    mesh = sharding.make_mesh(1) if flat else mesh if mesh.size > 1 else None
-    run = Run(scan=scan, remat=remat, images_at_once=images_at_once, mesh=mesh)
-    return MlpMixer(**FIELDS | fields, run=run)
-
-
-compiled = functools.cache(Program)
-
-
-@functools.cache
-def random_params():
-    """Without a head of zeros, which would leave nothing to learn below it."""
-    return set_up.random_params(MlpMixer(**FIELDS), SIZE, seed=0)
-
-
-@functools.cache
-def batches():
-    rng = np.random.default_rng(1)
-    return [
-        {
-            "image": rng.integers(0, 256, (ROWS, *SIZE, 3), np.uint8),
-            "label": rng.integers(0, 8, ROWS, np.int32),
-        }
-        for _ in range(STEPS)
-    ]
-
-
-def named(tree):
-    """Name → leaf, without the one bias that reaches no logit: its gradient is zero,
-    so what is computed is rounding noise, which Adam scales up to full steps."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    dead = "['token_mixing']['Dense_1']['bias']"
-    return {name: leaf for name, leaf in names.items() if not name.endswith(dead)}
-
-
-def assert_close(tree, expected, rtol, atol=0.0):
-    """Every leaf within `rtol` of its own largest entry, or within `atol`."""
-    ours, theirs = named(tree), named(expected)
-    assert ours.keys() == theirs.keys()
-    for name, x in ours.items():
-        bound = rtol * abs(theirs[name]).max() + atol
-        np.testing.assert_allclose(x, theirs[name], rtol=0, atol=bound, err_msg=name)
-
-
-def adam(state):
-    (moments,) = (s for s in state.opt_state if hasattr(s, "mu"))
-    return moments
-
-
-def assert_same_training(trained, expected):
-    """Up to the order of additions."""
-    (state, metrics), (expected_state, expected_metrics) = trained, expected
-    for ours, theirs in zip(metrics, expected_metrics, strict=True):
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5)
-    assert state.step == expected_state.step == len(metrics)
-    assert_close(adam(state).mu, adam(expected_state).mu, 1e-4)
-    assert_close(adam(state).nu, adam(expected_state).nu, 1e-4)
-    # Parameters move by up to the learning rate of 1e-3 per step.
-    assert_close(state.params, expected_state.params, 0.0, 3e-5)
-
 
 # --- One device or many ---------------------------------------------------------------
 
@@ -191,16 +51,6 @@ def test_eight_devices_equal_one(strategy):
         lambda x, y: abs(x - y).max(), *[one.trained[0].params, random_params()]
     )
     assert min(named(change).values()) > 1e-3
-
-
-def held(tree, device):
-    """Bytes of `tree` on a device."""
-    return sum(
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(tree)
-        for shard in leaf.addressable_shards
-        if shard.device == device
-    )
 
 
 def test_with_fsdp_a_device_holds_an_eighth_of_parameters_and_moments():
@@ -218,29 +68,6 @@ def test_with_fsdp_a_device_holds_an_eighth_of_parameters_and_moments():
 
     assert arguments(whole) >= 3 * total
     assert 0.125 <= arguments(cut) / arguments(whole) < 0.15
-
-
-COLLECTIVE = re.compile(
-    r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast"
-    r"|reduce-scatter|ragged-all-to-all)(?:-start)?\("
-)
-
-
-def travels(program):
-    """Collective operation → elements of its largest array, of the compiled step."""
-    found: dict[str, int] = {}
-    for line in program.step.as_text().splitlines():
-        if match := COLLECTIVE.search(line):
-            for shape in re.findall(r"\w\[([\d,]*)\]", match[1]):
-                size = math.prod(int(n) for n in shape.split(",") if n)
-                found[match[2]] = max(size, found.get(match[2], 0))
-    return found
-
-
-def flops(program):
-    """Of one device. The program is unrolled: a scan's body would count once."""
-    assert not program.model.run.scan
-    return program.step.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -378,10 +205,6 @@ def test_images_a_few_at_a_time_draw_the_same_noise(noise):
     """Parts of a batch would draw other noise than the whole, so there are none."""
     whole, few = compiled(1, **noise), compiled(1, images_at_once=4, **noise)
     jax.tree.map(np.testing.assert_array_equal, few.trained, whole.trained)
-
-
-def temporaries(program):
-    return program.step.memory_analysis().temp_size_in_bytes
 
 
 def test_micro_batches_need_less_memory():
@@ -575,7 +398,7 @@ def test_predict_is_the_model_without_noise(devices, strategy, rows, images_at_o
     params = jax.tree.map(
         jax.device_put,
         random_params(),
-        sharding.shardings(random_params(), mesh, strategy),
+        sharding.shardings(random_params(), mesh, strategy, model.declared_axes()),
     )
     image = batches()[0]["image"][:rows]
     found = steps.make_predict(model, mesh)(

@@ -114,7 +114,7 @@ def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
     def recorded(step):
         return [
             next(name for name in r if name != "step").partition("/")[0]
-            for r in metrics.read(workdir)
+            for r in told(workdir)
             if r["step"] == step
         ]
 
@@ -130,7 +130,7 @@ def test_of_several_evaluations_those_that_a_stop_left_out_are_made_up_for(
         stopping_after(patch, 7)
         assert int(train.train(tiny, workdir).step) == 7
     assert recorded(6) == ["train", "val", "val2"]
-    assert [r["step"] for r in metrics.read(workdir)] == [*range(1, 7), 6, 6, 7]
+    assert [r["step"] for r in told(workdir)] == [*range(1, 7), 6, 6, 7]
     best, _ = checkpoint.restore_variables(
         f"{workdir}/checkpoints", best="val2/loss", more_is_better=False
     )

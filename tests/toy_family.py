@@ -35,7 +35,7 @@ class ToyNet(Model):
 
     @nn.compact
     def __call__(self, image: Float[Array, "n h w 3"], *, train: bool = False):
-        self.check_image(image, AXES)
+        self.check_image(image)
         x = layers.PatchEmbed(self.hidden_dim, self.patch_size, self.run, name="stem")(
             image
         )

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, on the host, through Grain.
 
-Rows of one global stream (shuffled, augmented) → this process's share of them → its
-batches. A broken image is replaced, and a column of its row says so.
+Rows of one global stream (shuffled, augmented) → the rows of its batches that this
+process needs. A broken image is replaced, and a column of its row says so.
 
 Each row of the stream, its augmentation included, is a function of the seed and of its
 position alone. So a run may start at any step, and the global batches are the same, row
@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -52,16 +52,14 @@ def train_batches(
     workers: int,
     max_broken_images: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Yields shuffled, augmented batches for ever; each epoch has its own order.
 
     Args:
       source: examples; they repeat, so a batch may be larger than all of them.
       image_size: (height, width) in pixels.
-      batch_size: number of rows of the global batch; process p yields rows p·b to
-        (p+1)·b, where b = batch_size / process_count.
+      batch_size: number of rows of the global batch.
       seed: seed of order and augmentation, 0 ... 2**32 - 1.
       crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning, see
         `_resize_crop`) or "resize" (the whole image).
@@ -76,6 +74,8 @@ def train_batches(
         or have a label that is none of the classes. Each is logged by name and
         replaced by the next good one; one more ends the run.
       start_step: number of batches to skip, at no cost.
+      rows: which rows of each global batch to make, of `sharding.process_rows`; all by
+        default.
 
     Returns:
       An iterator of `{"image": uint8 (b, h, w, 3), "label": int32 (b,)}`; labels of a
@@ -96,13 +96,12 @@ def train_batches(
     stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     # Before the share: order and draws follow the global position.
     stream = stream.random_map(augment)
-    rows = _local_batch_size(batch_size, process_index, process_count)
     blank = {
         "image": np.zeros((*image_size, 3), np.uint8),
         "label": _target(source, None),
         "broken": np.int32(-1),
     }
-    share = _Share(stream, blank, rows, process_index, process_count, start_step, 2**40)
+    share = _share(stream, blank, batch_size, rows, start_step, 2**40)
     return _name_broken(
         assembly.Batches(share, workers),
         source,
@@ -119,21 +118,21 @@ def eval_batches(
     preprocess: str,
     exif: bool = False,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """Yields every example once, over all processes, in the order of the source.
 
-    All processes get the same number of batches, ceil(len(source) / batch_size); the
-    last one is padded with rows of zeros.
+    There are ceil(len(source) / batch_size) batches, for any `rows`; the last one is
+    padded with rows of zeros.
 
     Args:
       source: the examples.
       image_size: (height, width) in pixels.
-      batch_size: number of rows of the global batch, cut as in `train_batches`.
+      batch_size: number of rows of the global batch.
       preprocess: a key of `image_ops.PROTOCOLS`.
       exif: whether images are turned as their Exif orientation says.
       workers: number of processes that decode, the same as training's; 0: threads.
+      rows: which rows of each global batch to make, as in `train_batches`.
 
     Returns:
       An iterator of `{"image": (b, h, w, 3), "label": as in `train_batches`,
@@ -144,14 +143,13 @@ def eval_batches(
     Raises:
       ValueError: an argument is impossible.
     """
-    rows = _local_batch_size(batch_size, process_index, process_count)
     # The image of padding. An unknown protocol is refused here, before any work.
     blank = image_ops.preprocess(np.zeros((8, 8, 3), np.uint8), preprocess, image_size)
     prepare = _EvaluationRow(source, image_size, preprocess, exif, blank)
-    steps = math.ceil(len(source) / batch_size)
+    steps = math.ceil(len(source) / max(batch_size, 1))
     positions = grain.MapDataset.range(steps * batch_size).map(prepare)
     padding = prepare.map(len(source))
-    share = _Share(positions, padding, rows, process_index, process_count, 0, steps)
+    share = _share(positions, padding, batch_size, rows, 0, steps)
     return _name_broken(assembly.Batches(share, workers), source, "it is not counted")
 
 
@@ -297,23 +295,44 @@ def read_image(
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-    """This process's rows of the global stream.
+    """Some rows of every batch of the global stream, from `start_step` on.
 
-    They are rows p·b to (p+1)·b of every global batch, from `start_step` on, so a row
-    has the same position for any number of processes.
+    A row has the same position whichever process makes it.
     """
 
     stream: Any
     blank: dict[str, Any]
-    rows: int
-    process_index: int
-    process_count: int
+    batch_size: int
+    chosen: Sequence[int]  # positions in a global batch
     start_step: int
     steps: int
 
+    @property
+    def rows(self) -> int:
+        return len(self.chosen)
+
     def row(self, step: int, row: int) -> dict[str, Any]:
-        block = (step + self.start_step) * self.process_count + self.process_index
-        return self.stream[block * self.rows + row]
+        first = (step + self.start_step) * self.batch_size
+        return self.stream[first + self.chosen[row]]
+
+
+def _share(
+    stream: Any,
+    blank: dict[str, Any],
+    batch_size: int,
+    rows: Sequence[int] | None,
+    start_step: int,
+    steps: int,
+) -> _Share:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    chosen = range(batch_size) if rows is None else rows
+    if not chosen or min(chosen) < 0 or max(chosen) >= batch_size:
+        raise ValueError(
+            f"rows are {list(chosen)[:10]}; of a batch of {batch_size} expected some "
+            f"of 0 ... {batch_size - 1}."
+        )
+    return _Share(stream, blank, batch_size, chosen, start_step, steps)
 
 
 def _name_broken(
@@ -353,17 +372,3 @@ def _too_many(source: Source, indices: Iterable[int], limit: int) -> ValueError:
         f"More than max_broken_images={limit} images are broken or wrongly"
         f" labelled:\n  {names}\nRepair or remove them, or allow more."
     )
-
-
-def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} does not divide among {process_count} processes;"
-            f" try {max(1, round(batch_size / process_count)) * process_count}."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index is {process_index}; of {process_count} processes it must"
-            f" be 0 ... {process_count - 1}."
-        )
-    return batch_size // process_count

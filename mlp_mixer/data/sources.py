@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from mlp_mixer import processes
 from mlp_mixer.data import folders
 from mlp_mixer.data.class_names import assumed, canonical, places
 
@@ -82,22 +83,26 @@ def open_source(
 
     Raises:
       FileNotFoundError: there is no such data set on this machine.
+      OSError: it cannot be read.
       ValueError: it has no such split, or is not what the recipe states.
     """
     kind, _, argument = name.partition(":")
-    if kind in DATASETS:
-        source = DATASETS[kind](
-            argument,
-            split,
-            data_dir=data_dir,
-            num_examples=num_examples,
-            num_classes=num_classes,
-            image_size=image_size,
-        )
-    else:
-        from mlp_mixer.data import prepared  # TFDS is slow to import
+    where = f"{name} {split}" + (f" in {data_dir}" if data_dir else "")
+    with processes.warn_if_slow(f"the data set {where}"):
+        if kind in DATASETS:
+            source = DATASETS[kind](
+                argument,
+                split,
+                data_dir=data_dir,
+                num_examples=num_examples,
+                num_classes=num_classes,
+                image_size=image_size,
+            )
+        else:
+            from mlp_mixer.data import prepared  # TFDS is slow to import
 
-        source = prepared.open_prepared(name, split, label, data_dir)
+            source = prepared.open_prepared(name, split, label, data_dir)
+        _check_readable(source, where)
     if not len(source):
         raise ValueError(f"{name} {split} has 0 examples; widen the slice.")
     found = {"num_examples": len(source), "num_classes": source.num_classes}
@@ -114,6 +119,28 @@ def open_source(
             + "."
         )
     return source
+
+
+def _check_readable(source: Source, where: str) -> None:
+    """Raises OSError if neither the first, nor the middle, nor the last can be read.
+
+    Names and sizes may be there without the contents, as on a mount that has lost its
+    server. A single file that cannot be read is left for training to name.
+    """
+    failed = []
+    places = {0, len(source) // 2, len(source) - 1} if len(source) else {}
+    for index in sorted(places):
+        try:
+            source[index]
+        except OSError as error:
+            failed.append(error)
+        except ValueError:  # it was read, and is damaged
+            continue
+    if failed and len(failed) == len(places):
+        raise OSError(
+            f"{where} cannot be read, neither at its start nor later: {failed[0]}. Is "
+            "its disk mounted, and may this process read it?"
+        ) from failed[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +312,13 @@ def _digest(texts: Iterable[str]) -> str:
 def _sizes(paths: Sequence[str]) -> list[int]:
     """Sizes in bytes, -1 without access; in threads, because disks may be slow."""
     parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    what = (
+        f"the sizes of {len(paths):,} files in {os.path.dirname(next(iter(paths), ''))}"
+    )
+    with (
+        processes.warn_if_slow(what),
+        concurrent.futures.ThreadPoolExecutor(16) as pool,
+    ):
         sizes = pool.map(lambda part: [_size(path) for path in part], parts)
         return [*itertools.chain.from_iterable(sizes)]
 

@@ -59,8 +59,6 @@ class Inference:
             "image_size": image_size,
             "preprocess": preprocess,
             "workers": workers,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
         }
         self._keep = jax.jit(
             lambda out, batch: (
@@ -86,7 +84,12 @@ class Inference:
         batch_size = sharding.whole_batch(
             self._mesh, min(self._batch_size, len(source))
         )
-        batches = pipeline.eval_batches(source, batch_size=batch_size, **self._options)
+        batches = pipeline.eval_batches(
+            source,
+            batch_size=batch_size,
+            rows=sharding.process_rows(self._mesh, batch_size),
+            **self._options,
+        )
         parts, broken = [], 0
         for batch in track(batches, -(-len(source) // batch_size)):
             if stop():

@@ -9,7 +9,7 @@ The letters are the same everywhere: `n` images (batch), `h w` image height and 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -104,6 +104,31 @@ class MlpBlock(nn.Module):
         h = _dropout(rngs[0], self.dropout, gelu(checkpoint_name(h, PRE_GELU)))
         y = dense(shape[self.axis], name="Dense_1")(h).reshape(shape)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
+
+
+def depthwise(run: Run) -> Callable[..., Array]:
+    """Returns what a `nn.Conv` of one odd-sized filter per channel computes with.
+
+    Where devices share rows, as along the mesh's `model`, XLA's partitioner sums the
+    gradient of such a filter over them too, and so multiplies it by their number (seen
+    with jax 0.10.2 and 0.12.0). There the filter is a sum of shifted images.
+    """
+    alone = run.mesh is None or run.mesh.shape.get("model", 1) == 1
+    return lax.conv_general_dilated if alone else _sum_of_shifted
+
+
+def _sum_of_shifted(
+    x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw 1 c"], *_: Any, **__: Any
+) -> Float[Array, "n h w c"]:
+    h, w = x.shape[1:3]
+    kh, kw = kernel.shape[:2]
+    padded = jnp.pad(x, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
+    terms = [
+        padded[:, i : i + h, j : j + w] * kernel[i, j].reshape(1, 1, 1, -1)
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    return functools.reduce(jnp.add, terms)
 
 
 def uniform(limit: float) -> Initializer:

@@ -75,7 +75,7 @@ class MlpMixer(Model):
 
         In `out` are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
-        self.check_image(image, AXES)
+        self.check_image(image)
         stem = layers.PatchEmbed(
             self.hidden_dim, self.patch_size, self.run, name="stem"
         )

@@ -12,6 +12,7 @@ A file of this package is one paper. It declares
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -180,12 +181,18 @@ class Model(nn.Module, kw_only=True):
         """Raises ValueError unless images of (height, width) pixels fit the model."""
         check_divisible(image_size, self.patch_size)
 
-    def check_image(self, image: Array, axes: dict[str, str]) -> None:
+    @classmethod
+    def declared_axes(cls) -> dict[str, str]:
+        """Returns the `AXES` of the model's file; none of a file that has no table."""
+        files = (sys.modules[base.__module__] for base in cls.__mro__)
+        return next((file.AXES for file in files if hasattr(file, "AXES")), {})
+
+    def check_image(self, image: Array) -> None:
         """Raises ValueError unless `image` fits the model and its parameters.
 
         Args:
-          image: (n, h, w, 3), values in [−1, 1].
-          axes: the file's `AXES`; the letter `s` is compared with the image's tokens.
+          image: (n, h, w, 3), values in [−1, 1]. Its tokens are compared with the
+            letter `s` of `AXES`.
         """
         if image.ndim != 4 or image.shape[-1] != 3:
             raise ValueError(
@@ -199,7 +206,7 @@ class Model(nn.Module, kw_only=True):
             )
         h, w = image.shape[1:3]
         self.check_size((h, w))
-        expected = self.size_of(axes, "s")
+        expected = self.size_of("s")
         if expected is None:
             return
         ph, pw = self.patch_size
@@ -212,9 +219,9 @@ class Model(nn.Module, kw_only=True):
                 "the weights (docs/resolution.md)."
             )
 
-    def size_of(self, axes: dict[str, str], letter: str) -> int | None:
+    def size_of(self, letter: str) -> int | None:
         """Returns the length of an axis in the parameters; None if none has it."""
-        for path, letters in axes.items():
+        for path, letters in self.declared_axes().items():
             if letter in letters.split():
                 leaf: Any = self.variables.get("params", {})
                 for key in path.replace("*", "0").split("/"):

@@ -100,7 +100,7 @@ class ResMlp(Model):
 
         In `out` are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
-        self.check_image(image, AXES)
+        self.check_image(image)
         ph, pw = self.patch_size
         uniform = layers.uniform((ph * pw * 3) ** -0.5)
         stem = layers.PatchEmbed(

@@ -134,7 +134,12 @@ class SmlpBlock(nn.Module):
         c, norm = x.shape[-1], functools.partial(BatchNorm, self.train)
         convolution = functools.partial(_convolution, c, run=self.run)
         y = gelu(norm(name="BatchNorm_0")(x))
-        y = convolution((3, 3), feature_group_count=c, name="depthwise")(y)
+        y = convolution(
+            (3, 3),
+            feature_group_count=c,
+            conv_general_dilated=layers.depthwise(self.run),
+            name="depthwise",
+        )(y)
         y = gelu(norm(name="BatchNorm_1")(y))
         y = jnp.concatenate([y, self._mix(y, 2, "mix_w"), self._mix(y, 1, "mix_h")], -1)
         return nn.Dense(
@@ -181,12 +186,12 @@ class SmlpNet(Model):
         )
         check_divisible(image_size, (height, width), "the last stage's stride")
 
-    def check_image(self, image: Array, axes: dict[str, str]) -> None:
+    def check_image(self, image: Array) -> None:
         """Raises ValueError unless `image` fits the model and its parameters."""
-        super().check_image(image, axes)
+        super().check_image(image)
         sides = zip(("h0", "w0"), image.shape[1:3], self.patch_size, strict=True)
         for letter, pixels, patch in sides:
-            expected = self.size_of(axes, letter)
+            expected = self.size_of(letter)
             if expected is not None and pixels != expected * patch:
                 raise ValueError(
                     f"A side of the image is {pixels} pixels, but the parameters are "
@@ -211,7 +216,7 @@ class SmlpNet(Model):
         Raises:
           ValueError: the image does not fit the strides or the parameters.
         """
-        self.check_image(image, AXES)
+        self.check_image(image)
         noise = self._noise(image, train)
         block = functools.partial(
             SmlpBlock, mlp_ratio=self.mlp_ratio, train=train, run=self.run

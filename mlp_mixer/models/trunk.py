@@ -108,7 +108,10 @@ def _applied(
             if train and not scan:
                 # Else a GPU's compiler gathers all blocks first, and keeps them.
                 x, params = lax.optimization_barrier((x, params))
-            variables = {**variables, "params": sharding.gathered(mesh, params)}
+            # Of any block: the letters are the same.
+            named = {names[0]: params}
+            whole = sharding.gathered(mesh, named, model.declared_axes())
+            variables = {**variables, "params": whole[names[0]]}
         x, updated = block.apply(variables, x, noise, mutable=changing)
         return x, (x, updated)
 

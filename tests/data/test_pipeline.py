@@ -111,8 +111,7 @@ def stream(source, count, index, crop):
         image_size=(8, 8),
         batch_size=8,
         seed=1,
-        process_index=index,
-        process_count=count,
+        rows=set_up.share(8, index, count),
         **(EVERYTHING | {"crop": crop}),
     )
 
@@ -294,9 +293,9 @@ def test_grey_images_get_three_channels(shape):
             {"crop": "center"},
             "crop 'center' is unknown; try inception, resize",
         ),
-        ({"process_count": 3}, "batch_size 8 does not divide among 3 .* try 9"),
-        ({"batch_size": 0}, "batch_size 0 .* try 1"),
-        ({"process_count": 2, "process_index": 2}, r"must be 0 \.\.\. 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"rows": [7, 8]}, r"rows are \[7, 8\]; of a batch of 8 .* 0 \.\.\. 7"),
+        ({"rows": []}, r"rows are \[\]; of a batch of 8 expected some"),
         ({"start_step": -1}, "start_step is -1"),
         ({"shift": -1}, "shift is -1"),
     ],
@@ -389,8 +388,7 @@ def test_every_example_is_counted_once(n, batch_size, count):
                 source,
                 image_size=(8, 8),
                 batch_size=batch_size,
-                process_index=index,
-                process_count=count,
+                rows=set_up.share(batch_size, index, count),
             )
         )
         for index in range(count)

@@ -54,7 +54,7 @@ def test_batches_do_not_depend_on_processes_and_workers(
     count, workers, photos, reference
 ):
     parts = [
-        batches(photos, workers=workers, process_count=count, process_index=i)
+        batches(photos, workers=workers, rows=set_up.share(8, i, count))
         for i in range(count)
     ]
     rows = {k: np.concatenate([part[k] for part in parts], axis=1) for k in reference}
@@ -63,9 +63,7 @@ def test_batches_do_not_depend_on_processes_and_workers(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_late_start_gives_the_same_rows_to_each_process(workers, photos, reference):
-    late = batches(
-        photos, workers=workers, start_step=2, process_count=2, process_index=1
-    )
+    late = batches(photos, workers=workers, start_step=2, rows=set_up.share(8, 1, 2))
     assert_same(
         {k: v[: STEPS - 2] for k, v in late.items()},
         {k: v[2:, 4:] for k, v in reference.items()},

@@ -1,10 +1,13 @@
 """Sources: what they hold, in every format, and what they say when it is not there."""
 
+import errno
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import shutil
+import socket
 import struct
 import time
 
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mlp_mixer import workdir
+from mlp_mixer import processes, workdir
 from mlp_mixer.data import class_names, decoding, folders, prepared, sources
 from mlp_mixer.data.preparation import digits
 
@@ -530,3 +533,48 @@ def test_changes_are_said_by_class_and_by_shard(array_record_dir, tmp_path):
     ) == ["the same files, in another order"]
     # Names are compared elsewhere, by name.
     assert workdir.changes({"class_names": ["a"]}, {"class_names": ["b"]}) == []
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_data_that_cannot_be_read_is_named_and_one_file_of_it_is_not(
+    readable, tmp_path, monkeypatch
+):
+    """As on a mount whose server is gone: names and sizes are there."""
+    for i in range(5):
+        path = tmp_path / "all" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"an image")
+    read = pathlib.Path.read_bytes
+
+    def broken(self):
+        if self.suffix == ".png" and not (readable and self.stem in "12"):
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return read(self)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", broken)
+    name = f"folder:{tmp_path / 'all'}"
+    if readable:
+        assert len(sources.open_source(name, "all")) == 5
+        return
+    with pytest.raises(OSError, match=r"neither .* Input/output error") as error:
+        sources.open_source(name, "all")
+    assert f"{name} all cannot be read" in str(error.value)
+
+
+def test_data_on_a_disk_that_hangs_is_named_with_its_host(
+    tmp_path, monkeypatch, caplog
+):
+    def hang(*_, **__):
+        while "waits for" not in caplog.text:
+            time.sleep(0.01)
+        raise FileNotFoundError("none")
+
+    monkeypatch.setattr(processes, "SLOW_SECONDS", 0.02)
+    monkeypatch.setitem(sources.DATASETS, "folder", hang)
+    with pytest.raises(FileNotFoundError):
+        sources.open_source("folder:images", "all", data_dir=tmp_path)
+    [line] = caplog.messages
+    assert line.startswith(
+        f"{socket.gethostname()} (process 0) waits for the data set "
+    )
+    assert f"folder:images all in {tmp_path} since 0 s" in line

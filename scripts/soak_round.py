@@ -1,0 +1,497 @@
+"""Faults, for `soak.py`: one run is broken again and again until it is trained."""
+
+import contextlib
+import dataclasses
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import soak_job
+from soak_job import Job, Ledger, ViolationError
+
+# A moment of a fault: seconds after a start, or steps after the newest record.
+START_SECONDS = 4.0
+STEPS = 12
+# The longest time that a start may take to its first step, or a step to the next.
+PATIENCE_SECONDS = 180.0
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass
+class Disk:
+    """The disk of the runs.
+
+    Attributes:
+      folder: its folder.
+      is_own: whether it is a small file system that may be filled.
+    """
+
+    folder: pathlib.Path
+    is_own: bool
+
+
+class Round:
+    """Trains one run to its end, and breaks it on the way.
+
+    Args:
+      job: the run; nothing is in its folder.
+      counts: numbers of processes of which each start has one.
+      reference: records of the uninterrupted run.
+      tolerance: largest difference of a value of a record; 0 if all bits are the same.
+      disk: the disk of the run's folder.
+      say: prints and keeps a line.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        counts: Sequence[int],
+        reference: Sequence[dict[str, Any]],
+        tolerance: float,
+        disk: Disk,
+        say: Say,
+    ):
+        self.job, self.disk = job, disk
+        self.draw = random.Random()
+        self.what = ""  # what the last fault did, in words
+        self._ledger = Ledger(job.workdir)
+        self._counts = counts
+        self._reference, self._tolerance = reference, tolerance
+        self._say = say
+        # What a failing start may say, and what a person then does.
+        self._remedies: list[tuple[str, Callable[[], None]]] = []
+        self._is_checked = False  # what the newest start has restored
+
+    def run(
+        self, faults: Iterator["Fault"], until: float, count: Callable[[str], None]
+    ) -> None:
+        """Injects faults until the run is trained or the time is up.
+
+        Args:
+          faults: what happens, in order.
+          until: time of the monotonic clock.
+          count: is called with the kind of each fault that has happened.
+
+        Raises:
+          ViolationError: a promise is broken.
+        """
+        while time.monotonic() < until:
+            fault = next(faults)
+            self.draw = fault.draw
+            if fault.needs_several and max(self._counts) == 1:
+                continue
+            if fault.starts_anew and self.job.is_alive():
+                self.stop_politely()
+            if not self.job.is_alive():
+                self.start(fault.variables(self.draw))
+            if fault.needs_several and self.job.count() == 1:
+                continue
+            if not self._reach_moment():
+                break
+            self.what = ""
+            step = self.job.step()
+            fault.inject(self)
+            self._say(
+                f"fault {fault.number:4}  {fault.kind:24} at step {step:3} of start "
+                f"{self.job.starts}, {self.job.count()} process(es)  {self.what}"
+            )
+            count(fault.kind)
+        while not self._is_trained():
+            if not self.job.is_alive():
+                self.start({})
+            self._reach_moment(finish=True)
+        soak_job.check_records(
+            soak_job.records_of(self.job.workdir), self._reference, self._tolerance
+        )
+
+    def start(self, variables: Mapping[str, str]) -> None:
+        """Starts the run, with as many processes as are drawn."""
+        self.job.start(self.draw.choice(self._counts), variables)
+        self._is_checked = False
+
+    def _is_trained(self) -> bool:
+        return (
+            not self.job.is_alive()
+            and self.job.starts > 0
+            and max(self._ledger.folders(), default=0) == soak_job.TOTAL_STEPS
+            and set(self.job.statuses()) == {0}
+        )
+
+    def _reach_moment(self, finish: bool = False) -> bool:
+        """Waits for a drawn moment; returns whether the run is not trained before.
+
+        Args:
+          finish: whether to wait for the end instead.
+        """
+        soon = self.draw.random() < 0.3
+        seconds = self.draw.uniform(0, START_SECONDS)
+        steps, jitter = self.draw.randint(1, STEPS), self.draw.uniform(0, 0.3)
+        started, newest = time.monotonic(), -1
+        before = self.job.step()
+        moved = time.monotonic()
+        while True:
+            if not self.job.is_alive():
+                if not self.has_ended():
+                    self.start({})
+                    started = moved = time.monotonic()
+                    continue
+                return False
+            self._check_restored()
+            if None not in self.job.statuses() or any(self.job.statuses()):
+                self.wait(soak_job.LOST_SECONDS)
+                continue
+            step = self.job.step()
+            if step != newest:
+                newest, moved = step, time.monotonic()
+            elif time.monotonic() - moved > PATIENCE_SECONDS:
+                raise ViolationError(
+                    f"For {PATIENCE_SECONDS:g} seconds there was no step after {step}."
+                )
+            if not finish:
+                if soon and time.monotonic() - started > seconds:
+                    return True
+                if not soon and self._is_checked and step >= before + steps:
+                    time.sleep(jitter)
+                    return True
+            time.sleep(0.01)
+
+    def _check_restored(self) -> None:
+        """Checks, once for each start, from which step it goes on."""
+        if not self._is_checked:
+            step = self.job.restored_step()
+            if step is not None:
+                self._is_checked = True
+                self._ledger.check_restored(step)
+
+    # What may end, and how.
+
+    def wait(self, seconds: float) -> list[int]:
+        """Waits for the end of all processes, and looks at the folder."""
+        statuses = self.job.wait(seconds)
+        self._check_restored()
+        self._check_folder()
+        return statuses
+
+    def _check_folder(self) -> None:
+        self._ledger.check()
+        newest = max(self._ledger.intact, default=0)
+        soak_job.check_records(
+            soak_job.until_step(soak_job.records_of(self.job.workdir), newest),
+            soak_job.until_step(self._reference, newest),
+            self._tolerance,
+        )
+
+    def has_ended(self) -> bool:
+        """Whether the run is trained; False if a person has to start it again.
+
+        Raises:
+          ViolationError: the start has failed without a reason.
+        """
+        statuses = self.wait(soak_job.END_SECONDS)
+        if set(statuses) == {0}:
+            if not self._is_trained():
+                raise ViolationError("A start has ended with 0 before the last step.")
+            return True
+        output = self.job.output()
+        for remedy in self._remedies:
+            if re.search(remedy[0], output):
+                self._remedies.remove(remedy)
+                remedy[1]()
+                return False
+        raise ViolationError(f"A start has failed: {statuses}. Its output:\n{output}")
+
+    def expect(self, pattern: str, remedy: Callable[[], None] = lambda: None) -> None:
+        """Lets a start fail once if it says so; then a person does `remedy`."""
+        self._remedies.append((pattern, remedy))
+
+    def stop_politely(self) -> None:
+        """Asks all processes to end."""
+        self.job.send(signal.SIGTERM, [self.job.started_pid(0)])
+        self.check_stopped(self.wait(soak_job.LOST_SECONDS))
+
+    def check_stopped(self, statuses: Sequence[int]) -> None:
+        """Checks how a run has ended that was asked to.
+
+        Raises:
+          ViolationError: it has not saved its newest step, or failed.
+        """
+        began = self.job.restored_step() is not None
+        if set(statuses) == {0}:
+            saved = max(self._ledger.intact, default=0)
+            if saved < self.job.step():
+                raise ViolationError(
+                    f"It was asked to stop and ended at step {self.job.step()}, but "
+                    f"checkpoint {saved} is the newest."
+                )
+        elif began or any(status not in (0, -signal.SIGTERM) for status in statuses):
+            raise ViolationError(
+                f"It was asked to stop and ended with {statuses}. Its output:\n"
+                f"{self.job.output()}"
+            )
+
+    # Checkpoints, harmed.
+
+    def newest_folders(self) -> list[pathlib.Path]:
+        """The folders of the checkpoints, the newest first."""
+        folders = self._ledger.folders()
+        return [folders[step] for step in sorted(folders, reverse=True)]
+
+    def harm(self, folder: pathlib.Path, change: Callable[[bytes], bytes]) -> str:
+        """Changes one file of a checkpoint; returns its name and size."""
+        every = sorted(p for p in folder.rglob("*") if p.is_file())
+        path = self.draw.choice([p for p in every if p.stat().st_size])
+        content = path.read_bytes()
+        path.write_bytes(change(content))
+        self._ledger.harmed.add(int(folder.name))
+        self._ledger.intact.pop(int(folder.name), None)
+        # Of several processes only some may see it, and end the others.
+        self.expect(r"is damaged and set aside|Start all processes again")
+        return f"{path.relative_to(folder)} of {len(content)} bytes in {folder.name}"
+
+    def forget(self, step: int) -> None:
+        """Takes a checkpoint from those that must be kept: it was renamed."""
+        self._ledger.intact.pop(step, None)
+
+    def remember(self, folder: pathlib.Path) -> None:
+        """The opposite of `forget`."""
+        self._ledger.intact[int(folder.name)] = soak_job.digest(folder)
+
+
+# --- The faults -----------------------------------------------------------------------
+
+
+def kill_all(round: Round) -> None:
+    """As a machine that loses its power."""
+    pids = round.job.pids()
+    round.job.send(signal.SIGKILL, pids)
+    round.wait(soak_job.END_SECONDS)
+
+
+def kill_one(round: Round) -> None:
+    """As one host of several that is gone: the others end, and not with 0."""
+    index = round.draw.randrange(round.job.count())
+    began = time.monotonic()
+    round.job.send(signal.SIGKILL, round.job.pids(index))
+    statuses = round.wait(soak_job.LOST_SECONDS)
+    round.what = (
+        f"process {index}; {statuses} after {time.monotonic() - began:.0f} seconds"
+    )
+    if 0 in statuses and round.job.step() < soak_job.TOTAL_STEPS:
+        raise ViolationError(f"One was killed, and another ended with 0: {statuses}.")
+
+
+def terminate_one(round: Round) -> None:
+    """As a host that is preempted: all save one step and end."""
+    index = round.draw.randrange(round.job.count())
+    round.job.send(signal.SIGTERM, [round.job.started_pid(index)])
+    round.check_stopped(round.wait(soak_job.LOST_SECONDS))
+    round.what = f"process {index}; {round.job.statuses()} at step {round.job.step()}"
+
+
+def terminate_all(round: Round) -> None:
+    """As a scheduler that ends a job: each process gets the signal."""
+    count = round.job.count()
+    pids = [round.job.started_pid(index) for index in range(count)]
+    round.job.send(signal.SIGTERM, pids)
+    round.check_stopped(round.wait(soak_job.LOST_SECONDS))
+    round.what = f"{round.job.statuses()} at step {round.job.step()}"
+
+
+def terminate_and_kill(round: Round) -> None:
+    """As a scheduler whose patience ends before the run has saved."""
+    count = round.job.count()
+    pids = [round.job.started_pid(index) for index in range(count)]
+    round.job.send(signal.SIGTERM, pids)
+    seconds = round.draw.uniform(0, 1)
+    time.sleep(seconds)
+    round.job.send(signal.SIGKILL, round.job.pids())
+    round.wait(soak_job.END_SECONDS)
+    round.what = f"{seconds:.2f} seconds between"
+
+
+def stop_for_a_while(round: Round) -> None:
+    """As a host that swaps, or whose network is gone: the run goes on."""
+    index = round.draw.choice([None, *range(round.job.count())])
+    seconds = round.draw.uniform(0.2, 4)
+    pids = round.job.pids(index)
+    round.job.send(signal.SIGSTOP, pids)
+    time.sleep(seconds)
+    round.job.send(signal.SIGCONT, pids)
+    round.what = f"{'all' if index is None else index}, {seconds:.1f} seconds"
+
+
+def truncate(round: Round) -> None:
+    """As a disk that lost the end of a file."""
+    _harm(round, lambda content: content[: round.draw.randrange(len(content))])
+
+
+def flip(round: Round) -> None:
+    """As a disk or a memory with a wrong bit."""
+
+    def flipped(content: bytes) -> bytes:
+        place = round.draw.randrange(8 * len(content))
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        return bytes(changed)
+
+    _harm(round, flipped)
+
+
+def _harm(round: Round, change: Callable[[bytes], bytes]) -> None:
+    """Harms one or two of the newest checkpoints of a killed run."""
+    kill_all(round)
+    folders = round.newest_folders()
+    count = min(round.draw.choice([1, 1, 2]), len(folders) - 1)
+    round.what = "; ".join(round.harm(f, change) for f in folders[:count])
+
+
+def rename(round: Round) -> None:
+    """As a person who tidies up a killed run."""
+    kill_all(round)
+    folders = round.newest_folders()
+    if not folders:
+        return
+    folder = round.draw.choice(folders)
+    step = int(folder.name)
+    name = round.draw.choice([f"{step + 1:08d}", f"{step}", f"{folder.name}.old"])
+    there = folder.with_name(name)
+    folder.rename(there)
+    round.forget(step)
+    round.what = f"{folder.name} is {name}"
+
+    def bring_back() -> None:
+        there.rename(folder)
+        round.remember(folder)
+
+    # Under the name of another step it is an error; if no other is there, too.
+    round.expect(f"not step {step + 1}: it was renamed or copied", bring_back)
+    round.expect(r"The checkpoints of the run in .* are gone", bring_back)
+
+
+def fill_disk(round: Round) -> None:
+    """The disk is full until the run has ended, or has written nothing for a while."""
+    filler = round.disk.folder / "filler"
+    left = round.draw.choice([0, 2**12, 2**16])
+    pids = round.job.pids()
+    if round.disk.is_own:
+        # The run may take some of it meanwhile.
+        with contextlib.suppress(OSError), filler.open("wb", 0) as file:
+            free = shutil.disk_usage(round.disk.folder).free
+            file.write(bytes(max(0, free - left)))
+    else:  # files may not grow
+        for pid in pids:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (left, -1))
+    until = time.monotonic() + 15
+    while round.job.is_alive() and time.monotonic() < until:
+        time.sleep(0.05)
+    ended = not round.job.is_alive()
+    filler.unlink(missing_ok=True)
+    if ended:
+        if 0 in (statuses := round.wait(soak_job.END_SECONDS)):
+            raise ViolationError(f"On a full disk a process ended with 0: {statuses}.")
+        check_told("No space left|File too large", round.job.output())
+    else:
+        for pid in round.job.pids() if not round.disk.is_own else ():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
+    round.what = f"{left} bytes left; {'it ended' if ended else 'nothing was written'}"
+
+
+def check_told(pattern: str, output: str) -> None:
+    """Raises ViolationError unless an output tells what failed, without a traceback."""
+    if not re.search(pattern, output) or "Traceback" in output:
+        raise ViolationError(f"This does not tell {pattern!r} in a line:\n{output}")
+
+
+def start_second(round: Round) -> None:
+    """A second start in the same folder, which has to be refused."""
+    while round.job.is_alive() and round.job.restored_step() is None:
+        time.sleep(0.05)  # the folder has no owner yet
+    log = round.job.log("second")
+    second = round.job.start_one([], log, {"JAX_NUM_CPU_DEVICES": "1"})
+    status = second.wait(PATIENCE_SECONDS)
+    round.what = f"exit status {status}"
+    if not round.job.is_alive():
+        return  # it has ended meanwhile, and the second one may have trained
+    if status != 1:
+        raise ViolationError(f"A second start ended with {status}: {log.read_text()}")
+    check_told("is in use by", log.read_text())
+
+
+def go_on(round: Round) -> None:
+    """Nothing happens now: the start has its fault from the beginning."""
+
+
+def slow_disk(draw: random.Random) -> dict[str, str]:
+    """Variables of a start whose disk is slow."""
+    return {"SOAK_SLOW_DISK": str(draw.random())}
+
+
+def clock_goes_back(draw: random.Random) -> dict[str, str]:
+    """Variables of a start whose clock goes back, by seconds or days."""
+    after, back = draw.uniform(0, 6), 10 ** draw.uniform(0, 6)
+    return {"SOAK_CLOCK": f"{after:.3f},{back:.3f}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of fault.
+
+    Attributes:
+      inject: breaks a round's run.
+      needs_several: whether it is another fault if there is one process.
+      variables: variables of a start that has this fault from its beginning.
+    """
+
+    inject: Callable[[Round], None]
+    needs_several: bool = False
+    variables: Callable[[random.Random], dict[str, str]] | None = None
+
+
+KINDS = {
+    "SIGKILL of all": Kind(kill_all),
+    "SIGKILL of one": Kind(kill_one, needs_several=True),
+    "SIGTERM to all": Kind(terminate_all),
+    "SIGTERM to one": Kind(terminate_one, needs_several=True),
+    "SIGTERM, then SIGKILL": Kind(terminate_and_kill),
+    "SIGSTOP for a while": Kind(stop_for_a_while),
+    "a truncated file": Kind(truncate),
+    "a flipped bit": Kind(flip),
+    "a renamed step": Kind(rename),
+    "a full disk": Kind(fill_disk),
+    "a second start": Kind(start_second),
+    "a slow disk": Kind(go_on, variables=slow_disk),
+    "a clock that goes back": Kind(go_on, variables=clock_goes_back),
+}
+
+
+class Fault:
+    """Fault `number` of a seed: its kind, and draws of its own."""
+
+    def __init__(self, seed: int, number: int):
+        # A deck of all kinds after the other, so that none is rare.
+        deck = list(KINDS)
+        random.Random(f"{seed} deck {number // len(deck)}").shuffle(deck)
+        self.number, self.kind = number, deck[number % len(deck)]
+        self.draw = random.Random(f"{seed} fault {number}")
+        kind = KINDS[self.kind]
+        self.inject, self.needs_several = kind.inject, kind.needs_several
+        self.starts_anew = kind.variables is not None
+        self._variables = kind.variables
+
+    def variables(self, draw: random.Random) -> dict[str, str]:
+        """Variables of the start in which it happens."""
+        return self._variables(draw) if self._variables else {}
+
+
+def faults(seed: int, first: int = 0) -> Iterator[Fault]:
+    """All faults of a seed, from number `first` on."""
+    while True:
+        yield Fault(seed, first)
+        first += 1
