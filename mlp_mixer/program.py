@@ -48,6 +48,7 @@ def run(
     *,
     distributed: bool = False,
     compiles: bool = True,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
     """Runs `main(arguments)` with the flags that are defined, and exits.
 
@@ -58,6 +59,7 @@ def run(
       main: receives what is left of the command line without flags.
       distributed: whether the program may be one of several processes.
       compiles: whether what it compiles is kept for its next start.
+      prepare: what is called first, before JAX has used a device.
     """
     if distributed:
         _define_distributed(flags.FLAGS)
@@ -71,18 +73,21 @@ def run(
         )
 
     def start(argv: list[str]) -> None:
+        if prepare:
+            prepare()
         console.log_to_terminal()
         try:
             if compiles:
                 compilation_cache.keep_programs(flags.FLAGS.compilation_cache)
             main(argv[1:])
-            # Python would look for garbage in all that the libraries hold, and then end
-            # anyway: half a second.
-            gc.freeze()
         except Exception as error:
             if distributed and jax.process_count() > 1:
                 _end_with_the_others(error)
             raise
+        finally:
+            # Python would look for garbage in all that the libraries hold, and then end
+            # anyway: half a second.
+            gc.freeze()
 
     parse = _join_and_parse if distributed else _parse
     with errors_in_one_line():

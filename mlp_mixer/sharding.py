@@ -111,7 +111,7 @@ def gathered(mesh: Mesh, params: Any, axes: Mapping[str, str]) -> Any:
     """
 
     def one(path: Any, leaf: Any) -> Any:
-        letters = _letters(path, leaf, axes)
+        letters = letters_of(path, leaf, axes)
         whole = NamedSharding(mesh, _spec(mesh, leaf.shape, letters, fsdp=False))
         cut = NamedSharding(mesh, _spec(mesh, leaf.shape, letters, fsdp=True))
         gather = jax.custom_vjp(lambda x: constrained(x, whole))
@@ -124,7 +124,9 @@ def gathered(mesh: Mesh, params: Any, axes: Mapping[str, str]) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _letters(path: Sequence[Any], leaf: Any, axes: Mapping[str, str]) -> Sequence[str]:
+def letters_of(
+    path: Sequence[Any], leaf: Any, axes: Mapping[str, str]
+) -> Sequence[str]:
     """The letters of a parameter, or of a moment of one; none where they are not known.
 
     Args:
@@ -175,7 +177,7 @@ def shardings(tree: Any, mesh: Mesh, strategy: str, axes: Mapping[str, str]) -> 
     fsdp = known.pick("sharding", strategy, STRATEGIES)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(
-            mesh, _spec(mesh, leaf.shape, _letters(path, leaf, axes), fsdp=fsdp)
+            mesh, _spec(mesh, leaf.shape, letters_of(path, leaf, axes), fsdp=fsdp)
         ),
         tree,
     )

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from typing import Any
 
 import bias_row
-import compiled_program
 import flax
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ from measurement import Bench, Job, clock, say
 from suite_plan import Item, Side
 
 from mlp_mixer.models.mixer import SIZES
+from mlp_mixer.planning import hlo
 
 HERE = pathlib.Path(__file__).resolve().parent
 Clock = Callable[[int], dict[str, float]]  # of so many calls
@@ -374,17 +374,15 @@ class Worker:
         path.write_bytes(gzip.compress(text.encode()))
         figures["program"] = path.name
         try:
-            found = compiled_program.kernels(text)
+            found = hlo.kernels(text)
         except Exception as error:  # the program is kept, and the side is timed
             figures["program_error"] = f"{type(error).__name__}: {error}"
             say(f"  {self.item.name}: {side.label}: {figures['program_error']}")
             return
         figures["kernels"] = kernel_sums(found)
         figures["written_elsewhere_bytes"] = {  # stem and head are counted with them
-            where: compiled_program.elsewhere_written(found, where)
-            / side.batch
-            / figures["blocks"]
-            for where in compiled_program.PASSES
+            where: hlo.elsewhere_written(found, where) / side.batch / figures["blocks"]
+            for where in hlo.PASSES
         }
 
     def rates(self) -> None:
@@ -439,12 +437,12 @@ def kernel_sums(found: list[Any]) -> dict[str, dict[str, int]]:
     """Returns how many kernels of a kind there are, and what they read and write.
 
     Args:
-      found: kernels of `compiled_program.kernels`; library products are told apart by
+      found: kernels of `hlo.kernels`; library products are told apart by
         their epilogue.
     """
     sums: dict[str, dict[str, int]] = {}
     for kernel in found:
-        library = kernel.kind == compiled_program.LIBRARY
+        library = kernel.kind == hlo.LIBRARY
         name = f"{kernel.kind}, {kernel.work}" if library else kernel.kind
         one = sums.setdefault(name, {"count": 0, "read_bytes": 0, "written_bytes": 0})
         one["count"] += kernel.turns

@@ -38,6 +38,9 @@ LAYERS = (
         "data.tfrecords",
         "data.folders",
         "data.class_names",
+        "planning.hlo",
+        "planning.counts",
+        "planning.chips",
     ),
     ("orbax_io",),
     (
@@ -56,7 +59,8 @@ LAYERS = (
     ("pretrained",),
     # What the programs share.
     ("program", "runs", "experiment"),
-    ("train", "evaluate", "predict", "prepare", "convert", "export"),
+    ("planning",),
+    ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),
     # Studies: many runs of programs.
     ("sweep",),
 )

@@ -9,8 +9,10 @@ import compiled_program
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled_program import kernels
 from jax import lax
+
+from mlp_mixer.planning import hlo, targets
+from mlp_mixer.planning.hlo import kernels
 
 PROGRAM = """HloModule jit_train_step, is_scheduled=true
 
@@ -62,7 +64,7 @@ def test_a_kernel_reads_and_writes_what_lies_in_the_devices_memory():
 
 def test_a_kernel_has_the_name_kind_and_work_of_what_it_computes():
     *_, product, rows, in_place = kernels(PROGRAM)
-    assert product.kind == compiled_program.LIBRARY
+    assert product.kind == hlo.LIBRARY
     assert product.work == "__cublas$lt$matmul BIAS_GELU_AUX"
     assert product.flops == 2 * 4 * 16 * 8
     assert (product.where, product.part) == ("forward", "MixerBlock_0")
@@ -99,9 +101,7 @@ def counted(chip, *words, tmp_path):
 
 def largest(report):
     """The kernels that are no products, the largest first: what to look at."""
-    others = (
-        k for k in report["kernels"] if k["kind"] not in compiled_program.PRODUCTS
-    )
+    others = (k for k in report["kernels"] if k["kind"] not in hlo.PRODUCTS)
     by_size = sorted(others, key=lambda k: -k["written"] * k["turns"])
     return "\n".join(
         f"{k['written'] / 1e6:8.1f} MB {k['where']} {k['part']}: {k['work']}"
@@ -111,8 +111,8 @@ def largest(report):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    bool(compiled_program.missing_wheels("h200")),
-    reason=compiled_program.missing_wheels("h200"),
+    bool(targets.missing_wheels("h200")),
+    reason=targets.missing_wheels("h200"),
 )
 @pytest.mark.parametrize(
     ("words", "forward", "backward"),
@@ -135,8 +135,8 @@ def test_on_an_h200_no_more_is_written_beside_products(
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    bool(compiled_program.missing_wheels("v5e")),
-    reason=compiled_program.missing_wheels("v5e"),
+    bool(targets.missing_wheels("v5e")),
+    reason=targets.missing_wheels("v5e"),
 )
 @pytest.mark.parametrize(
     ("words", "most"),
@@ -152,3 +152,51 @@ def test_on_a_v5e_products_take_in_what_surrounds_them(words, most, tmp_path):
     written = report["written_per_image_and_block"]
     # Not counted: "other", copies between a chip's memories ahead of time.
     assert written["forward"] + written["backward"] <= most * 1e3, largest(report)
+
+
+# As a TPU writes a gather that goes on while a product is computed.
+MEANWHILE = """HloModule jit_train_step, is_scheduled=true
+
+%begin (p.0: bf16[4,16]) -> (bf16[4,16], bf16[8,16], u32[]) {
+  %p.0 = bf16[4,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,16]{1,0} all-gather(%p.0), channel_id=7, dimensions={0}
+  ROOT %begun = (bf16[4,16]{1,0}, bf16[8,16]{1,0}, u32[]) custom-call(%all-gather.1)
+}
+
+%go_on (q.0: bf16[4,16], q.1: f32[8,16], q.2: f32[16,8]) -> (f32[8,8], bf16[8,16]) {
+  %q.0 = bf16[4,16]{1,0} parameter(0)
+  %q.1 = f32[8,16]{1,0} parameter(1)
+  %q.2 = f32[16,8]{1,0} parameter(2)
+  %all-gather.2 = bf16[8,16]{1,0} all-gather(%q.0), channel_id=7, dimensions={0}
+  %dot.1 = f32[8,8]{1,0} dot(%q.1, %q.2), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+  ROOT %both = (f32[8,8]{1,0}, bf16[8,16]{1,0}) tuple(%dot.1, %all-gather.2)
+}
+
+%end (r.0: bf16[4,16]) -> bf16[8,16] {
+  %r.0 = bf16[4,16]{1,0} parameter(0)
+  %all-gather.3 = bf16[8,16]{1,0} all-gather(%r.0), channel_id=7, dimensions={0}
+  ROOT %ended = bf16[8,16]{1,0} custom-call(%all-gather.3)
+}
+
+ENTRY %main (w: bf16[4,16], x: f32[8,16], y: f32[16,8]) -> bf16[8,16] {
+  %w = bf16[4,16]{1,0} parameter(0)
+  %x = f32[8,16]{1,0} parameter(1)
+  %y = f32[16,8]{1,0} parameter(2)
+  %start = (bf16[4,16]{1,0}, bf16[8,16]{1,0}, u32[]) fusion(%w), kind=kCustom, \
+calls=%begin
+  %work = (f32[8,8]{1,0}, bf16[8,16]{1,0}) fusion(%w, %x, %y), kind=kOutput, \
+calls=%go_on
+  ROOT %done = bf16[8,16]{1,0} fusion(%w), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_goes_on_beside_a_product_counts_once():
+    start, work, done = kernels(MEANWHILE)
+    assert (start.kind, work.kind, done.kind) == (
+        *("collective", "product fusion"),
+        "collective",
+    )
+    assert work.flops == 2 * 8 * 16 * 8
+    assert hlo.collectives([start, work, done]) == {"all-gather": (1, 8 * 16 * 2)}

@@ -430,7 +430,7 @@ def test_every_field_that_a_page_names_is_a_field(page):
 def test_every_extra_is_in_a_page_and_every_extra_of_a_page_exists():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = tomllib.loads(text)["project"]["optional-dependencies"].keys()
-    named = set(re.findall(r"'\.\[(\w+)\]'", "\n".join(TEXTS.values())))
+    named = set(re.findall(r"'\.\[([\w-]+)\]'", "\n".join(TEXTS.values())))
     assert named == {*extras} - {"dev"}  # make brings it
 
 

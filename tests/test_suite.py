@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import benchmark
-import compiled_program
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,8 @@ import suite_plot
 import suite_report
 import timm_peer
 from suite_plan import Item, Side
+
+from mlp_mixer.planning import hlo
 
 TINY = {
     "num_blocks": 1,
@@ -385,7 +386,7 @@ def test_a_comparison_is_of_medians_and_marks_what_leaves_the_spread():
 
 def test_the_kernels_of_a_program_are_summed_by_kind():
     def kernel(kind, work, turns):
-        return compiled_program.Kernel("k", kind, "forward", "", work, 3, 5, 0, turns)
+        return hlo.Kernel("k", kind, "forward", "", work, 3, 5, 0, turns)
 
     found = [
         kernel("library product", "gemm BIAS", 1),

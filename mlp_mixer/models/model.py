@@ -75,9 +75,8 @@ class Run:
           dtype: dtype of activations and products.
           scan, remat, images_at_once: what is given; None: what is fastest.
         """
-        platform = mesh.devices.flat[0].platform
         if scan is None:
-            scan = platform not in ("cpu", "gpu")
+            scan = cls.scans(mesh.devices.flat[0].platform)
         if remat is None:
             remat = "pre_gelu" if scan else "none"
         run = cls(dtype, scan, remat, images_at_once, mesh)
@@ -88,6 +87,11 @@ class Run:
             limit = max(1, CACHED_STATE // state)
             run = dataclasses.replace(run, images_at_once=limit)
         return run
+
+    @staticmethod
+    def scans(platform: str) -> bool:
+        """Whether training on a platform is fastest with one scanned block."""
+        return platform not in ("cpu", "gpu")
 
     def parts(self, images: int) -> int:
         """Returns in how many equal parts a device computes so many images.
