@@ -200,8 +200,8 @@ def train(
                     stopping = stopping or (stop() and not last)
                     if last or stopping or checkpointer.due(step):
                         # A state that is not finite must not become a checkpoint.
-                        writer.store()
                         check_owned()
+                        writer.store()
                         with clock.doing("checkpoint"):
                             checkpointer.save(
                                 step, state, results, force=last or stopping

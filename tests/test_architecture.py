@@ -19,7 +19,7 @@ LAYERS = (
     ("text", "errors", "known", "processes", "goodput"),
     ("sharding",),
     ("console", "files", "models", "shipped"),
-    ("fields", "records"),
+    ("fields", "board", "records"),
     (
         "recipe",
         "losses",
@@ -85,7 +85,7 @@ DOORS = {
     "absl.flags": ("program", *PROGRAMS),
     "absl.app": ("program", *PROGRAMS),
     "cv2": ("data.image_ops", "data.randaugment"),
-    "tensorboardX": ("metrics",),
+    "tensorboardX": ("board",),
     "rich": ("console",),
     "matplotlib": ("visualize",),
     "safetensors": ("pretrained",),
