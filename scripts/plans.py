@@ -171,10 +171,10 @@ def table() -> str:
     for name, row in ratios().items():
         published = row["published"]
         cells = [
-            f"{row[kind]:,.3g} ({published / row[kind]:.2f} x)"
+            f"{_days(row[kind])} ({published / row[kind]:.2f} x)"
             for kind in ("compiler", "roofline", "shapes")
         ]
-        rows.append((name, f"{published:,.3g}", *cells))
+        rows.append((name, _days(published), *cells))
     return _markdown(head, rows)
 
 
@@ -200,6 +200,10 @@ def summary() -> str:
     return _markdown(head, rows)
 
 
+def _days(days: float) -> str:
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -213,9 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="which; all by default")
     parser.add_argument("--again", action="store_true", help="those that are there too")
     parser.add_argument("--refresh", action="store_true", help="nothing is compiled")
-    parser.add_argument(
-        "--table", action="store_true", help="the tables of docs/plan.md"
-    )
+    parser.add_argument("--table", action="store_true", help="those of docs/plan.md")
     args = parser.parse_args(argv)
     if args.table:
         print(f"{summary()}\n\n{table()}")

@@ -16,6 +16,7 @@ from jax import lax
 
 from mlp_mixer import models, plan
 from mlp_mixer.planning import chips, counts, duration, report, search, targets
+from mlp_mixer.planning.step import refused_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -173,6 +174,19 @@ def test_planning_opens_no_data(tiny, eight, monkeypatch):
     assert plan.plan(tiny, eight, can_compile=False).step.fits
 
 
+@pytest.mark.parametrize(
+    ("message", "temporaries"),
+    [
+        ("total memory required for HLO temporaries (25.13G) exceeds", 25.13 * 2**30),
+        ("Ran out of memory in hbm. Used 17.5G of 15.75G hbm.", 16.5 * 2**30),
+        ("Ran out of memory.", None),
+    ],
+)
+def test_a_refusal_says_how_much_it_would_take(message, temporaries):
+    found = refused_bytes(message, held=2.0**30)
+    assert found == (temporaries and pytest.approx(temporaries))
+
+
 # --- What fits ------------------------------------------------------------------------
 
 
@@ -244,15 +258,15 @@ def test_the_published_run_of_b16_is_in_the_range():
     assert least <= 131 / 60 <= most
 
 
-def test_the_ratios_are_the_least_and_the_most_of_published_runs():
+def test_the_ratios_are_those_of_published_runs_and_a_tenth_beyond():
     for kind, (low, high) in {
         "compiler": duration.COMPILER_RATIOS,
         "roofline": duration.ROOFLINE_RATIOS,
         "shapes": duration.SHAPES_RATIOS,
     }.items():
         found = [r["published"] / r[kind] for r in plans.ratios().values()]
-        assert low == pytest.approx(min(found), abs=0.006)
-        assert high == pytest.approx(max(found), abs=0.006)
+        assert low == pytest.approx(0.9 * min(found), abs=0.006)
+        assert high == pytest.approx(1.1 * max(found), abs=0.006)
 
 
 def test_cores_are_those_that_the_input_benchmark_measured():
@@ -311,6 +325,12 @@ def test_a_recorded_plan_was_compiled(name):
     images = config.batch_size / found.topology.devices
     if expected := TRAINING.get(name.split("_")[1]):
         assert step.needed_flops / images / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+def test_the_page_shows_the_recorded_figures():
+    page = (ROOT / "docs/plan.md").read_text()
+    assert plans.summary() in page
+    assert plans.table() in page
 
 
 @pytest.mark.parametrize("name", RECORDED)

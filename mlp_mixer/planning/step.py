@@ -306,12 +306,14 @@ class Planner:
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if (used := _used_memory(str(error))) is None:
+            message = str(error)
+            if "RESOURCE_EXHAUSTED" not in message:
                 raise
             held = reckoned.parameters + reckoned.moments + reckoned.batch
+            made = refused_bytes(message, held) or reckoned.temporaries
             measured: dict[str, Any] = {
-                "temporaries": max(used - held, 0.0),
-                "peak": used,
+                "temporaries": made,
+                "peak": held + made,
                 "refused": True,
             }
         else:
@@ -428,9 +430,18 @@ def _link_seconds(sums: Mapping[str, tuple[int, float]], topology: Topology) -> 
     return sum(size * sent.get(kind, 1.0) for kind, (_, size) in sums.items()) / rate
 
 
-def _used_memory(message: str) -> float | None:
-    """The bytes that a program would take, of a compiler's refusal; None of another."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
-        return None
-    return float(found[1]) * 2.0 ** (10 * (1 + "KMGT".index(found[2])))
+def refused_bytes(message: str, held: float) -> float | None:
+    """Returns the temporaries of a program that a compiler refuses; None if unsaid.
+
+    Args:
+      message: the compiler's message.
+      held: bytes of the program's arguments.
+    """
+    for pattern, arguments in (
+        (r"HLO temporaries \(([\d.]+)([KMGT])\)", 0.0),
+        (r"Used ([\d.]+)([KMGT]) of", held),
+    ):
+        if found := re.search(pattern, message):
+            size = float(found[1]) * 2.0 ** (10 * (1 + "KMGT".index(found[2])))
+            return max(size - arguments, 0.0)
+    return None
