@@ -42,6 +42,9 @@ FIELDS = [f"--config.{name}={value}" for name, value in RECIPE.items()]
 LOST_SECONDS = 100.0
 # And whoever was asked to end, or is out of disk.
 END_SECONDS = 60.0
+# By how much the times of the records may exceed what the processes took, of which
+# those that a kill cost are an estimate: a share, and seconds for each start.
+EXCESS_SHARE, EXCESS_SECONDS = 0.02, 1.0
 
 
 class ViolationError(Exception):
@@ -72,10 +75,12 @@ class Job:
         # Every process that comes from this job has it in its environment.
         self._mark = f"SOAK_JOB={uuid.uuid4().hex}"
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._seconds, self._began = 0.0, 0.0
 
     def start(self, count: int, variables: Mapping[str, str] | None = None) -> None:
         """Starts so many processes of the run; one alone has two devices."""
         self.starts += 1
+        self._began = time.monotonic()
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -170,7 +175,13 @@ class Job:
                     f"{self.pids()}; exit statuses: {self.statuses()}."
                 )
             time.sleep(0.05)
+        self._seconds += time.monotonic() - self._began
+        self._began = time.monotonic()
         return [process.wait() for process in self._processes]
+
+    def seconds(self) -> float:
+        """How long the starts whose end was waited for have taken, all together."""
+        return self._seconds
 
     def end(self) -> None:
         """Kills what is left."""
@@ -283,6 +294,25 @@ def _read(workdir: pathlib.Path) -> list[dict[str, Any]]:
         return metrics.read(workdir)
     except ValueError as error:
         raise ViolationError(f"The records are damaged: {error}") from error
+
+
+def check_times(workdir: pathlib.Path, job: Job) -> None:
+    """Compares the times that the records tell with those of the processes.
+
+    Raises:
+      ViolationError: one is negative, or they are more than the processes took.
+    """
+    seconds = goodput.sums(_read(workdir))
+    seconds.pop("not_running", None)
+    told, most = sum(seconds.values()), job.seconds() * (1 + EXCESS_SHARE)
+    if (
+        min(seconds.values(), default=0) < 0
+        or told > most + job.starts * EXCESS_SECONDS
+    ):
+        raise ViolationError(
+            f"The processes took {job.seconds():.1f} seconds in {job.starts} starts, "
+            f"but the records tell {told:.1f}: {seconds}."
+        )
 
 
 def check_records(

@@ -116,13 +116,24 @@ class Round:
         self.job.start(self.draw.choice(self._counts), variables)
         self._is_checked = False
 
+    def is_saved_to_the_end(self) -> bool:
+        """Whether there is a checkpoint of the last step."""
+        return max(self._ledger.folders(), default=0) == soak_job.TOTAL_STEPS
+
     def _is_trained(self) -> bool:
-        return (
-            not self.job.is_alive()
-            and self.job.starts > 0
-            and max(self._ledger.folders(), default=0) == soak_job.TOTAL_STEPS
-            and set(self.job.statuses()) == {0}
-        )
+        ended = self.job.starts > 0 and not self.job.is_alive()
+        return ended and {*self.job.statuses()} == {0} and self.is_saved_to_the_end()
+
+    def wait_until_owned(self) -> None:
+        """Waits until the newest start owns its folder, or has ended."""
+        until = time.monotonic() + PATIENCE_SECONDS
+        while self.job.is_alive() and self.job.restored_step() is None:
+            if time.monotonic() > until:
+                raise ViolationError(
+                    f"After {PATIENCE_SECONDS:g} seconds a start has not begun:\n"
+                    f"{self.job.output()}"
+                )
+            time.sleep(0.05)
 
     def _reach_moment(self, finish: bool = False) -> bool:
         """Waits for a drawn moment; returns whether the run is not trained before.
@@ -187,6 +198,7 @@ class Round:
             soak_job.until_step(self._reference, newest),
             self._tolerance,
         )
+        soak_job.check_times(self.job.workdir, self.job)
 
     def has_ended(self) -> bool:
         """Whether the run is trained; False if a person has to start it again.
@@ -200,7 +212,7 @@ class Round:
                 raise ViolationError("A start has ended with 0 before the last step.")
             return True
         output = self.job.output()
-        for remedy in self._remedies:
+        for remedy in reversed(self._remedies):
             if re.search(remedy[0], output):
                 self._remedies.remove(remedy)
                 remedy[1]()
@@ -225,7 +237,7 @@ class Round:
         began = self.job.restored_step() is not None
         if set(statuses) == {0}:
             saved = max(self._ledger.intact, default=0)
-            if saved < self.job.step():
+            if began and saved < self.job.step():
                 raise ViolationError(
                     f"It was asked to stop and ended at step {self.job.step()}, but "
                     f"checkpoint {saved} is the newest."
@@ -238,10 +250,11 @@ class Round:
 
     # Checkpoints, harmed.
 
-    def newest_folders(self) -> list[pathlib.Path]:
-        """The folders of the checkpoints, the newest first."""
+    def unharmed(self) -> list[pathlib.Path]:
+        """The folders of checkpoints that no fault has damaged, the newest first."""
         folders = self._ledger.folders()
-        return [folders[step] for step in sorted(folders, reverse=True)]
+        steps = sorted(folders.keys() - self._ledger.harmed, reverse=True)
+        return [folders[step] for step in steps]
 
     def harm(self, folder: pathlib.Path, change: Callable[[bytes], bytes]) -> str:
         """Changes one file of a checkpoint; returns its name and size."""
@@ -255,13 +268,23 @@ class Round:
         self.expect(r"is damaged and set aside|Start all processes again")
         return f"{path.relative_to(folder)} of {len(content)} bytes in {folder.name}"
 
-    def forget(self, step: int) -> None:
-        """Takes a checkpoint from those that must be kept: it was renamed."""
+    def rename(self, folder: pathlib.Path, name: str) -> None:
+        """Renames a checkpoint, and back if a start fails since it is not there."""
+        there = folder.with_name(name)
+        folder.rename(there)
+        step, other = int(folder.name), int(name) if len(name) == 8 else None
         self._ledger.intact.pop(step, None)
+        if other is not None:  # it is no checkpoint of that step
+            self._ledger.harmed.add(other)
 
-    def remember(self, folder: pathlib.Path) -> None:
-        """The opposite of `forget`."""
-        self._ledger.intact[int(folder.name)] = soak_job.digest(folder)
+        def bring_back() -> None:
+            there.rename(folder)
+            self._ledger.intact[step] = soak_job.digest(folder)
+            self._ledger.harmed.discard(other or 0)
+
+        gone = "The checkpoints of the run in .* are gone|No intact checkpoint is left"
+        wrong = f"not step {other}: it was renamed or copied"
+        self.expect(wrong if other else gone, bring_back)
 
 
 # --- The faults -----------------------------------------------------------------------
@@ -347,32 +370,24 @@ def flip(round: Round) -> None:
 def _harm(round: Round, change: Callable[[bytes], bytes]) -> None:
     """Harms one or two of the newest checkpoints of a killed run."""
     kill_all(round)
-    folders = round.newest_folders()
-    count = min(round.draw.choice([1, 1, 2]), len(folders) - 1)
-    round.what = "; ".join(round.harm(f, change) for f in folders[:count])
+    unharmed = round.unharmed()
+    count = min(round.draw.choice([1, 1, 2]), len(unharmed) - 1)  # one stays
+    harmed = unharmed[: max(count, 0)]
+    round.what = "; ".join(round.harm(folder, change) for folder in harmed)
 
 
 def rename(round: Round) -> None:
     """As a person who tidies up a killed run."""
     kill_all(round)
-    folders = round.newest_folders()
-    if not folders:
-        return
-    folder = round.draw.choice(folders)
-    step = int(folder.name)
-    name = round.draw.choice([f"{step + 1:08d}", f"{step}", f"{folder.name}.old"])
-    there = folder.with_name(name)
-    folder.rename(there)
-    round.forget(step)
-    round.what = f"{folder.name} is {name}"
-
-    def bring_back() -> None:
-        there.rename(folder)
-        round.remember(folder)
-
-    # Under the name of another step it is an error; if no other is there, too.
-    round.expect(f"not step {step + 1}: it was renamed or copied", bring_back)
-    round.expect(r"The checkpoints of the run in .* are gone", bring_back)
+    if folders := round.unharmed():
+        folder = round.draw.choice(folders)
+        step = int(folder.name)
+        names = [f"{step + 1:08d}", f"{step}", f"{folder.name}.old"]
+        free = [name for name in names if not folder.with_name(name).exists()]
+        if free:
+            name = round.draw.choice(free)
+            round.rename(folder, name)
+            round.what = f"{folder.name} is {name}"
 
 
 def fill_disk(round: Round) -> None:
@@ -394,9 +409,11 @@ def fill_disk(round: Round) -> None:
     ended = not round.job.is_alive()
     filler.unlink(missing_ok=True)
     if ended:
-        if 0 in (statuses := round.wait(soak_job.END_SECONDS)):
-            raise ViolationError(f"On a full disk a process ended with 0: {statuses}.")
-        check_told("No space left|File too large", round.job.output())
+        statuses = set(round.wait(soak_job.END_SECONDS))
+        if statuses != {0}:  # trained just before
+            if 0 in statuses:
+                raise ViolationError(f"On a full disk one ended with 0: {statuses}.")
+            check_told("No space left|File too large", round.job.output())
     else:
         for pid in round.job.pids() if not round.disk.is_own else ():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
@@ -411,14 +428,13 @@ def check_told(pattern: str, output: str) -> None:
 
 def start_second(round: Round) -> None:
     """A second start in the same folder, which has to be refused."""
-    while round.job.is_alive() and round.job.restored_step() is None:
-        time.sleep(0.05)  # the folder has no owner yet
+    round.wait_until_owned()
     log = round.job.log("second")
     second = round.job.start_one([], log, {"JAX_NUM_CPU_DEVICES": "1"})
     status = second.wait(PATIENCE_SECONDS)
     round.what = f"exit status {status}"
-    if not round.job.is_alive():
-        return  # it has ended meanwhile, and the second one may have trained
+    if not round.job.is_alive() or round.is_saved_to_the_end():
+        return  # it ends, and the second one may have found it trained
     if status != 1:
         raise ViolationError(f"A second start ended with {status}: {log.read_text()}")
     check_told("is in use by", log.read_text())

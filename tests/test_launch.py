@@ -13,7 +13,7 @@ import yaml
 from fake_slurm import FakeSlurm, kill_all
 from set_up import assert_equal_runs
 
-from mlp_mixer import metrics, workdir
+from mlp_mixer import goodput, metrics, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -80,13 +80,20 @@ def test_a_job_is_requeued_until_it_is_trained_and_ends_as_the_uninterrupted_one
     said, _ = job.communicate(timeout=300)
     assert (job.returncode, fake.requeued()) == (0, 0), said
     # Over before the first step, so each start does one at least.
+    seconds = 0.0
     for starts, (stop_after, status) in enumerate([("1s", 75), ("1s", 75), ("1h", 0)]):
         assert fake.requeued() == starts
+        began = time.monotonic()
         job = start(parts, stop_after)
         said, _ = job.communicate(timeout=300)
+        seconds += time.monotonic() - began
         assert job.returncode == status, said
     assert fake.requeued() == 2
     assert_equal_runs(workdir.load(whole), whole, parts)
+    spent = goodput.sums(metrics.read(parts))
+    spent.pop("not_running")
+    # No record can tell how long a process takes to end.
+    assert 0.98 * (seconds - 3 * 3) < sum(spent.values()) < 1.02 * seconds
 
 
 @pytest.mark.slow
