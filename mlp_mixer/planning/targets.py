@@ -131,8 +131,6 @@ def devices(topology: Topology) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # Another process that compiles holds no chip either.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {}
     if topology.kind == "v4":  # both cores of a chip as one device, as Cloud TPU has it
         options["chip_config_name"] = "megacore"
