@@ -153,7 +153,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def shardings(title: str, parts: Sequence[Part]) -> console.Table:
-    """Returns how each parameter is cut; those that blocks have alike are one row.
+    """Returns how each parameter is cut; those of like blocks are one row.
 
     Args:
       title: title of the table.
@@ -161,15 +161,16 @@ def shardings(title: str, parts: Sequence[Part]) -> console.Table:
     """
     alike: dict[tuple[str, ...], list[float]] = {}
     for part in parts:
-        path = re.sub(r"_\d+/", "_*/", part.path, count=1)
-        row = (path, part.shape, part.letters, part.cut)
+        of_any_block = re.sub(r"_\d+/", "_*/", part.path, count=1)
+        row = (of_any_block, part.shape, part.letters, part.cut)
         alike.setdefault(row, []).append(part.bytes)
     rows = [
-        (*row, str(len(sizes)), shown_bytes(sizes[0])) for row, sizes in alike.items()
+        (path, str(len(held)), *how, shown_bytes(sum(held)))
+        for (path, *how), held in alike.items()
     ]
     total = sum(part.bytes for part in parts)
-    columns = ("parameter", "shape", "letters", "cut over", "number", "a device has")
-    last = ("all", "", "", "", str(len(parts)), shown_bytes(total))
+    columns = ("parameter", "times", "shape", "letters", "cut over", "a device has")
+    last = ("all", str(len(parts)), "", "", "", shown_bytes(total))
     return console.Table(title, columns, [*rows, last])
 
 
