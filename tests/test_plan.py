@@ -155,12 +155,13 @@ def test_fsdp_leaves_a_device_its_part(tiny, eight):
     assert after.parameters < before.parameters / 3  # biases stay whole
     assert after.moments < before.moments / 3
     assert set(after.collectives) == {"all-gather", "reduce-scatter"}
-    rows = cut.shardings()
-    assert sum(row[4] for row in rows) == after.parameters
-    (kernel,) = (
-        r for r in rows if r[0] == "MixerBlock_0/channel_mixing/Dense_0/kernel"
-    )
-    assert kernel[1:4] == ("32 x 128", "c dc", "-, fsdp")
+    parts = cut.shardings()
+    assert sum(part.bytes for part in parts) == after.parameters
+    rows = {row[0]: row[1:] for row in report.shardings("", parts).rows}
+    kernel = rows["MixerBlock_*/channel_mixing/Dense_0/kernel"]
+    # Of two blocks; 4096 floats in 8 parts each.
+    assert kernel == ("2", "32 x 128", "c dc", "-, fsdp", "4 KiB")
+    assert rows["stem/bias"][3] == "whole"
 
 
 def test_a_recipe_that_does_not_say_its_classes_is_refused(tiny, eight):
