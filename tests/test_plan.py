@@ -13,10 +13,11 @@ import plans
 import pytest
 from absl import flags
 from jax import lax
+from jax.experimental import roofline
 
-from mlp_mixer import models, plan
+from mlp_mixer import models, plan, recipe
 from mlp_mixer.planning import chips, counts, duration, report, search, targets
-from mlp_mixer.planning.step import refused_bytes
+from mlp_mixer.planning.step import Planner, refused_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -102,6 +103,20 @@ def test_a_loops_body_counts_as_often_as_it_runs():
     assert counts.flops(jaxpr) == 3 * 2 * 4 * 16 * 16
 
 
+def test_jaxs_own_roofline_counts_the_same_where_nothing_is_scanned(tiny):
+    config = recipe.completed(tiny)
+    (topology,) = chips.topologies("cpu:1")
+    built = Planner(config, topology, jax.devices()[:1]).build()
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, 16, 16, 3), "uint8"),
+        "label": jax.ShapeDtypeStruct((4,), "int32"),
+    }
+    _, found = roofline.roofline(built.train_step)(built.target, batch)
+    jaxpr = jax.make_jaxpr(built.train_step)(built.target, batch)
+    assert found.flops == counts.flops(jaxpr)
+    assert found.hbm_bytes == counts.product_bytes(jaxpr)
+
+
 def test_a_convolution_counts_each_multiply_add():
     def convolve(x, kernel):
         return lax.conv(x, kernel, (1, 1), "VALID")
@@ -162,6 +177,18 @@ def test_fsdp_leaves_a_device_its_part(tiny, eight):
     # Of two blocks; 4096 floats in 8 parts each.
     assert kernel == ("2", "32 x 128", "c dc", "-, fsdp", "4 KiB")
     assert rows["stem/bias"][3] == "whole"
+
+
+@pytest.mark.parametrize("family", ["gmlp", "resmlp", "smlpnet"])
+def test_a_recipe_of_every_family_is_reckoned_on_any_mesh(family, eight):
+    config = recipe.load(f"configs/family/{family}.py")
+    config.mesh.data, config.mesh.fsdp, config.mesh.model = -1, 2, 2
+    config.sharding = "fsdp"
+    step = plan.planner(config, eight, compiles=False).reckoned()
+    assert step.mesh == {"data": 2, "fsdp": 2, "model": 2}
+    assert 0 < step.needed_flops <= step.flops
+    assert step.parameters + step.moments < step.peak
+    assert set(step.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
 def test_a_recipe_that_does_not_say_its_classes_is_refused(tiny, eight):
