@@ -155,6 +155,8 @@ class _Supervisor:
                 text = _read(self._stderr)
                 if not text:
                     sources.remove(self._stderr)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._child.wait(1)  # its end follows at once
                 elif not _print_bytes(self._page.passed(text)):
                     os.close(self._stderr)  # nobody reads: the child is to notice
                     sources.remove(self._stderr)
