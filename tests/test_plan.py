@@ -150,6 +150,7 @@ def eight():
 def test_shapes_say_what_the_compiled_step_says(tiny, eight):
     """Of a program for eight devices: memory within a quarter; what travels exactly."""
     tiny.model.hidden_dim, tiny.batch_size, tiny.mixup = 128, 256, 0.0
+    tiny.model.stochastic_depth = 0.0
     tiny.run.scan, tiny.run.remat = True, "pre_gelu"
     found = plan.planner(tiny, eight, compiles=True)
     step, shapes = found.compiled(), found.reckoned()
@@ -169,6 +170,7 @@ def test_fsdp_leaves_a_device_its_part(tiny, eight):
     before, after = whole.reckoned(), cut.reckoned()
     assert after.parameters < before.parameters / 3  # biases stay whole
     assert after.moments < before.moments / 3
+    assert after.peak < before.peak - (before.moments - after.moments)
     assert set(after.collectives) == {"all-gather", "reduce-scatter"}
     parts = cut.shardings()
     assert sum(part.bytes for part in parts) == after.parameters
@@ -179,9 +181,8 @@ def test_fsdp_leaves_a_device_its_part(tiny, eight):
     assert rows["stem/bias"][3] == "whole"
 
 
-@pytest.mark.parametrize("family", ["gmlp", "resmlp", "smlpnet"])
-def test_a_recipe_of_every_family_is_reckoned_on_any_mesh(family, eight):
-    config = recipe.load(f"configs/family/{family}.py")
+def test_a_model_of_several_stages_is_reckoned_too(eight):
+    config = recipe.load("configs/family/smlpnet.py")
     config.mesh.data, config.mesh.fsdp, config.mesh.model = -1, 2, 2
     config.sharding = "fsdp"
     step = plan.planner(config, eight, compiles=False).reckoned()
