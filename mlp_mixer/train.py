@@ -7,6 +7,11 @@ folder (`runs/<recipe>` by default): config.json, class_names.json, data.json,
 metrics.jsonl, saved.json, tensorboard/, checkpoints/; owner.json while it trains.
 """
 
+from mlp_mixer import supervisor
+
+if __name__ == "__main__":  # before the imports that take seconds
+    supervisor.supervise(saves=True)
+
 import functools
 import logging
 import os

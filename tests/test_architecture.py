@@ -16,7 +16,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("text", "errors", "known", "processes", "goodput"),
+    (
+        *("text", "errors", "known", "processes", "goodput"),
+        *("supervisor", "joining"),
+    ),
     ("sharding",),
     ("console", "files", "models", "shipped"),
     ("fields", "board", "records"),
