@@ -271,7 +271,7 @@ class Round:
         return f"{path.relative_to(folder)} of {len(content)} bytes in {folder.name}"
 
     def keep_copy(self, folder: pathlib.Path) -> None:
-        """Copies a checkpoint, and copies it back if a start finds none that is intact."""
+        """Copies a checkpoint, and brings it back if a start finds none intact."""
         copy = self.disk.folder / "copy" / folder.name
         shutil.copytree(folder, copy, dirs_exist_ok=True)
 
