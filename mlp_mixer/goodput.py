@@ -8,7 +8,6 @@ the record before; their sum over all records is the time of the run.
 
 import collections
 import contextlib
-import math
 import queue
 import threading
 import time
@@ -39,6 +38,8 @@ _SECONDS = {f"seconds/{kind}": kind for kind in (*KINDS, _NOT_RUNNING)}
 # Numbers of starts, and of those that ended by themselves.
 _COUNTS = ("starts", "ends")
 _STAMP = "unix_time"
+# Seconds of which it does not matter much whether they are steps or not.
+_SHORT = 1e-3
 # JAX's names of tracing, lowering and compiling.
 _COMPILING = tuple(
     f"/jax/core/compile/{part}_duration"
@@ -79,23 +80,26 @@ class Clock(contextlib.AbstractContextManager):
         self._taken = dict(self._spent)
         self._owner = threading.get_ident()
         self._compiled: list[tuple[float, float]] = []  # start and length
-        # Another thread notes when each step ends: asking here would hold up the loop.
-        self._lock = threading.Lock()
-        self._step, self._busy_until = 0, -math.inf
+        self._running: Any = None  # the result of the step that computes, if one does
+        self._step = 0
+        # Where steps end while the process waits for something else, another thread
+        # notes when: asking for it here would hold up the loop.
+        self._is_watched = False
         self._steps: queue.SimpleQueue = queue.SimpleQueue()
+        self._noted = (0, 0.0)  # a step and its end
         self._watcher = threading.Thread(target=self._note_ends, daemon=True)
 
     def __enter__(self) -> "Clock":
-        """Begins to notice compilations and the ends of steps."""
+        """Begins to notice compilations."""
         jax.monitoring.register_event_duration_secs_listener(self._note_compilation)
-        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Ends that."""
         jax.monitoring.unregister_event_duration_listener(self._note_compilation)
-        self._steps.put(None)
-        self._watcher.join(1.0)  # of a step that fails, the end may never come
+        if self._watcher.is_alive():
+            self._steps.put(None)
+            self._watcher.join(1.0)  # of a step that fails, the end may never come
 
     def started(self) -> None:
         """Ends the start-up."""
@@ -111,12 +115,14 @@ class Clock(contextlib.AbstractContextManager):
             self._switch(before)
 
     def step_began(self, result: Any) -> None:
-        """Counts all as "steps" until `result` is computed."""
+        """Counts all as "steps" until the array `result` is computed."""
         self._settle()
-        with self._lock:
-            self._step += 1
-            self._busy_until = math.inf
-        self._steps.put((self._step, result))
+        self._running = result
+        self._step += 1
+        if self._is_watched:
+            if not self._watcher.is_alive():
+                self._watcher.start()
+            self._steps.put((self._step, result))
 
     def age(self) -> float:
         """The seconds since the start began."""
@@ -143,20 +149,31 @@ class Clock(contextlib.AbstractContextManager):
     def _settle(self) -> None:
         """Counts what passed since the last call."""
         now = self._now()
-        with self._lock:
-            busy = max(min(self._busy_until, now) - self._mark, 0.0)
+        passed = now - self._mark
+        busy = 0.0 if self._running is None else self._busy(passed)
         self._spent["steps"] += busy
-        self._spent[self._kind] += now - self._mark - busy
+        self._spent[self._kind] += passed - busy
         self._mark = now
+
+    def _busy(self, passed: float) -> float:
+        """How long of the last `passed` seconds the step computed."""
+        if not self._running.is_ready():
+            return passed
+        self._running = None
+        step, end = self._noted
+        # It is unknown when it ended: at the beginning, or just now and not noted yet.
+        busy = passed if self._is_watched else 0.0
+        if step == self._step:
+            busy = min(max(end - self._mark, 0.0), passed)
+        self._is_watched = self._kind != "steps" and passed > _SHORT
+        return busy
 
     def _note_ends(self) -> None:
         while (item := self._steps.get()) is not None:
             step, result = item
             with contextlib.suppress(Exception):  # the loop fetches it too, and raises
-                jax.block_until_ready(result)
-            with self._lock:
-                if step == self._step:  # else the device goes on with the next one
-                    self._busy_until = self._now()
+                result.block_until_ready()
+            self._noted = step, self._now()
 
     def _note_compilation(
         self, event: str, duration_secs: float, **kwargs: Any

@@ -140,7 +140,7 @@ class Writer(contextlib.AbstractContextManager):
 
         To fetch them a step late keeps the device busy. Raises as `flush` does.
         """
-        self._clock.step_began(scalars)
+        self._clock.step_began(scalars["loss"])
         self.flush()
         self._evaluated.clear()
         self._step, self._pending = step, (step, scalars)
@@ -155,7 +155,8 @@ class Writer(contextlib.AbstractContextManager):
             return
         step, scalars = self._pending
         self._pending = None
-        values = {k: float(v) for k, v in jax.device_get(dict(scalars)).items()}
+        with self._clock.doing("steps"):
+            values = {k: float(v) for k, v in jax.device_get(dict(scalars)).items()}
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(
                 f"At step {step} "

@@ -81,13 +81,14 @@ def run(
             if compiles:
                 compilation_cache.keep_programs(flags.FLAGS.compilation_cache)
             main(argv[1:])
-            # Python would look for garbage in all that the libraries hold, and then end
-            # anyway: half a second.
-            gc.freeze()
         except Exception:
             if distributed and jax.process_count() > 1:
                 _end_soon()
             raise
+        finally:
+            # Python would look for garbage in all that the libraries hold, and then end
+            # anyway: half a second.
+            gc.freeze()
 
     parse = _join_and_parse if distributed else _parse
     with errors_in_one_line():

@@ -152,3 +152,51 @@ def test_on_a_v5e_products_take_in_what_surrounds_them(words, most, tmp_path):
     written = report["written_per_image_and_block"]
     # Not counted: "other", copies between a chip's memories ahead of time.
     assert written["forward"] + written["backward"] <= most * 1e3, largest(report)
+
+
+# As a TPU writes a gather that goes on while a product is computed.
+MEANWHILE = """HloModule jit_train_step, is_scheduled=true
+
+%begin (p.0: bf16[4,16]) -> (bf16[4,16], bf16[8,16], u32[]) {
+  %p.0 = bf16[4,16]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,16]{1,0} all-gather(%p.0), channel_id=7, dimensions={0}
+  ROOT %begun = (bf16[4,16]{1,0}, bf16[8,16]{1,0}, u32[]) custom-call(%all-gather.1)
+}
+
+%go_on (q.0: bf16[4,16], q.1: f32[8,16], q.2: f32[16,8]) -> (f32[8,8], bf16[8,16]) {
+  %q.0 = bf16[4,16]{1,0} parameter(0)
+  %q.1 = f32[8,16]{1,0} parameter(1)
+  %q.2 = f32[16,8]{1,0} parameter(2)
+  %all-gather.2 = bf16[8,16]{1,0} all-gather(%q.0), channel_id=7, dimensions={0}
+  %dot.1 = f32[8,8]{1,0} dot(%q.1, %q.2), lhs_contracting_dims={1}, \
+rhs_contracting_dims={0}
+  ROOT %both = (f32[8,8]{1,0}, bf16[8,16]{1,0}) tuple(%dot.1, %all-gather.2)
+}
+
+%end (r.0: bf16[4,16]) -> bf16[8,16] {
+  %r.0 = bf16[4,16]{1,0} parameter(0)
+  %all-gather.3 = bf16[8,16]{1,0} all-gather(%r.0), channel_id=7, dimensions={0}
+  ROOT %ended = bf16[8,16]{1,0} custom-call(%all-gather.3)
+}
+
+ENTRY %main (w: bf16[4,16], x: f32[8,16], y: f32[16,8]) -> bf16[8,16] {
+  %w = bf16[4,16]{1,0} parameter(0)
+  %x = f32[8,16]{1,0} parameter(1)
+  %y = f32[16,8]{1,0} parameter(2)
+  %start = (bf16[4,16]{1,0}, bf16[8,16]{1,0}, u32[]) fusion(%w), kind=kCustom, \
+calls=%begin
+  %work = (f32[8,8]{1,0}, bf16[8,16]{1,0}) fusion(%w, %x, %y), kind=kOutput, \
+calls=%go_on
+  ROOT %done = bf16[8,16]{1,0} fusion(%w), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_that_goes_on_beside_a_product_counts_once():
+    start, work, done = kernels(MEANWHILE)
+    assert (start.kind, work.kind, done.kind) == (
+        *("collective", "product fusion"),
+        "collective",
+    )
+    assert work.flops == 2 * 8 * 16 * 8
+    assert hlo.collectives([start, work, done]) == {"all-gather": (1, 8 * 16 * 2)}

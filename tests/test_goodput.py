@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 import threading
 import time
 
@@ -38,17 +39,10 @@ class Result:
 
     def __init__(self):
         self.event = threading.Event()
+        self.is_ready = self.event.is_set
 
     def block_until_ready(self):
         self.event.wait(10)
-
-
-def finished(clock, result):
-    """Ends a step, once the clock has noticed it."""
-    result.event.set()
-    until = time.monotonic() + 10
-    while clock._busy_until == float("inf") and time.monotonic() < until:
-        time.sleep(0.001)
 
 
 def scalars():
@@ -152,30 +146,37 @@ def test_the_kinds_of_three_starts_add_up_to_what_the_starts_took(
     assert [r["step"] for r in told(workdir)] == [4, 8, 12, 13]
 
 
-def test_a_step_that_computes_is_no_wait_for_input(hands):
-    clock = goodput.Clock(now=hands)
+def test_waiting_for_input_counts_from_the_end_of_the_step_that_computes(hands):
+    clock, result = goodput.Clock(now=hands), Result()
     with clock:
         clock.started()
-        for computed_meanwhile in (True, False):
+        for step in range(1, 4):
+            with clock.doing("input"):
+                hands.turn(2)  # nothing computes, the first time
+                if step > 1:
+                    result.event.set()
+                    until = time.monotonic() + 10
+                    while step > 2 and clock._noted[0] < step - 1:
+                        assert time.monotonic() < until
+                hands.turn(4)
+            with clock.doing("steps"):
+                hands.turn(0.5)
             result = Result()
             clock.step_began(result)
-            hands.turn(3)
-            if computed_meanwhile:
-                with clock.doing("input"):
-                    hands.turn(2)  # the next batch, while the step computes
-                    hands.turn(1)
-                    finished(clock, result)
-                    hands.turn(4)  # the step is done and the batch not there
-            else:
-                finished(clock, result)
-                with clock.doing("checkpoint"):
-                    hands.turn(5)
             hands.turn(0.25)
+        # The last batch is there before the step ends, and so is a checkpoint later.
+        with clock.doing("input"):
+            hands.turn(2)
+        with clock.doing("steps"):
+            hands.turn(1)
+            result.event.set()
+        with clock.doing("checkpoint"):
+            hands.turn(5)
     assert clock.take() == {
-        "seconds/steps": 3 + 3 + 3,
-        "seconds/input": 4,
+        "seconds/steps": 3 * (0.5 + 0.25) + 2 + 2 + 1,
+        # Only then it is known that ends of steps are to be noted.
+        "seconds/input": 6 + 6 + 4,
         "seconds/checkpoint": 5,
-        "seconds/other": 0.5,
     }
 
 
@@ -195,6 +196,23 @@ def test_compilation_is_told_from_what_compiles():
     assert first["seconds/evaluation"] > 0
     assert sum(first.values()) == pytest.approx(whole, abs=0.02)
     assert second.keys() <= {"seconds/evaluation", "seconds/other"}
+
+
+def test_what_is_traced_within_what_is_traced_counts_once(hands):
+    def told(part, seconds):
+        name = f"/jax/core/compile/{part}_duration"
+        jax.monitoring.record_event_duration_secs(name, seconds)
+
+    with goodput.Clock(now=hands) as clock:
+        clock.started()
+        with clock.doing("evaluation"):
+            hands.turn(10 + 2)
+            told("jaxpr_trace", 2.0)
+            hands.turn(1)
+            told("jaxpr_trace", 4.0)  # what it calls, and a second on either side
+            hands.turn(3)
+            told("backend_compile", 3.0)
+        assert clock.take() == {"seconds/compile": 4 + 3, "seconds/evaluation": 9}
 
 
 def test_a_time_of_day_that_goes_back_gives_no_negative_seconds(
@@ -233,3 +251,43 @@ def test_a_run_that_tells_no_times_has_no_table():
 )
 def test_one_line_says_the_useful_share_and_the_largest_loss(seconds, said):
     assert re.match(said, goodput.sentence(seconds))
+
+
+@pytest.mark.slow
+def test_the_table_of_a_run_in_three_starts_adds_up_to_what_the_starts_took(
+    tmp_path, program, data_dir
+):
+    """The first one is killed, the second is asked to end."""
+    run = tmp_path / "run"
+    arguments = (
+        "--config=configs/digits.py",
+        "--config.total_steps=600",
+        "--config.log_every_steps=5",
+        "--config.checkpoint.every_steps=100",
+        "--config.evals.test.every_steps=200",
+        f"--data_dir={data_dir}",
+        f"--workdir={run}",
+    )
+    took = 0.0
+    for end, number in ((180, signal.SIGKILL), (400, signal.SIGTERM), (600, None)):
+        began = time.monotonic()
+        process = program("train", *arguments, devices=1)
+        if number is not None:
+            while step_of(run) < end:
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.02)
+            process.send_signal(number)
+        said, _ = process.communicate(timeout=120)
+        took += time.monotonic() - began
+        assert process.returncode == (-number if number == signal.SIGKILL else 0), said
+    records = metrics.read(run)
+    seconds = goodput.sums(records)
+    seconds.pop("not_running")
+    assert sum(seconds.values()) == pytest.approx(took, rel=0.02)
+    assert {"steps", "compile", "repeated", "restart", "checkpoint"} <= seconds.keys()
+    assert goodput.rows(records)[-2][0] == "all of 3 starts"
+    assert goodput.sentence(seconds) in said
+
+
+def step_of(run):
+    return max((r["step"] for r in metrics.read(run)), default=0)

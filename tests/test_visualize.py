@@ -108,6 +108,15 @@ def test_a_run_without_records_still_has_a_report():
     assert visualize.png(figure).startswith(b"\x89PNG")
 
 
+def test_a_report_says_where_the_time_went_if_that_is_recorded():
+    records = [{"step": 1, "seconds/steps": 90.0, "seconds/input": 10.0}]
+    seen = examples()
+    options = {"name": "val", "examples": seen, "class_names": list("abc")}
+    nothing: dict = {"shown": [], "images": [], "truths": []}
+    said = titles_and_labels(visualize.report(records, **options, **nothing))
+    assert any(text.startswith("90.0 % of 1 min 40 s went into") for text in said)
+
+
 @pytest.mark.parametrize("count", [1, 7, 60])
 def test_the_sheet_holds_every_image_with_its_classes(count):
     rng = np.random.default_rng(0)

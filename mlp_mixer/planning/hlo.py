@@ -23,6 +23,7 @@ _ATTRIBUTE = {
     "target": re.compile(r'\bcustom_call_target="([^"]*)"'),
     "epilogue": re.compile(r'"epilogue":"(\w+)"'),
     "beta": re.compile(r'"beta":([\d.]+)'),
+    "channel": re.compile(r"\bchannel_id=(\d+)"),
     "turns": re.compile(r'"known_trip_count":\{"n":"(\d+)"\}'),
     "cycles": re.compile(r'"estimated_cycles":"(\d+)"'),
     "contracted": re.compile(r"\blhs_contracting_dim(?:s=\{|ensions\":\[)([\d,\"]*)"),
@@ -156,6 +157,8 @@ class Kernel:
       turns: how often it runs, as a part of a loop.
       cycles: the compiler's estimate of a turn, on a TPU; else 0.
       carried: bytes of a collective's results, wherever they lie.
+      channel: the number of a collective; a TPU that computes meanwhile writes the same
+        one several times. "" if it has none.
     """
 
     name: str
@@ -169,6 +172,7 @@ class Kernel:
     turns: int = 1
     cycles: int = 0
     carried: int = 0
+    channel: str = ""
 
 
 def kernels(text: str, *, open_loops: int | None = None) -> list[Kernel]:
@@ -246,12 +250,12 @@ def _kernel(
         kind, work = LIBRARY, f"{target} {one.attribute('epilogue')}".strip()
         work += " + C" * (float(one.attribute("beta") or 0) != 0)
         flops = _flops(one, computation)
+    elif opcodes & set(_PRODUCTS):
+        kind = GENERATED  # perhaps with a collective that goes on meanwhile
     elif travels := opcodes & {*_COLLECTIVES, *(f"{c}-start" for c in _COLLECTIVES)}:
         kind, work = "collective", min(travels).removesuffix("-start")
         if work == "all-reduce" and "dynamic-slice" in opcodes:
             work = "reduce-scatter"  # a TPU's, as a fusion
-    elif opcodes & set(_PRODUCTS):
-        kind = GENERATED
     elif one.opcode == "custom-call":
         kind, work = "call", target
     elif opcodes <= _MOVED_BY:
@@ -263,15 +267,21 @@ def _kernel(
     elif path.startswith("jit(train_step)") and "jvp(" not in path:
         where = "update"
     read, written = _traffic(computations, computation, one)
-    carried = 0
+    carried, channel = 0, ""
     if kind == "collective":
         done = [i for i in computation.values() if i.opcode.endswith("-done")]
         ends = [i.shape for i in done if one.name in i.operands]
-        carried = _length(ends[0] if ends else one.shape)
+        first = next(
+            i for i in inner if i.opcode.removesuffix("-start") in _COLLECTIVES
+        )
+        channel = first.attribute("channel")
+        begun = len(inner) > 1 and one.shape.startswith("(")  # and goes on elsewhere
+        carried = _length(ends[0] if ends else first.shape if begun else one.shape)
     return Kernel(
         *(one.name, kind, where, _part(path), work, read, written, flops, turns),
         cycles=int(one.attribute("cycles") or 0),
         carried=carried,
+        channel=channel,
     )
 
 
@@ -461,8 +471,10 @@ def collectives(found: list[Kernel]) -> dict[str, tuple[int, float]]:
       found: kernels of `kernels`.
     """
     sums: dict[str, tuple[int, float]] = {}
+    seen = set[str]()
     for k in found:
-        if k.kind == "collective":
+        if k.kind == "collective" and (not k.channel or k.channel not in seen):
+            seen.add(k.channel)
             count, carried = sums.get(k.work, (0, 0.0))
             sums[k.work] = count + k.turns, carried + k.turns * k.carried
     return sums

@@ -127,7 +127,8 @@ def devices(topology: Topology) -> list[Any]:
             target_config=GPUS[topology.kind],
         )
         return list(found.devices)
-    # Else libtpu asks the network what machine this is.
+    # Else libtpu asks the network what machine this is, and works for one process only.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     options: dict[str, Any] = {}
