@@ -39,10 +39,8 @@ RECIPE = {
 }
 FIELDS = [f"--config.{name}={value}" for name, value in RECIPE.items()]
 HEARTBEAT_SECONDS = 20
-JOIN_SECONDS = 120
-# Whoever lost another process of the run has ended by then.
-LOST_SECONDS = HEARTBEAT_SECONDS + 40.0
-# And whoever was asked to end, or is out of disk.
+JOIN_SECONDS = 60
+# Beyond those, how long processes may take to end on a busy machine.
 END_SECONDS = 60.0
 # By how much the times of the records may exceed what the processes took, of which
 # those that a kill cost are an estimate: a share, and seconds for each start.

@@ -158,7 +158,7 @@ class Round:
                 return False
             self._check_restored()
             if None not in self.job.statuses() or any(self.job.statuses()):
-                self.wait(soak_job.LOST_SECONDS)
+                self.wait(self.patience())
                 continue
             step = self.job.step()
             if step != newest:
@@ -191,6 +191,12 @@ class Round:
         self._check_restored()
         self._check_folder()
         return statuses
+
+    def patience(self) -> float:
+        """The seconds after which all have ended that lost one, or were asked to."""
+        began = self.job.restored_step() is not None
+        waits = soak_job.HEARTBEAT_SECONDS if began else soak_job.JOIN_SECONDS
+        return waits + soak_job.END_SECONDS
 
     def _check_folder(self) -> None:
         self._ledger.check()
@@ -228,7 +234,7 @@ class Round:
     def stop_politely(self) -> None:
         """Asks all processes to end."""
         self.job.send(signal.SIGTERM, [self.job.started_pid(0)])
-        self.check_stopped(self.wait(soak_job.LOST_SECONDS))
+        self.check_stopped(self.wait(self.patience()))
 
     def check_stopped(self, statuses: Sequence[int]) -> None:
         """Checks how a run has ended that was asked to.
@@ -324,13 +330,14 @@ def stop_one_for_long(round: Round) -> None:
     index = round.draw.randrange(round.job.count())
     pids = round.job.pids(index)
     round.job.send(signal.SIGSTOP, pids)
-    until = time.monotonic() + soak_job.LOST_SECONDS
+    seconds = round.patience()
+    until = time.monotonic() + seconds
     while any(
         round.job.pids(other) for other in range(round.job.count()) if other != index
     ):
         if time.monotonic() > until:
             raise ViolationError(
-                f"Process {index} was stopped, and after {soak_job.LOST_SECONDS:g} "
+                f"Process {index} was stopped, and after {seconds:g} "
                 f"seconds others have not ended: {round.job.statuses()}."
             )
         time.sleep(0.05)
@@ -341,7 +348,7 @@ def stop_one_for_long(round: Round) -> None:
 def _check_others_end(round: Round, index: int) -> None:
     """Checks how all processes end after one is lost."""
     began = time.monotonic()
-    statuses = round.wait(soak_job.LOST_SECONDS)
+    statuses = round.wait(round.patience())
     seconds = time.monotonic() - began
     round.what = f"process {index}; {statuses} after {seconds:.0f} seconds"
     if round.is_saved_to_the_end():
@@ -363,7 +370,7 @@ def terminate_one(round: Round) -> None:
     """As a host that is preempted: all save one step and end."""
     index = round.draw.randrange(round.job.count())
     round.job.send(signal.SIGTERM, [round.job.started_pid(index)])
-    round.check_stopped(round.wait(soak_job.LOST_SECONDS))
+    round.check_stopped(round.wait(round.patience()))
     round.what = f"process {index}; {round.job.statuses()} at step {round.job.step()}"
 
 
@@ -372,7 +379,7 @@ def terminate_all(round: Round) -> None:
     count = round.job.count()
     pids = [round.job.started_pid(index) for index in range(count)]
     round.job.send(signal.SIGTERM, pids)
-    round.check_stopped(round.wait(soak_job.LOST_SECONDS))
+    round.check_stopped(round.wait(round.patience()))
     round.what = f"{round.job.statuses()} at step {round.job.step()}"
 
 
