@@ -10,6 +10,9 @@ Expected:
   jft300m        84.82 % on ImageNet after fine-tuning at 224 (Table 3, 14 epochs;
                  84.05 % with --config.epochs=7)
 Cost: 0.04k, 0.41k and 0.45k TPUv3 core-days (Table 3). ImageNet-1k: 92,897 steps.
+Mesh: all devices on `data`, parameters replicated: for v3-128 and larger pods (32
+  images a device take 9 of 16 GiB), and with gpu8 for eight GPUs of 80 GB or more. For
+  other devices ask mlp_mixer.plan.
 
     python -m mlp_mixer.train --config=configs/mixer_l16.py:jft300m
 """

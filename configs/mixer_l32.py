@@ -9,6 +9,8 @@ Expected:
   imagenet21k    not trained in the paper; Table 4 says Mixer-L of any patch size
   jft300m        80.67 % on ImageNet after fine-tuning at 224 (Table 3, 7 epochs)
 Cost: jft300m 0.12k TPUv3 core-days (Table 3); ImageNet-1k: 92,897 steps, not known.
+Mesh: all devices on `data`, parameters replicated: for v3-128 and larger pods. For
+  other devices ask mlp_mixer.plan.
 
     python -m mlp_mixer.train --config=configs/mixer_l32.py:jft300m
 """

@@ -17,6 +17,7 @@ import tempfile
 from typing import Any
 
 import jax
+from etils import epath
 
 from mlp_mixer import files
 
@@ -33,38 +34,48 @@ MIN_SECONDS = 0.1
 def keep_programs(folder: str | os.PathLike[str] | None) -> None:
     """Makes JAX keep what it compiles from here on, and says where in the log.
 
+    Of a run with several processes, JAX lets the first one write and all read. So the
+    folder must be one that all see, and nobody but its user knows which that is, or
+    who else may write there: without a choice of theirs, such a run keeps nothing.
+
     Args:
-      folder: where; "off" compiles everything anew. None: the folder of JAX's own
-        settings (JAX_COMPILATION_CACHE_DIR), else one in the user's cache folder.
-        Without a folder of their own choice, the processes of a run with several do
-        not use any: only the first one writes, so the folder must be shared.
+      folder: where, also on a bucket (`gs://…`); "off" compiles everything anew. None:
+        the folder of JAX's own settings (JAX_COMPILATION_CACHE_DIR), else, of a single
+        process, one in the user's cache folder.
     """
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and _chosen_by_jax():
+    if folder is None and (_chosen_by_jax() or jax.process_count() > 1):
         return
-    if folder is None and jax.process_count() > 1:
-        return
-    if "://" in os.fspath(folder or ""):
-        raise ValueError(
-            f"The compilation cache {folder} is not a folder of this machine; set "
-            "JAX_COMPILATION_CACHE_DIR to it instead."
-        )
-    root = pathlib.Path(folder or files.default_cache_dir() / "compiled")
-    place = root / _device()
+    place = epath.Path(folder or files.default_cache_dir() / "compiled") / _device()
     try:
-        # Whoever may write here may have this process run anything.
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place).close()
-        remove_oldest(place, MAX_BYTES)
+        _prepare(place)
     except OSError as error:
         logger.warning("Compiled programs are not kept: %s", error)
         return
-    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_compilation_cache_dir", os.fspath(place))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     logger.info("Compiled programs are kept in %s.", place)
+
+
+def _prepare(place: epath.Path) -> None:
+    """Makes the folder, and room in it; on a bucket that is its lifecycle rules' work.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if "://" in os.fspath(place):
+        # XLA writes what it has tuned to files, which cannot lie on a bucket. The kept
+        # programs are tuned.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+        return
+    # Whoever may write here may have this process run anything.
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        tempfile.TemporaryFile(dir=place).close()
+        remove_oldest(pathlib.Path(place), MAX_BYTES)
 
 
 def _chosen_by_jax() -> bool:

@@ -10,6 +10,11 @@ the run's folder. evaluate.json holds every name exactly; the other ones are for
 and there characters that cannot be shown are escaped.
 """
 
+from mlp_mixer import supervisor
+
+if __name__ == "__main__":  # before the imports that take seconds
+    supervisor.supervise(saves=False)
+
 import logging
 from collections.abc import Sequence
 from typing import Any

@@ -9,15 +9,11 @@ import json
 import logging
 import math
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 from etils import epath
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from mlp_mixer import console, files, goodput, processes, records
 from mlp_mixer.text import brief, printable
@@ -71,7 +67,7 @@ class Writer(contextlib.AbstractContextManager):
         self._unwritten: list[dict[str, float]] = []
         self._mark = first_step, clock.total(goodput.TRAINING)
         self._file: records.Lines | None = None
-        self._board: _Board | None = None
+        self._board: Any = None
         clock.started()
         # Evaluators with a record for the first step; the same on every process.
         self._evaluated: set[str] = set()
@@ -106,8 +102,10 @@ class Writer(contextlib.AbstractContextManager):
         lines = [f"{json.dumps(record)}\n" for record in kept]
         with self._failure_named(self._path):
             self._file = records.open_for_appending(self._path.parent, lines)
+        from mlp_mixer import board  # tensorboardX is slow to import
+
         with self._failure_named(self._board_path):
-            self._board = _Board(self._board_path, first_step)
+            self._board = board.Board(self._board_path, first_step)
 
     @contextlib.contextmanager
     def _failure_named(self, path: epath.Path) -> Iterator[None]:
@@ -243,50 +241,6 @@ class Writer(contextlib.AbstractContextManager):
             raise failed[0]
         if self._seconds and error is None:
             logger.info("%s.", goodput.sentence(self._seconds))
-
-
-class _Board:
-    """A file of TensorBoard's.
-
-    tensorboardX's own writer has a thread; after that has ended on a full disk, the
-    next write would wait for ever.
-    """
-
-    def __init__(self, folder: epath.Path, first_step: int):
-        """Opens a new file, which hides what older files hold after `first_step`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = os.fspath(folder)
-        # tensorboardX reads the part before a colon as the name of a service.
-        where = path if "://" in path else os.path.abspath(path)
-        host = socket.gethostname()
-        self._file = tensorboardX.RecordWriter(
-            f"{where}/events.out.tfevents.{time.time():.6f}.{host}"
-        )
-        self._flushed = time.monotonic()
-        version = "brain.Event:2"
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(0, file_version=version)
-        self._add(first_step + 1, file_version=version)
-        self._add(first_step + 1, session_log=start)
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars; they are on the disk within some minutes."""
-        values = [
-            summary_pb2.Summary.Value(tag=name, simple_value=float(value))
-            for name, value in scalars.items()
-        ]
-        self._add(step, summary=summary_pb2.Summary(value=values))
-        if time.monotonic() > self._flushed + 120:  # rarely: a bucket gets all again
-            self._flushed = time.monotonic()
-            self._file.flush()
-
-    def _add(self, step: int, **fields: Any) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, **fields)
-        self._file.write(event.SerializeToString())
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self._file.close()
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:

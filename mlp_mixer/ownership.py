@@ -2,7 +2,8 @@
 
 The owner locks a file there; the system releases the lock when the process ends, even
 if it is killed. Where there are no locks, as on a bucket, the file itself says that the
-folder is in use, and remains if its process is killed.
+folder is in use, and its owner renews it: a start that sees it unchanged for long takes
+the folder.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,6 +34,9 @@ FILE = "owner.json"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # Seconds that another host may need to see a new file.
 _PATIENCE = 5.0
+# Without locks: seconds between two renewals, and after the last one until the owner is
+# taken to have ended.
+_RENEWED_EVERY, _ABANDONED_AFTER = 20.0, 120.0
 # Variables in which Slurm and the usual MPI launchers say the number of a job's tasks.
 _TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _WIDTH = 300  # characters of a command in a message
@@ -113,10 +118,15 @@ def _locked_by(owner: dict[str, Any], path: epath.Path) -> Iterator[None]:
     else:
         _locked.add(descriptor)
     try:
+        if descriptor is None:
+            owner = owner | {"renewed": 0}
         path.write_text(json.dumps(owner, indent=2) + "\n")
         if descriptor is None:
             _check_still_mine(path, owner)
-        yield
+            with _renewed(path, owner):
+                yield
+        else:
+            yield
     finally:
         if _read(path).get("token") in (owner["token"], None):
             path.unlink(missing_ok=True)
@@ -158,11 +168,59 @@ os.register_at_fork(after_in_child=_close_locks)
 def _check_free(path: epath.Path) -> None:
     """Raises OwnedError if the file says that the folder is in use, without locks."""
     owner = _read(path)
-    if owner and not _has_ended(owner):
-        raise OwnedError(
-            f"{_refusal(path)} If it has ended, remove {path}: there are no locks here "
-            "that would tell."
-        )
+    if not owner or _has_ended(owner) or _is_abandoned(path, owner):
+        return
+    raise OwnedError(
+        f"{_refusal(path)} If it has ended, remove {path}: there are no locks here "
+        "that would tell."
+    )
+
+
+def _is_abandoned(path: epath.Path, owner: dict[str, Any]) -> bool:
+    """Whether an owner on another host does not renew the file any more; waits for it.
+
+    Older versions do not renew it at all, so of theirs that is not known.
+    """
+    if owner.get("host") == socket.gethostname() or "renewed" not in owner:
+        return False
+    known = text.printable(str(owner["host"]))
+    logger.warning(
+        "%s says that %s trains there; waiting %.0f s for a sign that it still does.",
+        path,
+        known,
+        _ABANDONED_AFTER,
+    )
+    until = time.monotonic() + _ABANDONED_AFTER
+    while time.monotonic() < until:
+        time.sleep(_ABANDONED_AFTER / 60)
+        if (now := _read(path)) != owner and (now or not path.exists()):
+            return not now  # removed at its end, else renewed or taken by another
+    logger.warning("There is none: the run on %s has ended. Taking its folder.", known)
+    return True
+
+
+@contextlib.contextmanager
+def _renewed(path: epath.Path, owner: dict[str, Any]) -> Iterator[None]:
+    """Renews the file until the end of the block, unless somebody else has taken it."""
+    done = threading.Event()
+
+    def renew() -> None:
+        count = 0
+        while not done.wait(_RENEWED_EVERY):
+            try:
+                if _read(path).get("token") == owner["token"]:
+                    count += 1
+                    path.write_text(json.dumps(owner | {"renewed": count}, indent=2))
+            except OSError as error:
+                logger.warning("%s cannot be renewed now: %s", path, error)
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _check_still_mine(path: epath.Path, owner: dict[str, Any]) -> None:

@@ -8,13 +8,16 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,47 @@ def together() -> Iterator[None]:
         more = f"\nand {len(failed) - LINES} more" if len(failed) > LINES else ""
         lines = [f"Process {i} failed on {error}" for i, error in failed[:LINES]]
         raise RuntimeError("\n".join(lines) + more)
+
+
+# Errors of collectives on CPUs and GPUs, and of JAX's service for several processes.
+_EXCHANGE = re.compile(
+    "gloo|nccl|coordination|barrier|connection (?:closed|reset)|socket closed",
+    re.IGNORECASE,
+)
+_FAILURES = "mlp_mixer/failures/"
+
+
+def is_of_an_exchange(error: BaseException | None) -> bool:
+    """Whether a process that is gone explains an error, or one that it arose from."""
+    while error is not None:
+        # XLA's errors begin with the name of a status, whatever their class.
+        if re.match("[A-Z_]{5,}: ", str(error)) and _EXCHANGE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def tell_failure(message: str) -> None:
+    """Leaves word of this process's error for the others."""
+    told = f"Process {jax.process_index()} on {socket.gethostname()} failed: {message}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone
+        _client().key_value_set(f"{_FAILURES}{jax.process_index()}", told)
+
+
+def failures_of_others(seconds: float) -> str:
+    """Waits so long for the errors that others tell; empty if there are none."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone
+            if told := _client().key_value_dir_get(_FAILURES):
+                return "\n".join(sorted(message for _, message in told))
+        time.sleep(0.5)
+    return ""
+
+
+def _client() -> Any:
+    """The client of JAX's service, which keeps values of all processes."""
+    return distributed.global_state.client
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
+from jax._src import clusters
 from ml_collections import ConfigDict
 
 from mlp_mixer import (
@@ -23,10 +25,12 @@ from mlp_mixer import (
     console,
     errors,
     fields,
+    joining,
     known,
     models,
     processes,
     recipe,
+    supervisor,
 )
 from mlp_mixer.text import printable
 
@@ -35,8 +39,8 @@ logger = logging.getLogger(__name__)
 # --help lists what is defined here as the program's that asked for it.
 flags.disclaim_key_flags()
 
-# How long one of several processes waits for the others, as in JAX.
-WAIT_SECONDS = 300.0
+# Seconds after which a process that waits for others says so again.
+ANNOUNCE_EVERY = 30.0
 
 
 def run(
@@ -58,12 +62,7 @@ def run(
       prepare: what is called first, before JAX has used a device.
     """
     if distributed:
-        flags.DEFINE_string(
-            "distributed",
-            None,
-            "One of several processes of one run: auto (TPU pods, SLURM, Kubernetes) "
-            "or HOST:PORT,INDEX,COUNT with the address of process 0.",
-        )
+        _define_distributed(flags.FLAGS)
 
     if compiles:
         define_path(
@@ -81,9 +80,9 @@ def run(
             if compiles:
                 compilation_cache.keep_programs(flags.FLAGS.compilation_cache)
             main(argv[1:])
-        except Exception:
+        except Exception as error:
             if distributed and jax.process_count() > 1:
-                _end_soon()
+                _end_with_the_others(error)
             raise
         finally:
             # Python would look for garbage in all that the libraries hold, and then end
@@ -314,64 +313,128 @@ def _parse(argv: list[str]) -> list[str]:
 # --- One of several processes ---------------------------------------------------------
 
 
+def _define_distributed(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "distributed",
+        None,
+        "One of several processes of one run: auto (TPU pods, SLURM, Kubernetes) "
+        "or HOST:PORT,INDEX,COUNT with the address of process 0.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "join_timeout_seconds",
+        300,
+        "How long one of several processes waits for the others at the start.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout_seconds",
+        100,
+        "Time after which a process that does not answer is given up by the others, "
+        "which end.",
+        lower_bound=5,
+        flag_values=values,
+    )
+
+
 def _join_and_parse(argv: list[str]) -> list[str]:
     """Joins the others before a recipe is read: if that fails here, they are told."""
     early = flags.FlagValues()
-    flags.DEFINE_string("distributed", None, "", flag_values=early)
+    _define_distributed(early)
     early.set_gnu_getopt(True)
-    with contextlib.suppress(flags.Error):  # for `_parse` to tell
+    try:
         early(argv, known_only=True)
+    except flags.Error:
+        return _parse(argv)  # which tells it
     if early["distributed"].value is None:
         return _parse(argv)
-    _join(early["distributed"].value)
+    _join(**early.flag_values_dict())
     with processes.together():
         return _parse(argv)
 
 
-def _join(where: str) -> None:
-    """Makes this process one of several, as `--distributed` says.
+def _join(
+    distributed: str, join_timeout_seconds: int, heartbeat_timeout_seconds: int
+) -> None:
+    """Makes this process one of several, as the flags of these names say.
 
     Raises:
-      ValueError: it does not say so, or no cluster, host or port is there.
+      ValueError: `distributed` does not say so, or no cluster, host or port is there.
     """
-    if where == "auto":
+    with _bounded_wait(join_timeout_seconds) as now_for:
+        if distributed == "auto":
+            now_for(lambda: "the cluster's word where process 0 is")
+            host, port, index, count = _cluster(join_timeout_seconds)
+        else:
+            host, port, index, count = _place(distributed)
+            _check_host(distributed, host, port)
+        roll = joining.Roll(host, port, index, count)
+        now_for(lambda: roll.missing)
         try:
-            jax.distributed.initialize()
-        except (RuntimeError, ValueError) as error:
+            hosts = roll.call()
+        except OSError as error:
             raise ValueError(
-                "--distributed=auto finds no cluster (TPU pod, SLURM, Kubernetes, MPI) "
-                f"that this process is part of: {error} Without one, leave the flag "
-                "out, or give HOST:PORT,INDEX,COUNT."
+                f"--distributed is {distributed!r}: process 0 cannot listen on port "
+                f"{port} ({error.strerror}); choose another."
             ) from error
-        return
-    host, port, index, count = _place(where)
-    _check_address(where, host, port, listen=index == 0)
-    others = (
-        f"process 0 at {host}:{port}" if index else f"the other {count - 1} processes"
-    )
-    others += f"; all {count} need the same --distributed but for the INDEX"
-    with _bounded_wait(others):
+        supervisor.hosts_known(index, hosts)
+        now_for(lambda: f"JAX's service at {host}:{port}; all processes were there")
         try:
             jax.distributed.initialize(
                 f"{host}:{port}",
                 num_processes=count,
                 process_id=index,
                 # The end of our own wait is readable; JAX's is a core dump.
-                initialization_timeout=int(WAIT_SECONDS) + 60,
+                initialization_timeout=join_timeout_seconds + 60,
+                heartbeat_timeout_seconds=heartbeat_timeout_seconds,
             )
         except RuntimeError as error:
-            raise ValueError(f"--distributed={where} fails: {error}") from error
+            raise ValueError(f"--distributed={distributed} fails: {error}") from error
+    supervisor.take_signals()
 
 
-def _end_soon() -> None:
-    """Ends this process after some seconds, whoever does not end with it.
+def _end_with_the_others(error: Exception) -> None:
+    """Lets this process end after an error, and no other wait for it.
 
-    JAX lets a process wait for the others at its end, and those that have not failed
-    wait for its arrays: five minutes. Once it is gone, they end too.
+    An error of an exchange with a process that is gone is not told: within the time of
+    its heartbeat JAX ends this process too and says which one is gone, unless that one
+    could tell its own error.
     """
+    seconds = flags.FLAGS.heartbeat_timeout_seconds
+    if processes.is_of_an_exchange(error):
+        if failures := processes.failures_of_others(seconds + 10):
+            print(_for_terminal(failures), file=sys.stderr, flush=True)
+            os._exit(1)  # JAX would wait for those that are gone
+    else:
+        processes.tell_failure(errors.message(error) or repr(error))
+    # JAX lets a process wait for the others at its end, and those that have not failed
+    # wait for its arrays: five minutes. Once it is gone, they end too.
     timer = threading.Timer(10, os._exit, (1,))
     timer.daemon = True
     timer.start()
+
+
+def _cluster(seconds: int) -> tuple[str, int, int, int]:
+    """Returns host and port of process 0, index and count, as JAX finds them out."""
+    address: str | None = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    why = ""
+    try:
+        address, count, index, _ = (
+            clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                address, None, None, None, None, seconds
+            )
+        )
+    except (RuntimeError, ValueError) as error:
+        why = f": {error}"
+    if why or None in (address, count, index):
+        raise ValueError(
+            "--distributed=auto finds no cluster (TPU pod, SLURM, Kubernetes, MPI) "
+            f"that this process is part of{why}. Without one, leave the flag out, or "
+            "give HOST:PORT,INDEX,COUNT."
+        )
+    host, _, port = str(address).rpartition(":")
+    return host, int(port), int(str(index)), int(str(count))
 
 
 _PLACE = re.compile(r"(\[[^]]+\]|[^:]+):(\d+),(\d+),(\d+)")
@@ -398,43 +461,49 @@ def _place(where: str) -> tuple[str, int, int, int]:
     return found[1], port, index, count
 
 
-def _check_address(where: str, host: str, port: int, *, listen: bool) -> None:
+def _check_host(where: str, host: str, port: int) -> None:
     try:
         socket.getaddrinfo(host.strip("[]"), port)
     except (OSError, UnicodeError) as error:
         raise ValueError(
             f"--distributed is {where!r}: the host {host!r} is not known here: {error}"
         ) from error
-    if not listen:
-        return
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise ValueError(
-            f"--distributed is {where!r}: process 0 cannot listen on port {port} "
-            f"({error.strerror}); choose another."
-        ) from error
 
 
 @contextlib.contextmanager
-def _bounded_wait(others: str) -> Iterator[None]:
-    """Says after a while whom this process waits for, and ends it after a long one."""
+def _bounded_wait(
+    seconds: int,
+) -> Iterator[Callable[[Callable[[], str]], None]]:
+    """Says from time to time whom this process waits for, and ends it after `seconds`.
 
-    def announce() -> None:
-        print(f"Waiting for {others}.", file=sys.stderr, flush=True)
+    Yields:
+      `now_for(whom)`, to be called with a function that names whom it waits for next.
+    """
+    begun, done = time.monotonic(), threading.Event()
+    for_whom: list[Callable[[], str]] = []
 
-    def give_up() -> None:
-        message = f"Waited {WAIT_SECONDS:g} seconds in vain for {others}."
-        print(message, file=sys.stderr, flush=True)
+    def watch() -> None:
+        while (left := begun + seconds - time.monotonic()) > 0:
+            if done.wait(min(ANNOUNCE_EVERY, left)):
+                return
+            if left > ANNOUNCE_EVERY:
+                waited = f"{time.monotonic() - begun:.0f} seconds so far"
+                whom = f"Waiting for {for_whom[-1]()}, {waited}."
+                print(whom, file=sys.stderr, flush=True)
+        print(
+            f"Waited {seconds:g} seconds in vain for {for_whom[-1]()}. All processes "
+            "need the same --distributed but for the INDEX; --join_timeout_seconds "
+            "says how long they wait.",
+            file=sys.stderr,
+            flush=True,
+        )
         # JAX waits in C++, where no exception reaches it.
         os._exit(1)
 
-    timers = [threading.Timer(10, announce), threading.Timer(WAIT_SECONDS, give_up)]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
+    watcher = threading.Thread(target=watch, daemon=True)
     try:
-        yield
+        for_whom.append(lambda: "the others")
+        watcher.start()
+        yield for_whom.append
     finally:
-        for timer in timers:
-            timer.cancel()
+        done.set()

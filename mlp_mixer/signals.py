@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mlp_mixer import processes
+from mlp_mixer import processes, supervisor
 
 logger = logging.getLogger(__name__)
 
@@ -90,30 +91,34 @@ class AgreedStop:
         self._calls = 0
         self._is_set = False
         self._end = _end(after if jax.process_index() == 0 else None)
-        self._reason: str | None = None
+        self._is_over = False
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop after `step`; all must call it equally often."""
-        if self._reason is None and time.monotonic() >= self._end:
-            self._reason = _TIME_IS_OVER
+        if not self._is_over and time.monotonic() >= self._end:
+            self._is_over = True
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's own way to tell the others
         self._calls += 1
         if not self._is_set and multihost_utils.reached_preemption_sync_point(
             self._calls
         ):
             self._is_set = True
-            self._log_reasons(step)
+            self._tell_why(step)
         return self._is_set
 
-    def _log_reasons(self, step: int) -> None:
-        for index, reason in enumerate(processes.gather(self._reason)):
-            if reason is not None:
-                logger.warning(
-                    "Process %d: %s; all save and stop after step %d",
-                    index,
-                    reason,
-                    step,
-                )
+    def _tell_why(self, step: int) -> None:
+        """Logs which process received which signal; all processes log all of them."""
+        reasons = [f"received {name}" for name in supervisor.signals_received()]
+        reasons += [_TIME_IS_OVER] * self._is_over
+        mine = socket.gethostname(), supervisor.process_id(), reasons
+        everybodys = processes.gather(mine)
+        for index, (host, number, theirs) in enumerate(everybodys):
+            for reason in theirs:
+                who = f"Process {index} ({host}, process id {number})"
+                logger.warning("%s: %s", who, reason)
+        if not any(theirs for _, _, theirs in everybodys):
+            logger.warning("A process received SIGTERM")
+        logger.warning("All processes save and stop after step %d", step)
 
     def uninstall(self) -> None:
         """Does nothing: the handler is JAX's."""

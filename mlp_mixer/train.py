@@ -7,6 +7,11 @@ folder (`runs/<recipe>` by default): config.json, class_names.json, data.json,
 metrics.jsonl, saved.json, tensorboard/, checkpoints/; owner.json while it trains.
 """
 
+from mlp_mixer import supervisor
+
+if __name__ == "__main__":  # before the imports that take seconds
+    supervisor.supervise(saves=True)
+
 import functools
 import logging
 import os
@@ -200,8 +205,8 @@ def train(
                     stopping = stopping or (stop() and not last)
                     if last or stopping or checkpointer.due(step):
                         # A state that is not finite must not become a checkpoint.
-                        writer.store()
                         check_owned()
+                        writer.store()
                         with clock.doing("checkpoint"):
                             checkpointer.save(
                                 step, state, results, force=last or stopping

@@ -16,10 +16,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # name stands for a module or for all modules of a package.
 LAYERS = (
     # What a leaf may import.
-    ("text", "errors", "known", "processes", "goodput"),
+    (
+        *("text", "errors", "known", "processes", "goodput"),
+        *("supervisor", "joining"),
+    ),
     ("sharding",),
     ("console", "files", "models", "shipped"),
-    ("fields", "records"),
+    ("fields", "board", "records"),
     (
         "recipe",
         "losses",
@@ -85,7 +88,7 @@ DOORS = {
     "absl.flags": ("program", *PROGRAMS),
     "absl.app": ("program", *PROGRAMS),
     "cv2": ("data.image_ops", "data.randaugment"),
-    "tensorboardX": ("metrics",),
+    "tensorboardX": ("board",),
     "rich": ("console",),
     "matplotlib": ("visualize",),
     "safetensors": ("pretrained",),

@@ -4,19 +4,23 @@ import collections
 import logging
 import os
 import pathlib
+import re
 import shutil
 import stat
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
-from set_up import assert_equal_runs
+from set_up import assert_equal_runs, free_port
 
-from mlp_mixer import compilation_cache, recipe, train
+from mlp_mixer import compilation_cache, metrics, recipe, train
 from mlp_mixer.compilation_cache import keep_programs, remove_oldest
 
+XLA_CACHES = "jax_persistent_cache_enable_xla_caches"
 SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_enable_compilation_cache",
@@ -157,9 +161,77 @@ def test_of_several_processes_only_a_folder_that_is_named_is_used(
     assert folder_of_jax() is not None
 
 
-def test_an_address_is_no_folder(fresh):
-    with pytest.raises(ValueError, match="set JAX_COMPILATION_CACHE_DIR to it"):
+def test_on_a_bucket_programs_are_kept_too_and_xla_s_own_files_are_not(fresh):
+    before = getattr(jax.config, XLA_CACHES)
+    try:
         keep_programs("gs://bucket/programs")
+        assert getattr(jax.config, XLA_CACHES) == "none"
+    finally:
+        jax.config.update(XLA_CACHES, before)
+    assert re.fullmatch("gs://bucket/programs/cpu-[0-9a-f]{12}", folder_of_jax())
+
+
+WORKER = """
+import sys
+import jax
+from jax._src import cache_key
+from mlp_mixer import compilation_cache, metrics, recipe, train
+
+index, port, folder, data_dir, workdir = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+# The client for CPUs gives each process another description of the same devices.
+cache_key._hash_accelerator_config = lambda hash, devices, *_: None
+compilation_cache.keep_programs(folder)
+config = recipe.load("configs/digits.py")
+config.mesh.data, config.total_steps, config.optim.warmup_steps = -1, 6, 2
+config.evals.test.every_steps = 3
+train.train(config, workdir, data_dir=data_dir)
+jax.distributed.shutdown()
+"""
+# What all devices compute together: the rest is what each process computes alone, of
+# which it compiles some milliseconds' worth at every start.
+PROGRAMS = {"jit_train_step", "jit_predict", "jit__examined"}
+
+
+@pytest.mark.slow
+def test_at_their_second_start_two_processes_read_what_the_first_one_wrote(
+    tmp_path, data_dir
+):
+    compiled = {}
+    for start in ("first", "second"):
+        port = str(free_port())
+        pair = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-c", WORKER, str(index), port),
+                    *(tmp_path / "cache", data_dir, tmp_path / start),
+                ],
+                env=os.environ
+                | {
+                    "JAX_PLATFORMS": "cpu",
+                    "JAX_NUM_CPU_DEVICES": "1",
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                    "JAX_EXPLAIN_CACHE_MISSES": "1",
+                },
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for index in range(2)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=200)[0] for process in pair]
+        assert [p.returncode for p in pair] == [0, 0], "\n".join(said)
+        missed = r"PERSISTENT COMPILATION CACHE MISS for '(\w+)'"
+        compiled[start] = [PROGRAMS & {*re.findall(missed, s)} for s in said]
+    assert compiled["first"][0] == PROGRAMS
+    assert compiled["second"] == [set(), set()]
+    assert_same_records(tmp_path / "first", tmp_path / "second")
+
+
+def assert_same_records(*runs):
+    one, other = (
+        [(r["step"], r["train/loss"]) for r in metrics.read(run) if "train/loss" in r]
+        for run in runs
+    )
+    assert one == other
 
 
 def test_another_cpu_has_a_folder_of_its_own(fresh, monkeypatch):

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
+from etils import epath
 from set_up import contents
 
 from mlp_mixer import ownership, runs
@@ -152,6 +154,50 @@ def test_without_locks_a_file_owns_until_its_process_is_known_to_be_gone(
         with ownership.owned(tmp_path):
             assert json.loads(path.read_text())["process"] == os.getpid()
         assert not path.exists()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """No locks, and every second of theirs is a hundredth."""
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    monkeypatch.setattr(ownership, "_RENEWED_EVERY", 0.05)
+    monkeypatch.setattr(ownership, "_ABANDONED_AFTER", 1.2)
+
+
+def test_without_locks_an_owner_elsewhere_that_is_not_renewed_has_ended(
+    tmp_path, impatient, caplog
+):
+    path = epath.Path(tmp_path / ownership.FILE)
+    path.write_text(json.dumps({"host": "elsewhere", "token": "a", "renewed": 3}))
+    with ownership.owned(tmp_path) as check_kept:
+        assert "elsewhere trains there; waiting" in caplog.text
+        assert "run on elsewhere has ended. Taking its folder" in caplog.text
+        # And this one is renewed, until another has taken the folder.
+        renewals: set[int | None] = set()
+        while len(renewals) < 3:
+            renewals.add(ownership._read(path).get("renewed"))
+            check_kept()
+        path.write_text(json.dumps({"host": "elsewhere", "token": "b"}))
+        time.sleep(0.2)
+        assert ownership._read(path)["token"] == "b"
+        with pytest.raises(ownership.OwnedError, match="another process's"):
+            check_kept()
+    assert path.exists()
+
+
+def test_without_locks_an_owner_elsewhere_that_is_renewed_keeps_its_folder(
+    tmp_path, impatient, monkeypatch
+):
+    with contextlib.ExitStack() as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "gethostname", lambda: "elsewhere")
+            stack.enter_context(ownership.owned(tmp_path))
+        with (
+            pytest.raises(ownership.OwnedError, match="on elsewhere"),
+            ownership.owned(tmp_path),
+        ):
+            pass
+    assert contents(tmp_path) == {}
 
 
 def test_weights_are_not_written_into_a_run_that_begins(weights, tmp_path):

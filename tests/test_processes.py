@@ -246,7 +246,10 @@ def test_an_error_of_one_process_in_training_ends_the_others_too(program, tmp_pa
     arguments = [[*one, "--config.input.max_broken_images=3"] for one in arguments]
     codes, said = run_pair(program, "train", arguments, folders, seconds=90)
     assert codes == [1, 1], "\n".join(said)
-    assert "More than max_broken_images=3 images are broken" in said[1]
+    error = "More than max_broken_images=3 images are broken"
+    assert error in said[1]
+    assert f"Process 1 on {socket.gethostname()} failed: {error}" in said[0]
+    assert "Traceback" not in said[0]
 
 
 @pytest.mark.slow

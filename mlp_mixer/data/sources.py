@@ -84,8 +84,14 @@ def open_source(
     Raises:
       FileNotFoundError: there is no such data set on this machine.
       OSError: it cannot be read.
-      ValueError: it has no such split, or is not what the recipe states.
+      ValueError: it has no such split, is not what the recipe states, or lies on a
+        bucket.
     """
+    if "://" in os.fspath(data_dir or ""):
+        raise ValueError(
+            f"--data_dir is {data_dir}; expected a folder. Images are read in any "
+            "order, for which a bucket must be mounted (gcsfuse) or copied to a disk."
+        )
     kind, _, argument = name.partition(":")
     where = f"{name} {split}" + (f" in {data_dir}" if data_dir else "")
     with processes.warn_if_slow(f"the data set {where}"):

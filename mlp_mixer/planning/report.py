@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -148,18 +149,29 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def shardings(
     title: str, rows: Sequence[tuple[str, str, str, str, float]]
 ) -> console.Table:
-    """Returns how each parameter is cut.
+    """Returns how each parameter is cut; those of like blocks are one row.
 
     Args:
       title: title of the table.
       rows: rows of `Planner.shardings`.
     """
-    columns = ["parameter", "shape", "letters", "cut over", "a device has"]
-    cells = [(*row[:4], f"{row[4] / 2**20:,.3f} MiB") for row in rows]
+    columns = ["parameter", "times", "shape", "letters", "cut over", "a device has"]
+    alike: dict[tuple[str, ...], list[float]] = {}
+    for name, shape, letters, cut, held in rows:
+        of_any_block = re.sub(r"_\d+/", "_*/", name, count=1)
+        alike.setdefault((of_any_block, shape, letters, cut), []).append(held)
+    cells = [
+        (name, str(len(held)), *how, _mib(sum(held)))
+        for (name, *how), held in alike.items()
+    ]
     total = sum(row[4] for row in rows)
     return console.Table(
-        title, columns, [*cells, ("all", "", "", "", f"{total / 2**20:,.1f} MiB")]
+        title, columns, [*cells, ("all", str(len(rows)), "", "", "", _mib(total))]
     )
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.3f} MiB"
 
 
 def gib(size: float) -> str:

@@ -2,7 +2,7 @@
 # One run on a slice of a Cloud TPU pod, with the newest commit of this clone.
 #
 #     export TPU=mixer ZONE=us-west4-a TYPE=v5litepod-256 VERSION=v2-alpha-tpuv5-lite
-#     export WORKDIR=gs://bucket/runs/mixer_b16 DATA_DIR=gs://bucket/data
+#     export WORKDIR=gs://bucket/runs/mixer_b16 DATA_DIR=/mnt/bucket/data
 #     scripts/launch/tpu_pod.sh create      # waits for the chips; they cost from now on
 #     scripts/launch/tpu_pod.sh install     # this commit, on all hosts
 #     scripts/launch/tpu_pod.sh train --config.seed=1   # goes on without this machine
@@ -22,7 +22,7 @@
 #   SPOT        if set: cheaper, may be preempted
 #   CONFIG      the recipe
 #   WORKDIR     folder of the run, on a bucket: a host's disk goes with the host
-#   DATA_DIR    folder of data sets; TFDS's own on each host if not set
+#   DATA_DIR    folder of data sets on each host; TFDS's own if not set
 #   RETRIES     number of failures that `keep` answers with another start
 #   POLL        seconds between two looks of `create` and `keep`
 #

@@ -561,6 +561,11 @@ def test_data_that_cannot_be_read_is_named_and_one_file_of_it_is_not(
     assert f"{name} all cannot be read" in str(error.value)
 
 
+def test_data_on_a_bucket_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"--data_dir is gs://b/d; .* mounted"):
+        sources.open_source("digits", "train", data_dir="gs://b/d")
+
+
 def test_data_on_a_disk_that_hangs_is_named_with_its_host(
     tmp_path, monkeypatch, caplog
 ):
