@@ -22,9 +22,13 @@ _imported = time.monotonic()
 
 
 def seconds_since_start() -> float:
-    """How long this process has been running, imports included where Linux tells."""
+    """How long this process has been running, imports included where Linux tells.
+
+    One of several processes begins with its supervisor.
+    """
     try:
-        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+        path = f"/proc/{supervisor.process_id()}/stat"
+        with open(path, encoding="utf-8", errors="replace") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])
         started = ticks / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started

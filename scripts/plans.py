@@ -2,7 +2,8 @@
 
     python scripts/plans.py                        (all that are not there yet)
     python scripts/plans.py mixer_h14_jft300m_v3-512 --again
-    python scripts/plans.py --table                (predicted beside published)
+    python scripts/plans.py --refresh              (ranges and tables, nothing compiled)
+    python scripts/plans.py --table                (the tables of docs/plan.md)
 
 Each plan is `python -m mlp_mixer.plan` in a process of its own, so that one that is
 killed leaves the others; the same command goes on with those that are missing.
@@ -15,6 +16,15 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+# Also in a bare clone, where the package is not installed; and always this clone's.
+sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from mlp_mixer import recipe
+from mlp_mixer.planning import chips, duration, report, search
+from mlp_mixer.planning.step import Step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "plans"
@@ -53,17 +63,19 @@ PUBLISHED = {
     "mixer_l16_jft300m_v3-512": 450.0,
     "mixer_h14_jft300m_v3-512": 1010.0,
 }
+# Of those, what says nothing: 10 and 30 may be anything from 5 to 15, and 25 to 35.
+COARSE = ("mixer_s32_jft300m_v3-512", "mixer_s16_jft300m_v3-512")
 
 
 def make(name: str) -> bool:
     """Compiles one plan and writes NAME.json and NAME.md; returns whether it could."""
-    recipe, topology = PLANS[name]
-    words = [f"--config={recipe}", f"--topology={topology}"]
-    command = [sys.executable, "-m", "mlp_mixer.plan", *words]
+    config, topology = PLANS[name]
+    words = [f"--config={config}", f"--topology={topology}"]
+    command = ["-m", "mlp_mixer.plan", *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_path()])}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [*command, f"--output={folder}"],
+            [sys.executable, *command, f"--output={folder}"],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -72,14 +84,62 @@ def make(name: str) -> bool:
         if done.returncode:
             return False
         (plan,) = json.loads((pathlib.Path(folder) / "plan.json").read_text())
-        if plan["step"]["origin"] != "compiled":
-            sys.exit(plan["missing"])
-        plan = {"command": " ".join(["python", *command[1:]]), **plan}
-        FOLDER.mkdir(exist_ok=True)
-        (FOLDER / f"{name}.json").write_text(json.dumps(plan, indent=1) + "\n")
-        text = (pathlib.Path(folder) / "plan.md").read_text()
-        (FOLDER / f"{name}.md").write_text(text)
+    if plan["step"]["origin"] != "compiled":
+        sys.exit(plan["missing"])
+    _write(name, {"command": " ".join(["python", *command]), **plan})
+    refresh(name)
     return True
+
+
+def read(name: str) -> tuple[Any, report.Plan]:
+    """Returns the recipe, complete, and the plan of a pair of files."""
+    config, found = _recorded(name)
+    fields = found["run"]
+    pairs = ("step_seconds", "hours", "chip_hours")
+    run = duration.Run(**fields | {name: tuple(fields[name]) for name in pairs})
+    return config, _plan(found, run)
+
+
+def _recorded(name: str) -> tuple[Any, dict[str, Any]]:
+    found = json.loads((FOLDER / f"{name}.json").read_text())
+    return recipe.completed(recipe.load(PLANS[name][0])), found
+
+
+def _plan(found: dict[str, Any], run: duration.Run) -> report.Plan:
+    """The plan of a file, with another run."""
+    (topology,) = chips.topologies(found["topology"])
+    proposal = found["proposal"] and _proposal(found["proposal"])
+    steps = _step(found["step"]), _step(found["shapes"])
+    return report.Plan(topology, *steps, run, proposal, found["missing"])
+
+
+def _step(fields: dict[str, Any]) -> Step:
+    sums = {kind: tuple(pair) for kind, pair in fields["collectives"].items()}
+    return Step(**fields | {"collectives": sums})
+
+
+def _proposal(fields: dict[str, Any]) -> search.Proposal:
+    return search.Proposal(fields["fields"], _step(fields["step"]))
+
+
+def refresh(name: str) -> None:
+    """Writes a plan's files anew, with the range that its step has today."""
+    config, found = _recorded(name)
+    (topology,) = chips.topologies(found["topology"])
+    run = duration.run(config, _step(found["step"]), topology)
+    plan = _plan(found, run)
+    anew = report.as_json(plan)
+    _write(name, found | {"run": anew["run"], "chip": anew["chip"]})
+    title = f"{config.model.name} on {config.dataset.name}, {plan.topology.name}"
+    table = report.table("", [plan]).markdown()
+    lines = [f"# {title}", "", "```text", found["command"], "```", "", table]
+    lines += [f"- {line}" for line in report.remarks([plan])]
+    (FOLDER / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def _write(name: str, plan: dict[str, Any]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{name}.json").write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def _path() -> list[str]:
@@ -93,36 +153,63 @@ def ratios() -> dict[str, dict[str, float]]:
     """
     found = {}
     for name, published in PUBLISHED.items():
-        path = FOLDER / f"{name}.json"
-        if not path.exists():
+        if not (FOLDER / f"{name}.json").exists():
             continue
-        plan = json.loads(path.read_text())
-        step, days = plan["step"], plan["run"]["steps"] * plan["devices"] / 86_400
-        shapes = plan["shapes"]
+        _, plan = read(name)
+        days = plan.run.steps * plan.topology.devices / 86_400
         found[name] = {
             "published": published,
-            "compiler": step["compiler_seconds"] * days,
-            "roofline": step["roofline_seconds"] * days,
-            "shapes": max(shapes["roofline_seconds"], shapes["link_seconds"]) * days,
+            "compiler": plan.step.seconds * days,
+            "roofline": plan.step.roofline_seconds * days,
+            "shapes": plan.shapes.seconds * days,
         }
     return found
 
 
 def table() -> str:
     """Returns published core-days beside those that are reckoned, and their ratios."""
-    lines = [
-        "| plan | published | compiler | roofline, program | roofline, shapes |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    found = ratios()
-    for name, row in found.items():
+    head = ("plan", "published", "compiler", "roofline, program", "roofline, shapes")
+    rows = []
+    for name, row in ratios().items():
         published = row["published"]
         cells = [
-            f"{row[kind]:.3g} ({published / row[kind]:.2f} x)"
+            f"{_days(row[kind])} ({published / row[kind]:.2f} x)"
             for kind in ("compiler", "roofline", "shapes")
         ]
-        lines.append(f"| {name} | {published:.3g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        coarse = " (too coarse)" if name in COARSE else ""
+        rows.append((name, f"{_days(published)}{coarse}", *cells))
+    return _markdown(head, rows)
+
+
+def summary() -> str:
+    """Returns a line for each plan that is there."""
+    head = ("plan", "peak, of memory", "from shapes", "step", "run", "chip-hours")
+    rows = []
+    for name in PLANS:
+        if (FOLDER / f"{name}.json").exists():
+            _, plan = read(name)
+            step, run = plan.step, plan.run
+            memory = report.shown_bytes(plan.topology.memory)
+            rows.append(
+                (
+                    f"[{name}](plans/{name}.md)",
+                    f"{report.shown_bytes(step.peak)} of {memory}",
+                    report.shown_bytes(plan.shapes.peak),
+                    " to ".join(map(report.shown_time, run.step_seconds)),
+                    " to ".join(report.shown_time(h * 3600) for h in run.hours),
+                    report.spread(run.chip_hours),
+                )
+            )
+    return _markdown(head, rows)
+
+
+def _days(days: float) -> str:
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,13 +219,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("names", nargs="*", help="which; all by default")
     parser.add_argument("--again", action="store_true", help="those that are there too")
-    parser.add_argument("--table", action="store_true", help="predicted and published")
+    parser.add_argument("--refresh", action="store_true", help="nothing is compiled")
+    parser.add_argument("--table", action="store_true", help="those of docs/plan.md")
     args = parser.parse_args(argv)
     if args.table:
-        print(table())
+        print(f"{summary()}\n\n{table()}")
         return
     if unknown := [name for name in args.names if name not in PLANS]:
         parser.error(f"there is no plan {unknown[0]}; there are {', '.join(PLANS)}")
+    if args.refresh:
+        for name in args.names or PLANS:
+            if (FOLDER / f"{name}.json").exists():
+                refresh(name)
+        return
     failed = []
     for name in args.names or PLANS:
         if args.again or not (FOLDER / f"{name}.json").exists():

@@ -14,9 +14,9 @@ import pytest
 from absl import flags
 from jax import lax
 
-from mlp_mixer import models, plan, recipe
+from mlp_mixer import models, plan
 from mlp_mixer.planning import chips, counts, duration, report, search, targets
-from mlp_mixer.planning.step import Step
+from mlp_mixer.planning.step import refused_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -174,6 +174,19 @@ def test_planning_opens_no_data(tiny, eight, monkeypatch):
     assert plan.plan(tiny, eight, can_compile=False).step.fits
 
 
+@pytest.mark.parametrize(
+    ("message", "temporaries"),
+    [
+        ("total memory required for HLO temporaries (25.13G) exceeds", 25.13 * 2**30),
+        ("Ran out of memory in hbm. Used 17.5G of 15.75G hbm.", 16.5 * 2**30),
+        ("Ran out of memory.", None),
+    ],
+)
+def test_a_refusal_says_how_much_it_would_take(message, temporaries):
+    found = refused_bytes(message, held=2.0**30)
+    assert found == (temporaries and pytest.approx(temporaries))
+
+
 # --- What fits ------------------------------------------------------------------------
 
 
@@ -207,6 +220,14 @@ def test_what_does_not_fit_gets_the_cheapest_that_does(tiny, eight, monkeypatch)
     assert proposal.words in text
 
 
+def test_a_step_that_the_compiler_refuses_is_reckoned_from_shapes():
+    config, found = plans.read("mixer_b16_v3-128")
+    step = dataclasses.replace(found.shapes, origin="compiled", refused=True)
+    assert not step.fits
+    *_, text = duration.step_range(step, found.topology, config.run.dtype)
+    assert "the roofline of shapes" in text
+
+
 def test_where_nothing_fits_it_says_so(tiny, eight, monkeypatch):
     tiny.run.remat = "full"
     with_memory(monkeypatch, 1000.0)
@@ -220,13 +241,9 @@ def test_where_nothing_fits_it_says_so(tiny, eight, monkeypatch):
 
 def of_b16(compiler_seconds):
     """B/16 on ImageNet, on a v3-128, whose step the compiler reckons so long."""
-    config = recipe.completed(recipe.load("configs/mixer_b16.py"))
-    (topology,) = chips.topologies("v3:8x8")
-    path = plans.FOLDER / "mixer_b16_v3-128.json"
-    fields = json.loads(path.read_text())["step"]
-    sums = {kind: tuple(pair) for kind, pair in fields["collectives"].items()}
-    fields |= {"compiler_seconds": compiler_seconds, "collectives": sums}
-    return config, Step(**fields), topology
+    config, found = plans.read("mixer_b16_v3-128")
+    step = dataclasses.replace(found.step, compiler_seconds=compiler_seconds)
+    return config, step, found.topology
 
 
 def test_hours_follow_from_steps_and_cost_from_chip_hours(monkeypatch):
@@ -244,9 +261,22 @@ def test_hours_follow_from_steps_and_cost_from_chip_hours(monkeypatch):
 
 def test_the_published_run_of_b16_is_in_the_range():
     """2 h 11 min on a v3-128, evaluations included."""
-    step = json.loads((plans.FOLDER / "mixer_b16_v3-128.json").read_text())["step"]
-    run = duration.run(*of_b16(step["compiler_seconds"]))
-    assert run.hours[0] <= 131 / 60 <= run.hours[1]
+    _, found = plans.read("mixer_b16_v3-128")
+    least, most = found.run.hours
+    assert least <= 131 / 60 <= most
+
+
+def test_the_ratios_are_those_of_published_runs_and_a_tenth_beyond():
+    points = {n: row for n, row in plans.ratios().items() if n not in plans.COARSE}
+    assert len(points) == 6
+    for kind, (low, high) in {
+        "compiler": duration.COMPILER_RATIOS,
+        "roofline": duration.ROOFLINE_RATIOS,
+        "shapes": duration.SHAPES_RATIOS,
+    }.items():
+        found = [row["published"] / row[kind] for row in points.values()]
+        assert low == pytest.approx(0.9 * min(found), abs=0.006)
+        assert high == pytest.approx(1.1 * max(found), abs=0.006)
 
 
 def test_cores_are_those_that_the_input_benchmark_measured():
@@ -266,6 +296,14 @@ def test_cores_are_those_that_the_input_benchmark_measured():
         assert duration.PIPELINE[augments] == pytest.approx(pipeline / direct, rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.083, "83 ms"), (3.0, "3 s"), (131 * 60.0, "2.18 h"), (604_800.0, "7 days")],
+)
+def test_a_time_has_the_unit_that_fits(seconds, text):
+    assert report.shown_time(seconds) == text
+
+
 def test_a_price_is_one_or_one_for_each():
     assert plan._prices(None, 2) == [None, None]
     assert plan._prices("1.5", 2) == [1.5, 1.5]
@@ -278,29 +316,37 @@ def test_a_price_is_one_or_one_for_each():
 # --- Recorded plans -------------------------------------------------------------------
 
 
-RECORDED = [name for name in plans.PLANS if (plans.FOLDER / f"{name}.json").exists()]
 # GFLOP for an image and a step, nothing computed again: 3 forward passes without the
 # gradient of the image.
 TRAINING = {"b16": 75.4, "l16": 267.0, "h14": 725.6, "s32": 5.9, "s16": 22.5}
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", plans.PLANS)
 def test_a_recorded_plan_was_compiled(name):
-    found = json.loads((plans.FOLDER / f"{name}.json").read_text())
-    config, topology = plans.PLANS[name]
-    assert f"--config={config} --topology={topology}" in found["command"]
-    step = found["step"]
-    assert step["origin"] == "compiled"
-    assert step["compile_seconds"] > 0
-    assert found["fits"] or found["proposal"]
+    config, found = plans.read(name)
+    step, text = found.step, (plans.FOLDER / f"{name}.md").read_text()
+    assert step.origin == "compiled"
+    assert step.compile_seconds > 0
+    assert step.compiler in text
+    assert step.fits or found.proposal
     # The mesh divides the work.
-    assert step["compiled_flops"] == pytest.approx(step["flops"], rel=0.02)
-    text = (plans.FOLDER / f"{name}.md").read_text()
-    assert step["compiler"] in text
-    images = 4096 / found["devices"]
+    assert step.compiled_flops == pytest.approx(step.flops, rel=0.02)
+    images = config.batch_size / found.topology.devices
     if expected := TRAINING.get(name.split("_")[1]):
-        per_image = step["needed_flops"] / images / 1e9
-        assert per_image == pytest.approx(expected, rel=0.01)
+        assert step.needed_flops / images / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+def test_the_page_shows_the_recorded_figures():
+    page = (ROOT / "docs/plan.md").read_text()
+    assert plans.summary() in page
+    assert plans.table() in page
+
+
+@pytest.mark.parametrize("name", plans.PLANS)
+def test_a_recorded_plan_has_todays_range(name):
+    """python scripts/plans.py --refresh"""
+    config, found = plans.read(name)
+    assert found.run == duration.run(config, found.step, found.topology)
 
 
 # --- The command, and compilers -------------------------------------------------------
@@ -323,12 +369,12 @@ def test_the_command_prints_one_table_for_several_topologies(
     plan.main([])
     shown = capsys.readouterr().out
     assert "v3:2x2: from shapes alone." in shown
-    assert "hours" in shown
+    assert "chip-hours" in shown
     assert "cost" in shown
     written = json.loads((tmp_path / "plan" / "plan.json").read_text())
     assert [one["topology"] for one in written] == ["cpu:8", "v3:2x2"]
     assert written[1]["run"]["cost"][0] == 2 * written[1]["run"]["chip_hours"][0]
-    assert "| hours |" in (tmp_path / "plan" / "plan.md").read_text()
+    assert "| chip-hours |" in (tmp_path / "plan" / "plan.md").read_text()
 
 
 @pytest.mark.slow

@@ -250,11 +250,15 @@ def test_results_are_kept_if_the_picture_cannot_be_drawn(odd_run, caplog, capsys
     workdir = shutil.copytree(odd_run[0], odd_run[0].with_name("copied"))
     (workdir / "report.png").unlink(missing_ok=True)
     (workdir / "report.png").mkdir()
+    (workdir / "metrics.jsonl").write_text("[]\n")
     results = evaluate.evaluate(workdir)
     assert 0 <= results["test"]["top1"] <= 1
     assert "copied" in capsys.readouterr().out
     warned = [m for m in caplog.messages if "report.png is not drawn: " in m]
     assert len(warned) == 1
+    assert any(
+        "Neither curves nor times are shown: Line 1 of" in m for m in caplog.messages
+    )
     assert (workdir / "evaluate.json").exists()
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 from set_up import run_pair
 
-from mlp_mixer import metrics, signals, train
+from mlp_mixer import metrics, signals, supervisor, train
 
 RUN = [
     "--config=configs/digits.py",
@@ -34,6 +34,12 @@ print(began, time.time() - signals.seconds_since_start())
     ).stdout
     began, started = map(float, printed.split())
     assert before - 0.1 < started < began + 0.1
+
+
+def test_a_process_with_a_supervisor_began_with_it(monkeypatch):
+    alone = signals.seconds_since_start()
+    monkeypatch.setattr(supervisor, "process_id", os.getppid)
+    assert signals.seconds_since_start() > alone
 
 
 def test_the_time_that_is_over_asks_to_stop(caplog):

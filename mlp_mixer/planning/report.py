@@ -10,7 +10,7 @@ from mlp_mixer import console
 from mlp_mixer.planning.chips import Topology
 from mlp_mixer.planning.duration import Run
 from mlp_mixer.planning.search import Proposal
-from mlp_mixer.planning.step import Step
+from mlp_mixer.planning.step import Part, Step
 
 
 class Plan(NamedTuple):
@@ -44,56 +44,62 @@ def table(title: str, plans: Sequence[Plan]) -> console.Table:
     columns = [_column(plan) for plan in plans]
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, *(column.get(name, "") for column in columns)) for name in names]
-    return console.Table(title, ["a device", *(p.topology.name for p in plans)], rows)
+    return console.Table(
+        title, ["of a device", *(p.topology.name for p in plans)], rows
+    )
 
 
 def _column(plan: Plan) -> dict[str, str]:
     """What is known, by its name."""
     topology, step, run = plan.topology, plan.step, plan.run
+    known_from = step.origin
+    if step.compile_seconds is not None:
+        known_from += f", {step.compiler}, in {step.compile_seconds:.0f} s"
     cells = {
         "chips, devices, hosts": (
             f"{topology.chips}, {topology.devices}, {topology.hosts}"
         ),
-        "known from": step.origin
-        + (f", {step.compiler}, {step.compile_seconds:.0f} s" if step.compiler else ""),
+        "known from": known_from,
         "computed in": step.run,
         "mesh": " x ".join(f"{name} {size}" for name, size in step.mesh.items()),
         "parameters are": step.sharding,
         "micro-batches": f"{step.accumulate}",
-        "parameters": gib(step.parameters),
-        "optimiser": gib(step.moments),
-        "batch": gib(step.batch),
-        "activations and other temporaries": gib(step.temporaries),
-        "peak": gib(step.peak),
-        "memory": f"{gib(topology.memory)}, of which a program has {gib(step.usable)}",
+        "parameters": shown_bytes(step.parameters),
+        "optimiser": shown_bytes(step.moments),
+        "batch": shown_bytes(step.batch),
+        "activations and other temporaries": shown_bytes(step.temporaries),
+        "peak": shown_bytes(step.peak),
+        "memory": shown_bytes(topology.memory),
+        "of which a program may have": shown_bytes(step.usable),
         "fits": "yes" if step.fits else "NO",
-        "TFLOP of a step, without what is computed again": (
-            f"{step.flops / 1e12:.3g}, {step.needed_flops / 1e12:.3g}"
-        ),
+        "TFLOP of a step": f"{step.flops / 1e12:.3g}",
+        "of which nothing is computed again": f"{step.needed_flops / 1e12:.3g}",
         "GB read and written": f"{step.moved / 1e9:.3g}",
     }
     for kind, (count, size) in sorted(step.collectives.items()):
-        cells[kind] = f"{count} x, {size / 1e6:,.0f} MB"
-    cells["time of what travels"] = milliseconds(step.link_seconds)
-    cells["roofline"] = milliseconds(step.roofline_seconds)
+        cells[kind] = f"{count} x, {size / 1e6:,.0f} MB in all"
+    cells["time of what travels"] = shown_time(step.link_seconds)
+    cells["roofline"] = shown_time(step.roofline_seconds)
     if step.compiler_seconds is not None:
-        cells["the compiler's estimate"] = milliseconds(step.compiler_seconds)
+        cells["the compiler's estimate"] = shown_time(step.compiler_seconds)
     if step.optimal_seconds is not None:
-        cells["its bound, a scanned block once"] = milliseconds(step.optimal_seconds)
+        cells["its bound (a scanned block once)"] = shown_time(step.optimal_seconds)
     cells |= {
-        "step": " to ".join(map(milliseconds, run.step_seconds)),
-        "origin of the range": run.origin,
+        "step": " to ".join(map(shown_time, run.step_seconds)),
+        "that is": run.origin,
         "steps": f"{run.steps:,}",
-        "hours": spread(run.hours),
+        "run": " to ".join(shown_time(hours * 3600) for hours in run.hours),
         "chip-hours": spread(run.chip_hours),
     }
     if run.cost is not None:
         cells["cost"] = spread(run.cost)
     cells |= {
         "images/s that hosts make": f"{run.images_per_second:,.0f}",
-        "cores for them": f"{run.cores:,.0f}, {run.cores / run.hosts:,.0f} a host",
+        "cores for them": f"{run.cores:,.0f}",
+        "of each host": f"{run.cores / run.hosts:,.1f}",
+        "kB of an image": f"{run.image_bytes / 1e3:,.0f}, {run.image_bytes_from}",
         "MB/s read": f"{run.read_bytes_per_second / 1e6:,.0f}",
-        "disk for data": f"{run.data_bytes / 1e9:,.0f} GB",
+        "disk for data": f"{run.data_bytes / 1e9:,.1f} GB",
         "disk for checkpoints": f"{run.checkpoint_bytes / 1e9:,.1f} GB",
     }
     return cells
@@ -109,8 +115,8 @@ def remarks(plans: Sequence[Plan]) -> list[str]:
             lines.append(
                 f"{topology.name}: it does not fit. The cheapest that does, of those "
                 f"that were tried ({proposal.step.origin}): {proposal.words}: "
-                f"{gib(proposal.step.peak)} at the peak, "
-                f"{milliseconds(proposal.step.seconds)} a step."
+                f"{shown_bytes(proposal.step.peak)} at the peak, "
+                f"{shown_time(proposal.step.seconds)} a step."
             )
         elif not step.fits:
             lines.append(
@@ -146,42 +152,45 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def shardings(
-    title: str, rows: Sequence[tuple[str, str, str, str, float]]
-) -> console.Table:
+def shardings(title: str, parts: Sequence[Part]) -> console.Table:
     """Returns how each parameter is cut; those of like blocks are one row.
 
     Args:
       title: title of the table.
-      rows: rows of `Planner.shardings`.
+      parts: what `Planner.shardings` gives.
     """
-    columns = ["parameter", "times", "shape", "letters", "cut over", "a device has"]
     alike: dict[tuple[str, ...], list[float]] = {}
-    for name, shape, letters, cut, held in rows:
-        of_any_block = re.sub(r"_\d+/", "_*/", name, count=1)
-        alike.setdefault((of_any_block, shape, letters, cut), []).append(held)
-    cells = [
-        (name, str(len(held)), *how, _mib(sum(held)))
-        for (name, *how), held in alike.items()
+    for part in parts:
+        of_any_block = re.sub(r"_\d+/", "_*/", part.path, count=1)
+        row = (of_any_block, part.shape, part.letters, part.cut)
+        alike.setdefault(row, []).append(part.bytes)
+    rows = [
+        (path, str(len(held)), *how, shown_bytes(sum(held)))
+        for (path, *how), held in alike.items()
     ]
-    total = sum(row[4] for row in rows)
-    return console.Table(
-        title, columns, [*cells, ("all", str(len(rows)), "", "", "", _mib(total))]
-    )
+    total = sum(part.bytes for part in parts)
+    columns = ("parameter", "times", "shape", "letters", "cut over", "a device has")
+    last = ("all", str(len(parts)), "", "", "", shown_bytes(total))
+    return console.Table(title, columns, [*rows, last])
 
 
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.3f} MiB"
+def shown_bytes(size: float) -> str:
+    """A number of bytes, in the unit that fits."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.2f} GiB"
 
 
-def gib(size: float) -> str:
-    """A number of bytes in GiB."""
-    return f"{size / 2**30:,.2f} GiB"
-
-
-def milliseconds(seconds: float) -> str:
-    """A time in milliseconds."""
-    return f"{seconds * 1e3:.3g} ms"
+def shown_time(seconds: float) -> str:
+    """A time, in the unit that fits."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    for limit, length, unit in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} days"
 
 
 def spread(pair: tuple[float, float]) -> str:

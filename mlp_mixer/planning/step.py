@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -87,6 +87,24 @@ class Step:
         return max(self.compiler_seconds or self.roofline_seconds, self.link_seconds)
 
 
+class Part(NamedTuple):
+    """What a device has of a parameter.
+
+    Attributes:
+      path: path of the parameter.
+      shape: lengths of its axes.
+      letters: their letters in the model's `AXES`.
+      cut: what cuts each of them, "-" for nothing; or "whole".
+      bytes: bytes on one device.
+    """
+
+    path: str
+    shape: str
+    letters: str
+    cut: str
+    bytes: float
+
+
 class Planner:
     """Reckons and compiles the steps of a recipe on a topology.
 
@@ -156,17 +174,22 @@ class Planner:
             sharding.shardings(shapes, self.mesh, strategy, axes),
         )
 
-    def shardings(self) -> list[tuple[str, str, str, str, float]]:
-        """Returns each parameter's path, shape, letters, cut, and bytes on a device."""
-        state = self._state()
-        axes, rows = models.family(self.config.model.name).AXES, []
+    def shardings(self) -> list[Part]:
+        """Returns how each parameter is cut."""
+        state, parts = self._state(), []
+        axes = models.family(self.config.model.name).AXES
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-            name = "/".join(str(key.key) for key in path)
-            letters = " ".join(sharding.letters_of(path, leaf, axes))
-            shape = " x ".join(map(str, leaf.shape))
-            cut = ", ".join(str(axis or "-") for axis in leaf.sharding.spec)
-            rows.append((name, shape, letters, cut or "whole", _held(leaf)))
-        return rows
+            cut = [str(axis or "-") for axis in leaf.sharding.spec]
+            parts.append(
+                Part(
+                    path="/".join(str(key.key) for key in path),
+                    shape=" x ".join(map(str, leaf.shape)),
+                    letters=" ".join(sharding.letters_of(path, leaf, axes)),
+                    cut=", ".join(cut) if {*cut} - {"-"} else "whole",
+                    bytes=_held(leaf),
+                )
+            )
+        return parts
 
     def reckoned(self) -> Step:
         """Returns what a step needs, by the shapes of its program."""
@@ -283,12 +306,14 @@ class Planner:
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if (used := _used_memory(str(error))) is None:
+            message = str(error)
+            if "RESOURCE_EXHAUSTED" not in message:
                 raise
             held = reckoned.parameters + reckoned.moments + reckoned.batch
+            made = refused_bytes(message, held) or reckoned.temporaries
             measured: dict[str, Any] = {
-                "temporaries": max(used - held, 0.0),
-                "peak": used,
+                "temporaries": made,
+                "peak": held + made,
                 "refused": True,
             }
         else:
@@ -405,9 +430,18 @@ def _link_seconds(sums: Mapping[str, tuple[int, float]], topology: Topology) -> 
     return sum(size * sent.get(kind, 1.0) for kind, (_, size) in sums.items()) / rate
 
 
-def _used_memory(message: str) -> float | None:
-    """The bytes that a program would take, of a compiler's refusal; None of another."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message or not found:
-        return None
-    return float(found[1]) * 2.0 ** (10 * (1 + "KMGT".index(found[2])))
+def refused_bytes(message: str, held: float) -> float | None:
+    """Returns the temporaries of a program that a compiler refuses; None if unsaid.
+
+    Args:
+      message: the compiler's message.
+      held: bytes of the program's arguments.
+    """
+    for pattern, arguments in (
+        (r"HLO temporaries \(([\d.]+)([KMGT])\)", 0.0),
+        (r"Used ([\d.]+)([KMGT]) of", held),
+    ):
+        if found := re.search(pattern, message):
+            size = float(found[1]) * 2.0 ** (10 * (1 + "KMGT".index(found[2])))
+            return max(size - arguments, 0.0)
+    return None
