@@ -39,7 +39,7 @@ RECIPE = {
 }
 FIELDS = [f"--config.{name}={value}" for name, value in RECIPE.items()]
 HEARTBEAT_SECONDS = 20
-JOIN_SECONDS = 60
+JOIN_SECONDS = 40
 # Beyond those, how long processes may take to end on a busy machine.
 END_SECONDS = 60.0
 # By how much the times of the records may exceed what the processes took, of which
