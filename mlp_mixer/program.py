@@ -369,7 +369,7 @@ def _join(
         else:
             host, port, index, count = _place(distributed)
             _check_host(distributed, host, port)
-        roll = joining.Roll(host, port, index, count)
+        roll = joining.RollCall(host, port, index, count)
         now_for(lambda: roll.missing)
         try:
             hosts = roll.call()
