@@ -17,7 +17,7 @@ _MOST = 1 << 20  # bytes of a line; more is not from one of us
 _NAMED = 10  # processes in a message
 
 
-class Roll:
+class RollCall:
     """Who of the processes of one run is there.
 
     Args:
@@ -35,7 +35,7 @@ class Roll:
         self._index, self._count = index, count
         self._my_host = socket.gethostname()
         first = f"process 0 at {host}:{port}"
-        self.missing = first if index else _named(range(1, count), count)
+        self.missing = first if index else _process_names(range(1, count), count)
 
     def call(self) -> list[str]:
         """Waits until all processes are there, and returns their hosts.
@@ -48,19 +48,35 @@ class Roll:
 
     def _wait_for_others(self) -> list[str]:
         there: dict[int, tuple[socket.socket, str]] = {}
+        asked: set[int] = set()
+        ready: set[int] = set()
         told = time.monotonic()
         with contextlib.ExitStack() as opened:
             server = opened.enter_context(_listen(self._port))
-            while len(there) < self._count - 1:
+            while len(ready) < self._count - 1:
                 callers = [caller for caller, _ in there.values()]
-                for ready in connection.wait([server, *callers], _NEWS):
-                    if ready is server:
+                for heard in connection.wait([server, *callers], _NEWS):
+                    if heard is server:
                         caller = opened.enter_context(server.accept()[0])
                         self._enrol(caller, there)
-                    else:  # none of them has more to say: it has ended
-                        there = {i: x for i, x in there.items() if x[0] is not ready}
-                missing = sorted({*range(1, self._count)} - there.keys())
-                self.missing = _named(missing, self._count)
+                        continue
+                    index = next(i for i, (x, _) in there.items() if x is heard)
+                    try:
+                        _receive(there[index][0])
+                        ready.add(index)
+                    except (OSError, ValueError):  # it has ended
+                        for group in (ready, asked):
+                            group.discard(index)
+                        there.pop(index)
+                all_called = len(there) == self._count - 1
+                # One that called early may have been stopped meanwhile.
+                for index in (there.keys() - asked) if all_called else ():
+                    _send(there[index][0], ready=True)
+                    asked.add(index)
+                present = ready if all_called else there.keys()
+                self.missing = _process_names(
+                    sorted({*range(1, self._count)} - present), self._count
+                )
                 if time.monotonic() - told > _NEWS:
                     told = time.monotonic()
                     for caller, _ in there.values():
@@ -124,11 +140,13 @@ class Roll:
             message: dict[str, Any] = {}
             while not {"hosts", "wrong"} & message.keys():
                 message = _receive(caller)
+                if "ready" in message:
+                    _send(caller, ready=True)
                 self.missing = message.get("missing", self.missing)
             return message
 
 
-def _named(numbers: range | list[int], count: int) -> str:
+def _process_names(numbers: range | list[int], count: int) -> str:
     several = "es" * (len(numbers) > 1)
     more = f" and {len(numbers) - _NAMED} more" * (len(numbers) > _NAMED)
     return f"process{several} {', '.join(map(str, numbers[:_NAMED]))}{more} of {count}"

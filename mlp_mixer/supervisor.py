@@ -114,7 +114,7 @@ class _Supervisor:
         self._index: int | None = None
         self._hosts: list[str] = []
         self._heard = b""
-        self._page = Page()
+        self._page = OutputFilter()
         with _blocked():  # until the child can be told; it inherits that
             for signum in _SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -147,6 +147,8 @@ class _Supervisor:
         """Waits for the end of the child, and returns the status to exit with."""
         sources = [self._connection.fileno(), self._stderr]
         while True:
+            if not sources:  # it has closed all, so it is about to end
+                self._child.wait()
             ended = self._child.poll() is not None  # asked first: then all is there
             ready = select.select(sources, [], [], 0 if ended else 0.5)[0]
             if self._connection.fileno() in ready and not self._hear():
@@ -155,6 +157,8 @@ class _Supervisor:
                 text = _read(self._stderr)
                 if not text:
                     sources.remove(self._stderr)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._child.wait(1)  # its end follows at once
                 elif not _print_bytes(self._page.passed(text)):
                     os.close(self._stderr)  # nobody reads: the child is to notice
                     sources.remove(self._stderr)
@@ -176,7 +180,7 @@ class _Supervisor:
         return more
 
     def _explained(self, status: int) -> int:
-        me = named(self._index, self._hosts)
+        me = process_name(self._index, self._hosts)
         lost = self._page.lost(self._hosts) if status == -signal.SIGABRT else None
         if lost:
             _print(
@@ -193,7 +197,7 @@ class _Supervisor:
         return status
 
 
-class Page:
+class OutputFilter:
     """What a child prints, without the page of text with which JAX ends it.
 
     Attributes:
@@ -238,10 +242,10 @@ class Page:
         text = self.held[self.held.index(_FATAL) :].decode(errors="replace")
         if found := re.search(r"stopped sending heartbeats\):\n((?:.*\d+\n)+)", text):
             numbers = re.findall(r"(\d+)$", found[1], re.MULTILINE)
-            processes = [named(int(number), hosts) for number in numbers]
+            processes = [process_name(int(number), hosts) for number in numbers]
             who = " and ".join(processes)
             return f"{who[0].upper()}{who[1:]} stopped answering"
-        first = named(0, hosts)
+        first = process_name(0, hosts)
         if "Failed to send RPC to coordination service" in text:
             return f"{first[0].upper()}{first[1:]} has ended, or cannot be reached"
         if "CoordinationService/Heartbeat" in text and "DEADLINE_EXCEEDED" in text:
@@ -259,7 +263,7 @@ _PAGE = re.compile(
 _PART = re.compile(rb"^[WEF](?:\d{0,4}|\d{4} [\d:. ]*[a-z_.]*)\Z", re.MULTILINE)
 
 
-def named(index: int | None, hosts: Sequence[str]) -> str:
+def process_name(index: int | None, hosts: Sequence[str]) -> str:
     """Names a process by its number and its host, as far as they are known."""
     if index is None:
         return "this process"

@@ -23,7 +23,7 @@ def roll(monkeypatch, port):
     with concurrent.futures.ThreadPoolExecutor() as pool:
 
         def call(index, count=3):
-            one = joining.Roll("localhost", port, index, count)
+            one = joining.RollCall("localhost", port, index, count)
             return one, pool.submit(one.call)
 
         yield call
@@ -79,7 +79,21 @@ def test_a_process_that_is_none_of_them_is_told_why(roll, port, index, count, me
         with pytest.raises(ValueError, match=message):
             refused.result(10)
         roll(2)
+        joining._send(caller, ready=True)
         assert hosts.result(10)[1] == "here"
+
+
+def test_a_process_that_called_and_was_stopped_is_missing_until_it_answers(roll, port):
+    first, hosts = roll(0)
+    wait_until(lambda: _is_open(port))
+    with socket.create_connection(("localhost", port)) as caller:
+        joining._send(caller, index=2, count=3, host="here")
+        wait_until(lambda: first.missing == "process 1 of 3")
+        second, _ = roll(1)
+        wait_until(lambda: first.missing == second.missing == "process 2 of 3")
+        assert not hosts.done()
+        joining._send(caller, ready=True)
+        assert hosts.result(10)[2] == "here"
 
 
 @pytest.mark.parametrize(
@@ -104,5 +118,5 @@ def _is_open(port):
 
 
 def test_many_missing_processes_are_counted():
-    roll = joining.Roll("localhost", 1, 0, 100)
+    roll = joining.RollCall("localhost", 1, 0, 100)
     assert roll.missing == "processes 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 89 more of 100"

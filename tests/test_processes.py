@@ -286,3 +286,25 @@ def test_two_processes_start_from_the_same_weights_or_not_at_all(
     else:
         assert 0 not in codes
         assert "weights at made.npz.params/" in "".join(said)
+
+
+GLOO = "UNKNOWN: Gloo AllGather failed: [pair.cc:538] Read error: Connection reset"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError(GLOO), True),  # as jaxlib raises it
+        (jax.errors.JaxRuntimeError(f"INTERNAL: NCCL operation failed: {GLOO}"), True),
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), False),
+        (ValueError("no connection closed here"), False),
+        (OSError("Connection reset by peer"), False),
+    ],
+)
+def test_an_error_of_an_exchange_is_told_from_ones_own(error, expected):
+    assert processes.is_of_an_exchange(error) == expected
+    # An error that arose from it, as a save that could not go on.
+    late = RuntimeError("Saving step 5 failed")
+    late.__cause__ = error
+    assert processes.is_of_an_exchange(late) == expected

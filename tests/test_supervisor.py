@@ -81,7 +81,7 @@ PAGES = {
 @pytest.mark.parametrize("cut", [1, 7, 100, 100_000])
 @pytest.mark.parametrize(("text", "lost"), PAGES.values(), ids=PAGES)
 def test_the_page_of_jax_becomes_the_names_of_who_is_lost(text, lost, cut):
-    page = supervisor.Page()
+    page = supervisor.OutputFilter()
     data = f"03:16:11 step 5/900\nEvery word\n{text}".encode()
     shown = b"".join(
         page.passed(data[i : i + cut]) + page.released()
@@ -95,7 +95,7 @@ def test_the_page_of_jax_becomes_the_names_of_who_is_lost(text, lost, cut):
 
 
 def test_a_page_that_nothing_comes_before_is_held_too():
-    page = supervisor.Page()
+    page = supervisor.OutputFilter()
     assert page.released() == b""
     assert page.passed(_AGENT.encode()) == b""
 
@@ -109,7 +109,7 @@ def test_a_page_that_nothing_comes_before_is_held_too():
     ],
 )
 def test_an_end_that_is_not_known_keeps_its_text(text):
-    page = supervisor.Page()
+    page = supervisor.OutputFilter()
     shown = page.passed(text.encode())
     assert page.lost(["a", "b"]) is None
     assert shown + page.held == text.encode()
@@ -117,7 +117,7 @@ def test_an_end_that_is_not_known_keeps_its_text(text):
 
 def test_a_line_of_jax_that_no_end_follows_is_shown_after_a_while(monkeypatch):
     monkeypatch.setattr(supervisor, "_PATIENCE", 0.1)
-    page = supervisor.Page()
+    page = supervisor.OutputFilter()
     shown = page.passed(b"one\n" + _AGENT.encode()) + page.released()
     assert shown == b"one\n"
     time.sleep(0.11)
@@ -127,7 +127,7 @@ def test_a_line_of_jax_that_no_end_follows_is_shown_after_a_while(monkeypatch):
 
 
 def test_a_line_without_an_end_is_shown_at_once():
-    page = supervisor.Page()
+    page = supervisor.OutputFilter()
     for text in (b"step 1/9 \r", b"\x1b[2KE", b"Wait", b"\xff\x00", b" for W"):
         assert page.passed(text) == text
     assert page.passed(b"\nW") == b"\n"
