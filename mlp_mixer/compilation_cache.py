@@ -67,9 +67,6 @@ def _prepare(place: epath.Path) -> None:
       OSError: it cannot be written.
     """
     if "://" in os.fspath(place):
-        # XLA writes what it has tuned to files, which cannot lie on a bucket. The kept
-        # programs are tuned.
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         return
     # Whoever may write here may have this process run anything.
     place.mkdir(mode=0o700, parents=True, exist_ok=True)

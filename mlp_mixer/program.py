@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import re
@@ -184,8 +185,14 @@ def path(text: str) -> str:
     """The path of an argument, `~` expanded.
 
     Raises:
-      ValueError: it begins with `~` and there is no such user.
+      ValueError: it begins with `~` and there is no such user; or it is on a bucket,
+        and the library for that is missing.
     """
+    if text.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(
+            f"{text} is on a bucket, for which gcsfs is missing: pip install "
+            "'mlp-mixer-jax[gcs]'."
+        )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(

@@ -147,6 +147,8 @@ class _Supervisor:
         """Waits for the end of the child, and returns the status to exit with."""
         sources = [self._connection.fileno(), self._stderr]
         while True:
+            if not sources:  # it has closed all, so it is about to end
+                self._child.wait()
             ended = self._child.poll() is not None  # asked first: then all is there
             ready = select.select(sources, [], [], 0 if ended else 0.5)[0]
             if self._connection.fileno() in ready and not self._hear():

@@ -38,9 +38,9 @@ RECIPE = {
     "model.stochastic_depth": 0.1,
 }
 FIELDS = [f"--config.{name}={value}" for name, value in RECIPE.items()]
-# Whoever lost another process of the run has ended by then.
-LOST_SECONDS = 100.0
-# And whoever was asked to end, or is out of disk.
+HEARTBEAT_SECONDS = 20
+JOIN_SECONDS = 40
+# Beyond those, how long processes may take to end on a busy machine.
 END_SECONDS = 60.0
 # By how much the times of the records may exceed what the processes took, of which
 # those that a kill cost are an estimate: a share, and seconds for each start.
@@ -65,6 +65,7 @@ class Job:
     ):
         self.workdir = workdir
         self.starts = 0
+        self.seconds = 0.0  # that the starts took whose end was waited for
         self._logs = logs
         logs.mkdir(parents=True)
         self._command = [
@@ -75,7 +76,7 @@ class Job:
         # Every process that comes from this job has it in its environment.
         self._mark = f"SOAK_JOB={uuid.uuid4().hex}"
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._seconds, self._began = 0.0, 0.0
+        self._began = 0.0
 
     def start(self, count: int, variables: Mapping[str, str] | None = None) -> None:
         """Starts so many processes of the run; one alone has two devices."""
@@ -86,10 +87,14 @@ class Job:
             port = free.getsockname()[1]
         self._processes = []
         for index in range(count):
-            place = f"--distributed=localhost:{port},{index},{count}"
+            place = [
+                f"--distributed=localhost:{port},{index},{count}",
+                f"--heartbeat_timeout_seconds={HEARTBEAT_SECONDS}",
+                f"--join_timeout_seconds={JOIN_SECONDS}",
+            ]
             self._processes.append(
                 self.start_one(
-                    [place] if count > 1 else [],
+                    place if count > 1 else [],
                     self.log(index),
                     {"JAX_NUM_CPU_DEVICES": str(2 if count == 1 else 1)}
                     | {"SOAK_INDEX": str(index)}
@@ -175,13 +180,9 @@ class Job:
                     f"{self.pids()}; exit statuses: {self.statuses()}."
                 )
             time.sleep(0.05)
-        self._seconds += time.monotonic() - self._began
+        self.seconds += time.monotonic() - self._began
         self._began = time.monotonic()
         return [process.wait() for process in self._processes]
-
-    def seconds(self) -> float:
-        """How long the starts whose end was waited for have taken, all together."""
-        return self._seconds
 
     def end(self) -> None:
         """Kills what is left."""
@@ -304,13 +305,13 @@ def check_times(workdir: pathlib.Path, job: Job) -> None:
     """
     seconds = goodput.sums(_read(workdir))
     seconds.pop("not_running", None)
-    told, most = sum(seconds.values()), job.seconds() * (1 + EXCESS_SHARE)
+    told, most = sum(seconds.values()), job.seconds * (1 + EXCESS_SHARE)
     if (
         min(seconds.values(), default=0) < 0
         or told > most + job.starts * EXCESS_SECONDS
     ):
         raise ViolationError(
-            f"The processes took {job.seconds():.1f} seconds in {job.starts} starts, "
+            f"The processes took {job.seconds:.1f} seconds in {job.starts} starts, "
             f"but the records tell {told:.1f}: {seconds}."
         )
 

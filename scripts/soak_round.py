@@ -97,6 +97,8 @@ class Round:
                 break
             self.what = ""
             step = self.job.step()
+            if fault.needs_checkpoint and not self.unharmed():
+                continue
             fault.inject(self)
             self._say(
                 f"fault {fault.number:4}  {fault.kind:24} at step {step:3} of start "
@@ -156,7 +158,7 @@ class Round:
                 return False
             self._check_restored()
             if None not in self.job.statuses() or any(self.job.statuses()):
-                self.wait(soak_job.LOST_SECONDS)
+                self.wait(self.patience())
                 continue
             step = self.job.step()
             if step != newest:
@@ -189,6 +191,12 @@ class Round:
         self._check_restored()
         self._check_folder()
         return statuses
+
+    def patience(self) -> float:
+        """The seconds after which all have ended that lost one, or were asked to."""
+        began = self.job.restored_step() is not None
+        waits = soak_job.HEARTBEAT_SECONDS if began else soak_job.JOIN_SECONDS
+        return waits + soak_job.END_SECONDS
 
     def _check_folder(self) -> None:
         self._ledger.check()
@@ -226,7 +234,7 @@ class Round:
     def stop_politely(self) -> None:
         """Asks all processes to end."""
         self.job.send(signal.SIGTERM, [self.job.started_pid(0)])
-        self.check_stopped(self.wait(soak_job.LOST_SECONDS))
+        self.check_stopped(self.wait(self.patience()))
 
     def check_stopped(self, statuses: Sequence[int]) -> None:
         """Checks how a run has ended that was asked to.
@@ -268,6 +276,18 @@ class Round:
         self.expect(r"is damaged and set aside|Start all processes again")
         return f"{path.relative_to(folder)} of {len(content)} bytes in {folder.name}"
 
+    def keep_copy(self, folder: pathlib.Path) -> None:
+        """Copies a checkpoint, and brings it back if a start finds none intact."""
+        copy = self.disk.folder / "copy" / folder.name
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+
+        def bring_back() -> None:
+            shutil.copytree(copy, folder)
+            self._ledger.intact[int(folder.name)] = soak_job.digest(folder)
+            self._ledger.harmed.discard(int(folder.name))
+
+        self.expect("No intact checkpoint is left", bring_back)
+
     def rename(self, folder: pathlib.Path, name: str) -> None:
         """Renames a checkpoint, and back if a start fails since it is not there."""
         there = folder.with_name(name)
@@ -298,23 +318,59 @@ def kill_all(round: Round) -> None:
 
 
 def kill_one(round: Round) -> None:
-    """As one host of several that is gone: the others end, and not with 0."""
+    """As one host of several that is gone, or one process of it: the others end."""
     index = round.draw.randrange(round.job.count())
+    pids = round.job.pids(index)
+    round.job.send(signal.SIGKILL, round.draw.choice([pids, pids[:1], pids[-1:]]))
+    _check_others_end(round, index)
+
+
+def stop_one_for_long(round: Round) -> None:
+    """As a host that hangs: the others give it up, and once it goes on, it ends too."""
+    index = round.draw.randrange(round.job.count())
+    pids = round.job.pids(index)
+    round.job.send(signal.SIGSTOP, pids)
+    seconds = round.patience()
+    until = time.monotonic() + seconds
+    while any(
+        round.job.pids(other) for other in range(round.job.count()) if other != index
+    ):
+        if time.monotonic() > until:
+            raise ViolationError(
+                f"Process {index} was stopped, and after {seconds:g} "
+                f"seconds others have not ended: {round.job.statuses()}."
+            )
+        time.sleep(0.05)
+    round.job.send(signal.SIGCONT, pids)
+    _check_others_end(round, index)
+
+
+def _check_others_end(round: Round, index: int) -> None:
+    """Checks how all processes end after one is lost."""
     began = time.monotonic()
-    round.job.send(signal.SIGKILL, round.job.pids(index))
-    statuses = round.wait(soak_job.LOST_SECONDS)
-    round.what = (
-        f"process {index}; {statuses} after {time.monotonic() - began:.0f} seconds"
+    statuses = round.wait(round.patience())
+    seconds = time.monotonic() - began
+    round.what = f"process {index}; {statuses} after {seconds:.0f} seconds"
+    if round.is_saved_to_the_end():
+        return  # trained just before
+    others = [status for i, status in enumerate(statuses) if i != index]
+    if others != [1] * len(others):
+        raise ViolationError(
+            f"One was lost, and the others ended with {others}, not 1."
+        )
+    check_told(
+        "Start all processes again|in vain for|failed",
+        "".join(
+            round.job.log(i).read_text() for i in range(len(statuses)) if i != index
+        ),
     )
-    if 0 in statuses and round.job.step() < soak_job.TOTAL_STEPS:
-        raise ViolationError(f"One was killed, and another ended with 0: {statuses}.")
 
 
 def terminate_one(round: Round) -> None:
     """As a host that is preempted: all save one step and end."""
     index = round.draw.randrange(round.job.count())
     round.job.send(signal.SIGTERM, [round.job.started_pid(index)])
-    round.check_stopped(round.wait(soak_job.LOST_SECONDS))
+    round.check_stopped(round.wait(round.patience()))
     round.what = f"process {index}; {round.job.statuses()} at step {round.job.step()}"
 
 
@@ -323,7 +379,7 @@ def terminate_all(round: Round) -> None:
     count = round.job.count()
     pids = [round.job.started_pid(index) for index in range(count)]
     round.job.send(signal.SIGTERM, pids)
-    round.check_stopped(round.wait(soak_job.LOST_SECONDS))
+    round.check_stopped(round.wait(round.patience()))
     round.what = f"{round.job.statuses()} at step {round.job.step()}"
 
 
@@ -371,8 +427,10 @@ def _harm(round: Round, change: Callable[[bytes], bytes]) -> None:
     """Harms one or two of the newest checkpoints of a killed run."""
     kill_all(round)
     unharmed = round.unharmed()
-    count = min(round.draw.choice([1, 1, 2]), len(unharmed) - 1)  # one stays
-    harmed = unharmed[: max(count, 0)]
+    harmed = unharmed[: round.draw.choice([1, 1, 2])]
+    if harmed == unharmed:  # the run refuses to start until a person brings one back
+        for folder in harmed:
+            round.keep_copy(folder)
     round.what = "; ".join(round.harm(folder, change) for folder in harmed)
 
 
@@ -431,10 +489,12 @@ def start_second(round: Round) -> None:
     round.wait_until_owned()
     log = round.job.log("second")
     second = round.job.start_one([], log, {"JAX_NUM_CPU_DEVICES": "1"})
+    began = time.monotonic()
     status = second.wait(PATIENCE_SECONDS)
     round.what = f"exit status {status}"
     if not round.job.is_alive() or round.is_saved_to_the_end():
-        return  # it ends, and the second one may have found it trained
+        round.job.seconds += time.monotonic() - began
+        return  # it ends, and the second one may have taken over
     if status != 1:
         raise ViolationError(f"A second start ended with {status}: {log.read_text()}")
     check_told("is in use by", log.read_text())
@@ -462,11 +522,13 @@ class Kind:
     Attributes:
       inject: breaks a round's run.
       needs_several: whether it is another fault if there is one process.
+      needs_checkpoint: whether it cannot happen before there is a checkpoint.
       variables: variables of a start that has this fault from its beginning.
     """
 
     inject: Callable[[Round], None]
     needs_several: bool = False
+    needs_checkpoint: bool = False
     variables: Callable[[random.Random], dict[str, str]] | None = None
 
 
@@ -477,9 +539,10 @@ KINDS = {
     "SIGTERM to one": Kind(terminate_one, needs_several=True),
     "SIGTERM, then SIGKILL": Kind(terminate_and_kill),
     "SIGSTOP for a while": Kind(stop_for_a_while),
-    "a truncated file": Kind(truncate),
-    "a flipped bit": Kind(flip),
-    "a renamed step": Kind(rename),
+    "SIGSTOP of one for long": Kind(stop_one_for_long, needs_several=True),
+    "a truncated file": Kind(truncate, needs_checkpoint=True),
+    "a flipped bit": Kind(flip, needs_checkpoint=True),
+    "a renamed step": Kind(rename, needs_checkpoint=True),
     "a full disk": Kind(fill_disk),
     "a second start": Kind(start_second),
     "a slow disk": Kind(go_on, variables=slow_disk),
@@ -498,6 +561,7 @@ class Fault:
         self.draw = random.Random(f"{seed} fault {number}")
         kind = KINDS[self.kind]
         self.inject, self.needs_several = kind.inject, kind.needs_several
+        self.needs_checkpoint = kind.needs_checkpoint
         self.starts_anew = kind.variables is not None
         self._variables = kind.variables
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from set_up import state_of
 
-from mlp_mixer import metrics
+from mlp_mixer import metrics, pretrained
 from mlp_mixer.workdir import load
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
@@ -113,6 +113,51 @@ def test_a_run_on_a_bucket_stops_resumes_and_is_used_as_a_local_one(
     table = json.loads(bucket.objects["run/evaluate.json"].data)
     assert "top1" in json.dumps(table)
     assert bucket.objects["run/report.png"].data.startswith(b"\x89PNG")
+
+
+def test_a_file_of_weights_on_a_bucket_is_read_as_a_local_one(
+    bucket, weights, tmp_path
+):
+    pretrained.write_npz(weights, tmp_path / "made.npz")
+    bucket.put("made.npz", (tmp_path / "made.npz").read_bytes())
+    script = (
+        "from mlp_mixer import fingerprints, pretrained\n"
+        "for name in sys.argv[1:]:\n"
+        "  print(fingerprints.fingerprint(pretrained.read(name).params))\n"
+    )
+    files = "gs://bucket/made.npz", f"{tmp_path}/made.npz"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{script}", *files],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    there, here = result.stdout.splitlines()
+    assert there == here
+
+
+READER = """
+import sys
+from etils import epath
+from mlp_mixer import files
+path = epath.Path("gs://bucket/run/owner.json")
+print([p.name for p in path.parent.iterdir()], flush=True)
+sys.stdin.readline()
+print([p.name for p in path.parent.iterdir()], path.read_text(), flush=True)
+"""
+
+
+def test_what_other_programs_write_on_a_bucket_is_seen(bucket):
+    bucket.put("run/owner.json", b"one")
+    process: Any = subprocess.Popen(
+        [sys.executable, "-c", READER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert process.stdout.readline() == "['owner.json']\n"
+    bucket.put("run/owner.json", b"a longer one")
+    bucket.put("run/saved.json", b"{}")
+    said, _ = process.communicate("\n", timeout=60)
+    assert said == "['owner.json', 'saved.json'] a longer one\n"
 
 
 OWNER = """

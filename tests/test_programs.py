@@ -1,5 +1,6 @@
 """What a person reads who mistypes: one clear message, no page of traceback."""
 
+import importlib.util
 import io
 import json
 import os
@@ -459,6 +460,13 @@ def test_what_only_looks_like_a_number_is_none(words, monkeypatch):
         program_module.size("image_size")
 
 
+def test_a_bucket_whose_library_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"gs://b/run .* pip install .*\[gcs\]"):
+        program_module.path("gs://b/run")
+    assert program_module.path("/b/run") == "/b/run"
+
+
 def test_a_tilde_is_the_home_folder_in_flags_and_arguments(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     values = flags.FlagValues()
@@ -469,7 +477,7 @@ def test_a_tilde_is_the_home_folder_in_flags_and_arguments(monkeypatch):
     assert values["out"].value == "/home/me/x/~"
     assert program_module.path("~") == "/home/me"
     assert program_module.path("./~") == "./~"
-    assert program_module.path("gs://bucket/~x") == "gs://bucket/~x"
+    assert program_module.path("s3://bucket/~x") == "s3://bucket/~x"
     with pytest.raises(
         ValueError, match=r"~nobody else/x begins .* written \./~nobody"
     ):

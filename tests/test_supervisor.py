@@ -303,13 +303,14 @@ def test_a_child_does_not_outlive_its_parent(start):
 def test_a_child_of_a_terminal_has_one(root):
     child = "tell(os.isatty(2), os.get_terminal_size(2).columns); time.sleep(0.1)"
     code = PROGRAM.format(saves=True, child=child)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(root)
-        os.execv(sys.executable, [sys.executable, "-c", code, "--distributed=x"])
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--distributed=x"], cwd=root, stderr=its_end
+    )
+    os.close(its_end)
     said = b""
     while b"\n" not in said:
         said += os.read(terminal, 1000)
-    assert os.waitpid(pid, 0)[1] == 0
+    assert process.wait(20) == 0
     os.close(terminal)
     assert said == b"True 0\r\n"

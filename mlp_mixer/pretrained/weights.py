@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -153,9 +155,7 @@ def read(
         wanted = f"no step {step}" if best is None else "no best checkpoint"
         raise ValueError(f"{name} is no run's folder: it has {wanted}.")
     elif path.exists():
-        if "://" in name:
-            raise ValueError(f"{name} is a file elsewhere; copy it here first.")
-        weights = _read_file(pathlib.Path(path), given)
+        weights = _read_any_file(path, given)
     elif name in published.PUBLISHED:
         _check_agreed(f"{name} is published, and", CENTRED, given)
         weights = _read_file(published.fetch(name), None)
@@ -285,6 +285,17 @@ def _read_run(folder: epath.Path, step: int | None, best: str | None) -> Weights
             f"{config.dataset.num_classes}."
         )
     return weights
+
+
+def _read_any_file(path: epath.Path, given: Normalisation | None) -> Weights:
+    """Reads a file that is here, or on a bucket, which is copied for that long."""
+    if "://" not in os.fspath(path):
+        return _read_file(pathlib.Path(path), given)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder, path.name)
+        with path.open("rb") as there, copy.open("wb") as here:
+            shutil.copyfileobj(there, here, 2**24)
+        return _read_file(copy, given)
 
 
 def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:

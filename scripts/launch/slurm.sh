@@ -38,9 +38,10 @@ last=$((${SLURM_GPUS_ON_NODE:-8} - 1))
 JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 "$last")
 export JAX_LOCAL_DEVICE_IDS
 
-# Processes that lose another one end by themselves; srun must not kill those that are
-# about to end with 75.
-srun --kill-on-bad-exit=0 "$VENV/bin/python" -m mlp_mixer.train \
+# srun does not take the job's number of cores over. Processes that lose another one end
+# by themselves; srun must not kill those that are about to end with 75.
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+  --kill-on-bad-exit=0 "$VENV/bin/python" -m mlp_mixer.train \
   --config="$CONFIG" ${DATA_DIR:+--data_dir="$DATA_DIR"} \
   --distributed=auto --stop_after="$STOP_AFTER" "$@" &
 step=$!

@@ -23,6 +23,7 @@
 #   CONFIG      the recipe
 #   WORKDIR     folder of the run, on a bucket: a host's disk goes with the host
 #   DATA_DIR    folder of data sets on each host; TFDS's own if not set
+#   PREPARE     a command that each host runs after the installation, e.g. a mount
 #   RETRIES     number of failures that `keep` answers with another start
 #   POLL        seconds between two looks of `create` and `keep`
 #
@@ -59,6 +60,7 @@ install() {
   on all 'mkdir -p mlp_mixer && tar -xzf mlp_mixer.tar.gz -C mlp_mixer && cd mlp_mixer &&
     python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --allow-existing --python=3.12 &&
     ~/.local/bin/uv pip install --quiet --constraint constraints.txt --editable ".[tpu,gcs]"'
+  on all "${PREPARE:-true}"
 }
 
 train() {
