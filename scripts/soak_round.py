@@ -17,7 +17,7 @@ from soak_job import Job, Ledger, ViolationError
 
 # A moment of a fault: seconds after a start, or steps after the newest record.
 START_SECONDS = 4.0
-STEPS = 12
+STEPS = 8
 # The longest time that a start may take to its first step, or a step to the next.
 PATIENCE_SECONDS = 180.0
 
@@ -93,7 +93,7 @@ class Round:
                 self.start(fault.variables(self.draw))
             if fault.needs_several and self.job.count() == 1:
                 continue
-            if not self._reach_moment():
+            if not self._reach_moment(can_be_soon=not fault.needs_checkpoint):
                 break
             self.what = ""
             step = self.job.step()
@@ -137,13 +137,14 @@ class Round:
                 )
             time.sleep(0.05)
 
-    def _reach_moment(self, finish: bool = False) -> bool:
+    def _reach_moment(self, can_be_soon: bool = True, finish: bool = False) -> bool:
         """Waits for a drawn moment; returns whether the run is not trained before.
 
         Args:
+          can_be_soon: whether the moment may be before the first step.
           finish: whether to wait for the end instead.
         """
-        soon = self.draw.random() < 0.3
+        soon = self.draw.random() < 0.3 and can_be_soon
         seconds = self.draw.uniform(0, START_SECONDS)
         steps, jitter = self.draw.randint(1, STEPS), self.draw.uniform(0, 0.3)
         started, newest = time.monotonic(), -1
