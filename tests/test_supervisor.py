@@ -203,8 +203,7 @@ def test_one_process_alone_has_no_parent(start):
 @pytest.mark.parametrize("words", [["--distributed=x"], ["-distributed", "auto"]])
 def test_only_a_program_that_can_be_started_again_gets_a_parent(words, monkeypatch):
     """A test that runs it in its own process would start itself again for ever."""
-    monkeypatch.setattr(sys, "argv", ["train", *words])
-    supervisor.supervise(saves=True)  # returns
+    assert not supervisor._is_one_of_several(words)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "train", *words])
     assert supervisor._is_one_of_several(words)
     assert not supervisor._is_one_of_several([])
@@ -304,13 +303,14 @@ def test_a_child_does_not_outlive_its_parent(start):
 def test_a_child_of_a_terminal_has_one(root):
     child = "tell(os.isatty(2), os.get_terminal_size(2).columns); time.sleep(0.1)"
     code = PROGRAM.format(saves=True, child=child)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(root)
-        os.execv(sys.executable, [sys.executable, "-c", code, "--distributed=x"])
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "--distributed=x"], cwd=root, stderr=its_end
+    )
+    os.close(its_end)
     said = b""
     while b"\n" not in said:
         said += os.read(terminal, 1000)
-    assert os.waitpid(pid, 0)[1] == 0
+    assert process.wait(20) == 0
     os.close(terminal)
     assert said == b"True 0\r\n"
