@@ -247,6 +247,35 @@ def test_what_does_not_fit_gets_the_cheapest_that_does(tiny, eight, monkeypatch)
     text = "\n".join(report.remarks([made]))
     assert "it does not fit. The cheapest that does" in text
     assert proposal.words in text
+    assert made.proposed is not None
+    assert report.spread(made.proposed.chip_hours) in text
+
+
+def test_after_a_refusal_only_what_takes_less_is_compiled(tiny, eight, monkeypatch):
+    """Proposals by their bytes, the cheapest first; the compiler accepts 5 of them."""
+
+    def of(peak):
+        step = dataclasses.replace(plans.read("mixer_b16_v3-128")[1].step, peak=peak)
+        return search.Proposal({"peak": peak}, step)
+
+    compiled = []
+
+    class Changed:
+        def __init__(self, fields):
+            self.peak = fields["peak"]
+
+        def compiled(self):
+            compiled.append(self.peak)
+            return dataclasses.replace(of(self.peak).step, refused=self.peak > 5)
+
+    monkeypatch.setattr(
+        search, "reckoned", lambda planner: list(map(of, (10.0, 10.0, 9.5, 7.0, 4.0)))
+    )
+    monkeypatch.setattr(search, "changed", lambda planner, fields: Changed(fields))
+    planner = plan.planner(tiny, eight, compiles=False)
+    found = search.cheapest(planner, can_compile=True)
+    assert compiled == [10.0, 7.0, 4.0]
+    assert found == of(4.0)
 
 
 def test_a_step_that_the_compiler_refuses_is_reckoned_from_shapes():
