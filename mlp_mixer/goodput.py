@@ -101,6 +101,12 @@ class Clock(contextlib.AbstractContextManager):
             self._steps.put(None)
             self._watcher.join(1.0)  # of a step that fails, the end may never come
 
+    def starts_again(self) -> None:
+        """Makes the start-up that of a later start: "restart"."""
+        self._settle()
+        self._spent["restart"], self._spent["start"] = self._spent["start"], 0.0
+        self._kind = "restart"
+
     def started(self) -> None:
         """Ends the start-up."""
         self._switch("other")
@@ -215,10 +221,8 @@ def opening(
     times = collections.Counter(_dropped(records, first_step))
     if records:
         times.update(_between(records[-1], _last_training(records), clock.age()))
-    own = clock.take()
-    if records and "seconds/start" in own:
-        own["seconds/restart"] = own.pop("seconds/start")
-    times.update(own | {"starts": 1.0})
+        clock.starts_again()
+    times.update(clock.take() | {"starts": 1.0})
     return dict(times)
 
 

@@ -58,7 +58,7 @@ def check_kept(workdir: epath.PathLike, every_steps: int) -> None:
         f"The checkpoints of the run in {workdir} are gone: step {step} was saved, and "
         f"checkpoints/ {there}. Is its disk mounted? Bring them back, each under its "
         "step's name of eight digits, or choose another --workdir. To begin again at "
-        f"step 0, remove metrics.jsonl and {FILE} there."
+        f"step 0, remove metrics.jsonl or metrics/, and {FILE} there."
     )
 
 

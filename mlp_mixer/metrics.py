@@ -68,13 +68,13 @@ class Writer(contextlib.AbstractContextManager):
         self._mark = first_step, clock.total(goodput.TRAINING)
         self._file: records.Lines | None = None
         self._board: Any = None
-        clock.started()
         # Evaluators with a record for the first step; the same on every process.
         self._evaluated: set[str] = set()
         with processes.together():
             if jax.process_index() == 0:
                 self._open(first_step)
         self._evaluated = set(processes.first(sorted(self._evaluated)))
+        clock.started()
         self._shown = console.Steps(total_steps, first_step)
 
     def _open(self, first_step: int) -> None:

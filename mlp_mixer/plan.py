@@ -53,13 +53,15 @@ def plan(
     found = planner(config, topology, compiles=can_compile)
     shapes = found.reckoned()
     step = found.compiled() if can_compile else shapes
-    proposal = None
+    proposal, proposed = None, None
     if not step.fits:
         logger.info("%s: it does not fit; searching what does.", topology.name)
         proposal = search.cheapest(found, can_compile=can_compile)
     options: dict[str, Any] = {"price": price, "image_bytes": image_bytes}
     run = duration.run(found.config, step, topology, **options)
-    return report.Plan(topology, step, shapes, run, proposal, missing)
+    if proposal:
+        proposed = duration.run(found.config, proposal.step, topology, **options)
+    return report.Plan(topology, step, shapes, run, proposal, missing, proposed)
 
 
 def planner(config: ConfigDict, topology: chips.Topology, *, compiles: bool) -> Planner:

@@ -135,6 +135,31 @@ def test_a_file_of_weights_on_a_bucket_is_read_as_a_local_one(
     assert there == here
 
 
+READER = """
+import sys
+from etils import epath
+from mlp_mixer import files
+path = epath.Path("gs://bucket/run/owner.json")
+print([p.name for p in path.parent.iterdir()], flush=True)
+sys.stdin.readline()
+print([p.name for p in path.parent.iterdir()], path.read_text(), flush=True)
+"""
+
+
+def test_what_other_programs_write_on_a_bucket_is_seen(bucket):
+    bucket.put("run/owner.json", b"one")
+    process: Any = subprocess.Popen(
+        [sys.executable, "-c", READER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert process.stdout.readline() == "['owner.json']\n"
+    bucket.put("run/owner.json", b"a longer one")
+    bucket.put("run/saved.json", b"{}")
+    said, _ = process.communicate("\n", timeout=60)
+    assert said == "['owner.json', 'saved.json'] a longer one\n"
+
+
 OWNER = """
 import sys, time
 from etils import epath

@@ -83,6 +83,32 @@ def test_a_loops_kernels_count_as_often_as_it_turns(turns):
     assert sum(k.flops * k.turns for k in found) == turns * 2 * 4 * 16 * 16
 
 
+NESTED = """HloModule jit_f
+
+%slice_of (s.0: f32[12,64]) -> f32[1,64] {
+  %s.0 = f32[12,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,64]{1,0} dynamic-slice(%s.0, %zero, %zero)
+}
+
+%outer (o.0: f32[12,64]) -> f32[1,64] {
+  %o.0 = f32[12,64]{1,0} parameter(0)
+  %inner = f32[1,64]{1,0} fusion(%o.0), kind=kLoop, calls=%slice_of
+  ROOT %done = f32[1,64]{1,0} tanh(%inner)
+}
+
+ENTRY %main (x: f32[12,64]) -> f32[1,64] {
+  %x = f32[12,64]{1,0} parameter(0)
+  ROOT %out = f32[1,64]{1,0} fusion(%x), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_of_a_stacked_array_a_fusion_inside_a_fusion_reads_its_slice():
+    (kernel,) = kernels(NESTED)
+    assert (kernel.read, kernel.written) == (64 * 4, 64 * 4)
+
+
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         kernels("module @jit_f {}")

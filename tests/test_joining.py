@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import socket
+import threading
 import time
 
 import pytest
@@ -20,13 +21,22 @@ def roll(monkeypatch, port):
     """roll(index, count): (the roll, what its call will return)."""
     monkeypatch.setattr(joining, "_AGAIN", 0.02)
     monkeypatch.setattr(joining, "_NEWS", 0.05)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
 
-        def call(index, count=3):
-            one = joining.RollCall("localhost", port, index, count)
-            return one, pool.submit(one.call)
+    def call(index, count=3):
+        one = joining.RollCall("localhost", port, index, count)
+        hosts: concurrent.futures.Future[list[str]] = concurrent.futures.Future()
 
-        yield call
+        def wait():
+            try:
+                hosts.set_result(one.call())
+            except ValueError as error:
+                hosts.set_exception(error)
+
+        # What waits for ever must not keep the tests from their end.
+        threading.Thread(target=wait, daemon=True).start()
+        return one, hosts
+
+    return call
 
 
 def wait_until(condition):

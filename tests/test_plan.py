@@ -13,10 +13,11 @@ import plans
 import pytest
 from absl import flags
 from jax import lax
+from jax.experimental import roofline
 
-from mlp_mixer import models, plan
+from mlp_mixer import models, plan, recipe
 from mlp_mixer.planning import chips, counts, duration, report, search, targets
-from mlp_mixer.planning.step import refused_bytes
+from mlp_mixer.planning.step import Planner, refused_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -102,6 +103,20 @@ def test_a_loops_body_counts_as_often_as_it_runs():
     assert counts.flops(jaxpr) == 3 * 2 * 4 * 16 * 16
 
 
+def test_jaxs_own_roofline_counts_the_same_where_nothing_is_scanned(tiny):
+    config = recipe.completed(tiny)
+    (topology,) = chips.topologies("cpu:1")
+    built = Planner(config, topology, jax.devices()[:1]).build()
+    batch = {
+        "image": jax.ShapeDtypeStruct((4, 16, 16, 3), "uint8"),
+        "label": jax.ShapeDtypeStruct((4,), "int32"),
+    }
+    _, found = roofline.roofline(built.train_step)(built.target, batch)
+    jaxpr = jax.make_jaxpr(built.train_step)(built.target, batch)
+    assert found.flops == counts.flops(jaxpr)
+    assert found.hbm_bytes == counts.product_bytes(jaxpr)
+
+
 def test_a_convolution_counts_each_multiply_add():
     def convolve(x, kernel):
         return lax.conv(x, kernel, (1, 1), "VALID")
@@ -135,6 +150,7 @@ def eight():
 def test_shapes_say_what_the_compiled_step_says(tiny, eight):
     """Of a program for eight devices: memory within a quarter; what travels exactly."""
     tiny.model.hidden_dim, tiny.batch_size, tiny.mixup = 128, 256, 0.0
+    tiny.model.stochastic_depth = 0.0
     tiny.run.scan, tiny.run.remat = True, "pre_gelu"
     found = plan.planner(tiny, eight, compiles=True)
     step, shapes = found.compiled(), found.reckoned()
@@ -154,13 +170,26 @@ def test_fsdp_leaves_a_device_its_part(tiny, eight):
     before, after = whole.reckoned(), cut.reckoned()
     assert after.parameters < before.parameters / 3  # biases stay whole
     assert after.moments < before.moments / 3
+    assert after.peak < before.peak - (before.moments - after.moments)
     assert set(after.collectives) == {"all-gather", "reduce-scatter"}
-    rows = cut.shardings()
-    assert sum(row[4] for row in rows) == after.parameters
-    (kernel,) = (
-        r for r in rows if r[0] == "MixerBlock_0/channel_mixing/Dense_0/kernel"
-    )
-    assert kernel[1:4] == ("32 x 128", "c dc", "-, fsdp")
+    parts = cut.shardings()
+    assert sum(part.bytes for part in parts) == after.parameters
+    rows = {row[0]: row[1:] for row in report.shardings("", parts).rows}
+    kernel = rows["MixerBlock_*/channel_mixing/Dense_0/kernel"]
+    # Of two blocks; 4096 floats in 8 parts each.
+    assert kernel == ("2", "32 x 128", "c dc", "-, fsdp", "4 KiB")
+    assert rows["stem/bias"][3] == "whole"
+
+
+def test_a_model_of_several_stages_is_reckoned_too(eight):
+    config = recipe.load("configs/family/smlpnet.py")
+    config.mesh.data, config.mesh.fsdp, config.mesh.model = -1, 2, 2
+    config.sharding = "fsdp"
+    step = plan.planner(config, eight, compiles=False).reckoned()
+    assert step.mesh == {"data": 2, "fsdp": 2, "model": 2}
+    assert 0 < step.needed_flops <= step.flops
+    assert step.parameters + step.moments < step.peak
+    assert set(step.collectives) == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
 def test_a_recipe_that_does_not_say_its_classes_is_refused(tiny, eight):
@@ -218,6 +247,35 @@ def test_what_does_not_fit_gets_the_cheapest_that_does(tiny, eight, monkeypatch)
     text = "\n".join(report.remarks([made]))
     assert "it does not fit. The cheapest that does" in text
     assert proposal.words in text
+    assert made.proposed is not None
+    assert report.spread(made.proposed.chip_hours) in text
+
+
+def test_after_a_refusal_only_what_takes_less_is_compiled(tiny, eight, monkeypatch):
+    """Proposals by their bytes, the cheapest first; the compiler accepts 5 of them."""
+
+    def of(peak):
+        step = dataclasses.replace(plans.read("mixer_b16_v3-128")[1].step, peak=peak)
+        return search.Proposal({"peak": peak}, step)
+
+    compiled = []
+
+    class Changed:
+        def __init__(self, fields):
+            self.peak = fields["peak"]
+
+        def compiled(self):
+            compiled.append(self.peak)
+            return dataclasses.replace(of(self.peak).step, refused=self.peak > 5)
+
+    monkeypatch.setattr(
+        search, "reckoned", lambda planner: list(map(of, (10.0, 10.0, 9.5, 7.0, 4.0)))
+    )
+    monkeypatch.setattr(search, "changed", lambda planner, fields: Changed(fields))
+    planner = plan.planner(tiny, eight, compiles=False)
+    found = search.cheapest(planner, can_compile=True)
+    assert compiled == [10.0, 7.0, 4.0]
+    assert found == of(4.0)
 
 
 def test_a_step_that_the_compiler_refuses_is_reckoned_from_shapes():

@@ -555,6 +555,20 @@ def test_a_wrong_place_among_processes_is_named(where, message, monkeypatch):
         program_module._join(where, 10, 10)
 
 
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("heartbeat_timeout_seconds=4", "integer >= 5"),
+        ("join_timeout_seconds=0", "a positive integer"),
+    ],
+)
+def test_a_time_out_that_is_too_short_is_refused(flag, expected):
+    values = flags.FlagValues()
+    program_module._define_distributed(values)
+    with pytest.raises(flags.Error, match=f"{flag}: . is not {expected}"):
+        values(["program", f"--{flag}"])
+
+
 def test_a_port_that_is_taken_is_named(monkeypatch):
     monkeypatch.delattr(program_module.jax.distributed, "initialize")
     with socket.create_server(("", 0)) as taken:

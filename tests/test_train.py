@@ -20,6 +20,7 @@ from mlp_mixer import (
     ownership,
     pretrained,
     recipe,
+    records,
     runs,
     steps,
     train,
@@ -344,8 +345,11 @@ def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(
     tiny, tmp_path, monkeypatch
 ):
     write, flush = orbax_io._record_files, metrics.Writer.flush
+    workdir, recorded = tmp_path / "run", {}
 
     def fails(directory, step):
+        steps = [r["step"] for r in metrics.read(workdir) if "train/loss" in r]
+        recorded[step] = steps[:step]
         if step == 8:
             time.sleep(0.1)  # seconds, until after the note that 4 is saved
             raise PermissionError(13, "Permission denied", f"{directory}")
@@ -359,10 +363,13 @@ def test_a_save_that_fails_in_the_background_ends_the_run_before_the_next_one(
     monkeypatch.setattr(orbax_io, "_record_files", fails)
     monkeypatch.setattr(metrics.Writer, "flush", slow)
     monkeypatch.setattr(checkpoint.Checkpointer, "due", lambda self, n: n in (4, 8))
-    workdir = tmp_path / "run"
+    # As on a bucket, where records are written every half minute.
+    monkeypatch.setattr(records, "open_for_appending", records._Parts)
     with pytest.raises(checkpoint.CheckpointError, match=r"step 8 .* \[4\]") as error:
         train.train(tiny, str(workdir))
     assert "Permission denied" in str(error.value)
+    # A start from a checkpoint finds the records up to its step.
+    assert recorded == {4: [1, 2, 3, 4], 8: [*range(1, 9)]}
     assert 8 <= max(record["step"] for record in metrics.read(workdir)) < 12
     assert json.loads((workdir / "saved.json").read_text()) == {"saved": 4}
     names = os.listdir(workdir / "checkpoints")

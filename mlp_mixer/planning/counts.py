@@ -1,7 +1,7 @@
 """What a function computes and keeps, counted in its jaxpr: from shapes alone.
 
-A loop of fixed length counts as often as it runs. (`jax.experimental.roofline` counts
-its body once, and has no rule for a good part of a model's operations.)
+A loop of fixed length counts as often as it runs; `jax.experimental.roofline`, which
+counts the same in what is unrolled, counts its body once.
 """
 
 import math

@@ -24,6 +24,7 @@ class Plan(NamedTuple):
       proposal: fields that make it fit, where it does not; None if it does, or if
         nothing was found.
       missing: how to install the compiler, where it is not there.
+      proposed: what the whole run needs with the proposal.
     """
 
     topology: Topology
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     run: Run
     proposal: Proposal | None
     missing: str
+    proposed: Run | None = None
 
 
 def table(title: str, plans: Sequence[Plan]) -> console.Table:
@@ -108,15 +110,15 @@ def _column(plan: Plan) -> dict[str, str]:
 def remarks(plans: Sequence[Plan]) -> list[str]:
     """Returns what else is to be said of plans, line by line."""
     lines = []
-    for topology, step, _, _, proposal, missing in plans:
+    for topology, step, _, _, proposal, missing, proposed in plans:
         if step.origin == "shapes":
             lines.append(f"{topology.name}: from shapes alone. {missing}".strip())
-        if proposal:
+        if proposal and proposed:
             lines.append(
                 f"{topology.name}: it does not fit. The cheapest that does, of those "
                 f"that were tried ({proposal.step.origin}): {proposal.words}: "
                 f"{shown_bytes(proposal.step.peak)} at the peak, "
-                f"{shown_time(proposal.step.seconds)} a step."
+                f"{spread(proposed.chip_hours)} chip-hours."
             )
         elif not step.fits:
             lines.append(
@@ -135,7 +137,7 @@ def remarks(plans: Sequence[Plan]) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Returns a plan in what JSON has."""
-    topology, step, shapes, run, proposal, missing = plan
+    topology, step, shapes, run, proposal, missing, proposed = plan
     return {
         "topology": topology.name,
         "chips": topology.chips,
@@ -148,6 +150,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "shapes": dataclasses.asdict(shapes),
         "run": dataclasses.asdict(run),
         "proposal": proposal and dataclasses.asdict(proposal),
+        "proposed": proposed and dataclasses.asdict(proposed),
         "missing": missing,
     }
 

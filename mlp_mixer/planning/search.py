@@ -1,6 +1,7 @@
 """The cheapest way to run a recipe that does not fit as it is."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,10 +86,13 @@ def cheapest(planner: Planner, *, can_compile: bool) -> Proposal | None:
     found = reckoned(planner)
     if not can_compile:
         return found[0] if found else None
-    for proposal in found[:TRIES]:
-        step = changed(planner, proposal.fields).compiled()
-        if step.fits:
-            return Proposal(proposal.fields, step)
+    tried, limit = 0, math.inf
+    for proposal in found:
+        if tried < TRIES and proposal.step.peak <= limit:
+            step = changed(planner, proposal.fields).compiled()
+            if step.fits:
+                return Proposal(proposal.fields, step)
+            tried, limit = tried + 1, 0.9 * proposal.step.peak
     return None
 
 

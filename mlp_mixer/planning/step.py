@@ -247,7 +247,9 @@ class Planner:
 
         peak = counts.peak(jaxpr, bytes_of)
         if parts > 1:  # the weights of one block, and of the next
-            peak += 2 * self._gradients(state) / self.config.model.get("num_blocks", 1)
+            blocks = self.config.model.get("num_blocks", 1)  # of each stage, if several
+            count = sum(blocks) if isinstance(blocks, tuple) else blocks
+            peak += 2 * self._gradients(state) / count
         return peak
 
     def _parts(self) -> int:
