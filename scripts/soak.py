@@ -183,7 +183,7 @@ class Soak:
         lines = [f"{self.happened[kind]:5}  {kind}" for kind in soak_round.KINDS]
         return "\n".join([*lines, f"{sum(self.happened.values()):5}  in all"])
 
-    def keep(self) -> None:
+    def copy_kept(self) -> None:
         """Copies the runs from a disk that will be gone to one that stays."""
         if self._disk.is_own:
             shutil.copytree(self._disk.folder, self._folder / "kept", symlinks=True)
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         soak.run(args.first_fault, args.first_round, args.minutes)
     except ViolationError as error:
         violation = error
-        soak.keep()
+        soak.copy_kept()
     print(f"\n{soak.table()}")
     print(
         f"{soak.rounds - args.first_round} rounds, {soak.starts} starts, "

@@ -229,7 +229,7 @@ class Ledger:
         found = self._folder.iterdir() if self._folder.exists() else ()
         return {int(p.name): p for p in found if re.fullmatch(r"\d{8}", p.name)}
 
-    def check(self) -> None:
+    def check_kept(self) -> None:
         """Looks at the folder, in which no process works.
 
         Raises:

@@ -17,7 +17,7 @@ from soak_job import Job, Ledger, ViolationError
 
 # A moment of a fault: seconds after a start, or steps after the newest record.
 START_SECONDS = 4.0
-STEPS = 12
+STEPS = 8
 # The longest time that a start may take to its first step, or a step to the next.
 PATIENCE_SECONDS = 180.0
 
@@ -93,7 +93,7 @@ class Round:
                 self.start(fault.variables(self.draw))
             if fault.needs_several and self.job.count() == 1:
                 continue
-            if not self._reach_moment():
+            if not self._reach_moment(can_be_soon=not fault.needs_checkpoint):
                 break
             self.what = ""
             step = self.job.step()
@@ -137,13 +137,14 @@ class Round:
                 )
             time.sleep(0.05)
 
-    def _reach_moment(self, finish: bool = False) -> bool:
+    def _reach_moment(self, can_be_soon: bool = True, finish: bool = False) -> bool:
         """Waits for a drawn moment; returns whether the run is not trained before.
 
         Args:
+          can_be_soon: whether the moment may be before the first step.
           finish: whether to wait for the end instead.
         """
-        soon = self.draw.random() < 0.3
+        soon = self.draw.random() < 0.3 and can_be_soon
         seconds = self.draw.uniform(0, START_SECONDS)
         steps, jitter = self.draw.randint(1, STEPS), self.draw.uniform(0, 0.3)
         started, newest = time.monotonic(), -1
@@ -199,7 +200,7 @@ class Round:
         return waits + soak_job.END_SECONDS
 
     def _check_folder(self) -> None:
-        self._ledger.check()
+        self._ledger.check_kept()
         newest = max(self._ledger.intact, default=0)
         soak_job.check_records(
             soak_job.until_step(soak_job.records_of(self.job.workdir), newest),
@@ -310,48 +311,48 @@ class Round:
 # --- The faults -----------------------------------------------------------------------
 
 
-def kill_all(round: Round) -> None:
+def kill_all(trial: Round) -> None:
     """As a machine that loses its power."""
-    pids = round.job.pids()
-    round.job.send(signal.SIGKILL, pids)
-    round.wait(soak_job.END_SECONDS)
+    pids = trial.job.pids()
+    trial.job.send(signal.SIGKILL, pids)
+    trial.wait(soak_job.END_SECONDS)
 
 
-def kill_one(round: Round) -> None:
+def kill_one(trial: Round) -> None:
     """As one host of several that is gone, or one process of it: the others end."""
-    index = round.draw.randrange(round.job.count())
-    pids = round.job.pids(index)
-    round.job.send(signal.SIGKILL, round.draw.choice([pids, pids[:1], pids[-1:]]))
-    _check_others_end(round, index)
+    index = trial.draw.randrange(trial.job.count())
+    pids = trial.job.pids(index)
+    trial.job.send(signal.SIGKILL, trial.draw.choice([pids, pids[:1], pids[-1:]]))
+    _check_others_end(trial, index)
 
 
-def stop_one_for_long(round: Round) -> None:
+def stop_one_for_long(trial: Round) -> None:
     """As a host that hangs: the others give it up, and once it goes on, it ends too."""
-    index = round.draw.randrange(round.job.count())
-    pids = round.job.pids(index)
-    round.job.send(signal.SIGSTOP, pids)
-    seconds = round.patience()
+    index = trial.draw.randrange(trial.job.count())
+    pids = trial.job.pids(index)
+    trial.job.send(signal.SIGSTOP, pids)
+    seconds = trial.patience()
     until = time.monotonic() + seconds
     while any(
-        round.job.pids(other) for other in range(round.job.count()) if other != index
+        trial.job.pids(other) for other in range(trial.job.count()) if other != index
     ):
         if time.monotonic() > until:
             raise ViolationError(
                 f"Process {index} was stopped, and after {seconds:g} "
-                f"seconds others have not ended: {round.job.statuses()}."
+                f"seconds others have not ended: {trial.job.statuses()}."
             )
         time.sleep(0.05)
-    round.job.send(signal.SIGCONT, pids)
-    _check_others_end(round, index)
+    trial.job.send(signal.SIGCONT, pids)
+    _check_others_end(trial, index)
 
 
-def _check_others_end(round: Round, index: int) -> None:
+def _check_others_end(trial: Round, index: int) -> None:
     """Checks how all processes end after one is lost."""
     began = time.monotonic()
-    statuses = round.wait(round.patience())
+    statuses = trial.wait(trial.patience())
     seconds = time.monotonic() - began
-    round.what = f"process {index}; {statuses} after {seconds:.0f} seconds"
-    if round.is_saved_to_the_end():
+    trial.what = f"process {index}; {statuses} after {seconds:.0f} seconds"
+    if trial.is_saved_to_the_end():
         return  # trained just before
     others = [status for i, status in enumerate(statuses) if i != index]
     if others != [1] * len(others):
@@ -361,121 +362,121 @@ def _check_others_end(round: Round, index: int) -> None:
     check_told(
         "Start all processes again|in vain for|failed",
         "".join(
-            round.job.log(i).read_text() for i in range(len(statuses)) if i != index
+            trial.job.log(i).read_text() for i in range(len(statuses)) if i != index
         ),
     )
 
 
-def terminate_one(round: Round) -> None:
+def terminate_one(trial: Round) -> None:
     """As a host that is preempted: all save one step and end."""
-    index = round.draw.randrange(round.job.count())
-    round.job.send(signal.SIGTERM, [round.job.started_pid(index)])
-    round.check_stopped(round.wait(round.patience()))
-    round.what = f"process {index}; {round.job.statuses()} at step {round.job.step()}"
+    index = trial.draw.randrange(trial.job.count())
+    trial.job.send(signal.SIGTERM, [trial.job.started_pid(index)])
+    trial.check_stopped(trial.wait(trial.patience()))
+    trial.what = f"process {index}; {trial.job.statuses()} at step {trial.job.step()}"
 
 
-def terminate_all(round: Round) -> None:
+def terminate_all(trial: Round) -> None:
     """As a scheduler that ends a job: each process gets the signal."""
-    count = round.job.count()
-    pids = [round.job.started_pid(index) for index in range(count)]
-    round.job.send(signal.SIGTERM, pids)
-    round.check_stopped(round.wait(round.patience()))
-    round.what = f"{round.job.statuses()} at step {round.job.step()}"
+    count = trial.job.count()
+    pids = [trial.job.started_pid(index) for index in range(count)]
+    trial.job.send(signal.SIGTERM, pids)
+    trial.check_stopped(trial.wait(trial.patience()))
+    trial.what = f"{trial.job.statuses()} at step {trial.job.step()}"
 
 
-def terminate_and_kill(round: Round) -> None:
+def terminate_and_kill(trial: Round) -> None:
     """As a scheduler whose patience ends before the run has saved."""
-    count = round.job.count()
-    pids = [round.job.started_pid(index) for index in range(count)]
-    round.job.send(signal.SIGTERM, pids)
-    seconds = round.draw.uniform(0, 1)
+    count = trial.job.count()
+    pids = [trial.job.started_pid(index) for index in range(count)]
+    trial.job.send(signal.SIGTERM, pids)
+    seconds = trial.draw.uniform(0, 1)
     time.sleep(seconds)
-    round.job.send(signal.SIGKILL, round.job.pids())
-    round.wait(soak_job.END_SECONDS)
-    round.what = f"{seconds:.2f} seconds between"
+    trial.job.send(signal.SIGKILL, trial.job.pids())
+    trial.wait(soak_job.END_SECONDS)
+    trial.what = f"{seconds:.2f} seconds between"
 
 
-def stop_for_a_while(round: Round) -> None:
+def stop_for_a_while(trial: Round) -> None:
     """As a host that swaps, or whose network is gone: the run goes on."""
-    index = round.draw.choice([None, *range(round.job.count())])
-    seconds = round.draw.uniform(0.2, 4)
-    pids = round.job.pids(index)
-    round.job.send(signal.SIGSTOP, pids)
+    index = trial.draw.choice([None, *range(trial.job.count())])
+    seconds = trial.draw.uniform(0.2, 4)
+    pids = trial.job.pids(index)
+    trial.job.send(signal.SIGSTOP, pids)
     time.sleep(seconds)
-    round.job.send(signal.SIGCONT, pids)
-    round.what = f"{'all' if index is None else index}, {seconds:.1f} seconds"
+    trial.job.send(signal.SIGCONT, pids)
+    trial.what = f"{'all' if index is None else index}, {seconds:.1f} seconds"
 
 
-def truncate(round: Round) -> None:
+def truncate(trial: Round) -> None:
     """As a disk that lost the end of a file."""
-    _harm(round, lambda content: content[: round.draw.randrange(len(content))])
+    _harm(trial, lambda content: content[: trial.draw.randrange(len(content))])
 
 
-def flip(round: Round) -> None:
+def flip(trial: Round) -> None:
     """As a disk or a memory with a wrong bit."""
 
     def flipped(content: bytes) -> bytes:
-        place = round.draw.randrange(8 * len(content))
+        place = trial.draw.randrange(8 * len(content))
         changed = bytearray(content)
         changed[place // 8] ^= 1 << place % 8
         return bytes(changed)
 
-    _harm(round, flipped)
+    _harm(trial, flipped)
 
 
-def _harm(round: Round, change: Callable[[bytes], bytes]) -> None:
+def _harm(trial: Round, change: Callable[[bytes], bytes]) -> None:
     """Harms one or two of the newest checkpoints of a killed run."""
-    kill_all(round)
-    unharmed = round.unharmed()
-    harmed = unharmed[: round.draw.choice([1, 1, 2])]
+    kill_all(trial)
+    unharmed = trial.unharmed()
+    harmed = unharmed[: trial.draw.choice([1, 1, 2])]
     if harmed == unharmed:  # the run refuses to start until a person brings one back
         for folder in harmed:
-            round.keep_copy(folder)
-    round.what = "; ".join(round.harm(folder, change) for folder in harmed)
+            trial.keep_copy(folder)
+    trial.what = "; ".join(trial.harm(folder, change) for folder in harmed)
 
 
-def rename(round: Round) -> None:
+def rename(trial: Round) -> None:
     """As a person who tidies up a killed run."""
-    kill_all(round)
-    if folders := round.unharmed():
-        folder = round.draw.choice(folders)
+    kill_all(trial)
+    if folders := trial.unharmed():
+        folder = trial.draw.choice(folders)
         step = int(folder.name)
         names = [f"{step + 1:08d}", f"{step}", f"{folder.name}.old"]
         free = [name for name in names if not folder.with_name(name).exists()]
         if free:
-            name = round.draw.choice(free)
-            round.rename(folder, name)
-            round.what = f"{folder.name} is {name}"
+            name = trial.draw.choice(free)
+            trial.rename(folder, name)
+            trial.what = f"{folder.name} is {name}"
 
 
-def fill_disk(round: Round) -> None:
+def fill_disk(trial: Round) -> None:
     """The disk is full until the run has ended, or has written nothing for a while."""
-    filler = round.disk.folder / "filler"
-    left = round.draw.choice([0, 2**12, 2**16])
-    pids = round.job.pids()
-    if round.disk.is_own:
+    filler = trial.disk.folder / "filler"
+    left = trial.draw.choice([0, 2**12, 2**16])
+    pids = trial.job.pids()
+    if trial.disk.is_own:
         # The run may take some of it meanwhile.
         with contextlib.suppress(OSError), filler.open("wb", 0) as file:
-            free = shutil.disk_usage(round.disk.folder).free
+            free = shutil.disk_usage(trial.disk.folder).free
             file.write(bytes(max(0, free - left)))
     else:  # files may not grow
         for pid in pids:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (left, -1))
     until = time.monotonic() + 15
-    while round.job.is_alive() and time.monotonic() < until:
+    while trial.job.is_alive() and time.monotonic() < until:
         time.sleep(0.05)
-    ended = not round.job.is_alive()
+    ended = not trial.job.is_alive()
     filler.unlink(missing_ok=True)
     if ended:
-        statuses = set(round.wait(soak_job.END_SECONDS))
+        statuses = set(trial.wait(soak_job.END_SECONDS))
         if statuses != {0}:  # trained just before
             if 0 in statuses:
                 raise ViolationError(f"On a full disk one ended with 0: {statuses}.")
-            check_told("No space left|File too large", round.job.output())
+            check_told("No space left|File too large", trial.job.output())
     else:
-        for pid in round.job.pids() if not round.disk.is_own else ():
+        for pid in trial.job.pids() if not trial.disk.is_own else ():
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
-    round.what = f"{left} bytes left; {'it ended' if ended else 'nothing was written'}"
+    trial.what = f"{left} bytes left; {'it ended' if ended else 'nothing was written'}"
 
 
 def check_told(pattern: str, output: str) -> None:
@@ -484,23 +485,23 @@ def check_told(pattern: str, output: str) -> None:
         raise ViolationError(f"This does not tell {pattern!r} in a line:\n{output}")
 
 
-def start_second(round: Round) -> None:
+def start_second(trial: Round) -> None:
     """A second start in the same folder, which has to be refused."""
-    round.wait_until_owned()
-    log = round.job.log("second")
-    second = round.job.start_one([], log, {"JAX_NUM_CPU_DEVICES": "1"})
+    trial.wait_until_owned()
+    log = trial.job.log("second")
+    second = trial.job.start_one([], log, {"JAX_NUM_CPU_DEVICES": "1"})
     began = time.monotonic()
     status = second.wait(PATIENCE_SECONDS)
-    round.what = f"exit status {status}"
-    if not round.job.is_alive() or round.is_saved_to_the_end():
-        round.job.seconds += time.monotonic() - began
+    trial.what = f"exit status {status}"
+    if not trial.job.is_alive() or trial.is_saved_to_the_end():
+        trial.job.seconds += time.monotonic() - began
         return  # it ends, and the second one may have taken over
     if status != 1:
         raise ViolationError(f"A second start ended with {status}: {log.read_text()}")
     check_told("is in use by", log.read_text())
 
 
-def go_on(round: Round) -> None:
+def go_on(trial: Round) -> None:
     """Nothing happens now: the start has its fault from the beginning."""
 
 

@@ -77,17 +77,17 @@ def test_a_job_is_requeued_until_it_is_trained_and_ends_as_the_uninterrupted_one
     start, fake = slurm
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     job = start(whole, "1h")
-    said, _ = job.communicate(timeout=300)
-    assert (job.returncode, fake.requeued()) == (0, 0), said
+    output, _ = job.communicate(timeout=300)
+    assert (job.returncode, fake.requeued()) == (0, 0), output
     # Over before the first step, so each start does one at least.
     seconds = 0.0
     for starts, (stop_after, status) in enumerate([("1s", 75), ("1s", 75), ("1h", 0)]):
         assert fake.requeued() == starts
         began = time.monotonic()
         job = start(parts, stop_after)
-        said, _ = job.communicate(timeout=300)
+        output, _ = job.communicate(timeout=300)
         seconds += time.monotonic() - began
-        assert job.returncode == status, said
+        assert job.returncode == status, output
     assert fake.requeued() == 2
     assert_equal_runs(workdir.load(whole), whole, parts)
     spent = goodput.sums(metrics.read(parts))
@@ -105,10 +105,10 @@ def test_a_job_that_somebody_ends_has_saved_and_is_not_requeued(slurm, tmp_path)
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.1)
     job.terminate()
-    said, _ = job.communicate(timeout=120)
-    assert (job.returncode, fake.requeued()) == (75, 0), said
+    output, _ = job.communicate(timeout=120)
+    assert (job.returncode, fake.requeued()) == (75, 0), output
     saved = int(max(os.listdir(run / "checkpoints")))
-    assert saved == metrics.read(run)[-1]["step"] > 0, said
+    assert saved == metrics.read(run)[-1]["step"] > 0, output
 
 
 def test_a_job_that_fails_is_not_requeued(tmp_path, root):
@@ -123,10 +123,10 @@ def test_a_job_that_fails_is_not_requeued(tmp_path, root):
             SLURM_GPUS_ON_NODE="8",
             SLURM_JOB_END_TIME=str(int(time.time()) + 4 * 3600),
         )
-        said, _ = job.communicate(timeout=60)
-        assert job.returncode == int(status), said
+        output, _ = job.communicate(timeout=60)
+        assert job.returncode == int(status), output
         assert fake.requeued() == requeued
-    command = said.splitlines()[0]
+    command = output.splitlines()[0]
     assert "--config=configs/mixer_b16.py --distributed=auto" in command
     assert command.endswith("--config.seed=3")
     seconds = int(command.partition("--stop_after=")[2].partition("s ")[0])

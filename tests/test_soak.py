@@ -25,7 +25,7 @@ def ledger(tmp_path):
     for step in (4, 8, 12):
         checkpoint(tmp_path, step)
     found = soak_job.Ledger(tmp_path)
-    found.check()
+    found.check_kept()
     assert [*found.intact] == [4, 8, 12]
     return found
 
@@ -33,7 +33,7 @@ def ledger(tmp_path):
 def test_what_newer_checkpoints_replace_is_not_lost(ledger, tmp_path):
     checkpoint(tmp_path, 16)
     (tmp_path / "checkpoints/00000004/array").unlink()  # half removed
-    ledger.check()
+    ledger.check_kept()
     assert [*ledger.intact] == [8, 12, 16]
 
 
@@ -42,7 +42,7 @@ def test_an_intact_checkpoint_that_is_lost_is_found(harm, ledger, tmp_path):
     array = tmp_path / "checkpoints/00000012/array"
     array.unlink() if harm == "removed" else array.write_bytes(b"")
     with pytest.raises(soak_job.ViolationError, match="checkpoint 12 is lost"):
-        ledger.check()
+        ledger.check_kept()
 
 
 def test_an_intact_checkpoint_that_is_set_aside_is_found(ledger, tmp_path):
@@ -51,7 +51,7 @@ def test_an_intact_checkpoint_that_is_set_aside_is_found(ledger, tmp_path):
     for step in (16, 20, 24):
         checkpoint(tmp_path, step)
     with pytest.raises(soak_job.ViolationError, match="was set aside as damaged-0"):
-        ledger.check()
+        ledger.check_kept()
 
 
 def test_a_start_that_passes_over_an_intact_checkpoint_is_found(ledger):
