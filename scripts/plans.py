@@ -22,15 +22,15 @@ from typing import Any
 # Also in a bare clone, where the package is not installed; and always this clone's.
 sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from mlp_mixer import recipe
+from mlp_mixer import program, recipe
 from mlp_mixer.planning import chips, duration, report, search
 from mlp_mixer.planning.step import Step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "plans"
 
-# Name of the files → recipe, topology.
-PLANS = {
+# Name of the files → recipe, topology, fields of the recipe.
+PLANS: dict[str, tuple[str, ...]] = {
     **{
         f"mixer_{size}{suffix}_v3-128": (f"configs/mixer_{size}.py{word}", "v3:8x8")
         for size in ("b16", "l16")
@@ -40,6 +40,10 @@ PLANS = {
         f"mixer_{size}_jft300m_v3-512": (f"configs/mixer_{size}.py:jft300m", "v3:16x16")
         for size in ("b16", "l16", "h14")
     },
+    "mixer_h14_jft300m_fsdp_v3-128": (
+        *("configs/mixer_h14.py:jft300m", "v3:8x8", "--config.sharding=fsdp"),
+        *("--config.mesh.data=1", "--config.mesh.fsdp=128"),
+    ),
     "mixer_b16_v5e-256": ("configs/mixer_b16.py", "v5e:16x16"),
     "mixer_b16_v4-128": ("configs/mixer_b16.py", "v4:4x4x4"),
     "mixer_b16_v6e-64": ("configs/mixer_b16.py", "v6e:8x8"),
@@ -69,8 +73,8 @@ COARSE = ("mixer_s32_jft300m_v3-512", "mixer_s16_jft300m_v3-512")
 
 def make(name: str) -> bool:
     """Compiles one plan and writes NAME.json and NAME.md; returns whether it could."""
-    config, topology = PLANS[name]
-    words = [f"--config={config}", f"--topology={topology}"]
+    config, topology, *fields = PLANS[name]
+    words = [f"--config={config}", f"--topology={topology}", *fields]
     command = ["-m", "mlp_mixer.plan", *words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_path()])}
     with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +106,8 @@ def read(name: str) -> tuple[Any, report.Plan]:
 
 def _recorded(name: str) -> tuple[Any, dict[str, Any]]:
     found = json.loads((FOLDER / f"{name}.json").read_text())
-    return recipe.completed(recipe.load(PLANS[name][0])), found
+    config, _, *fields = PLANS[name]
+    return recipe.completed(program.override(recipe.load(config), fields)), found
 
 
 def _plan(found: dict[str, Any], run: duration.Run) -> report.Plan:

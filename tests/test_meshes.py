@@ -151,13 +151,17 @@ def test_bytes_of_parameters_and_moments_are_those_of_the_rules(shape, strategy)
 
 @pytest.mark.slow
 def test_hidden_layers_shrink_with_the_model_axis():
-    """The state between the MLPs does not: every device along `model` has its own."""
-    wide = {"channels_mlp_dim": 1024}
-    one = temporaries(Program((1, 1, 1), **wide))
-    two = temporaries(Program((1, 1, 2), **wide))
-    eight = temporaries(Program((1, 1, 8), **wide))
-    assert two < 0.75 * one
-    assert eight < 0.5 * two
+    """What a step keeps is the states and, cut over `model`, hidden layers before and
+    after GELU, the gradient of one of them at a time, and those of their kernels."""
+    wide = {"tokens_mlp_dim": 128, "channels_mlp_dim": 1024}
+    one, two, four = (temporaries(Program((1, 1, n), **wide)) for n in (1, 2, 4))
+    s, c = (SIZE[0] // 8) * (SIZE[1] // 8), FIELDS["hidden_dim"]
+    hidden = FIELDS["num_blocks"] * ROWS * (128 * c + s * 1024) * 4
+    kernels = FIELDS["num_blocks"] * 2 * (128 * s + c * 1024) * 4
+    shrinking = 2 * (one - two)
+    assert shrinking == pytest.approx(4 * (two - four), rel=0.05)
+    at_a_time = ROWS * s * 1024 * 4
+    assert shrinking == pytest.approx(2 * hidden + at_a_time + kernels, rel=0.1)
 
 
 def products(rows, **cut):
