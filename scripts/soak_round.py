@@ -228,7 +228,7 @@ class Round:
         )
 
     def is_excused(self) -> bool:
-        """Whether the newest start has failed by a fault before it, which is remedied."""
+        """Whether the newest start has failed by an older fault, which is remedied."""
         output = self.job.output()
         for remedy in reversed(self._remedies):
             if re.search(remedy[0], output):
@@ -285,7 +285,7 @@ class Round:
         self._ledger.harmed.add(int(folder.name))
         self._ledger.intact.pop(int(folder.name), None)
         # Of several processes only some may see it, and end the others.
-        self.expect(r"is damaged and set aside|Start all processes again")
+        self.expect("is damaged and set aside")
         return f"{path.relative_to(folder)} of {len(content)} bytes in {folder.name}"
 
     def keep_copy(self, folder: pathlib.Path) -> None:
