@@ -190,8 +190,8 @@ def path(text: str) -> str:
     """
     if text.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise ValueError(
-            f"{text} is on a bucket, for which gcsfs is missing: pip install "
-            "'mlp-mixer-jax[gcs]'."
+            f"{text} is on a bucket, for which gcsfs is missing: "
+            "pip install '.[gcs]' in the clone."
         )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):

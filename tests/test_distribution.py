@@ -35,4 +35,4 @@ def test_every_instruction_to_install_takes_the_clone_and_an_extra_that_it_has()
 def test_an_extra_that_takes_another_names_this_distribution():
     extras = PROJECT["optional-dependencies"]
     ours = [r for rs in extras.values() for r in rs if r.startswith("mlp-mixer")]
-    assert ours == ["mlp-mixer-jax[export]"]
+    assert ours == ["mlp-mixer-jax[export,gcs]"]

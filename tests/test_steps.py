@@ -111,9 +111,8 @@ DEEP: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    "remat", ["none", pytest.param("pre_gelu", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "pre_gelu"])
 def test_no_device_ever_holds_the_whole_model(remat):
     """Nor a whole gradient: of one scanned block at a time, read from the program."""
     this = Program(8, "fsdp", scan=True, remat=remat, rows=8, **DEEP)

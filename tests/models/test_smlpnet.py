@@ -329,6 +329,7 @@ def test_statistics_after_three_steps_are_numpys():
     assert_close(training.variables()["batch_stats"], stats, 2e-5)
 
 
+@pytest.mark.slow
 def test_predictions_use_the_running_statistics():
     training = Training()
     for batch in batches(2):
@@ -343,9 +344,8 @@ def test_predictions_use_the_running_statistics():
     assert_close(predict(training.state.variables, alone)["logits"], expected[:1])
 
 
-@pytest.mark.parametrize(
-    "strategy", ["replicated", pytest.param("fsdp", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicated", "fsdp"])
 def test_eight_devices_train_as_one_with_the_global_batchs_statistics(strategy):
     one = Training(stochastic_depth=0.3)
     eight = Training(8, strategy, stochastic_depth=0.3, scan=True)
@@ -355,6 +355,7 @@ def test_eight_devices_train_as_one_with_the_global_batchs_statistics(strategy):
     assert_close(eight.variables(), one.variables(), 1e-3)
 
 
+@pytest.mark.slow
 def test_micro_batches_each_move_the_statistics():
     training = Training(accumulate=2)
     before = training.variables()

@@ -191,6 +191,7 @@ preparation.prepare(
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_byte_identical(manual, tmp_path, monkeypatch):
     monkeypatch.setattr(
         writing, "SHARDS", writing.shard_utils.ShardConfig(num_shards=8)
