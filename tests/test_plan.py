@@ -164,6 +164,20 @@ def test_shapes_say_what_the_compiled_step_says(tiny, eight):
     assert carried == pytest.approx(step.parameters, rel=0.01)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "sums"), [("none", 8), ("pre_gelu", 10)])
+def test_sums_over_the_model_axis_are_reckoned(tiny, eight, remat, sums):
+    """Of two blocks two MLPs each, both ways; the first MLP is computed again."""
+    tiny.model.hidden_dim, tiny.batch_size, tiny.mixup = 128, 256, 0.0
+    tiny.run.scan, tiny.run.remat = True, remat
+    whole = plan.planner(tiny, eight, compiles=True)
+    found = whole.changed(mesh={"data": 1, "model": 8})
+    step, shapes = found.compiled(), found.reckoned()
+    count, carried = shapes.collectives["all-reduce"]
+    assert count == sums
+    assert step.collectives["all-reduce"][1] == pytest.approx(carried, rel=0.05)
+
+
 def test_fsdp_leaves_a_device_its_part(tiny, eight):
     whole = plan.planner(tiny, eight, compiles=False)
     cut = whole.changed(mesh={"data": 1, "fsdp": 8}, sharding="fsdp")

@@ -39,23 +39,22 @@ def candidates(planner: Planner) -> Iterator[dict[str, Any]]:
     host = planner.topology.chip.host * planner.topology.chip.devices
     remats = ["none", "pre_gelu", "full"]
     remats = remats[remats.index(config.run.remat) :]
-    models = (1, 2, 4, 8) if "model" in config.mesh else (1,)
-    for model in models:
+    for model in (1, 2, 4, 8):
         rest = devices // model
         if rest * model != devices:
             continue
         for fsdp in sorted({1, min(host, rest), rest}):
-            mesh = {"mesh.data": rest // fsdp, "mesh.fsdp": fsdp}
             if rest % fsdp or config.batch_size % rest:
                 continue
-            mesh |= {"mesh.model": model} if "model" in config.mesh else {}
             for remat in remats:
                 for power in range(7):
                     micro = config.accumulate * 2**power
                     if config.batch_size // rest % micro:
                         break
                     yield {
-                        **mesh,
+                        "mesh.data": rest // fsdp,
+                        "mesh.fsdp": fsdp,
+                        "mesh.model": model,
                         "sharding": "fsdp" if fsdp > 1 else "replicated",
                         "run.remat": remat,
                         "accumulate": micro,

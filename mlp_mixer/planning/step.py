@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from mlp_mixer import experiment, models, recipe, sharding
 from mlp_mixer.planning import counts, hlo, targets
@@ -285,7 +286,10 @@ class Planner:
             size = 2 if self.config.run.dtype == "bfloat16" else 4
             one = images * (h // ph) * (w // pw) * model.get("hidden_dim", 0) * size
             count, carried = found["all-reduce"]
-            times = 2 * mlps * micro
+            times = 2 * mlps
+            if self.config.run.remat != "none":  # once more, but for a block's last
+                times += mlps - int(np.sum(model.get("num_blocks", mlps)))
+            times *= micro
             found["all-reduce"] = (count + times, carried + times * one)
         return {kind: sums for kind, sums in found.items() if sums[0]}
 
