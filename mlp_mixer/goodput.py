@@ -288,12 +288,12 @@ def sentence(seconds: Mapping[str, float]) -> str:
     running = {kind: seconds[kind] for kind in KINDS if kind in seconds}
     whole = sum(running.values())
     useful = running.pop("steps", 0.0)
-    said = f"{100 * useful / whole:.1f} % of {duration(whole)} went into steps"
+    line = f"{100 * useful / whole:.1f} % of {duration(whole)} went into steps"
     if running:
         most = max(running, key=running.__getitem__)
         share = 100 * running[most] / whole
-        said += f"; largest loss: {KINDS[most]}, {share:.1f} %"
-    return said
+        line += f"; largest loss: {KINDS[most]}, {share:.1f} %"
+    return line
 
 
 def rows(records: Sequence[Record]) -> list[list[str]]:

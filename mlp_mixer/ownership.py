@@ -16,7 +16,6 @@ import os
 import shlex
 import socket
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -202,25 +201,16 @@ def _is_abandoned(path: epath.Path, owner: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def _renewed(path: epath.Path, owner: dict[str, Any]) -> Iterator[None]:
     """Renews the file until the end of the block, unless somebody else has taken it."""
-    done = threading.Event()
 
-    def renew() -> None:
-        count = 0
-        while not done.wait(_RENEWED_EVERY):
-            try:
-                if _read(path).get("token") == owner["token"]:
-                    count += 1
-                    path.write_text(json.dumps(owner | {"renewed": count}, indent=2))
-            except OSError as error:
-                logger.warning("%s cannot be renewed now: %s", path, error)
+    def renew(count: int) -> None:
+        try:
+            if _read(path).get("token") == owner["token"]:
+                path.write_text(json.dumps(owner | {"renewed": count}, indent=2))
+        except OSError as error:
+            logger.warning("%s cannot be renewed now: %s", path, error)
 
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
+    with processes.repeated(renew, _RENEWED_EVERY):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _check_still_mine(path: epath.Path, owner: dict[str, Any]) -> None:

@@ -6,13 +6,14 @@ tell one another what they have, and what failed, before they work together.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -118,22 +119,38 @@ def warn_if_slow(what: str) -> Iterator[None]:
     Args:
       what: what it waits for, e.g. "the images in /mnt/images".
     """
-    done = threading.Event()
     who = f"{socket.gethostname()} (process {jax.process_index()})"
 
-    def warn() -> None:
-        seconds = 0.0
-        while not done.wait(SLOW_SECONDS):
-            seconds += SLOW_SECONDS
-            logger.warning(
-                "%s waits for %s since %.0f s. Is its disk slow, or does its mount "
-                "hang? The other processes wait too.",
-                who,
-                what,
-                seconds,
-            )
+    def warn(count: int) -> None:
+        logger.warning(
+            "%s waits for %s since %.0f s. Is its disk slow, or does its mount "
+            "hang? The other processes wait too.",
+            who,
+            what,
+            count * SLOW_SECONDS,
+        )
 
-    thread = threading.Thread(target=warn, daemon=True)
+    with repeated(warn, SLOW_SECONDS):
+        yield
+
+
+@contextlib.contextmanager
+def repeated(work: Callable[[int], None], seconds: float) -> Iterator[None]:
+    """Calls `work` in a thread from time to time, until the end of the block.
+
+    Args:
+      work: function of the number of calls, counted from 1.
+      seconds: time before each call.
+    """
+    done = threading.Event()
+
+    def repeat() -> None:
+        for count in itertools.count(1):
+            if done.wait(seconds):
+                return
+            work(count)
+
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

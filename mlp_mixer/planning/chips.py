@@ -174,7 +174,7 @@ class Topology:
     """A slice of chips, e.g. v3:16x16.
 
     Attributes:
-      name: as it is written.
+      name: what the command line has, e.g. "v3:8x8".
       kind: a key of `CHIPS`.
       grid: the chips along each axis.
     """
