@@ -27,7 +27,7 @@ import jax
 import measurement
 import numpy as np
 
-from mlp_mixer import experiment, metrics, models, recipe, sharding, steps
+from mlp_mixer import experiment, known, metrics, models, recipe, sharding, steps
 from mlp_mixer.console import Table
 from mlp_mixer.data import pipeline
 from mlp_mixer.planning import counts
@@ -302,8 +302,8 @@ def measured(kind: str, chosen: Sequence[str]) -> Iterator[tuple[str, dict[str, 
       kind: "digits" or "speed".
       chosen: words of the models; none: all that have no result.
     """
-    known = read_results().get(kind, {})
-    for word in chosen or [word for word in words() if word not in known]:
+    done = read_results().get(kind, {})
+    for word in chosen or [word for word in words() if word not in done]:
         print(f"{kind} of {word}", file=sys.stderr, flush=True)
         found = {"digits": digits, "speed": speed}[kind](word)
         found["date"] = datetime.date.today().isoformat()
@@ -315,13 +315,20 @@ def measured(kind: str, chosen: Sequence[str]) -> Iterator[tuple[str, dict[str, 
         yield word, found
 
 
+def _word(text: str) -> str:
+    if text not in words():
+        tries = known.nearest(text, words())
+        raise argparse.ArgumentTypeError(f"there is no model {text!r}; try {tries}")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["digits", "speed", "tables"])
-    parser.add_argument("words", nargs="*", choices=[*words(), []], metavar="WORD")
+    parser.add_argument("words", nargs="*", type=_word, metavar="WORD")
     args = parser.parse_args(argv)
     if args.what == "tables":
         page = rewritten(PAGE.read_text(), tables(read_results()))
