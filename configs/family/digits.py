@@ -47,6 +47,49 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
+    "s2mlp": {
+        "model": {
+            "name": "s2mlp_wide",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "s2mlp-deep": {
+        "model": {
+            "name": "s2mlp_deep",
+            "patch_size": (2, 2),
+            "num_blocks": 6,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
+    },
+    "ccs": {
+        "model": {
+            "name": "ccs_mixer_b16",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "ccs-resmlp": {
+        "model": {
+            "name": "ccs_resmlp_36",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "layer_scale": 0.1,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
+    },
 }
 
 

@@ -199,8 +199,20 @@ def _for_image_size(
     return new
 
 
+def _takes_any_size(weights: Weights, image_size: tuple[int, int]) -> bool:
+    """Whether the model has no tokens in its shapes, and the same ones at this size."""
+    if tree.tokens(weights.params) is not None:
+        return False
+    model = create_model(weights)
+    model.check_size(image_size)
+    wanted = tree.shapes(tree.variables(model, image_size)["params"])
+    return wanted == tree.shapes(weights.params)
+
+
 def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
     """Returns the weights for another resolution, with as many pixels to a patch.
+
+    Where no parameter is tied to the resolution, as in S2-MLP, they stay as they are.
 
     Args:
       weights: weights that know their image size.
@@ -213,6 +225,8 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
     """
     old_size, (ph, pw) = checked_image_size(weights), weights.model["patch_size"]
     try:
+        if _takes_any_size(weights, image_size):
+            return dataclasses.replace(weights, image_size=image_size)
         check_divisible(image_size, (ph, pw))
         params = resize.resized(
             weights.params,

@@ -48,9 +48,11 @@ def resized(params: Params, *, old_grid: Grid, new_grid: Grid, how: str) -> Para
         cannot make this grid.
     """
     known.require("Resizing by", how, METHODS)
-    _check_grid(params, old_grid)
     if new_grid == old_grid:
+        _check_grid(params, old_grid)
         return params
+    _check_resizable(params)
+    _check_grid(params, old_grid)
     if how == "interpolate":
         return interpolate(params, new_grid, old_grid)
     (h, w), (new_h, new_w) = old_grid, new_grid
@@ -89,6 +91,7 @@ def grow(params: Params, factor: int, grid: Grid) -> Params:
             f"factor is {factor!r}; expected a whole number of at least 1. Try "
             "interpolate, which takes any grid."
         )
+    _check_resizable(params)
     _check_grid(params, grid)
     (h, w), k = grid, factor
 
@@ -150,6 +153,7 @@ def interpolate(params: Params, new_grid: Grid, grid: Grid) -> Params:
     Raises:
       ValueError: `grid` does not fit the tokens, or `new_grid` is no grid.
     """
+    _check_resizable(params)
     _check_grid(params, grid)
     if min(new_grid) < 1:
         raise ValueError(
@@ -210,22 +214,34 @@ def _with_arrays_changed(
     return unflatten_dict(new, sep="/")
 
 
+def _check_resizable(params: Params) -> None:
+    """Raises ValueError where neither `grow` nor `interpolate` can be right."""
+    file = tree.family(tree.shapes(params))
+    if tree.tokens(params) is None:
+        why = (
+            "none of its arrays has an axis of tokens, which is what `grow` and "
+            "`interpolate` change"
+        )
+    elif hasattr(file, "CANNOT_RESIZE"):
+        why = file.CANNOT_RESIZE
+    else:
+        return
+    resizable = ", ".join(
+        name
+        for name, other in models.families().items()
+        if any("s" in letters.split() for letters in all_axes(other).values())
+        and not hasattr(other, "CANNOT_RESIZE")
+    )
+    raise ValueError(
+        f"Weights of a {tree.family_name(file)} cannot be resized: {why}. Train it at "
+        f"the resolution that is wanted, or take one of {resizable}."
+    )
+
+
 def _check_grid(params: Params, grid: Grid) -> None:
     """Raises ValueError unless the parameters are for a grid of patches."""
     tokens = tree.tokens(params)
-    if tokens is None:
-        name = tree.family_name(tree.family(tree.shapes(params)))
-        resizable = ", ".join(
-            other
-            for other, file in models.families().items()
-            if any("s" in letters.split() for letters in all_axes(file).values())
-        )
-        raise ValueError(
-            f"Weights of a {name} cannot be resized: none of its arrays has an axis of "
-            "tokens, which is what `grow` and `interpolate` change. Train it at the "
-            f"resolution that is wanted, or take one of {resizable}."
-        )
-    if min(grid) < 1 or math.prod(grid) != tokens:
+    if tokens is not None and (min(grid) < 1 or math.prod(grid) != tokens):
         possible = ", ".join(
             f"{rows}x{tokens // rows}"
             for rows in range(math.isqrt(tokens), 0, -1)
