@@ -42,17 +42,13 @@ class Facts:
     """What is known of an architecture from elsewhere.
 
     Attributes:
-      counts: size → number of parameters.
+      counts: size → number of parameters, for the images and classes of `COUNTED`.
       initial: parameter → mean and standard deviation of its initial values, in the
         first size.
-      image_size: (height, width) in pixels that the counts are for.
-      num_classes: number of classes that they are for.
     """
 
     counts: dict[str, int]
     initial: dict[str, tuple[float, float]]
-    image_size: tuple[int, int] = (224, 224)
-    num_classes: int = 1000
 
 
 FACTS = {
@@ -165,7 +161,6 @@ FACTS = {
             "ParaMixerBlock_0/channel_mixing/Dense_1/kernel": (0, (2 / 2560) ** 0.5),
             "head/kernel": (0, 0),
         },
-        num_classes=10,
     ),
     "ninformer": Facts(
         # The authors' model for CIFAR-10.
@@ -182,8 +177,6 @@ FACTS = {
             "head/kernel": (0, (3 * 256) ** -0.5),
             "head/bias": (0, (3 * 256) ** -0.5),
         },
-        image_size=(32, 32),
-        num_classes=10,
     ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
@@ -218,8 +211,13 @@ def shapes(model, size=(224, 224)):
 @functools.cache
 def shapes_of(name, size):
     """Of the parameters of a size, as the facts are for."""
-    model = models.create(size, num_classes=FACTS[name].num_classes)
-    return shapes(model, FACTS[name].image_size)["params"]
+    side, classes = counted(name, size)
+    return shapes(models.create(size, num_classes=classes), (side, side))["params"]
+
+
+def counted(name, size):
+    """The sides of the images, and the number of classes, that a count is for."""
+    return getattr(models.family(name), "COUNTED", {}).get(size, (224, 1000))
 
 
 @functools.cache
@@ -264,7 +262,7 @@ def test_parameter_counts_are_the_papers(name, size):
 def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = shapes_of(name, size)
-    file, found = models.family(name), {"rgb": 3, "k": FACTS[name].num_classes}
+    file, found = models.family(name), {"rgb": 3, "k": counted(name, size)[1]}
     form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
     axes = axes_by_form(file)[form]
     used = set()
@@ -282,7 +280,8 @@ def test_initial_values_are_the_papers(name):
     size = next(iter(FACTS[name].counts))
     once = jax.tree.map(lambda count: 1, models.fields(size)["num_blocks"])
     model = models.create(size, num_classes=1000, num_blocks=once)
-    image = jnp.zeros((1, *FACTS[name].image_size, 3))
+    side, _ = counted(name, size)
+    image = jnp.zeros((1, side, side, 3))
     init = jax.jit(model.init)(jax.random.key(3), image)
     params = dict(leaves(init))
     for path, (mean, spread) in FACTS[name].initial.items():

@@ -146,6 +146,7 @@ MODEL = NiNformer
 # The authors' CIFAR-10 and CIFAR-100: patch, blocks, C, D twice, dropout.
 _ROWS = {"ninformer_cifar": ((4, 4), 4, 256, 512, 512, 0.5)}
 SIZES = {name: sizes(NiNformer, row) for name, row in _ROWS.items()}
+COUNTED = {"ninformer_cifar": (32, 10)}
 # The paper has no ImageNet.
 TOP_1: dict[str, float] = {}
 CHECKED = "counts; logits of the authors' code"
