@@ -43,6 +43,7 @@ def convert(
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
     step: int | None = None,
+    ema: bool | None = None,
     mean: pretrained.Stated | None = None,
     std: pretrained.Stated | None = None,
 ) -> dict[str, str]:
@@ -59,6 +60,8 @@ def convert(
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
       step: step of a run's checkpoint; the newest by default.
+      ema: whether a run's averaged parameters are read, or its last ones; by default
+        the averaged ones, if it keeps them.
       mean, std: what the images that the source is for were normalised by, in levels
         from 0 to 1: one number, or red, green, blue; needed where neither the source
         nor a config.json beside it says so.
@@ -73,7 +76,9 @@ def convert(
         raise ValueError("Both --grow and --interpolate are given; choose one.")
     if grow is not None and grow < 1:
         raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
-    weights = pretrained.read(source, dtype=None, step=step, mean=mean, std=std)
+    weights = pretrained.read(
+        source, dtype=None, step=step, ema=ema, mean=mean, std=std
+    )
     if gelu is not None:
         weights = pretrained.with_fields(weights, gelu=gelu)
     if image_size is not None:
@@ -252,6 +257,7 @@ def main(arguments: list[str]) -> None:
         grow=flag.grow,
         interpolate=program.size("interpolate"),
         step=flag.step,
+        ema=flag.ema,
         mean=_numbers_of_flag("mean"),
         std=_numbers_of_flag("std"),
     )
@@ -290,4 +296,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
     )
+    program.define_ema()
     program.run(main)

@@ -1,6 +1,7 @@
 """Laws of random erasing, mixup and CutMix."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_cutmix_cuts_the_papers_box():
     n, draws = 16, 4000
     share = jnp.asarray(np.random.default_rng(0).random(draws), jnp.float32)
     boxes = jax.jit(jax.vmap(lambda *drawn: augment.cut_box(drawn[0], n, n, drawn[1])))
-    box = np.asarray(boxes(keys(draws), share))
+    box: Any = np.asarray(boxes(keys(draws), share))
     expected = np.zeros(n + 1)
     for k in range(n):
         for centre in range(n):
@@ -132,7 +133,7 @@ SIDE, DRAWS = 100, 4000
 def erased():
     """Of each image whether, and the box (top, left, height, width)."""
     boxes = jax.jit(augment.erased_boxes, static_argnums=(1, 2, 3, 4))
-    inside = np.asarray(boxes(jax.random.key(0), DRAWS, SIDE, SIDE, 0.75))
+    inside: Any = np.asarray(boxes(jax.random.key(0), DRAWS, SIDE, SIDE, 0.75))
     rows, columns = inside.any(2), inside.any(1)
     on = rows.any(1)
     assert (inside == rows[:, :, None] & columns[:, None, :]).all()

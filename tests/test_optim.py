@@ -447,7 +447,7 @@ def test_statistics_are_averaged_as_parameters_are():
     now = {"batch_stats": {"mean": jnp.ones(3), "count": jnp.int32(7)}}
     for _ in range(2):
         zero = jax.tree.map(jnp.zeros_like, params)
-        _, opt_state = tx.update(zero, opt_state, params, stats=now)  # type: ignore[call-arg]
+        _, opt_state = tx.update(zero, opt_state, params, stats=now)
     average = optim.average_of(opt_state)
     assert average is not None
     expected = 1 - 1 / 10 * 2 / 11
