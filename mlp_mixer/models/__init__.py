@@ -14,7 +14,16 @@ from types import ModuleType
 from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
-from mlp_mixer.models import ccs, gmlp, mixer, resmlp, s2mlp, smlpnet
+from mlp_mixer.models import (
+    ccs,
+    gmlp,
+    mixer,
+    ninformer,
+    paramixer,
+    resmlp,
+    s2mlp,
+    smlpnet,
+)
 from mlp_mixer.models.model import Model, Run
 
 __all__ = [
@@ -29,7 +38,16 @@ __all__ = [
     "names",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (mixer, resmlp, gmlp, smlpnet, s2mlp, ccs)
+FAMILIES: tuple[ModuleType, ...] = (
+    mixer,
+    resmlp,
+    gmlp,
+    smlpnet,
+    paramixer,
+    ninformer,
+    s2mlp,
+    ccs,
+)
 
 
 def families() -> dict[str, ModuleType]:
