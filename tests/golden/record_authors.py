@@ -1,0 +1,167 @@
+"""Records authors_CASE.safetensors and authors_CASE.npz from authors' code; README.md.
+
+A small model of the authors' own classes with random parameters, all of them, images,
+and its logits, computed in float64. The first argument is the folder of a clone of
+their repository, which is only run; the second the case, a key of `CASES`:
+
+    python tests/golden/record_authors.py build/SPACH spach_mlp
+
+The images are what the model itself takes: whoever normalises is before it. The npz
+file holds our model's name and those of its fields that no shape tells, as JSON, and
+the command.
+"""
+
+import ast
+import importlib
+import json
+import pathlib
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+CLASSES = 5
+
+
+def spach(mixing):
+    """A single-stage SPACH; it wants a square grid, so the patch is not square."""
+    return importlib.import_module("models.spach").Spach(
+        num_classes=CLASSES,
+        img_size=(16, 32),
+        patch_size=(4, 8),
+        hidden_dim=24,
+        num_heads=3,
+        net_arch=[(mixing, 2)],
+    )
+
+
+def paramixer(block, mlp):
+    """A ParaMixer, or one of its relatives."""
+    mixers, layers = map(importlib.import_module, ("models.mixers", "models.layers"))
+    return mixers.MlpMixer(
+        num_classes=CLASSES,
+        img_size=(12, 32),
+        patch_size=(4, 8),
+        embed_dim=16,
+        num_blocks=2,
+        block_layer=getattr(layers, block),
+        mlp_layer=getattr(layers, mlp),
+    )
+
+
+def ninformer():
+    """A NiNformer. Its classifier stands in a script that would train at import."""
+    import torch
+
+    module = importlib.import_module("ninformer")
+    path = pathlib.Path(str(module.__file__)).with_name("train.py")
+    script = ast.parse(path.read_text())
+    wanted = ("check_sizes", "NiNformerImageClassification")
+    script.body = [x for x in script.body if getattr(x, "name", "") in wanted]
+    names: dict[str, Any] = {"nn": torch.nn, "NiNformer": module.NiNformer}
+    exec(compile(script, path, "exec"), names)
+    return names["NiNformerImageClassification"](
+        image_size=16,
+        patch_size=4,
+        num_classes=CLASSES,
+        d_model=16,
+        d_ffn=24,
+        seq_len=12,
+        num_layers=2,
+    )
+
+
+def kan_mixer():
+    """Cheon's KAN-Mixer: it counts 4 x 4 patches, and takes 2 x 8 as well."""
+    return importlib.import_module("kan_mixer.kan_mixer").KAN_Mixer(
+        n_layers=2,
+        n_channel=8,
+        n_hidden=10,
+        n_output=CLASSES,
+        image_size=8,
+        patch_size=2,
+        n_image_channel=3,
+    )
+
+
+def resmlp():
+    """A ResMLP of the authors, whose names are not timm's."""
+    return importlib.import_module("resmlp_models").resmlp_models(
+        num_classes=CLASSES,
+        img_size=(12, 32),
+        patch_size=(4, 8),
+        embed_dim=16,
+        depth=2,
+    )
+
+
+class Case(NamedTuple):
+    """What is recorded of one model.
+
+    Attributes:
+      make: makes it.
+      arguments: arguments of `make`.
+      image_size: (height, width) in pixels.
+      model: our model's name, and its fields that no shape tells.
+    """
+
+    make: Any
+    arguments: tuple[str, ...]
+    image_size: tuple[int, int]
+    model: dict[str, Any]
+
+
+CASES = {
+    "resmlp": Case(resmlp, (), (12, 32), {"name": "resmlp"}),
+    "paramixer_vanilla": Case(
+        paramixer, ("vMixerBlock", "vMlp"), (12, 32), {"name": "paramixer"}
+    ),
+    "paramixer_para": Case(
+        paramixer, ("pMixerBlock", "vMlp"), (12, 32), {"name": "paramixer"}
+    ),
+    "paramixer_sym": Case(
+        paramixer, ("pMixerBlock", "sMlp"), (12, 32), {"name": "paramixer"}
+    ),
+    "paramixer_asym": Case(
+        paramixer, ("pMixerBlock", "aMlp"), (12, 32), {"name": "paramixer"}
+    ),
+    "ninformer": Case(ninformer, (), (8, 24), {"name": "ninformer"}),
+    "kan_mixer": Case(kan_mixer, (), (4, 16), {"name": "kan_mixer"}),
+    "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
+    "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
+    "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach"}),
+}
+
+
+def main():
+    """Records what the command line says."""
+    import safetensors.torch
+    import torch
+
+    code, name = sys.argv[1:]
+    case = CASES[name]
+    sys.path.insert(0, str(pathlib.Path(code).absolute()))
+    warnings.simplefilter("ignore")  # of an older timm's names
+    torch.manual_seed(0)
+    model = case.make(*case.arguments).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        image = torch.rand(2, 3, *case.image_size) * 2 - 1
+        state = {k: x.contiguous() for k, x in model.state_dict().items()}
+        safetensors.torch.save_file(state, HERE / f"authors_{name}.safetensors")
+        exact = model.double()(image.double()).float()
+    folder = pathlib.Path(code).name
+    np.savez(
+        HERE / f"authors_{name}.npz",
+        image=image.permute(0, 2, 3, 1).numpy(),
+        logits=exact.numpy(),
+        model=np.array(json.dumps(case.model)),
+        command=np.array(f"record_authors.py {folder} {name}"),
+    )
+
+
+if __name__ == "__main__":
+    main()
