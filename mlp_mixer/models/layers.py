@@ -271,9 +271,13 @@ def readout(
       **head_fields: arguments of `head`.
     """
     pre_logits = y.mean(0, dtype=jnp.float32)
-    names = ["stem", *(f"block_{i}" for i in range(len(states) - 1))]
-    out = {k: jnp.swapaxes(x, 0, 1) for k, x in zip(names, states, strict=True)}
-    out["pre_logits"] = pre_logits
+    out = {**named_states(states), "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out
     return head(pre_logits, num_classes, **head_fields), out
+
+
+def named_states(states: list[Float[Array, "s n c"]]) -> dict[str, Array]:
+    """Returns {"stem", "block_0", …: (n, s, c)} of the states, for `out`."""
+    names = ["stem", *(f"block_{i}" for i in range(len(states) - 1))]
+    return {k: jnp.swapaxes(x, 0, 1) for k, x in zip(names, states, strict=True)}
