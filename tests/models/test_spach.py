@@ -1,0 +1,135 @@
+"""SPACH is its equations, in NumPy and float64, and other models where parts are off."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlp_mixer import models
+from mlp_mixer.models import Run, layers, mixer, spach
+from mlp_mixer.models.model import Noise
+
+GRID, C = (3, 4), 6
+FORMS = pytest.mark.parametrize("mixing", spach.MIXINGS)
+# dtype, error relative to the largest value.
+DTYPES = pytest.mark.parametrize(("dtype", "error"), [("float64", 1e-9), ("float32", 1e-4)])
+
+
+def block(mixing, dtype="float64", **fields):
+    run = Run(dtype=dtype)
+    given = {"channels_mlp_dim": 8, "tokens_mlp_dim": 5, "num_heads": 3, "gelu": "exact"}
+    return spach.SpachBlock(GRID, mixing, run=run, **given | fields)
+
+
+def state(dtype="float64", n=2):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(math.prod(GRID), n, C)), dtype)
+
+
+def random_params(module, *inputs, seed=1):
+    """All random, so that nothing hides behind a zero."""
+    rng, x = np.random.default_rng(seed), inputs[0]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape) / (leaf.shape[0] if leaf.ndim > 1 else 2) ** 0.5
+        return jnp.asarray(noise + (path[-1].key == "scale"), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def assert_close(found, expected, error):
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=error * np.abs(expected).max()
+    )
+
+
+# --- The equations --------------------------------------------------------------------
+
+
+def layer_norm(x, p):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-6) * p["scale"] + p["bias"]
+
+
+def mlp(x, p):
+    h = x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
+    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
+    return h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
+
+
+def attention(x, p):
+    """Of one image (s, c), head by head."""
+    q, k, v = np.split(x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"], 3, axis=-1)
+    heads = []
+    for i in range(0, C, 2):
+        a, b, c = (z[:, i : i + 2] for z in (q, k, v))
+        weights = np.exp(a @ b.T / math.sqrt(2))
+        heads.append(weights / weights.sum(1, keepdims=True) @ c)
+    return np.concatenate(heads, 1) @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
+
+
+def depthwise(x, p):
+    """Of one image (s, c): each weight of the filter at each place of the map."""
+    (h, w), image = GRID, x.reshape(*GRID, C)
+    y = np.zeros_like(image) + p["bias"]
+    for i, j, a, b in np.ndindex(h, w, 3, 3):
+        if 0 <= i + a - 1 < h and 0 <= j + b - 1 < w:
+            y[i, j] += p["kernel"][a, b, 0] * image[i + a - 1, j + b - 1]
+    return y.reshape(x.shape)
+
+
+def equations(x, p, mixing):
+    """The block of one image (s, c)."""
+    u = x + depthwise(x, p["depthwise"])
+    if mixing != "conv":
+        z = layer_norm(x, p["LayerNorm_0"])
+        z = mlp(z.T, p["token_mixing"]).T if mixing == "mlp" else attention(z, p["attention"])
+        u = u + p["scale"] * z
+    return u + mlp(layer_norm(u, p["LayerNorm_1"]), p["channel_mixing"])
+
+
+@FORMS
+@DTYPES
+def test_a_block_is_the_papers(mixing, dtype, error):
+    with jax.enable_x64(dtype == "float64"):
+        x, module = state(dtype), block(mixing, dtype)
+        params = random_params(module, x, Noise())
+        found = jax.jit(module.apply)({"params": params}, x, Noise())
+        assert found.dtype == dtype
+        exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+        for image, y in zip(np.swapaxes(x, 0, 1), np.swapaxes(found, 0, 1), strict=True):
+            assert_close(y, equations(np.float64(image), exact, mixing), error)
+
+
+def test_stochastic_depth_leaves_the_convolution_of_the_input_itself():
+    with jax.enable_x64():
+        x, module = state(), block("attn")
+        params = random_params(module, x, Noise())
+        dropped = Noise(keep=jnp.zeros((2, 2)))
+        found = jax.jit(module.apply)({"params": params}, x, dropped)
+        p = jax.tree.map(np.asarray, params["depthwise"])
+        expected = [image + depthwise(image, p) for image in np.swapaxes(x, 0, 1)]
+        assert_close(np.swapaxes(found, 0, 1), np.stack(expected), 1e-12)
+
+
+# --- What it is where parts are off ---------------------------------------------------
+
+
+def test_without_convolution_and_scale_the_form_mlp_is_a_mixer_block():
+    with jax.enable_x64():
+        x, module = state(), block("mlp")
+        params = random_params(module, x, Noise())
+        params["depthwise"] = jax.tree.map(jnp.zeros_like, params["depthwise"])
+        params["scale"] = jnp.ones_like(params["scale"])
+        found = jax.jit(module.apply)({"params": params}, x, Noise())
+        model = mixer.MlpMixer((1, 1), 1, C, 5, 8, gelu="exact", run=Run(dtype="float64"))
+        image = jnp.zeros((2, *GRID, 3))
+        whole = random_params(model, image)
+        whole["MixerBlock_0"] = {k: v for k, v in params.items() if "_" in k}
+        whole["stem"]["kernel"] *= 0
+        # The state reaches the block through the stem's bias, which all tokens share.
+        del found, whole
