@@ -43,7 +43,9 @@ def build(
     """
     if model is None:
         model = create_model(config, mesh, num_classes=config.dataset.num_classes)
-    tx, schedule = optim.create(**config.optim, total_steps=total_steps)
+    tx, schedule = optim.create(
+        **config.optim, total_steps=total_steps, axes=model.declared_axes()
+    )
     target = steps.state_shapes(model, tx, mesh, example, strategy=config.sharding)
     train_step = steps.make_train_step(
         model,
@@ -54,6 +56,9 @@ def build(
         seed=config.seed,
         mixup=config.mixup,
         accumulate=config.accumulate,
+        cutmix=config.cutmix,
+        erasing=config.erasing,
+        label_smoothing=config.label_smoothing,
     )
     predict = steps.make_predict(model, mesh)
     return Experiment(model, tx, schedule, target, train_step, predict)

@@ -7,6 +7,7 @@ A model's own fields have the rows of `MODEL`, or those of their types.
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ class Row:
       low: the smallest number.
       high: the largest number.
       choices: the strings, where they are a closed set.
+      form: a regular expression that strings match as a whole.
       length: how many values a tuple has; 0 for one or more; None for no tuple.
       none: whether the field may be None.
       also: a further value.
@@ -43,15 +45,18 @@ class Row:
     low: int | float = -math.inf
     high: int | float = math.inf
     choices: tuple[str, ...] = ()
+    form: str = r".*\S.*"
     length: int | None = None
     none: bool = False
-    also: int | str | None = None
+    also: int | str | tuple[()] | None = None
     optional: bool = False
 
     def fits(self, value: Any) -> bool:
         """Whether the field may have this value."""
         if value is None:
             return self.none
+        if value == self.also:
+            return type(value) is type(self.also)
         if self.length is None:
             return self._fits_one(value)
         return (
@@ -65,10 +70,9 @@ class Row:
             return bool in self.types
         if not isinstance(value, self.types):
             return False
-        if value == self.also:
-            return True
         if isinstance(value, str):
-            return value in self.choices if self.choices else bool(value.strip())
+            fits = re.fullmatch(self.form, value, re.DOTALL)
+            return value in self.choices if self.choices else bool(fits)
         number: Any = value
         return self.low <= number <= self.high  # nan is not
 
@@ -165,7 +169,10 @@ RECIPE: dict[str, Row] = {
     "epochs": _positive(),
     "total_steps": _COUNT,
     "loss": _choice("sigmoid_xent", "softmax_xent"),
+    "label_smoothing": _rate(),
     "mixup": _real(0, 1000),
+    "cutmix": _real(0, 1000),
+    "erasing": _real(0, 1),
     "init_from": _text(
         "weights: a run's folder, a file or a published name", none=True, also=""
     ),
@@ -196,17 +203,29 @@ RECIPE: dict[str, Row] = {
     "optim.name": _choice("adam", "momentum"),
     "optim.learning_rate": _real(0),
     "optim.warmup_steps": _whole(0),
+    "optim.warmup_learning_rate": _real(0),
     "optim.decay": _choice("linear", "cosine", "staircase"),
     "optim.end_learning_rate": _real(0, none=True),
     "optim.end_factor": _real(0, 1, none=True),
     "optim.weight_decay": _real(0),
-    "optim.decayed": _choice("kernels", "all"),
+    "optim.decayed": _choice("kernels", "matrices", "all"),
+    "optim.layer_decay": dataclasses.replace(
+        _positive(), values="a number above 0 to 1", high=1.0
+    ),
+    "optim.rates": Row(
+        "words PATTERN=FACTOR, e.g. (head/*=10, stem/*=0.1); or none",
+        (str,),
+        form=r"[\w*/]+=(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?",
+        length=0,
+        also=(),
+    ),
     "optim.clip_norm": _positive(none=True),
     "optim.b1": _rate(),
     "optim.b2": _rate(),
     "optim.eps": _positive(),
     "optim.momentum": _rate(),
     "optim.momentum_dtype": _DTYPE,
+    "optim.ema": _rate(),
     "checkpoint.every_steps": _whole(1),
     "checkpoint.every_minutes": _positive(none=True),
     "checkpoint.keep_latest": _whole(1),
@@ -216,6 +235,7 @@ RECIPE: dict[str, Row] = {
 
 _SHARED = {
     "every_steps": _whole(0),
+    "ema": _SWITCH,
     "batch_size": _COUNT,
     "preprocess": _choice(
         *("big_vision", "vision_transformer", "paper-resize-crop"),

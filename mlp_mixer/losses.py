@@ -1,4 +1,4 @@
-"""Losses, in nats per example, and mixup. All of it runs on the device.
+"""Losses, in nats per example. All of it runs on the device.
 
 A loss gets what the model returned, (logits, out), and the batch that it was given, and
 takes what it needs. There `label` are rows of class probabilities, not class numbers:
@@ -20,6 +20,11 @@ def targets(
     if label.ndim == 1:
         return jax.nn.one_hot(label, num_classes)
     return label.astype(jnp.float32)
+
+
+def smoothed(label: Float[Array, "n k"], share: float) -> Float[Array, "n k"]:
+    """Returns (1 − share) · label + share / k (arXiv 1512.00567, section 7)."""
+    return (1.0 - share) * label + share / label.shape[-1]
 
 
 def sigmoid_xent(
@@ -44,24 +49,3 @@ def softmax_xent(
 
 
 LOSSES = {"sigmoid_xent": sigmoid_xent, "softmax_xent": softmax_xent}
-
-
-def mixup(
-    rng: jax.Array,
-    image: Float[Array, "n h w 3"],
-    labels: Float[Array, "n k"],
-    p: float,
-) -> tuple[Float[Array, "n h w 3"], Float[Array, "n k"]]:
-    """Mixes every example with the one before it in the global batch.
-
-    One λ ~ Beta(p, p) for all, then λ ← max(λ, 1 − λ) (big_vision utils.py). The
-    reference rolls inside each device's slice; rolling over the whole batch makes the
-    result independent of the number of devices.
-    """
-    mix = jax.random.beta(rng, p, p)
-    mix = jnp.maximum(mix, 1.0 - mix)
-
-    def blend(x: jax.Array) -> jax.Array:
-        return mix * x + (1.0 - mix) * jnp.roll(x, 1, axis=0)
-
-    return blend(image), blend(labels)

@@ -1,8 +1,8 @@
 """Recipes: every field of a run, with its unit and meaning.
 
 `base` has every field but the model's own, with its default. A recipe is a file with
-`get_config(argument)` that starts from `base`, or from the paper's recipes in
-`mlp_mixer.paper`, and states the differences. It imports nothing but these two modules,
+`get_config(argument)` that starts from `base`, or from the recipes in `mlp_mixer.paper`
+and `mlp_mixer.deit`, and states the differences. It imports nothing but these modules,
 so it works wherever it lies. Each section holds the arguments of exactly one function.
 """
 
@@ -38,8 +38,15 @@ def base() -> ConfigDict:
     config.total_steps = config_dict.placeholder(int)
     # A key of losses.LOSSES.
     config.loss = "sigmoid_xent"
+    # ε: a label is (1 − ε) of its class and ε of all classes alike.
+    config.label_smoothing = 0.0
     # p of mixup's Beta(p, p); 0 does not mix.
     config.mixup = 0.0
+    # p of CutMix's Beta(p, p); 0 does not cut. Each step draws one of the two if both
+    # are on.
+    config.cutmix = 0.0
+    # Probability with which random erasing fills a box of an image with noise.
+    config.erasing = 0.0
     # Weights to start from: a run's folder, a file or a published name such as
     # "imagenet21k/Mixer-B_16"; None, or nothing on the command line: random ones.
     config.init_from = config_dict.placeholder(str)
@@ -107,18 +114,27 @@ def base() -> ConfigDict:
     config.optim.name = "adam"  # or "momentum"
     config.optim.learning_rate = 0.001  # the peak
     config.optim.warmup_steps = 10_000
+    config.optim.warmup_learning_rate = 0.0  # where the warm-up begins
     config.optim.decay = "linear"  # or "cosine", "staircase"
     # The last learning rate: either absolute, or a fraction of the peak.
     config.optim.end_learning_rate = FieldReference(1e-5)
     config.optim.end_factor = config_dict.placeholder(float)
     config.optim.weight_decay = 0.0  # decoupled; times the learning rate
-    config.optim.decayed = "kernels"  # or "all"
+    # "kernels" of products and of the stem; "matrices", arrays of two or more axes; or
+    # "all".
+    config.optim.decayed = "kernels"
+    # Times the learning rate, once for each layer between a parameter and the head.
+    config.optim.layer_decay = 1.0
+    # Factors of the learning rate by parameter, e.g. ("head/*=10", "stem/*=0").
+    config.optim.rates = ()
     config.optim.clip_norm = FieldReference(1.0)  # global norm; None: no clipping
     config.optim.b1 = 0.9
     config.optim.b2 = 0.999
     config.optim.eps = 1e-8
     config.optim.momentum = 0.9
     config.optim.momentum_dtype = "float32"
+    # Decay of the moving average of the parameters, e.g. 0.9999; 0 keeps none.
+    config.optim.ema = 0.0
 
     # evaluators.sections: {name: evaluation(...) or fewshot(...)}
     config.evals = ConfigDict()
@@ -142,6 +158,8 @@ def evaluation(split: str, **differences: Any) -> ConfigDict:
     section.every_steps = 2500
     section.batch_size = config_dict.placeholder(int)
     section.preprocess = "big_vision"  # a key of data.image_ops.PROTOCOLS
+    # Of the averaged parameters, where optim.ema keeps them; else of the last ones.
+    section.ema = True
     section.ece_bins = 0  # of the expected calibration error; 0: without it
     section.dataset = _dataset(split)
     section.update(differences)
@@ -172,6 +190,7 @@ def fewshot(
     section.every_steps = 25_000  # as above
     section.batch_size = config_dict.placeholder(int)
     section.preprocess = "paper-resize-crop"
+    section.ema = True
     section.shots = (1, 5, 10, 25)  # per class
     section.seeds = 3  # draws of the shots; 0: the first ones as they stand
     section.l2_exponents = (10,)  # l2 = 2^exponent

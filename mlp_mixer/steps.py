@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
-from mlp_mixer import known, losses, sharding
+from mlp_mixer import augment, known, losses, optim, sharding
 from mlp_mixer.fingerprints import PyTree
 from mlp_mixer.models import trunk
 from mlp_mixer.models.model import Model
@@ -38,6 +38,14 @@ class TrainState(NamedTuple):
     def variables(self) -> dict[str, Any]:
         """What the model and `predict` take."""
         return {"params": self.params, **self.stats}
+
+    @property
+    def averaged(self) -> dict[str, Any]:
+        """`variables` with averaged parameters, if the optimiser averages them."""
+        average = optim.average_of(self.opt_state)
+        if average is None:
+            return self.variables
+        return {"params": average.params, **average.stats}
 
 
 def value_range(image: Shaped[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
@@ -127,7 +135,8 @@ def _init(
     fresh = variables.pop("params")
     params = fresh if params is None else params
     stats = variables if stats is None else stats
-    return TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    opt_state = optim.with_stats(tx.init(params), stats)
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state)
 
 
 # Independent random streams of one seed.
@@ -152,6 +161,9 @@ def make_train_step(
     seed: int,
     mixup: float,
     accumulate: int,
+    cutmix: float = 0.0,
+    erasing: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns `train_step(state, batch) -> (state, metrics)`, donating the state.
 
@@ -173,6 +185,12 @@ def make_train_step(
         batch's, with 1/accumulate of its activations. (Dropout and
         stochastic depth draw anew in each micro-batch; BatchNorm normalises each by
         itself, and its running statistics take one after the other.)
+      cutmix: p of Beta(p, p); 0 does not cut. With mixup, each step draws one of them.
+      erasing: probability with which a box of an image is filled with noise, before
+        images are mixed.
+      label_smoothing: share of a label that goes to all classes alike.
+
+    To the loss is added what the model itself gives as `out["penalty"]`.
 
     The batch holds `image` (n, h, w, 3), 0 … 255, and `label` (n,) class numbers or
     (n, k) bools, both of `sharding.place_rows`; metrics are `loss` (nats) and
@@ -183,6 +201,7 @@ def make_train_step(
     """
     loss_fn = known.pick("loss", loss, losses.LOSSES)
     num_classes: Any = model.num_classes
+    update = optax.with_extra_args_support(tx).update
     shardings = jax.tree.map(lambda a: a.sharding, target)
     parts = [part for s in jax.tree.leaves(shardings.params) for part in s.spec]
     whole = not any(part in sharding.ROWS for part in parts)
@@ -198,7 +217,8 @@ def make_train_step(
             rngs={"dropout": rng},
             mutable=list(stats),
         )
-        return loss_fn(logits, out, batch).mean(), stats
+        value = loss_fn(logits, out, batch).mean()
+        return (value + out["penalty"] if "penalty" in out else value), stats
 
     differentiated = jax.value_and_grad(objective, has_aux=True)
 
@@ -228,18 +248,24 @@ def make_train_step(
                 len(batch["image"]) // sharding.rows(mesh) // accumulate
             )
         rng = jax.random.fold_in(_stream(seed, TRAIN), state.step)
-        mixup_rng, model_rng = jax.random.split(rng)
+        mixing_rng, model_rng = jax.random.split(rng)
         image = value_range(batch["image"])
         label = losses.targets(batch["label"], num_classes)
-        if mixup:
-            mixed = losses.mixup(mixup_rng, image, label, mixup)
+        if label_smoothing:
+            label = losses.smoothed(label, label_smoothing)
+        if erasing:
+            # A third key, so that those two stay what they were.
+            erased = augment.erase(jax.random.fold_in(rng, 2), image, erasing)
+            image = sharding.constrained(erased, sharding.batch(mesh))
+        if mixup or cutmix:
+            mixed = augment.mix(mixing_rng, image, label, mixup=mixup, cutmix=cutmix)
             image, label = sharding.constrained(mixed, sharding.batch(mesh))
         batch = {**batch, "image": image, "label": label}
         (value, stats), grads = gradients(
             state.params, state.stats, batch, model_rng, count
         )
         grads = sharding.constrained(grads, shardings.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, stats=stats)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, stats, opt_state), metrics

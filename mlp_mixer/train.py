@@ -190,7 +190,8 @@ def train(
                     writer.flush()
                     with clock.doing("evaluation"):
                         asked = stop()
-                        result = None if asked else evaluator.run(state.variables, stop)
+                        variables = state.averaged if evaluator.ema else state.variables
+                        result = None if asked else evaluator.run(variables, stop)
                     if result is None:
                         stopping = True
                         continue

@@ -130,6 +130,9 @@ class Setup:
             loss="softmax_xent",
             seed=0,
             mixup=mixup,
+            cutmix=0.0,
+            erasing=0.0,
+            label_smoothing=0.0,
             accumulate=accumulate,
             sharding=strategy,
         )

@@ -59,6 +59,9 @@ class Job:
     run: dict[str, Any]
     loss: str = "sigmoid_xent"
     mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+    label_smoothing: float = 0.0
     seed: int = 0
     accumulate: int = 1
     sharding: str = "replicated"

@@ -5,6 +5,7 @@ measured beside it: the same mathematics from a state whose blocks are one tree 
 leading axis of depth.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -31,11 +32,10 @@ def stacked(params: Any) -> dict[str, Any]:
 
 def logits_of(model: mixer.MlpMixer, params: Any, image: jax.Array) -> jax.Array:
     """Returns the logits of images in [−1, 1], from stacked parameters."""
-    mlp = layers.MlpBlock
+    mlp = functools.partial(layers.MlpBlock, gelu=model.gelu, run=model.run)
     block = mixer.MixerBlock(
-        model.tokens_mlp_dim,
-        model.channels_mlp_dim,
-        lambda dim, **more: mlp(dim, gelu=model.gelu, run=model.run, **more),
+        functools.partial(mlp, model.tokens_mlp_dim, axis=0),
+        functools.partial(mlp, model.channels_mlp_dim),
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, None]:

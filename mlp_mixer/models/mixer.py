@@ -24,17 +24,21 @@ from mlp_mixer.models.model import Model, Noise, Outputs, axes, sizes
 
 
 class MixerBlock(nn.Module):
-    """One Mixer layer, of hidden sizes D_S and D_C; `mlp` makes both of its MLPs."""
+    """One Mixer layer.
 
-    tokens_mlp_dim: int
-    channels_mlp_dim: int
-    mlp: Callable[..., nn.Module]
+    Attributes:
+      token_mixing, channel_mixing: what makes its two branches, given their name; each
+        maps (normalised state, Noise).
+    """
+
+    token_mixing: Callable[..., nn.Module]
+    channel_mixing: Callable[..., nn.Module]
 
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
-        token_mixing = self.mlp(self.tokens_mlp_dim, axis=0, name="token_mixing")
-        channel_mixing = self.mlp(self.channels_mlp_dim, name="channel_mixing")
+        token_mixing = self.token_mixing(name="token_mixing")
+        channel_mixing = self.channel_mixing(name="channel_mixing")
         first, second = noise.branches(2)
         x = x + token_mixing(LayerNorm(name="LayerNorm_0")(x), first)
         return x + channel_mixing(LayerNorm(name="LayerNorm_1")(x), second)
@@ -83,7 +87,9 @@ class MlpMixer(Model):
             layers.MlpBlock, gelu=self.gelu, dropout=self.dropout, run=self.run
         )
         block = functools.partial(
-            MixerBlock, self.tokens_mlp_dim, self.channels_mlp_dim, mlp
+            MixerBlock,
+            functools.partial(mlp, self.tokens_mlp_dim, axis=0),
+            functools.partial(mlp, self.channels_mlp_dim),
         )
         noise = trunk.draw(  # one rate for both branches (big_vision)
             self,

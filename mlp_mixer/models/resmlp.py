@@ -16,6 +16,7 @@ facebookresearch/deit). In the paper s1 and s2 come with a shift of their own.
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -41,8 +42,13 @@ class Affine(nn.Module):
 
 
 class ResMlpBlock(nn.Module):
-    """One ResMLP layer; its attributes are those of `ResMlp`."""
+    """One ResMLP layer; its other attributes are those of `ResMlp`.
 
+    Attributes:
+      token_mixing: what makes the linear map across tokens, given its name.
+    """
+
+    token_mixing: Callable[..., nn.Module]
     channels_mlp_dim: int
     layer_scale: float
     gelu: str
@@ -51,9 +57,7 @@ class ResMlpBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
-        token_mixing = Dense(
-            x.shape[0], axis=0, run=self.run, kernel_init=NORMAL, name="token_mixing"
-        )
+        token_mixing = self.token_mixing(name="token_mixing")
         channel_mixing = layers.MlpBlock(
             self.channels_mlp_dim,
             gelu=self.gelu,
@@ -111,8 +115,13 @@ class ResMlp(Model):
             bias_init=uniform,
             name="stem",
         )
+        x = stem(image)
+        token_mixing = functools.partial(
+            Dense, x.shape[0], axis=0, run=self.run, kernel_init=NORMAL
+        )
         block = functools.partial(
             ResMlpBlock,
+            token_mixing,
             channels_mlp_dim=self.channels_mlp_dim,
             layer_scale=self.layer_scale,
             gelu=self.gelu,
@@ -126,7 +135,6 @@ class ResMlp(Model):
             rates=(self.stochastic_depth, self.stochastic_depth),
             rescale=True,
         )
-        x = stem(image)
         y, states = trunk.blocks(
             self,
             block,
