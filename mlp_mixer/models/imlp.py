@@ -33,7 +33,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax.typing import Initializer
@@ -271,7 +270,8 @@ class Imlp(Model):
         """Raises ValueError unless patches tile the image and give few enough units."""
         super().check_size(image_size)
         tokens = math.prod(
-            side // patch for side, patch in zip(image_size, self.patch_size, strict=True)
+            side // patch
+            for side, patch in zip(image_size, self.patch_size, strict=True)
         )
         if (units := tokens * self.hidden_dim) > MOST_UNITS:
             hidden = units * tokens * self.channels_mlp_dim

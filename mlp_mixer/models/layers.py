@@ -165,9 +165,7 @@ def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, A
     return y.astype(x.dtype), (x, kernel)
 
 
-def _filter_channels_bwd(
-    kept: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
+def _filter_channels_bwd(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     wide = jnp.promote_types(x.dtype, jnp.float32)
     shifted = _shifted(x.astype(wide), kernel.shape, first=0)

@@ -1,5 +1,6 @@
-"""SPACH is its equations, in NumPy and float64, and other models where parts are off."""
+"""SPACH is its equations, in NumPy and float64, and other models with parts off."""
 
+import functools
 import math
 from typing import Any
 
@@ -15,12 +16,19 @@ from mlp_mixer.models.model import Noise
 GRID, C = (3, 4), 6
 FORMS = pytest.mark.parametrize("mixing", spach.MIXINGS)
 # dtype, error relative to the largest value.
-DTYPES = pytest.mark.parametrize(("dtype", "error"), [("float64", 1e-9), ("float32", 1e-4)])
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "error"), [("float64", 1e-9), ("float32", 1e-4)]
+)
 
 
 def block(mixing, dtype="float64", **fields):
     run = Run(dtype=dtype)
-    given = {"channels_mlp_dim": 8, "tokens_mlp_dim": 5, "num_heads": 3, "gelu": "exact"}
+    given = {
+        "channels_mlp_dim": 8,
+        "tokens_mlp_dim": 5,
+        "num_heads": 3,
+        "gelu": "exact",
+    }
     return spach.SpachBlock(GRID, mixing, run=run, **given | fields)
 
 
@@ -35,7 +43,9 @@ def random_params(module, *inputs, seed=1):
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
     def draw(path, leaf):
-        noise = rng.normal(size=leaf.shape) / (leaf.shape[0] if leaf.ndim > 1 else 2) ** 0.5
+        noise = (
+            rng.normal(size=leaf.shape) / (leaf.shape[0] if leaf.ndim > 1 else 2) ** 0.5
+        )
         return jnp.asarray(noise + (path[-1].key == "scale"), x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -87,7 +97,11 @@ def equations(x, p, mixing):
     u = x + depthwise(x, p["depthwise"])
     if mixing != "conv":
         z = layer_norm(x, p["LayerNorm_0"])
-        z = mlp(z.T, p["token_mixing"]).T if mixing == "mlp" else attention(z, p["attention"])
+        z = (
+            mlp(z.T, p["token_mixing"]).T
+            if mixing == "mlp"
+            else attention(z, p["attention"])
+        )
         u = u + p["scale"] * z
     return u + mlp(layer_norm(u, p["LayerNorm_1"]), p["channel_mixing"])
 
@@ -101,7 +115,9 @@ def test_a_block_is_the_papers(mixing, dtype, error):
         found = jax.jit(module.apply)({"params": params}, x, Noise())
         assert found.dtype == dtype
         exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-        for image, y in zip(np.swapaxes(x, 0, 1), np.swapaxes(found, 0, 1), strict=True):
+        for image, y in zip(
+            np.swapaxes(x, 0, 1), np.swapaxes(found, 0, 1), strict=True
+        ):
             assert_close(y, equations(np.float64(image), exact, mixing), error)
 
 
@@ -119,17 +135,119 @@ def test_stochastic_depth_leaves_the_convolution_of_the_input_itself():
 # --- What it is where parts are off ---------------------------------------------------
 
 
+def without(params, *parts):
+    """The parameters with zeros for these parts of a block."""
+    zeros = {part: jax.tree.map(jnp.zeros_like, params[part]) for part in parts}
+    return params | zeros
+
+
+def outputs(module, params, x):
+    return jax.jit(module.apply)({"params": params}, x, Noise())
+
+
 def test_without_convolution_and_scale_the_form_mlp_is_a_mixer_block():
     with jax.enable_x64():
         x, module = state(), block("mlp")
-        params = random_params(module, x, Noise())
-        params["depthwise"] = jax.tree.map(jnp.zeros_like, params["depthwise"])
+        params = without(random_params(module, x, Noise()), "depthwise")
         params["scale"] = jnp.ones_like(params["scale"])
-        found = jax.jit(module.apply)({"params": params}, x, Noise())
-        model = mixer.MlpMixer((1, 1), 1, C, 5, 8, gelu="exact", run=Run(dtype="float64"))
-        image = jnp.zeros((2, *GRID, 3))
-        whole = random_params(model, image)
-        whole["MixerBlock_0"] = {k: v for k, v in params.items() if "_" in k}
-        whole["stem"]["kernel"] *= 0
-        # The state reaches the block through the stem's bias, which all tokens share.
-        del found, whole
+        mlp = functools.partial(layers.MlpBlock, gelu="exact", run=Run(dtype="float64"))
+        other = mixer.MixerBlock(
+            functools.partial(mlp, 5, axis=0), functools.partial(mlp, 8)
+        )
+        same = {k: v for k, v in params.items() if k not in ("depthwise", "scale")}
+        assert_close(outputs(module, params, x), outputs(other, same, x), 1e-12)
+
+
+@pytest.mark.parametrize("mixing", ["mlp", "attn"])
+def test_with_a_scale_of_zero_every_form_is_the_form_conv(mixing):
+    with jax.enable_x64():
+        x, module, conv = state(), block(mixing), block("conv")
+        params = without(random_params(module, x, Noise()), "scale")
+        same = {k: params[k] for k in ("depthwise", "LayerNorm_1", "channel_mixing")}
+        assert_close(outputs(module, params, x), outputs(conv, same, x), 1e-12)
+
+
+def test_attention_without_the_convolution_knows_no_order_of_tokens():
+    with jax.enable_x64():
+        x, module = state(), block("attn")
+        params = without(random_params(module, x, Noise()), "depthwise")
+        order = np.random.default_rng(3).permutation(len(x))
+        found = outputs(module, params, x[order])
+        assert_close(found, outputs(module, params, x)[order], 1e-12)
+
+
+def test_the_filter_of_channels_is_xlas_convolution_and_so_are_its_gradients():
+    with jax.enable_x64():
+        rng = np.random.default_rng(4)
+        x, kernel, dy = (
+            jnp.asarray(rng.normal(size=size))
+            for size in ((3, 5, 2, 4), (3, 3, 1, 4), (3, 5, 2, 4))
+        )
+        axes = ("HWNC", "HWIO", "HWNC")
+
+        def convolution(x, kernel):
+            return jax.lax.conv_general_dilated(
+                *(x, kernel, (1, 1), "SAME"),
+                dimension_numbers=axes,
+                feature_group_count=4,
+            )
+
+        def with_gradients(function):
+            y, gradients = jax.vjp(function, x, kernel)
+            return y, gradients(dy)
+
+        found = jax.jit(with_gradients, static_argnums=0)(layers.filter_channels)
+        expected = jax.jit(with_gradients, static_argnums=0)(convolution)
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), found, expected)
+
+
+# --- The model ------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "patch_size": (2, 2),
+    "num_blocks": 2,
+    "hidden_dim": 6,
+    "channels_mlp_dim": 8,
+    "num_classes": 3,
+}
+
+
+def test_the_forms_conv_and_attn_take_any_resolution():
+    for fields in ({"mixing": "conv"}, {"mixing": "attn", "num_heads": 2}):
+        model = models.create("spach", **SMALL, **fields)
+        square, wide = (jnp.zeros((1, h, w, 3)) for h, w in ((8, 8), (4, 12)))
+        variables = jax.eval_shape(model.init, jax.random.key(0), square)
+        logits, _ = jax.eval_shape(model.apply, variables, wide)
+        assert logits.shape == (1, 3)
+
+
+def test_every_block_is_dropped_at_the_same_rate():
+    model = models.create("spach", **SMALL, mixing="conv", stochastic_depth=0.5)
+    image = jnp.ones((64, 4, 4, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    zero = jax.tree.map(
+        jnp.zeros_like, variables["params"]["SpachBlock_0"]["depthwise"]
+    )
+    for i in range(2):
+        variables["params"][f"SpachBlock_{i}"]["depthwise"] = zero
+    apply = jax.jit(functools.partial(model.apply, train=True))
+    _, out = apply(variables, image, rngs={"dropout": jax.random.key(1)})
+    before = out["stem"]
+    for i in range(2):
+        kept = (out[f"block_{i}"] != before).any((1, 2))
+        assert 16 < kept.sum() < 48
+        before = out[f"block_{i}"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mixing": "mlp"}, "tokens_mlp_dim is None, but .* 'mlp' need it"),
+        ({"mixing": "attn"}, "num_heads is None"),
+        ({"mixing": "attn", "num_heads": 4}, "4, which does not divide hidden_dim, 6"),
+        ({"mixing": "pool"}, "mixing 'pool' is unknown; try conv"),
+    ],
+)
+def test_a_form_without_its_sizes_is_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        models.create("spach", **SMALL, **fields, image_size=(8, 8))
