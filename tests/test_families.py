@@ -30,6 +30,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import Run
+from mlp_mixer.models.model import axes_by_form
 from mlp_mixer.pretrained import timm
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -130,8 +131,7 @@ RNGS = {"dropout": jax.random.key(7)}
 
 def digits(name):
     """The recipe that trains a small one on the digits."""
-    path = "digits.py" if name == "mixer" else f"family/{name}.py"
-    return recipe.load(f"configs/{path}")
+    return recipe.load(f"configs/family/digits.py:{name if name != 'mixer' else ''}")
 
 
 def shallow(name):
@@ -190,7 +190,9 @@ def test_parameter_counts_are_the_papers(name, size):
 def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = shapes(models.create(size, num_classes=1000))["params"]
-    axes, found = models.family(name).AXES, {"rgb": 3, "k": 1000}
+    file, found = models.family(name), {"rgb": 3, "k": 1000}
+    form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
+    axes = axes_by_form(file)[form]
     used = set()
     for path, leaf in leaves(params):
         pattern = re.sub(r"^([^/]*_)[0-9]+/", r"\1*/", path)

@@ -196,7 +196,7 @@ def test_fsdp_leaves_a_device_its_part(tiny, eight):
 
 
 def test_a_model_of_several_stages_is_reckoned_too(eight):
-    config = recipe.load("configs/family/smlpnet.py")
+    config = recipe.load("configs/family/digits.py:smlpnet")
     config.mesh.data, config.mesh.fsdp, config.mesh.model = -1, 2, 2
     config.sharding = "fsdp"
     step = plan.planner(config, eight, compiles=False).reckoned()

@@ -60,15 +60,15 @@ def test_another_recipe_may_take_a_folder_until_there_is_a_result(tmp_path):
 @pytest.mark.parametrize(
     ("name", "refused"),
     [
-        ("digits", False),
-        ("family/resmlp", False),
-        ("family/gmlp", False),
-        ("family/smlpnet", True),
+        ("digits.py", False),
+        ("family/digits.py:resmlp", False),
+        ("family/digits.py:gmlp", False),
+        ("family/digits.py:smlpnet", True),
     ],
 )
 def test_only_with_batchnorm_is_another_accumulate_another_run(name, refused, tmp_path):
     """It normalises each micro-batch by itself, which `mesh` does not change."""
-    config = recipe.load(f"configs/{name}.py")
+    config = recipe.load(f"configs/{name}")
     config.dataset.num_classes = 10
     workdir.claim(config, tmp_path)
     begun(tmp_path)

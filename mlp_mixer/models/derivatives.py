@@ -20,11 +20,20 @@ from jaxtyping import Array, Float
 from mlp_mixer.models.model import Run
 
 
-def add_bias(x: Float[Array, "..."], bias: Float[Array, " c"], axis: int = -1) -> Array:
-    """Adds `bias` along `axis` of `x`; written out, so that rank promotion can be
-    forbidden in tests.
+def add_bias(
+    x: Float[Array, "..."], bias: Float[Array, " c"] | None, axis: int = -1
+) -> Array:
+    """Adds `bias`, if there is one, along `axis` of `x`; written out, so that rank
+    promotion can be forbidden in tests.
     """
+    if bias is None:
+        return x
     return x + lax.broadcast_in_dim(bias, x.shape, (axis % x.ndim,))
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """Returns the dtype of statistics: float32, or float64 where activations are."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 # --- LayerNorm over channels --------------------------------------------------------
@@ -48,7 +57,7 @@ def layer_norm(
 def _layer_norm_fwd(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, tuple[Array, ...]]:
-    z = x.astype(jnp.float32)
+    z = x.astype(at_least_float32(x.dtype))
     mean = z.mean(-1, keepdims=True)
     variance = jnp.maximum(0.0, (z * z).mean(-1, keepdims=True) - mean * mean)
     r = lax.rsqrt(variance + epsilon)
@@ -62,13 +71,14 @@ def _layer_norm_bwd(
 ) -> tuple[Array, Array, Array]:
     del epsilon
     x, mean, r, scale = residuals
-    dy = dy.astype(jnp.float32)
-    normalised = (x.astype(jnp.float32) - mean) * r
+    dy = dy.astype(at_least_float32(dy.dtype))
+    normalised = (x.astype(dy.dtype) - mean) * r
     g = dy * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
     along = (g * normalised).mean(-1, keepdims=True)
     dx = r * (g - g.mean(-1, keepdims=True) - normalised * along)
     rows = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), (dy * normalised).sum(rows), dy.sum(rows)
+    dscale, dbias = (dy * normalised).sum(rows), dy.sum(rows)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(scale.dtype)
 
 
 layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
@@ -105,10 +115,10 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def _gelu_bwd(x: Array, dy: Array) -> tuple[Array]:
     # Written with the logistic function on purpose: it shares no subexpression with
     # the forward pass, so the compiler has nothing to keep but x itself.
-    z = x.astype(jnp.float32)
+    z = x.astype(at_least_float32(x.dtype))
     q = jax.nn.sigmoid(z * (_GELU_A + _GELU_B * z * z))
     slope = q + z * q * (1 - q) * (_GELU_A + 3 * _GELU_B * z * z)
-    return ((dy.astype(jnp.float32) * slope).astype(x.dtype),)
+    return ((dy.astype(z.dtype) * slope).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
@@ -155,7 +165,7 @@ _map_columns.defvjp(
 
 
 class Dense(nn.Module):
-    """A linear map along the first (tokens) or the last (channels) axis, with bias.
+    """A linear map along the first (tokens) or the last (channels) axis.
 
     Parameters, names and initial values are those of Flax's Dense: `kernel`
     (in, features), lecun_normal, and `bias` (features,), zeros.
@@ -164,12 +174,14 @@ class Dense(nn.Module):
       features: size of the axis afterwards.
       axis: 0 for tokens, -1 for channels.
       run: the product's dtype and form.
+      use_bias: whether a bias is added.
       kernel_init, bias_init: other initial values.
     """
 
     features: int
     axis: int = -1
     run: Run = Run()
+    use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros
 
@@ -178,7 +190,9 @@ class Dense(nn.Module):
         """Returns `x` with `axis` mapped to `features` entries."""
         shape = (x.shape[self.axis], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", self.bias_init, shape[1:], jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[1:], jnp.float32)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.run.dtype)
         tokens = self.axis == 0
         if self.run.flat:

@@ -42,7 +42,13 @@ from jaxtyping import Array, Float
 
 from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
-from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm, layer_norm
+from mlp_mixer.models.derivatives import (
+    GELUS,
+    Dense,
+    LayerNorm,
+    at_least_float32,
+    layer_norm,
+)
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.models.model import Model, Noise, Outputs, Run, sizes
 
@@ -159,7 +165,7 @@ class UnitHead(Interpolated):
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
         own = units @ kernel + jnp.expand_dims(bias, 0)
-        mean = y.mean(0, dtype=jnp.float32)
+        mean = y.mean(0, dtype=units.dtype)
         return self.between(own, dense(self.num_classes, parent=None), mean)
 
 
@@ -322,7 +328,7 @@ class Imlp(Model):
         )
         y = UnitNorm(self.alpha, self.run, name="pre_head_layer_norm")(y)
         out = layers.named_states([x, *states])
-        units = _units(y).astype(jnp.float32)
+        units = _units(y.astype(at_least_float32(y.dtype)))
         out["pre_logits"] = units
         if self.num_classes is None:
             return units, out

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mlp_mixer import known
-from mlp_mixer.models.derivatives import GELUS, Dense, add_bias
+from mlp_mixer.models.derivatives import GELUS, Dense, add_bias, at_least_float32
 from mlp_mixer.models.model import Noise, Outputs, Run
 
 # The name of what rematerialisation keeps: a hidden layer before its GELU.
@@ -75,6 +75,7 @@ class MlpBlock(nn.Module):
       dropout: rate after the GELU and after the second Dense (Figure 1 names dropout
         as a component without placing it; this is where ViT's MLP block has it).
       run: the products' dtype and form.
+      use_bias: whether both Denses add a bias.
       kernel_init: initial values of both kernels.
     """
 
@@ -83,6 +84,7 @@ class MlpBlock(nn.Module):
     gelu: str = "tanh"
     dropout: float = 0.0
     run: Run = Run()
+    use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
@@ -91,7 +93,11 @@ class MlpBlock(nn.Module):
     ) -> Float[Array, "s n c"]:
         """Returns the output of the branch, with `noise` applied."""
         dense = functools.partial(
-            Dense, axis=self.axis, run=self.run, kernel_init=self.kernel_init
+            Dense,
+            axis=self.axis,
+            run=self.run,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
         )
         gelu = known.pick("gelu", self.gelu, GELUS)
         rngs: Any = (None, None)
@@ -104,6 +110,27 @@ class MlpBlock(nn.Module):
         h = _dropout(rngs[0], self.dropout, gelu(checkpoint_name(h, PRE_GELU)))
         y = dense(shape[self.axis], name="Dense_1")(h).reshape(shape)
         return scale_images(_dropout(rngs[1], self.dropout, y), noise.keep)
+
+
+class TokenChannelNorm(nn.Module):
+    """LayerNorm over the tokens and the channels of each image together.
+
+    `scale` and `bias` (s, c) are float32, as the statistics are.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
+        """Returns `x` normalised, in the dtype of `x`."""
+        shape = x.shape[::2]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        z = x.astype(at_least_float32(x.dtype))
+        z = z - z.mean((0, 2), keepdims=True)
+        z = z * lax.rsqrt((z * z).mean((0, 2), keepdims=True) + self.epsilon)
+        y = z * jnp.expand_dims(scale, 1) + jnp.expand_dims(bias, 1)
+        return y.astype(x.dtype)
 
 
 def depthwise(run: Run) -> Callable[..., Array]:
@@ -160,14 +187,14 @@ def filter_channels(
 
 
 def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     y = _filtered(x.astype(wide), kernel.astype(wide), first=0)
     return y.astype(x.dtype), (x, kernel)
 
 
 def _filter_channels_bwd(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     shifted = _shifted(x.astype(wide), kernel.shape, first=0)
     sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted]
     dkernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
@@ -268,7 +295,7 @@ def readout(
       num_classes: None leaves the head out; the first result are the features.
       **head_fields: arguments of `head`.
     """
-    pre_logits = y.mean(0, dtype=jnp.float32)
+    pre_logits = y.mean(0, dtype=at_least_float32(y.dtype))
     out = {**named_states(states), "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out

@@ -7,13 +7,19 @@ A file of this package is one paper. It declares
   where `num_classes` is None; what else is in `out` is the paper's own.
 * `SIZES`: name → fields, laid out like the paper's table.
 * `AXES`: path of a parameter (`*` for the number of a block) → letters of its axes:
-  `s` tokens, `c` channels, `d…` hidden units, `k` classes, `ph pw rgb` a patch.
-* `TIMM`, where timm has the model: timm's name of a layer, ours.
+  `s` tokens, `c` channels, `d…` hidden units, `k` classes, `ph pw rgb` a patch. A model
+  whose parameters depend on one of its fields calls that field `FORM`, and has a table
+  for each of its values: {value: {path: letters}}.
+* `TOP_1`: name → top-1 accuracy on ImageNet, in percent, where the paper prints one.
+* `CHECKED`: what the file was checked against, in a few words.
+* `TIMM`, where timm has the model: timm's name of a layer, ours; `AUTHORS`: the name in
+  the authors' state dicts, ours.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -187,9 +193,9 @@ class Model(nn.Module, kw_only=True):
 
     @classmethod
     def declared_axes(cls) -> dict[str, str]:
-        """Returns the `AXES` of the model's file; none of a file that has no table."""
+        """Returns `all_axes` of the model's file; none of a file that has no table."""
         files = (sys.modules[base.__module__] for base in cls.__mro__)
-        return next((file.AXES for file in files if hasattr(file, "AXES")), {})
+        return next((all_axes(file) for file in files if hasattr(file, "AXES")), {})
 
     def check_image(self, image: Array) -> None:
         """Raises ValueError unless `image` fits the model and its parameters.
@@ -230,7 +236,8 @@ class Model(nn.Module, kw_only=True):
                 leaf: Any = self.variables.get("params", {})
                 for key in path.replace("*", "0").split("/"):
                     leaf = leaf.get(key, {})
-                return leaf.shape[letters.split().index(letter)] if len(leaf) else None
+                if len(leaf):  # else of another form, or of another depth
+                    return leaf.shape[letters.split().index(letter)]
         return None
 
 
@@ -258,6 +265,19 @@ def check_divisible(
             raise ValueError(
                 f"image_size {size} is not divisible by {what} {patch}; try {tries}."
             )
+
+
+def axes_by_form(file: ModuleType) -> Mapping[Any, Mapping[str, str]]:
+    """Returns {value of the field `FORM`: {path: letters}} of an architecture's file.
+
+    An architecture whose parameters are always the same has one form, None.
+    """
+    return file.AXES if hasattr(file, "FORM") else {None: file.AXES}
+
+
+def all_axes(file: ModuleType) -> dict[str, str]:
+    """Returns {path: letters} of the parameters of all forms of an architecture."""
+    return {k: v for table in axes_by_form(file).values() for k, v in table.items()}
 
 
 def axes(layers: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from mlp_mixer import experiment, models, recipe, sharding
+from mlp_mixer.models.model import all_axes
 from mlp_mixer.planning import counts, hlo, targets
 from mlp_mixer.planning.chips import Topology
 
@@ -167,7 +168,7 @@ class Planner:
     def _state(self) -> Any:
         """The state's shapes with their shardings: those of `build`, made only once."""
         shapes = self._once("shapes", lambda: self.build().target)
-        axes = models.family(self.config.model.name).AXES
+        axes = all_axes(models.family(self.config.model.name))
         strategy = self.config.sharding
         return jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
@@ -178,7 +179,7 @@ class Planner:
     def shardings(self) -> list[Part]:
         """Returns how each parameter is cut."""
         state, parts = self._state(), []
-        axes = models.family(self.config.model.name).AXES
+        axes = all_axes(models.family(self.config.model.name))
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
             cut = [str(axis or "-") for axis in leaf.sharding.spec]
             parts.append(
@@ -413,7 +414,7 @@ def _held(leaf: Any) -> float:
 
 def _lettered(config: Any, params: Any) -> list[tuple[Sequence[str], Sequence[int]]]:
     """The letters and the lengths of every parameter's axes."""
-    axes = models.family(config.model.name).AXES
+    axes = all_axes(models.family(config.model.name))
     return [
         (sharding.letters_of(path, leaf, axes), leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

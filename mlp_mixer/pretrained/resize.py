@@ -25,6 +25,7 @@ from jaxtyping import Float
 
 from mlp_mixer import known, models
 from mlp_mixer.fingerprints import Params, leaves
+from mlp_mixer.models.model import all_axes
 from mlp_mixer.pretrained import tree
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -217,7 +218,7 @@ def _check_grid(params: Params, grid: Grid) -> None:
         resizable = ", ".join(
             other
             for other, file in models.families().items()
-            if any("s" in letters.split() for letters in file.AXES.values())
+            if any("s" in letters.split() for letters in all_axes(file).values())
         )
         raise ValueError(
             f"Weights of a {name} cannot be resized: none of its arrays has an axis of "

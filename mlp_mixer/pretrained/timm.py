@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mlp_mixer.models.model import all_axes
 from mlp_mixer.pretrained import damage, tree
 from mlp_mixer.text import brief
 
@@ -46,7 +47,8 @@ def our_name(name: str, file: ModuleType) -> str | None:
         module, _, kind = bare.rpartition(".")
         leaves = {"weight": ("kernel", "scale"), "bias": ("bias",)}.get(kind, ())
         paths = [f"{table.get(module)}/{leaf}" for leaf in leaves]
-        path = next((p for p in paths if p.replace("{}", "*") in file.AXES), None)
+        known = all_axes(file)
+        path = next((p for p in paths if p.replace("{}", "*") in known), None)
     return path and path.format(number and number[1])
 
 

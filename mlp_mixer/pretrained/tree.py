@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mlp_mixer import models
 from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models.model import all_axes, axes_by_form
 from mlp_mixer.text import brief, listed
 
 Shape = tuple[int, ...]
@@ -92,7 +93,7 @@ def matches(
 @functools.cache
 def _patterns(file: ModuleType) -> list[tuple[str, re.Pattern[str]]]:
     number = "(0|[1-9][0-9]{0,8})"
-    paths = {path: re.escape(path).replace(r"\*", number) for path in file.AXES}
+    paths = {path: re.escape(path).replace(r"\*", number) for path in all_axes(file)}
     return [(path, re.compile(pattern)) for path, pattern in paths.items()]
 
 
@@ -101,14 +102,31 @@ def layout(names: Iterable[str], file: ModuleType) -> dict[str, tuple[str, ...]]
 
     It has a head if `names` have a part of one.
     """
+    return _form_and_layout(names, file)[1]
+
+
+def _form_and_layout(
+    names: Iterable[str], file: ModuleType
+) -> tuple[Any, dict[str, tuple[str, ...]]]:
+    """The form of which the fewest arrays are missing and unexpected; its `layout`."""
+    names = set(names)
+    layouts = {
+        form: _layout(names, file, axes) for form, axes in axes_by_form(file).items()
+    }
+    return min(layouts.items(), key=lambda item: len(item[1].keys() ^ names))
+
+
+def _layout(
+    names: Collection[str], file: ModuleType, axes: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
     found = matches(names, file)
-    has_head = any("k" in file.AXES[path].split() for path, _ in found.values())
+    has_head = any("k" in axes.get(path, "").split() for path, _ in found.values())
     expected: dict[str, tuple[str, ...]] = {}
-    for numbered, paths in itertools.groupby(file.AXES, _before_number):
+    for numbered, paths in itertools.groupby(axes, _before_number):
         group = [*paths]
         for i in range(_num_blocks(found, group) if numbered else 1):
             for path in group:
-                letters = tuple(file.AXES[path].split())
+                letters = tuple(axes[path].split())
                 if has_head or "k" not in letters:
                     expected[path.replace("*", str(i))] = letters
     return expected
@@ -183,12 +201,15 @@ def problems(
 def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
     """The fields of a model that follow from the shapes of its parameters."""
     sized = sizes(found, file)
-    paths = [path for path in file.AXES if "*" in path]
+    form, _ = _form_and_layout(found, file)
+    paths = [path for path in axes_by_form(file)[form] if "*" in path]
     if len({*map(_before_number, paths)}) == 1:
         sized["*"] = _num_blocks(matches(found, file), paths)
     fields: dict[str, Any] = {
         FIELDS[letter]: n for letter, n in sized.items() if letter in FIELDS
     }
+    if form is not None:
+        fields[file.FORM] = form
     if {"ph", "pw"} <= sized.keys():
         fields["patch_size"] = (sized["ph"], sized["pw"])
     declared = models.declared(family_name(file))

@@ -27,9 +27,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "configs/mixer_b16.py": {"num_blocks": 2},
     "configs/finetune/cifar10.py": {"num_blocks": 2},
     "configs/digits.py": {"num_blocks": 2},
-    "configs/family/resmlp.py": {"num_blocks": 2},
-    "configs/family/gmlp.py": {"num_blocks": 2},
-    "configs/family/smlpnet.py": {"num_blocks": (1, 1, 1, 1)},
+    "configs/family/digits.py:resmlp": {"num_blocks": 2},
+    "configs/family/digits.py:gmlp": {"num_blocks": 2},
+    "configs/family/digits.py:smlpnet": {"num_blocks": (1, 1, 1, 1)},
 }
 # Name → (mesh, strategy, how it is computed).
 WAYS: dict[str, Any] = {
