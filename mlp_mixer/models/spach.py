@@ -36,7 +36,7 @@ from jaxtyping import Array, Float
 
 from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
-from mlp_mixer.models.derivatives import Dense, LayerNorm
+from mlp_mixer.models.derivatives import Dense, LayerNorm, at_least_float32
 from mlp_mixer.models.model import Model, Noise, Outputs, Run, axes, sizes
 
 MIXINGS = ("mlp", "conv", "attn")
@@ -66,9 +66,12 @@ class Attention(nn.Module):
         dense = functools.partial(Dense, run=self.run, kernel_init=XAVIER)
         qkv = dense(3 * c, name="Dense_0")(y)
         qkv = qkv.reshape(s, n, 3, self.num_heads, c // self.num_heads)
-        query, key, value = (jnp.swapaxes(qkv[:, :, i], 0, 1) for i in range(3))
-        y = jax.nn.dot_product_attention(query, key, value)
-        y = jnp.swapaxes(y.reshape(n, s, c), 0, 1)
+        query, key, value = (qkv[:, :, i] for i in range(3))
+        query = query * query.shape[-1] ** -0.5
+        wide = at_least_float32(y.dtype)
+        weights = jnp.einsum("snhd,tnhd->nhst", query, key, preferred_element_type=wide)
+        weights = jax.nn.softmax(weights, axis=-1).astype(y.dtype)
+        y = jnp.einsum("nhst,tnhd->snhd", weights, value).reshape(s, n, c)
         return layers.scale_images(dense(c, name="Dense_1")(y), noise.keep)
 
 
