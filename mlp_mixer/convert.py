@@ -7,15 +7,18 @@
     python -m mlp_mixer.convert timm.safetensors runs/from_timm        # a run (Orbax)
     python -m mlp_mixer.convert b16.npz b16_448.npz --grow=2
     python -m mlp_mixer.convert miil.pth b16.safetensors --mean=0 --std=1
+    python -m mlp_mixer.convert asym.pth asym.safetensors --field=mlp=asym
 
 What was written is read back, compared bit for bit, and its logits with the source's.
 """
 
+import ast
 import dataclasses
 import difflib
 import logging
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +42,7 @@ def convert(
     names: str = "ours",
     dtype: str | None = None,
     gelu: str | None = None,
+    model: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
@@ -52,9 +56,10 @@ def convert(
       source: a run's folder, a file of weights or a published name.
       target: a file ending in .npz or .safetensors, or a new folder for a run; None
         only reports.
-      names: in a safetensors file: "ours" or "timm".
+      names: in a safetensors file: "ours", "timm" or "authors".
       dtype: "float32" or "bfloat16"; None keeps the source's. npz holds float32.
       gelu: "tanh" or "exact", where the source does not say it right.
+      model: other fields of the model, where the source does not say them right.
       image_size: (height, width) in pixels, where the source does not say it.
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
@@ -73,9 +78,10 @@ def convert(
         raise ValueError("Both --grow and --interpolate are given; choose one.")
     if grow is not None and grow < 1:
         raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
-    weights = pretrained.read(source, dtype=None, step=step, mean=mean, std=std)
-    if gelu is not None:
-        weights = pretrained.with_fields(weights, gelu=gelu)
+    fields = {**(model or {}), **({} if gelu is None else {"gelu": gelu})}
+    weights = pretrained.read(
+        source, dtype=None, step=step, mean=mean, std=std, model=fields
+    )
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
     # Where nothing says the tokens, no image is known that the model takes.
@@ -184,16 +190,17 @@ def _write_target(weights: pretrained.Weights, target: str, names: str) -> None:
         pretrained.write_npz(weights, target)
     elif suffix == ".safetensors":
         gelu = weights.model.get("gelu", "exact")
-        if names == "timm" and gelu != "exact":
+        reader = {"timm": "timm", "authors": "the authors' code"}.get(names)
+        if reader and gelu != "exact":
             logger.warning(
-                "timm computes the exact GELU, these weights are for %s: give its "
+                "%s computes the exact GELU, these weights are for %s: give its "
                 "model act_layer=functools.partial(torch.nn.GELU, approximate='tanh').",
-                gelu,
+                *(reader, gelu),
             )
-        if names == "timm" and weights.normalisation != pretrained.CENTRED:
+        if reader and weights.normalisation != pretrained.CENTRED:
             logger.warning(
-                "%s is for %s in timm, not for the source's %s.",
-                *(target, pretrained.CENTRED, weights.normalisation),
+                "%s is for %s in %s, not for the source's %s.",
+                *(target, pretrained.CENTRED, reader, weights.normalisation),
             )
         pretrained.write_safetensors(weights, target, names=names)
     else:
@@ -235,6 +242,23 @@ def _numbers_of_flag(name: str) -> list[float] | None:
         ) from error
 
 
+def fields_of_flags(given: Sequence[str]) -> dict[str, Any]:
+    """{field: value} of NAME=VALUE; the model says whether it has such a field."""
+    fields = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(
+                f"--field is {text!r}; expected NAME=VALUE, e.g. num_heads=8 or "
+                "patch_size=8,8."
+            )
+        try:
+            fields[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            fields[name] = value
+    return fields
+
+
 def main(arguments: list[str]) -> None:
     """The command line."""
     if len(arguments) not in (1, 2):
@@ -248,6 +272,7 @@ def main(arguments: list[str]) -> None:
         names=flag.names,
         dtype=flag.dtype,
         gelu=flag.gelu,
+        model=fields_of_flags(flag.field),
         image_size=program.size("image_size"),
         grow=flag.grow,
         interpolate=program.size("interpolate"),
@@ -259,7 +284,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_enum("names", "ours", ["ours", "timm"], "In a safetensors file.")
+    flags.DEFINE_enum(
+        "names", "ours", ["ours", "timm", "authors"], "In a safetensors file."
+    )
     flags.DEFINE_enum(
         "dtype",
         None,
@@ -268,6 +295,12 @@ if __name__ == "__main__":
     )
     flags.DEFINE_enum(
         "gelu", None, ["tanh", "exact"], "If the source does not say it right."
+    )
+    flags.DEFINE_multi_string(
+        "field",
+        [],
+        "NAME=VALUE, a field of the model that the source does not say, or not right; "
+        "may be given several times.",
     )
     flags.DEFINE_list(
         "image_size", None, "HEIGHT,WIDTH px, if the source does not say."

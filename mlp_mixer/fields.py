@@ -187,11 +187,15 @@ RECIPE: dict[str, Row] = {
     "mesh.fsdp": _whole(1),
     "mesh.model": _whole(1),
     **_section("dataset", _DATASET),
-    "input.crop": _choice("inception", "resize_crop", "resize"),
+    "input.crop": _choice("inception", "timm", "resize_crop", "resize"),
+    "input.interpolation": _choice("bicubic", "random"),
     "input.flip": _SWITCH,
     "input.shift": _whole(0, 2**15),
+    "input.randaugment": _choice("big_vision", "timm"),
     "input.randaugment_layers": _whole(0, 16),  # there are 16 operations
     "input.randaugment_magnitude": _real(0, 20),
+    "input.randaugment_std": _real(0, 10),
+    "input.repeats": _whole(1, 1000),
     "input.workers": _whole(0, 1024),
     "input.max_broken_images": _whole(0),
     "model.name": _text("the name of a model"),  # `problems` is told which there are
@@ -239,7 +243,7 @@ _SHARED = {
     "batch_size": _COUNT,
     "preprocess": _choice(
         *("big_vision", "vision_transformer", "paper-resize-crop"),
-        *("paper-resmall-crop", "timm"),
+        *("paper-resmall-crop", "timm", "timm-0.9", "timm-1.0"),
     ),
 }
 # type of an evaluator → its fields.

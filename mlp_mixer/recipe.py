@@ -84,11 +84,19 @@ def base() -> ConfigDict:
 
     # data.pipeline.train_batches
     config.input = ConfigDict()
-    config.input.crop = "inception"  # or "resize_crop", "resize"
+    config.input.crop = "inception"  # or "timm", "resize_crop", "resize"
+    # Of timm's crop and RandAugment, or "random": bilinear or bicubic, drawn each time.
+    config.input.interpolation = "bicubic"
     config.input.flip = True  # horizontally, with probability 1/2
     config.input.shift = 0  # pad by so many pixels and crop at random
+    # Whose: "big_vision", magnitudes to 20, or "timm", to 10 (rand-m9-mstd0.5-inc1).
+    config.input.randaugment = "big_vision"
     config.input.randaugment_layers = 0
     config.input.randaugment_magnitude = 0
+    config.input.randaugment_std = 0.0  # of timm's magnitudes
+    # Times that an image is shown in a row, each augmented anew; epochs keep their
+    # length, so each shows so many times fewer images.
+    config.input.repeats = 1
     config.input.workers = 0  # processes that decode, also in evaluations; 0: threads
     config.input.max_broken_images = 10  # distinct; one more ends the run
 
@@ -295,12 +303,7 @@ def _contradictions(config: ConfigDict) -> list[str]:
             f"{config.accumulate} micro-batches, does not divide it; try a batch_size "
             f"of {config.accumulate * max(config.batch_size // config.accumulate, 1)}."
         )
-    if augment.randaugment_layers and not augment.randaugment_magnitude:
-        found.append(
-            f"config.input.randaugment_layers is {augment.randaugment_layers}, but "
-            "config.input.randaugment_magnitude is 0; set it to 1 ... 20, or the "
-            "layers to 0."
-        )
+    found += _contradictions_of_randaugment(augment)
     if augment.shift >= min(config.model.image_size):
         found.append(
             f"config.input.shift is {augment.shift}; expected less than the sides of "
@@ -326,6 +329,32 @@ def _contradictions(config: ConfigDict) -> list[str]:
                 f"config.optim.warmup_steps is {optim.warmup_steps}, but the run has "
                 f"{steps} steps; expected fewer, e.g. {steps // 10}."
             )
+    return found
+
+
+def _contradictions_of_randaugment(section: ConfigDict) -> list[str]:
+    whose, layers = section.randaugment, section.randaugment_layers
+    magnitude, std = section.randaugment_magnitude, section.randaugment_std
+    largest = 10 if whose == "timm" else 20
+    found = []
+    if layers and not 0 < magnitude <= largest:
+        found.append(
+            f"config.input.randaugment_layers is {layers}, but "
+            f"config.input.randaugment_magnitude is {magnitude}; set it to 1 ... "
+            f"{largest} for {whose}, or the layers to 0."
+        )
+    if std and (whose != "timm" or not layers):
+        found.append(
+            f"config.input.randaugment_std is {std}, which only timm's RandAugment "
+            f"reads, but config.input.randaugment is {whose!r} with {layers} layers; "
+            "set randaugment='timm' and its layers, or the std to 0."
+        )
+    if section.interpolation != "bicubic" and "timm" not in (section.crop, whose):
+        found.append(
+            f"config.input.interpolation is {section.interpolation!r}, which only "
+            "timm's crop and RandAugment read; set config.input.crop or "
+            "config.input.randaugment to 'timm', or the interpolation to 'bicubic'."
+        )
     return found
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import simplejpeg
 
 from mlp_mixer import errors
-from mlp_mixer.data import decoding, image_ops, pipeline, randaugment
+from mlp_mixer.data import decoding, image_ops, pipeline
 
 STAGES = ("decode", "crop and resize", "flip", "RandAugment")
 # The last is big_vision's run of B/16, a whole TPU v3-128.
@@ -119,23 +119,41 @@ def files(folder: str, count: int) -> list[bytes]:
 # --- What is timed --------------------------------------------------------------------
 
 
+def fields(size: int, layers: int, magnitude: float, deit: bool) -> dict[str, Any]:
+    """The recipe's fields of what is done to an image: the paper's, or DeiT's."""
+    whose = {"crop": "inception", "randaugment": "big_vision", "randaugment_std": 0.0}
+    if deit:
+        whose = {"crop": "timm", "randaugment": "timm", "randaugment_std": 0.5}
+    return whose | {
+        "image_size": (size, size),
+        "interpolation": "bicubic",
+        "flip": True,
+        "shift": 0,
+        "randaugment_layers": layers,
+        "randaugment_magnitude": 9 if deit else magnitude,
+    }
+
+
 def direct(
-    jpegs: list[bytes], size: int, layers: int, magnitude: float, spent: Any = None
+    jpegs: list[bytes],
+    size: int,
+    layers: int,
+    magnitude: float,
+    spent: Any = None,
+    deit: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yields the pipeline's images without it; adds to the seconds of each stage."""
     rng = np.random.default_rng(0)
+    chosen = fields(size, layers, magnitude, deit)
+    changes = pipeline.augmentation(**chosen)
+    dct = image_ops.dct_of(chosen["crop"])
     for data in itertools.cycle(jpegs):
         laps = [time.perf_counter()]
-        image = decoding.decode(data)
+        image = decoding.decode(data, dct)
         laps.append(time.perf_counter())
-        image = pipeline.CROPS["inception"](image, rng, (size, size))
-        laps.append(time.perf_counter())
-        if rng.random() < 0.5:
-            image = image_ops.flip_lr(image)
-        laps.append(time.perf_counter())
-        if layers:
-            image = randaugment.randaugment(image, rng, layers, magnitude)
-        laps.append(time.perf_counter())
+        for change in changes:
+            image = change(image, rng)
+            laps.append(time.perf_counter())
         if spent is not None:
             for stage, (a, b) in zip(STAGES, itertools.pairwise(laps), strict=True):
                 spent[stage].append(b - a)
@@ -185,27 +203,28 @@ class Bench:
             for k in self.args.workers:
                 name = f"{k} worker{'s' * (k > 1)}{end}"
                 out[name] = k, functools.partial(self._ours, layers, k)
+            if self.args.deit:
+                deit = functools.partial(self._direct, layers, True)
+                out[f"direct, DeiT's{end}"] = 1, deit
+                deit = functools.partial(self._ours, layers, 0, True)
+                out[f"threads, DeiT's{end}"] = 1, deit
             if peer:
                 out[f"tf.data{end}"] = 1, functools.partial(self._peer, layers)
         return out
 
-    def _direct(self, layers: int) -> Iterator[Any]:
-        size, rows = self.args.image_size, self.args.batch
-        images = direct(self.jpegs, size, layers, self.args.magnitude)
+    def _direct(self, layers: int, deit: bool = False) -> Iterator[Any]:
+        size, magnitude = self.args.image_size, self.args.magnitude
+        images = direct(self.jpegs, size, layers, magnitude, deit=deit)
         while True:
-            yield np.stack(list(itertools.islice(images, rows)))
+            yield np.stack(list(itertools.islice(images, self.args.batch)))
 
-    def _ours(self, layers: int, workers: int) -> Iterator[Any]:
+    def _ours(self, layers: int, workers: int, deit: bool = False) -> Iterator[Any]:
         return pipeline.train_batches(
             Memory(self.jpegs),
-            image_size=(self.args.image_size,) * 2,
+            **fields(self.args.image_size, layers, self.args.magnitude, deit),
             batch_size=self.args.batch,
             seed=0,
-            crop="inception",
-            flip=True,
-            shift=0,
-            randaugment_layers=layers,
-            randaugment_magnitude=self.args.magnitude,
+            repeats=1,
             workers=workers,
             max_broken_images=0,
         )
@@ -480,6 +499,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--sizes", type=side, nargs="*", default=sizes, help="sides to compare")
     flag("--shapes", type=_shape, nargs="*", default=shapes, help="JPEGs to compare")
     switch = argparse.BooleanOptionalAction
+    flag("--deit", action=switch, default=False, help="DeiT's crop and RandAugment too")
     flag("--dispatch", action=switch, default=True, help="time to start a step")
     flag("--rounds", type=whole(1), default=5)
     flag("--seconds", type=real(0), default=1.0, help="at least, per timing")

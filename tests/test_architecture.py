@@ -35,6 +35,7 @@ LAYERS = (
         "data.decoding",
         "data.image_ops",
         "data.randaugment",
+        "data.timm_randaugment",
         "data.assembly",
         "data.tfrecords",
         "data.folders",

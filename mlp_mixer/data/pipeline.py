@@ -7,11 +7,13 @@ Each row of the stream, its augmentation included, is a function of the seed and
 position alone. So a run may start at any step, and the global batches are the same, row
 for row, for any number of processes and worker processes. The augmentation is
 big_vision's `configs/mlp_mixer_i1k.py`: Inception crop, flip, RandAugment, all on
-uint8; the device normalises.
+uint8; the device normalises. That of DeiT (arXiv 2012.12877) is there by choice: timm's
+crop and RandAugment, repeated augmentation.
 """
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +24,20 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mlp_mixer import known
-from mlp_mixer.data import assembly, decoding, image_ops, randaugment
+from mlp_mixer.data import (
+    assembly,
+    decoding,
+    image_ops,
+    randaugment,
+    timm_randaugment,
+)
 from mlp_mixer.data.assembly import Batch
 from mlp_mixer.data.sources import Label, Source
 from mlp_mixer.text import printable
 
 Image = UInt8[np.ndarray, "h w 3"]
 Cropped = UInt8[np.ndarray, "height width 3"]
+Change = Callable[[Image, np.random.Generator], Image]
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +54,14 @@ def train_batches(
     batch_size: int,
     seed: int,
     crop: str,
+    interpolation: str,
     flip: bool,
     shift: int,
+    randaugment: str,
     randaugment_layers: int,
     randaugment_magnitude: int | float,
+    randaugment_std: int | float,
+    repeats: int,
     workers: int,
     max_broken_images: int,
     start_step: int = 0,
@@ -61,13 +74,22 @@ def train_batches(
       image_size: (height, width) in pixels.
       batch_size: number of rows of the global batch.
       seed: seed of order and augmentation, 0 ... 2**32 - 1.
-      crop: a key of `CROPS`: "inception" (pretraining), "resize_crop" (fine-tuning, see
-        `_resize_crop`) or "resize" (the whole image).
+      crop: a key of `CROPS`: "inception" (pretraining), "timm" (DeiT's recipe),
+        "resize_crop" (fine-tuning, see `_resize_crop`) or "resize" (the whole image).
+      interpolation: a key of `image_ops.INTERPOLATIONS`: how timm's crop and timm's
+        RandAugment interpolate; the others do not read it.
       flip: whether images are mirrored with probability 1/2.
       shift: largest number of pixels by which an image is moved each way; uniform, and
         zeros come in.
-      randaugment_layers: number of random operations that are applied.
-      randaugment_magnitude: strength of these, 0 ... 20.
+      randaugment: whose RandAugment, "big_vision" or "timm".
+      randaugment_layers: number of random operations that are drawn; big_vision applies
+        all of them, timm each with probability 1/2.
+      randaugment_magnitude: strength of these, 0 ... 20, timm's 0 ... 10.
+      randaugment_std: standard deviation of timm's magnitudes.
+      repeats: number of times in a row that an image is shown (repeated augmentation),
+        augmented anew each time. An epoch keeps its length: it shows so many times
+        fewer images. The rows of a batch are in such an order that no two neighbours
+        show the same image.
       workers: number of processes that decode and augment; 0 does so in threads. The
         batches of all streams with as many workers come from the same processes.
       max_broken_images: number of distinct images in this process that may be broken,
@@ -85,15 +107,23 @@ def train_batches(
       ValueError: an argument is impossible, at once; or, from `next`, too many
         images are broken.
     """
-    known.require("crop", crop, CROPS)
-    for name, value in (("start_step", start_step), ("shift", shift)):
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it must be at least 0.")
-    layers, magnitude = randaugment_layers, randaugment_magnitude
-    augment = _TrainingRow(
-        source, image_size, crop, flip, shift, layers, magnitude, max_broken_images
+    _check_least("start_step", start_step, 0)
+    _check_least("repeats", repeats, 1)
+    changes = augmentation(
+        image_size=image_size,
+        crop=crop,
+        interpolation=interpolation,
+        flip=flip,
+        shift=shift,
+        randaugment=randaugment,
+        randaugment_layers=randaugment_layers,
+        randaugment_magnitude=randaugment_magnitude,
+        randaugment_std=randaugment_std,
     )
+    augment = _TrainingRow(source, image_ops.dct_of(crop), changes, max_broken_images)
     stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    if repeats > 1:
+        stream = _Repeated(stream, len(source), repeats)
     # Before the share: order and draws follow the global position.
     stream = stream.random_map(augment)
     blank = {
@@ -102,12 +132,56 @@ def train_batches(
         "broken": np.int32(-1),
     }
     share = _share(stream, blank, batch_size, rows, start_step, 2**40)
+    order = [p for k in range(repeats) for p in range(k, batch_size, repeats)]
+    share = dataclasses.replace(share, chosen=[order[row] for row in share.chosen])
     return _name_broken(
         assembly.Batches(share, workers),
         source,
         "the next good one replaces it",
         max_broken_images,
     )
+
+
+def augmentation(
+    *,
+    image_size: tuple[int, int],
+    crop: str,
+    interpolation: str,
+    flip: bool,
+    shift: int,
+    randaugment: str,
+    randaugment_layers: int,
+    randaugment_magnitude: int | float,
+    randaugment_std: int | float,
+) -> list[Change]:
+    """Returns what is done to a decoded image of training, step by step.
+
+    The arguments are those of `train_batches`.
+
+    Raises:
+      ValueError: an argument is impossible.
+    """
+    known.require("crop", crop, CROPS)
+    known.require("randaugment", randaugment, RANDAUGMENTS)
+    known.require("interpolation", interpolation, image_ops.INTERPOLATIONS)
+    _check_least("shift", shift, 0)
+    of_timm = {"interpolation": interpolation}
+    more: dict[str, Any] = of_timm if crop == "timm" else {}
+    changes: list[Change] = [functools.partial(CROPS[crop], size=image_size, **more)]
+    if flip:
+        changes.append(_flip)
+    if shift:
+        changes.append(functools.partial(_shift, most=shift))
+    if randaugment_layers:
+        more = {"std": randaugment_std, **of_timm} if randaugment == "timm" else {}
+        more |= {"num_layers": randaugment_layers, "magnitude": randaugment_magnitude}
+        changes.append(functools.partial(RANDAUGMENTS[randaugment], **more))
+    return changes
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
 
 def eval_batches(
@@ -174,11 +248,53 @@ def _resize_crop(
     return whole[y : y + size[0], x : x + size[1]]
 
 
+def _timm(
+    image: Image, rng: np.random.Generator, size: tuple[int, int], interpolation: str
+) -> Cropped:
+    box = image_ops.timm_crop_box(rng, *image.shape[:2])
+    chosen = image_ops.draw_filter(rng, interpolation)
+    return image_ops.timm_crop_and_resize(image, box, size, chosen)
+
+
 CROPS: dict[str, Callable[..., Cropped]] = {
     "inception": _inception,
+    "timm": _timm,
     "resize_crop": _resize_crop,
     "resize": _resize,
 }
+
+
+RANDAUGMENTS: dict[str, Callable[..., Cropped]] = {
+    "big_vision": randaugment.randaugment,
+    "timm": timm_randaugment.randaugment,
+}
+
+
+def _flip(image: Image, rng: np.random.Generator) -> Image:
+    return image_ops.flip_lr(image) if rng.random() < 0.5 else image
+
+
+def _shift(image: Image, rng: np.random.Generator, most: int) -> Image:
+    dy, dx = rng.integers(-most, most, size=2, endpoint=True)
+    return image_ops.shift(image, int(dy), int(dx))
+
+
+class _Repeated(grain.MapDataset):
+    """The stream in which each image is there `repeats` times in a row.
+
+    Its epochs are as long as the parent's, of which the first images are shown.
+    """
+
+    def __init__(self, parent: grain.MapDataset, epoch: int, repeats: int) -> None:
+        super().__init__(parent)
+        self._epoch, self._repeats = epoch, repeats
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = index % self._epoch
+        return self._parent[index - place + place // self._repeats]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,24 +302,14 @@ class _TrainingRow(grain.transforms.RandomMap):
     """Turns an index into a row of a training batch."""
 
     source: Source
-    size: tuple[int, int]
-    crop: str
-    flip: bool
-    shift: int
-    layers: int
-    magnitude: int | float
+    dct: str
+    changes: Sequence[Change]
     max_broken_images: int
 
     def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
         image, label, broken = self._read_good(element)
-        image = CROPS[self.crop](image, rng, self.size)
-        if self.flip and rng.random() < 0.5:
-            image = image_ops.flip_lr(image)
-        if self.shift:
-            dy, dx = rng.integers(-self.shift, self.shift, size=2, endpoint=True)
-            image = image_ops.shift(image, int(dy), int(dx))
-        if self.layers:
-            image = randaugment.randaugment(image, rng, self.layers, self.magnitude)
+        for change in self.changes:
+            image = change(image, rng)
         # Worker processes share no counter, so each row says what it replaces.
         target = _target(self.source, label)
         return {"image": image, "label": target, "broken": np.int32(broken)}
@@ -217,7 +323,7 @@ class _TrainingRow(grain.transforms.RandomMap):
         tried = [(index + k) % n for k in range(min(n, self.max_broken_images + 1))]
         for candidate in tried:
             try:
-                image, label = read_image(self.source, candidate)
+                image, label = read_image(self.source, candidate, self.dct)
             except (OSError, ValueError):  # `_name_broken` names it
                 continue
             return image, label, -1 if candidate == index else index
@@ -245,8 +351,7 @@ class _EvaluationRow(grain.transforms.Map):
         }
         if index < 0:
             return row
-        # timm's models saw Pillow's pixels, the others TensorFlow's.
-        dct = "accurate" if self.protocol == "timm" else "fast"
+        dct = image_ops.dct_of(self.protocol)
         try:
             image, label = read_image(self.source, index, dct, exif=self.exif)
         except (OSError, ValueError):  # `_name_broken` names it

@@ -12,8 +12,10 @@ A file of this package is one paper. It declares
   for each of its values: {value: {path: letters}}.
 * `TOP_1`: name → top-1 accuracy on ImageNet, in percent, where the paper prints one.
 * `CHECKED`: what the file was checked against, in a few words.
-* `TIMM`, where timm has the model: timm's name of a layer, ours; `AUTHORS`: the name in
-  the authors' state dicts, ours.
+* `TIMM`, where timm has the model, and `AUTHORS`, where its authors have released it:
+  the names of its arrays there, ours (see `pretrained.foreign`). `NORMALISATION`: the
+  mean and the standard deviation of levels that images are normalised by in such files,
+  if those are not 0.5.
 """
 
 import dataclasses
@@ -28,6 +30,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+# Mean and standard deviation of ImageNet's levels: red, green, blue.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Bytes of the state (s, n, c) up to which one CPU is fastest: with hidden layers four
 # times as wide, a block's arrays stay in a cache of 32 MiB.
 CACHED_STATE = 4 * 2**20

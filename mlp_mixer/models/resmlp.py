@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import Dense
-from mlp_mixer.models.model import Model, Noise, Outputs, Run, sizes
+from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, sizes
 
 NORMAL = nn.initializers.normal(0.02)
 
@@ -177,8 +177,8 @@ AXES = {
     "head/kernel": "c k",
     "head/bias": "k",
 }
-# What timm's resmlp_* call what: a module or an array of theirs, ours, and the number
-# of an array's axes there; {} is the number of a block.
+# What timm's resmlp_* call what, and what the authors': a module or an array of theirs,
+# ours, and the number of an array's axes there; {} is the number of a block.
 TIMM = (
     ("stem.proj", "stem"),
     ("blocks.{}.norm1.alpha", "ResMlpBlock_{}/Affine_0/alpha", 3),
@@ -194,3 +194,19 @@ TIMM = (
     ("norm.beta", "pre_head_affine/beta", 3),
     ("head", "head"),
 )
+AUTHORS = (
+    ("patch_embed.proj", "stem"),
+    ("blocks.{}.norm1.alpha", "ResMlpBlock_{}/Affine_0/alpha"),
+    ("blocks.{}.norm1.beta", "ResMlpBlock_{}/Affine_0/beta"),
+    ("blocks.{}.attn", "ResMlpBlock_{}/token_mixing"),
+    ("blocks.{}.gamma_1", "ResMlpBlock_{}/scale_0"),
+    ("blocks.{}.norm2.alpha", "ResMlpBlock_{}/Affine_1/alpha"),
+    ("blocks.{}.norm2.beta", "ResMlpBlock_{}/Affine_1/beta"),
+    ("blocks.{}.mlp.fc1", "ResMlpBlock_{}/channel_mixing/Dense_0"),
+    ("blocks.{}.mlp.fc2", "ResMlpBlock_{}/channel_mixing/Dense_1"),
+    ("blocks.{}.gamma_2", "ResMlpBlock_{}/scale_1"),
+    ("norm.alpha", "pre_head_affine/alpha"),
+    ("norm.beta", "pre_head_affine/beta"),
+    ("head", "head"),
+)
+NORMALISATION = IMAGENET

@@ -10,9 +10,11 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from mlp_mixer import files
+from mlp_mixer.pretrained import tree
 from mlp_mixer.pretrained.normalisation import Normalisation, normalisation
 
 NAME = "config.json"
@@ -32,14 +34,14 @@ class Config(NamedTuple):
     class_names: tuple[str, ...] | None = None
 
 
-def read_config_beside(weights: str | os.PathLike[str], family: str) -> Config:
+def read_config_beside(weights: str | os.PathLike[str], file: ModuleType) -> Config:
     """Returns what the config.json in the folder of a weight file says, if one is.
 
     One that is not timm's, a run's recipe say, says nothing.
 
     Args:
       weights: the weight file.
-      family: name of the architecture; a config.json of another one says nothing.
+      file: the architecture's file; a config.json of another one says nothing.
 
     Raises:
       ValueError: it is not JSON, or a field has no sense; names file and field.
@@ -62,7 +64,8 @@ def read_config_beside(weights: str | os.PathLike[str], family: str) -> Config:
     name, classes = fields.get("architecture"), fields.get("num_classes")
     fits = isinstance(name, str | None)
     check_field("architecture", name, fits, "a name such as mixer_b16_224")
-    if name is not None and family not in name.lower():
+    words = {x.partition("_")[0] for x in file.SIZES} | {tree.family_name(file)}
+    if name is not None and not any(word in name.lower() for word in words):
         return Config(path, f"{path} is of a {name}")
     fits = isinstance(classes, int | None)
     check_field("num_classes", classes, fits, "a whole number")

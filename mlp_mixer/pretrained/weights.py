@@ -24,7 +24,15 @@ from flax.traverse_util import unflatten_dict
 import mlp_mixer
 from mlp_mixer import files, known, models
 from mlp_mixer.fingerprints import Params, leaves
-from mlp_mixer.pretrained import hub, npz, published, safetensors, timm, tree
+from mlp_mixer.pretrained import (
+    foreign,
+    hub,
+    npz,
+    published,
+    safetensors,
+    torch_files,
+    tree,
+)
 from mlp_mixer.pretrained.normalisation import (
     CENTRED,
     Normalisation,
@@ -36,7 +44,7 @@ from mlp_mixer.text import brief, listed
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("ours", "timm")
+NAMES = ("ours", *foreign.TABLES)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 Flat = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -117,6 +125,7 @@ def read(
     best: str | None = None,
     mean: Stated | None = None,
     std: Stated | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Weights:
     """Reads weights of any model from any source, for images in [-1, 1].
 
@@ -133,6 +142,7 @@ def read(
         highest or the lowest, as its evaluator says.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
+      model: fields of the model that the source does not say, or not right.
 
     Raises:
       FileNotFoundError: nothing is there, or a published file cannot be downloaded.
@@ -155,16 +165,18 @@ def read(
         wanted = f"no step {step}" if best is None else "no best checkpoint"
         raise ValueError(f"{name} is no run's folder: it has {wanted}.")
     elif path.exists():
-        weights = _read_any_file(path, given)
+        weights = _read_any_file(path, given, model or {})
     elif name in published.PUBLISHED:
         _check_agreed(f"{name} is published, and", CENTRED, given)
-        weights = _read_file(published.fetch(name), None)
+        weights = _read_file(published.fetch(name), None, {})
         weights = dataclasses.replace(weights, origin="published")
     else:
         raise FileNotFoundError(
             f"There are no weights {name}: no run's folder, no file, and not one of "
             f"the published names {known.nearest(name, published.PUBLISHED)}."
         )
+    if model:
+        weights = dataclasses.replace(weights, model=weights.model | dict(model))
     params, stats = weights.params, weights.stats
     if dtype is not None:
         params = cast(params, dtype)
@@ -287,18 +299,22 @@ def _read_run(folder: epath.Path, step: int | None, best: str | None) -> Weights
     return weights
 
 
-def _read_any_file(path: epath.Path, given: Normalisation | None) -> Weights:
+def _read_any_file(
+    path: epath.Path, given: Normalisation | None, model: Mapping[str, Any]
+) -> Weights:
     """Reads a file that is here, or on a bucket, which is copied for that long."""
     if "://" not in os.fspath(path):
-        return _read_file(pathlib.Path(path), given)
+        return _read_file(pathlib.Path(path), given, model)
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, path.name)
         with path.open("rb") as there, copy.open("wb") as here:
             shutil.copyfileobj(there, here, 2**24)
-        return _read_file(copy, given)
+        return _read_file(copy, given, model)
 
 
-def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
+def _read_file(
+    path: pathlib.Path, given: Normalisation | None, model: Mapping[str, Any]
+) -> Weights:
     """The arrays and what the file states of them, with the normalisation folded."""
     suffix = path.suffix.lower()
     metadata: dict[str, str] = {}
@@ -311,7 +327,7 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
     elif suffix == ".safetensors":
         arrays, metadata = safetensors.read(path, model_arrays)
     elif suffix in TORCH_SUFFIXES:
-        arrays = timm.read_torch(path, lambda arrays: model_arrays(arrays, {}))
+        arrays = torch_files.read(path, lambda arrays: model_arrays(arrays, {}))
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
@@ -320,29 +336,40 @@ def _read_file(path: pathlib.Path, given: Normalisation | None) -> Weights:
     found = model_arrays(arrays, metadata)
     origin, fields = f"{suffix[1:]} file", _stated_fields(metadata, path)
     fields["stats"] = unflatten_dict(found.stats, sep="/")
-    family, images, gelu = tree.family_name(found.file), given or CENTRED, "exact"
-    if found.is_timm:
-        origin += ", timm's names"
+    images, told = given or CENTRED, dict[str, Any]()
+    if found.names is not None:
+        origin += f", {found.names}"
+        told["gelu"] = "exact"
     if METADATA in metadata:
         _check_agreed(f"{path} was written by mlp_mixer, and", CENTRED, given)
-    elif found.is_timm:
-        config = hub.read_config_beside(path, family)
+    elif found.names is not None:
+        config = hub.read_config_beside(path, found.file)
         _check_agreed(f"{path}, says {config.path},", config.images, given)
         fields |= _fitting_fields(config, found)
-        images, gelu = given or config.images or CENTRED, config.gelu or gelu
+        usual = Normalisation(*getattr(found.file, "NORMALISATION", CENTRED))
+        images, told["gelu"] = given or config.images or usual, config.gelu or "exact"
         if given is None and config.images is None:
             origin += ", normalisation assumed"
             logger.warning(
                 "%s does not say what its images were normalised by (%s). It is taken "
-                "to be for %s, images in [-1, 1], and for the %s GELU. If it is not, "
+                "to be for %s, and for the %s GELU. If it is not, "
                 "`python -m mlp_mixer.convert %s NEW.safetensors --mean=… --std=…` "
-                "makes it so: 0 and 1 for images in [0, 1], 0.485,0.456,0.406 and "
-                "0.229,0.224,0.225 for ImageNet's; and --gelu=tanh for Google's own.",
-                *(path, config.why_silent, CENTRED, gelu, path),
+                "makes it so: 0.5 and 0.5 for images in [-1, 1], 0 and 1 for [0, 1], "
+                "0.485,0.456,0.406 and 0.229,0.224,0.225 for ImageNet's; and "
+                "--gelu=tanh for Google's own.",
+                *(path, config.why_silent, images, told["gelu"], path),
             )
-    if found.is_timm and "gelu" in models.declared(family):
-        fields["model"] = {"gelu": gelu, **fields.get("model", {})}
+        if "mean" in models.declared(tree.family_name(found.file)):
+            # The model normalises its images itself, of three channels or of one.
+            channels = tree.sizes(tree.shapes(found.params), found.file).get("x")
+            told |= {k: x[:channels] for k, x in images._asdict().items()}
+            images = CENTRED
+    declared = models.declared(tree.family_name(found.file))
+    told = {k: v for k, v in told.items() if k in declared}
+    fields["model"] = told | fields.get("model", {}) | dict(model)
     try:
+        if found.names is not None:
+            found.names.check_buffers(arrays, found.params)
         params = unflatten_dict(fold(found.params, images), sep="/")
         return Weights(params, origin, normalisation=images, **fields)
     except ValueError as error:
@@ -355,7 +382,7 @@ class _ModelArrays(NamedTuple):
     params: Flat
     stats: Flat
     file: ModuleType  # the architecture's
-    is_timm: bool  # whether the names were timm's
+    names: foreign.Names | None  # whose the names were, if not ours
 
 
 def _model_arrays(
@@ -372,10 +399,9 @@ def _model_arrays(
       ValueError: they are not; names what is wrong as the source does.
     """
     stated = fields.get("model", {})
-    timm_file = timm.family(arrays)
-    file = timm_file or tree.find_family(arrays)
-    if "name" in stated:
-        file = models.family(stated["name"])
+    file = models.family(stated["name"]) if "name" in stated else None
+    names = foreign.find(arrays, file)
+    file = file or (names.file if names else tree.find_family(arrays))
     if file is None:
         strange = [f"unexpected: {name} {x.shape}" for name, x in arrays.items()]
         raise ValueError(
@@ -383,12 +409,12 @@ def _model_arrays(
             f"({', '.join(models.families())}):\n{listed(strange)}"
         )
     try:
-        flat = timm.with_our_names(arrays, file) if timm_file else dict(arrays)
+        flat = names.with_our_names(arrays) if names else dict(arrays)
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
 
     def name_for_people(name: str) -> str:
-        its = timm.their_name_and_rank(name, file)[0] if timm_file else name
+        its = names.their_name(name) if names else name
         return name if its == name else f"{its} as {name}"
 
     starts = tuple(f"{collection}/" for collection in fields.get("stats", ()))
@@ -412,7 +438,7 @@ def _model_arrays(
         raise ValueError(
             f"{source} does not hold the parameters of one {name}:\n{listed(wrong)}"
         )
-    return _ModelArrays(flat, stats, file, timm_file is not None)
+    return _ModelArrays(flat, stats, file, names)
 
 
 def _check_agreed(
@@ -562,19 +588,15 @@ def write_safetensors(
     Args:
       weights: to write.
       path: the file to write.
-      names: "ours", those of our tree, or "timm".
+      names: "ours", those of our tree, "timm" or "authors".
 
     Raises:
-      ValueError: timm has no such architecture.
+      ValueError: timm, or the authors, have no such model.
     """
     known.require("names", names, NAMES)
     flat = dict(leaves(weights.params | weights.stats))
-    if names == "timm":
-        if not hasattr(weights.architecture, "TIMM"):
-            raise ValueError(
-                f"timm has no names for {tree.describe(weights.model)}; leave "
-                "--names=timm out."
-            )
-        flat = timm.with_timm_names(flat, weights.architecture)
+    if names != "ours":
+        theirs = foreign.names_of(weights.architecture, names, weights.model)
+        flat = theirs.with_their_names(flat)
     with files.writing(path) as out:
         out.write(safetensors.to_bytes(flat, _metadata(weights)))

@@ -1,5 +1,9 @@
-"""Our random crops have the distribution of TensorFlow's, recorded in tests/golden."""
+"""Our random crops have the distributions recorded in tests/golden.
 
+TensorFlow's, of the Inception crop, and timm's.
+"""
+
+import collections
 import functools
 import math
 
@@ -11,19 +15,33 @@ from mlp_mixer.data import image_ops
 
 _, ARRAYS = cases.load()
 
-# Two samples of n from one law differ by more than this once in 10^6 times:
-# 2·exp(-n·d²) is Kolmogorov's tail for equal sizes.
-LIMIT = math.sqrt(math.log(2e6) / cases.CROP_DRAWS)
+
+def limit(n):
+    """By more than this n draws of ours differ from the recorded once in 10^6 times.
+
+    2·exp(-2·d²·n·m/(n + m)) is Kolmogorov's tail.
+    """
+    return math.sqrt(math.log(2e6) * (1 / n + 1 / cases.CROP_DRAWS) / 2)
 
 
-def distances(boxes, shape):
-    """The Kolmogorov-Smirnov distances to TensorFlow's draws, quantity by quantity."""
+LIMIT = limit(cases.CROP_DRAWS)
+
+
+def distances(boxes, shape, kind="crop"):
+    """The Kolmogorov-Smirnov distances to recorded draws, quantity by quantity.
+
+    Args:
+      boxes: our draws.
+      shape: height and width of the image.
+      kind: "crop", TensorFlow's draws, or "timm_crop".
+    """
     found = {}
     for name, counts in cases.crop_histograms(np.array(boxes), shape).items():
-        recorded = ARRAYS[f"crop/{shape}/{name}"].astype(int)
-        assert recorded.sum() == counts.sum(dtype=int) == cases.CROP_DRAWS
-        gap = np.cumsum(counts.astype(int)) - np.cumsum(recorded)
-        found[name] = np.abs(gap).max() / cases.CROP_DRAWS
+        recorded = ARRAYS[f"{kind}/{shape}/{name}"].astype(int)
+        assert recorded.sum() == cases.CROP_DRAWS
+        assert counts.sum(dtype=int) == len(boxes)
+        gap = np.cumsum(counts) / len(boxes) - np.cumsum(recorded) / cases.CROP_DRAWS
+        found[name] = np.abs(gap).max()
     return found
 
 
@@ -67,3 +85,41 @@ def test_a_height_off_by_two_percent_would_be_noticed():
     shape = cases.CROP_SHAPES[0]
     wrong = [(y, x, min(h + h // 50, shape[0]), w) for y, x, h, w in drawn(shape)]
     assert distances(wrong, shape)["height"] > LIMIT
+
+
+@pytest.mark.parametrize(
+    ("shape", "draws"),
+    [*zip(cases.TIMM_CROP_SHAPES, (20_000, 20_000, 4000), strict=True)],
+)
+def test_timms_crops_are_distributed_as_timms(shape, draws):
+    rng = np.random.default_rng(2021)
+    boxes = [image_ops.timm_crop_box(rng, *shape) for _ in range(draws)]
+    found = distances(boxes, shape, "timm_crop")
+    assert max(found.values()) < limit(draws), found
+
+
+def test_the_inception_crop_is_not_timms():
+    shape = cases.CROP_SHAPES[0]
+    found = distances(drawn(shape), shape, "timm_crop")
+    assert min(found["height"], found["width"], found["area"]) > 8 * LIMIT, found
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((30, 2000), (0, 980, 30, 40)), ((2000, 30), (980, 0, 40, 30))],
+)
+def test_of_a_line_timms_crop_is_the_middle(shape, expected):
+    counts = collections.Counter(
+        image_ops.timm_crop_box(np.random.default_rng(seed), *shape)
+        for seed in range(200)
+    )
+    assert counts.most_common(1)[0][0] == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 2), (7, 5), (1, 300)])
+def test_tiny_images_give_legal_crops_of_timm(shape):
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        y, x, h, w = image_ops.timm_crop_box(rng, *shape)
+        assert 0 <= y < y + h <= shape[0]
+        assert 0 <= x < x + w <= shape[1]

@@ -480,13 +480,15 @@ def test_tiny_images_give_legal_crops(shape):
 # --- protocols ------------------------------------------------------------------------
 
 
-def test_the_protocols_are_the_published_five():
+def test_the_protocols_are_the_published_seven():
     assert list(image_ops.PROTOCOLS) == [
         "big_vision",
         "vision_transformer",
         "paper-resize-crop",
         "paper-resmall-crop",
         "timm",
+        "timm-0.9",
+        "timm-1.0",
     ]
 
 

@@ -86,11 +86,20 @@ EVERYTHING: dict[str, Any] = {
     "randaugment_layers": 2,
     "randaugment_magnitude": 15,
 }
+OF_DEIT: dict[str, Any] = {
+    "crop": "timm",
+    "interpolation": "random",
+    "randaugment": "timm",
+    "randaugment_layers": 2,
+    "randaugment_magnitude": 9,
+    "randaugment_std": 0.5,
+    "repeats": 3,
+}
 
 
 @pytest.mark.parametrize("source", [noise(21, 12, 10, 3), with_broken(21, 3, 4)])
 @pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("crop", ["inception", "resize_crop"])
+@pytest.mark.parametrize("crop", ["inception", "resize_crop", "timm"])
 def test_processes_share_the_same_global_batches(source, count, crop):
     steps = 7  # more than two epochs
     whole = list(itertools.islice(stream(source, 1, 0, crop), steps))
@@ -112,16 +121,19 @@ def stream(source, count, index, crop):
         batch_size=8,
         seed=1,
         rows=set_up.share(8, index, count),
-        **(EVERYTHING | {"crop": crop}),
+        **(OF_DEIT if crop == "timm" else EVERYTHING | {"crop": crop}),
     )
 
 
-def test_worker_processes_change_nothing_and_report_what_is_broken(tmp_path, caplog):
+@pytest.mark.parametrize("fields", [EVERYTHING, OF_DEIT], ids=["paper", "DeiT"])
+def test_worker_processes_change_nothing_and_report_what_is_broken(
+    fields, tmp_path, caplog
+):
     for i, data in enumerate(with_broken(12, 5).images):
         (tmp_path / f"{i % 2}").mkdir(exist_ok=True)
         (tmp_path / f"{i % 2}" / f"{i:02}.png").write_bytes(data)
     source = sources.open_source(f"folder:{tmp_path}", "all")
-    none, two = (train(source, 4, workers=w, **EVERYTHING) for w in (0, 2))
+    none, two = (train(source, 10, workers=w, **fields) for w in (0, 2))
     assert_same(none, two)
     assert caplog.text.count("Broken image") == 2  # once in each run
     assert caplog.text.count(str(tmp_path / "1" / "05.png")) == 2
@@ -134,11 +146,12 @@ def test_worker_processes_change_nothing_and_report_what_is_broken(tmp_path, cap
     assert caplog.text.count(str(tmp_path / "1" / "05.png")) == 4
 
 
+@pytest.mark.parametrize("fields", [EVERYTHING, OF_DEIT], ids=["paper", "DeiT"])
 @pytest.mark.parametrize("k", [1, 4, 9])
-def test_starting_at_a_step_is_skipping_the_steps_before(k):
+def test_starting_at_a_step_is_skipping_the_steps_before(k, fields):
     source = noise(21, 12, 10, 3)
-    rows = train(source, 12, **EVERYTHING)
-    late = train(source, 12 - k, start_step=k, **EVERYTHING)
+    rows = train(source, 12, **fields)
+    late = train(source, 12 - k, start_step=k, **fields)
     assert_same(late, {key: value[8 * k :] for key, value in rows.items()})
 
 
@@ -291,8 +304,11 @@ def test_grey_images_get_three_channels(shape):
     [
         (
             {"crop": "center"},
-            "crop 'center' is unknown; try inception, resize",
+            "crop 'center' is unknown; try inception, timm, resize",
         ),
+        ({"randaugment": "tim"}, "randaugment 'tim' is unknown; try timm, big_vision"),
+        ({"interpolation": "rand"}, "interpolation 'rand' is unknown; try random, bi"),
+        ({"repeats": 0}, "repeats is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
         ({"rows": [7, 8]}, r"rows are \[7, 8\]; of a batch of 8 .* 0 \.\.\. 7"),
         ({"rows": []}, r"rows are \[\]; of a batch of 8 expected some"),
@@ -427,8 +443,7 @@ def test_evaluation_follows_its_protocol(protocol):
     (batch,) = set_up.eval_batches(
         Listed([data.getvalue()]), image_size=(8, 12), batch_size=2, preprocess=protocol
     )
-    dct = "accurate" if protocol == "timm" else "fast"
-    decoded = decoding.decode(data.getvalue(), dct)
+    decoded = decoding.decode(data.getvalue(), image_ops.dct_of(protocol))
     expected = image_ops.preprocess(decoded, protocol, (8, 12))
     assert batch["image"].dtype == expected.dtype
     np.testing.assert_array_equal(batch["image"][0], expected)
@@ -480,6 +495,60 @@ def test_a_broken_image_is_not_counted_but_reported(caplog):
     assert "<example 8>" in caplog.text
 
 
+# --- Repeated augmentation ------------------------------------------------------------
+
+N, BATCH, STEPS = 22, 10, 9  # four epochs, whose borders are within batches
+
+
+def labels(repeats, **more):
+    """The labels of the first steps, (step, row); label i belongs to image i."""
+    fields = {"image_size": (8, 8), "batch_size": BATCH, "seed": 3, "repeats": repeats}
+    stream = set_up.train_batches(noise(N, 8, 8, 3), **fields | PLAIN | more)
+    steps = STEPS - more.get("start_step", 0)
+    return np.stack([batch["label"] for batch in itertools.islice(stream, steps)])
+
+
+def by_position(batches, repeats):
+    """The rows in the order of their positions: row r of a batch is at `order[r]`."""
+    order = [p for k in range(repeats) for p in range(k, BATCH, repeats)]
+    found = np.empty_like(batches)
+    found[:, order] = batches
+    return found.ravel()
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_position_p_shows_image_p_over_repeats_of_its_epoch(repeats):
+    once = labels(1).ravel()
+    found = by_position(labels(repeats), repeats)
+    for p, label in enumerate(found):
+        epoch, place = divmod(p, N)
+        assert label == once[epoch * N + place // repeats]
+
+
+def test_an_epoch_keeps_its_length_and_the_next_one_is_shuffled_anew():
+    found = by_position(labels(3), 3)[: 4 * N].reshape(4, N)
+    for epoch in found:
+        seen, counts = np.unique(epoch, return_counts=True)
+        assert len(seen) == -(-N // 3)
+        assert sorted(counts) == [N % 3 or 3] + [3] * (N // 3)
+    assert len({tuple(epoch[::3]) for epoch in found}) == 4
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_within_an_epoch_no_neighbours_of_a_batch_show_the_same_image(repeats):
+    """Or mixup, which mixes neighbours, would mix an image with itself."""
+    for batch in labels(repeats)[:2]:
+        assert (batch != np.roll(batch, 1)).all()
+
+
+def test_each_time_is_augmented_anew():
+    source = noise(N, 40, 40, 3)
+    fields = {"image_size": (16, 16), "batch_size": 12, "seed": 3, "repeats": 3}
+    batch = next(set_up.train_batches(source, **fields, crop="timm"))
+    assert len(np.unique(batch["label"])) == 4
+    assert len(np.unique(batch["image"].reshape(12, -1), axis=0)) == 12
+
+
 # --- Worker processes end with their parent -------------------------------------------
 
 PARENT = """
@@ -500,7 +569,8 @@ def main(folder, when, how):
     source = sources.open_source(f"folder:{folder}", "all")
     batches = pipeline.train_batches(
         source, image_size=(8, 8), batch_size=8, seed=0, workers=2, crop="inception",
-        flip=True, shift=0, randaugment_layers=0, randaugment_magnitude=0,
+        interpolation="bicubic", flip=True, shift=0, randaugment="big_vision",
+        randaugment_layers=0, randaugment_magnitude=0, randaugment_std=0, repeats=1,
         max_broken_images=0,
     )
     if when == "starting":

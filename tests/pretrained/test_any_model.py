@@ -15,7 +15,7 @@ import toy_family
 
 from mlp_mixer import convert, export, models, pretrained, runs, workdir
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.pretrained import resize, timm, tree
+from mlp_mixer.pretrained import foreign, resize, tree
 
 
 @pytest.fixture(autouse=True)
@@ -156,11 +156,12 @@ def test_timms_names_are_what_its_file_says(tmp_path, caplog):
     assert arrays["blocks.1.toy.weight"].shape == (16, 16)
     expected = made.params["ToyBlock_1"]["mix"]["kernel"].T
     np.testing.assert_array_equal(arrays["blocks.1.toy.weight"], expected)
-    flat = timm.with_our_names(arrays, toy_family)
+    names = foreign.find(arrays)
+    assert names == foreign.Names(toy_family, "timm")
+    flat = names.with_our_names(arrays)
     assert flat.keys() == dict(leaves(made.params)).keys()
     for name, array in leaves(made.params):
         np.testing.assert_array_equal(flat[name], array)
-    assert timm.family(arrays) is toy_family
 
 
 def in_parts(image, k):

@@ -4,6 +4,7 @@ Forms: npz as published, npz of the older layout, safetensors with our names and
 timm's, torch state dicts, runs.
 """
 
+import argparse
 import dataclasses
 import io
 import json
@@ -29,9 +30,11 @@ from flax.traverse_util import unflatten_dict
 import mlp_mixer
 from mlp_mixer import models, pretrained, runs, train
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.pretrained import timm, tree
+from mlp_mixer.pretrained import tree
+from mlp_mixer.pretrained.foreign import Names
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+TIMM = Names(models.mixer, "timm")
 WRITERS = {
     "npz": (".npz", pretrained.write_npz, {}),
     "safetensors": (".safetensors", pretrained.write_safetensors, {}),
@@ -76,7 +79,7 @@ def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))["params"]
     # Of the right shape, and of four bytes.
     flat = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in leaves(shapes)}
-    back = timm.with_our_names(timm.with_timm_names(flat, models.mixer), models.mixer)
+    back = TIMM.with_our_names(TIMM.with_their_names(flat))
     assert {k: x.shape for k, x in back.items()} == {
         k: x.shape for k, x in flat.items()
     }
@@ -222,7 +225,7 @@ def test_a_timm_model_agrees_with_its_recorded_logits():
 
 @pytest.mark.parametrize("wrapper", ["module.", "model._orig_mod."])
 def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     whole = {f"{wrapper}{k}": np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     assert_bitwise(pretrained.load(tmp_path / "w.safetensors"), weights.params)
@@ -231,7 +234,7 @@ def test_timm_names_load_out_of_wrappers(wrapper, weights, tmp_path):
 @pytest.mark.parametrize("nest", [None, "state_dict", "model"])
 def test_a_torch_state_dict_loads(nest, weights, tmp_path):
     torch = pytest.importorskip("torch")
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}
     state["stem.proj.bias"] = state["stem.proj.bias"].bfloat16()
     path = tmp_path / "w.pth"
@@ -245,6 +248,22 @@ def test_a_torch_state_dict_loads(nest, weights, tmp_path):
     flip(path, path.read_bytes().find(np.float32(arrays["norm.bias"][0]).tobytes()))
     with pytest.raises(ValueError, match="not a whole torch file"):
         pretrained.read(path)
+
+
+def test_averaged_weights_are_read_among_what_a_training_program_saves(
+    weights, tmp_path, caplog
+):
+    """Its arguments are a Namespace in timm's and DeiT's programs."""
+    torch = pytest.importorskip("torch")
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
+    state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}
+    last = {k: x + 1 for k, x in state.items()}
+    saved = {"model": last, "model_ema": state, "optimizer": {"state": {0: {}}}}
+    arguments = argparse.Namespace(lr=1e-3, aa="rand-m9", decay=None, opt_betas=(0.9,))
+    torch.save({**saved, "args": arguments, "epoch": 3}, tmp_path / "w.pth")
+    with caplog.at_level("INFO"):
+        assert_bitwise(pretrained.load(tmp_path / "w.pth"), weights.params)
+    assert "read model_ema; it holds ['model'] too" in caplog.text
 
 
 def test_a_torch_file_never_runs_code(tmp_path):
@@ -348,7 +367,7 @@ def test_nothing_is_folded_for_our_own_images(foreign):
 
 def test_a_folded_stem_of_bfloat16_is_kept_in_float32(weights, tmp_path):
     params = pretrained.cast(weights.params, "bfloat16")
-    arrays = timm.with_timm_names(dict(leaves(params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(params)))
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
     folded = pretrained.read(tmp_path / "w.safetensors", dtype=None, mean=0.3, std=0.2)
@@ -410,7 +429,7 @@ def test_a_config_may_say_the_image_size_of_arrays_without_tokens(
         for path, letters in models.mixer.AXES.items()
     }
     path = tmp_path / "model.safetensors"
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     whole = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     safetensors.numpy.save_file(whole, path)
     config_beside(path, hub_config(0.5, 0.5, model_args={"img_size": size}))
@@ -846,9 +865,7 @@ TORCH_BOMBS = {
 def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
     torch = pytest.importorskip("torch")
     make, message = TORCH_BOMBS[kind]
-    arrays = timm.with_timm_names(
-        dict(leaves(make_params(hidden_dim=128))), models.mixer
-    )
+    arrays = TIMM.with_their_names(dict(leaves(make_params(hidden_dim=128))))
     tensors = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
     torch.save(make(torch, tensors), tmp_path / "w.pth")
     assert_refused_cheaply(tmp_path / "w.pth", message)
@@ -864,7 +881,7 @@ def test_a_small_torch_file_cannot_hurt(kind, make_params, tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_torch_archive_is_as_torch_writes_it(change, message, weights, tmp_path):
     torch = pytest.importorskip("torch")
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     state = {k: torch.from_numpy(np.array(x)) for k, x in arrays.items()}
     torch.save(state, tmp_path / "good.pth")
     with zipfile.ZipFile(tmp_path / "good.pth") as good:
@@ -915,7 +932,7 @@ def test_one_stray_array_is_the_one_that_is_named(weights, tmp_path):
     forms = {
         "npz": ours,
         "ours": ours,
-        "timm": timm.with_timm_names(ours, models.mixer),
+        "timm": TIMM.with_their_names(ours),
     }
     strays = {
         "ours": [
@@ -974,7 +991,7 @@ def test_one_stray_array_is_the_one_that_is_named(weights, tmp_path):
 def test_one_wrong_array_is_named_as_its_file_names_it(
     name, array, said, weights, tmp_path
 ):
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     arrays.pop(name)
     if array is not None:
         arrays[name] = array
@@ -1011,7 +1028,7 @@ def test_another_model_altogether_is_told_in_twenty_lines(tmp_path):
 
 def test_another_architecture_is_refused_by_name(weights, tmp_path):
     """ResMLP's blocks of timm have other parts."""
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     arrays["blocks.0.ls1"] = np.zeros(8, np.float32)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
@@ -1054,7 +1071,7 @@ def test_an_array_with_and_without_a_prefix_is_there_twice(stray, weights, tmp_p
 
 
 def test_two_arrays_of_one_name_are_refused(weights, tmp_path):
-    arrays = timm.with_timm_names(dict(leaves(weights.params)), models.mixer)
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
     arrays["model.stem.proj.bias"] = np.zeros(8, np.float32)
     whole = {k: np.ascontiguousarray(x) for k, x in arrays.items()}
     safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")

@@ -1,0 +1,290 @@
+"""The names that others give the arrays of a model: timm, and the model's authors.
+
+A model's file says in `TIMM` and in `AUTHORS` what of it is called how there: pairs of
+modules, or of single arrays, theirs first, with {} for the number of a block. A model
+with a `FORM` may have such a table for each form, {form: pairs}.
+
+Without a third entry, a kernel is torch's Linear (out, in) or Conv2d (out, in, height,
+width), and any other array is the same here and there. With one, that says how an array
+becomes ours:
+
+* a number is how many axes theirs has, where the first are of size one;
+* "their axes -> our axes" is a pattern of einops. A patch that they flatten, (x ph pw),
+  is square, and has three channels x or one;
+* a function makes theirs from ours: a buffer that training does not move. It is written
+  as torch wants to read it, strictly, and when it is read it has to be what it was.
+
+Where ours is None there is nothing like it here (torch's count of batches, which torch
+does without): theirs is not read, and not written.
+
+timm and the authors compute the exact GELU, whatever the weights were trained with;
+Google's Mixers, which timm ships, were trained with the tanh approximation.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from einops import EinopsError, rearrange
+
+from mlp_mixer import models
+from mlp_mixer.models.model import axes_by_form
+from mlp_mixer.pretrained import tree
+from mlp_mixer.text import brief
+
+Flat = dict[str, np.ndarray]
+
+# The table of a model's file, by whose names are in it.
+TABLES = {"timm": "TIMM", "authors": "AUTHORS"}
+# torch's Linear and Conv2d, by the number of axes of their weight.
+KERNELS = {2: "o i -> i o", 4: "o i h w -> h w i o"}
+# Around the model itself, in files that training programs have written.
+WRAPPER = r"(?:module|model|_orig_mod)\."
+PATCH = "(x ph pw)"
+
+
+class Entry(NamedTuple):
+    """One array: its name there, its path in `AXES` (None: not here), and how."""
+
+    theirs: str
+    ours: str | None
+    how: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """One program's names of the arrays of an architecture.
+
+    Attributes:
+      file: the architecture's.
+      whose: a key of `TABLES`.
+      form: value of the field `FORM` of the architecture, if it has one.
+    """
+
+    file: ModuleType
+    whose: str
+    form: Any = None
+
+    def __str__(self) -> str:
+        return "timm's names" if self.whose == "timm" else "its authors' names"
+
+    def find(self, name: str) -> tuple[Entry, str | None] | None:
+        """The entry of an array of theirs, in any wrapper, and the number of its block.
+
+        Of any depth: also a block that is not there has a name. None: there is no such
+        array.
+        """
+        entries, bare = _entries(self), None
+        while name != bare:
+            if name in entries:
+                return entries[name], None
+            for number in re.finditer(r"(?<=\.)[0-9]+(?=\.)", name):
+                unnumbered = f"{name[: number.start()]}{{}}{name[number.end() :]}"
+                if unnumbered in entries:
+                    return entries[unnumbered], number[0]
+            name, bare = re.sub(f"^{WRAPPER}", "", name), name
+        return None
+
+    def their_name(self, name: str) -> str:
+        """The name there of an array of our tree, or its own if it has none."""
+        found = self._find_ours(name)
+        return name if found is None else found[0].theirs.format(found[1])
+
+    def _find_ours(self, name: str) -> tuple[Entry, int | None] | None:
+        path, number = tree.matches([name], self.file).get(name, (None, None))
+        for entry in _entries(self).values() if path else ():
+            if entry.ours == path and not callable(entry.how):
+                return entry, number
+        return None
+
+    def with_our_names(self, arrays: Mapping[str, np.ndarray]) -> Flat:
+        """{name in our tree: array} of {name there: array}.
+
+        Names that are not there stay as they are, for the caller to refuse, and so do
+        arrays of another shape than theirs has.
+
+        Raises:
+          ValueError: two arrays claim one name.
+        """
+        flat: Flat = {}
+        first: dict[str, str] = {}
+        for name, array in arrays.items():
+            entry, number = self.find(name) or (None, None)
+            if entry and (entry.ours is None or callable(entry.how)):
+                continue
+            new = name
+            if entry and entry.ours:
+                new = entry.ours.replace("*", str(number))
+            if new in first:
+                raise ValueError(
+                    f"there are two arrays for {brief(new)}: {brief(first[new])} and "
+                    f"{brief(name)}"
+                )
+            first[new] = name
+            flat[new] = _turned(array, self._pattern(entry, array.ndim))
+        return flat
+
+    def with_their_names(self, params: Mapping[str, np.ndarray]) -> Flat:
+        """{name there: array} of {name in our tree: array}, buffers included.
+
+        Raises:
+          ValueError: an array has no name there.
+        """
+        flat: Flat = {}
+        for name, array in params.items():
+            found = self._find_ours(name)
+            if found is None:
+                raise ValueError(f"{name} has no name among {self}")
+            entry, number = found
+            # Ours has as many axes as a Linear or a Conv2d there.
+            there, _, here = (self._pattern(entry, array.ndim) or "").partition("->")
+            flat[entry.theirs.format(number)] = _turned(
+                array, f"{here} -> {there}" if here else None
+            )
+        return flat | dict(self.buffers(params))
+
+    def buffers(
+        self, params: Mapping[str, np.ndarray]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """(name there, array) of each buffer, made from the arrays of our tree."""
+        for name, (path, number) in tree.matches(params, self.file).items():
+            for entry in _entries(self).values():
+                if callable(entry.how) and entry.ours == path:
+                    yield entry.theirs.format(number), entry.how(params[name])
+
+    def check_buffers(
+        self, arrays: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray]
+    ) -> None:
+        """Raises ValueError if a buffer of a file is not what the model computes with.
+
+        Args:
+          arrays: {name there: array} of the file.
+          params: {name in our tree: array} of the same.
+        """
+        expected = dict(self.buffers(params))
+        for name, array in arrays.items():
+            entry, number = self.find(name) or (None, None)
+            if entry is None or not callable(entry.how):
+                continue
+            wanted = expected.get(entry.theirs.format(number))
+            if wanted is not None and not (
+                array.shape == wanted.shape and np.allclose(array, wanted, atol=1e-6)
+            ):
+                raise ValueError(
+                    f"{brief(name)} is not the constant that the model computes with: "
+                    f"got {brief(str(array.ravel()[:4]), 60)} …, expected "
+                    f"{brief(str(wanted.ravel()[:4]), 60)} …. It was moved in "
+                    "training, which this model does not do"
+                )
+
+    def _pattern(self, entry: Entry | None, rank: int) -> str | None:
+        """How their array becomes ours; None: as it is."""
+        if entry is None or entry.ours is None:
+            return None
+        if isinstance(entry.how, str):
+            return entry.how
+        if entry.how is not None:
+            letters = _axes(self)[entry.ours]
+            return f"{'1 ' * (entry.how - len(letters.split()))}{letters} -> {letters}"
+        return KERNELS.get(rank) if entry.ours.endswith("/kernel") else None
+
+
+def tables(file: ModuleType, whose: str) -> dict[Any, tuple[Any, ...]]:
+    """{form: table} of the names that an architecture has there; empty if none."""
+    table = getattr(file, TABLES[whose], {})
+    return (
+        table if isinstance(table, dict) else dict.fromkeys(axes_by_form(file), table)
+    )
+
+
+def all_names(file: ModuleType | None = None) -> Iterator[Names]:
+    """The names of an architecture, or of all, that others give their arrays."""
+    for each in models.FAMILIES if file is None else [file]:
+        for whose in TABLES:
+            for form in tables(each, whose):
+                yield Names(each, whose, form)
+
+
+def find(names: Collection[str], file: ModuleType | None = None) -> Names | None:
+    """The names that the most arrays of a file have; None: none has any.
+
+    Of names that know as many, those of which the file lacks the fewest.
+
+    Args:
+      names: names of the arrays of a file.
+      file: the architecture, if it is known.
+    """
+    best: tuple[tuple[int, int], Names] | None = None
+    for candidate in all_names(file):
+        found = [match[0] for x in names if (match := candidate.find(x))]
+        score = len(found), len(set(found)) - len(_entries(candidate))
+        if found and (best is None or score > best[0]):
+            best = score, candidate
+    return best and best[1]
+
+
+def names_of(file: ModuleType, whose: str, model: Mapping[str, Any]) -> Names:
+    """The names that timm or the authors have for a model.
+
+    Args:
+      file: its architecture.
+      whose: a key of `TABLES`.
+      model: its fields.
+
+    Raises:
+      ValueError: they have none.
+    """
+    form = model.get(getattr(file, "FORM", ""))
+    if form not in tables(file, whose):
+        who = "timm has" if whose == "timm" else "its authors have"
+        raise ValueError(
+            f"{who} no names for {tree.describe(model)}; leave --names={whose} out."
+        )
+    return Names(file, whose, form)
+
+
+def _axes(names: Names) -> Mapping[str, str]:
+    return axes_by_form(names.file)[names.form]
+
+
+@functools.cache
+def _entries(names: Names) -> dict[str, Entry]:
+    """{name there: entry}, with {} for a block: of a module, the arrays in `AXES`."""
+    axes, entries = _axes(names), dict[str, Entry]()
+    for theirs, ours, *rest in tables(names.file, names.whose)[names.form]:
+        path, how = ours and ours.replace("{}", "*"), rest[0] if rest else None
+        pairs = [(theirs, path, how)]
+        if path is not None and path not in axes:
+            pairs = [
+                (f"{theirs}.weight", f"{path}/kernel", how),
+                (f"{theirs}.weight", f"{path}/scale", how),
+                (f"{theirs}.bias", f"{path}/bias", None),
+            ]
+        entries |= {x[0]: Entry(*x) for x in pairs if x[1] is None or x[1] in axes}
+    return entries
+
+
+def _turned(array: np.ndarray, pattern: str | None) -> np.ndarray:
+    """The array in another order of its axes; as it is, if it has not these axes."""
+    if pattern is None:
+        return array
+    try:
+        return rearrange(array, pattern, **_patch_lengths(pattern, array.shape))
+    except EinopsError:
+        return array
+
+
+def _patch_lengths(pattern: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """The sides of a patch that is flattened there."""
+    axes = re.findall(r"\([^)]*\)|[^\s()]+", pattern.partition("->")[0])
+    if PATCH not in axes or len(axes) != len(shape):
+        return {}
+    size = shape[axes.index(PATCH)]
+    # Three times a square is none.
+    side = math.isqrt(size if math.isqrt(size) ** 2 == size else size // 3)
+    return {"ph": side, "pw": side}

@@ -1,0 +1,343 @@
+"""What is known of every architecture: measured here, and written into docs/family.md.
+
+    python scripts/family.py digits [WORD ...]   (train each model on the digits)
+    python scripts/family.py speed [WORD ...]    (time each model beside a Mixer)
+    python scripts/family.py tables              (put all that is known into the page)
+
+Words are those of configs/family/digits.py; without any, all that are not measured yet.
+Results are kept in docs/benchmarks/family.json, one at a time, so a command that was
+ended is repeated for what is missing.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import measurement
+import numpy as np
+
+from mlp_mixer import experiment, known, metrics, models, recipe, sharding, steps
+from mlp_mixer.console import Table
+from mlp_mixer.data import pipeline
+from mlp_mixer.planning import counts
+from mlp_mixer.pretrained import tree
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "benchmarks" / "family.json"
+PAGE = ROOT / "docs" / "family.md"
+RECIPE = "configs/family/digits.py"
+MIXER = "mixer"  # the recipe's model without a word
+
+
+def words() -> list[str]:
+    """Returns the models of the digits' recipe, and the Mixer."""
+    return [MIXER, *recipe.run_file(str(ROOT / RECIPE))["MODELS"]]
+
+
+def recipe_of(word: str) -> str:
+    """Returns what stands behind --config= for a model."""
+    return RECIPE + (f":{word}" if word != MIXER else "")
+
+
+# --- What is measured -----------------------------------------------------------------
+
+
+def digits(word: str) -> dict[str, Any]:
+    """Trains a model on the digits by the common command.
+
+    Returns:
+      Top-1 accuracy of the last step, and the CPU time of the process, in seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "mlp_mixer.train"),
+                *(f"--config={recipe_of(word)}", f"--workdir={folder}"),
+            ],
+            cwd=ROOT,
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        top1 = [r["test/top1"] for r in metrics.read(folder) if "test/top1" in r][-1]
+    seconds = (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime)
+    return {"top1": top1, "cpu_s": round(seconds, 1)}
+
+
+BLOCKS, ROUNDS = 4, 5
+
+
+def speed(word: str) -> dict[str, Any]:
+    """Times a model's forward pass and training step beside a Mixer's, in turn.
+
+    Both have few blocks, what a block costs being the question, and a similar number of
+    operations; the Mixer's widths follow from the model's as in Table 1.
+
+    Returns:
+      Of both passes: CPU seconds of a batch, operations of its products, and what an
+      operation takes as a multiple of what it takes in the Mixer.
+    """
+    size = models.fields(recipe.load(recipe_of(word)).model.name)
+    staged, (side, _) = isinstance(size["num_blocks"], tuple), size["patch_size"]
+    pixels = 224 if staged or side >= 8 else 32
+    batch, patch = (8, 16) if pixels == 224 else (32, side)
+    fields = {"num_blocks": (1,) * len(size["num_blocks"]) if staged else BLOCKS}
+    ours = _Timed(word, fields, pixels, batch)
+    c = size["hidden_dim"] * (4 if staged else 1)
+    mixer = {"patch_size": (patch, patch), "hidden_dim": c, "tokens_mlp_dim": c // 2}
+    mixer["channels_mlp_dim"] = 4 * c
+    one, two = (
+        _Timed(MIXER, mixer | {"num_blocks": n}, pixels, batch).flops["forward"]
+        for n in (1, 2)
+    )
+    blocks = max(1, round((ours.flops["forward"] - one) / (two - one)) + 1)
+    beside = _Timed(MIXER, mixer | {"num_blocks": blocks}, pixels, batch)
+    found: dict[str, Any] = {"pixels": pixels, "batch": batch, "mixer_blocks": blocks}
+    for kind in measurement.KINDS:
+        clocks = {"ours": ours.clock(kind), "mixer": beside.clock(kind)}
+        rounds = list(measurement.interleave(clocks, ROUNDS))
+        times = {
+            name: statistics.median(r[name]["cpu_s"] for r in rounds) for name in clocks
+        }
+        operations = {"ours": ours.flops[kind], "mixer": beside.flops[kind]}
+        per_operation = {name: times[name] / operations[name] for name in times}
+        found[kind] = {
+            "cpu_s": times,
+            "flops": operations,
+            "beside_mixer": per_operation["ours"] / per_operation["mixer"],
+        }
+    return found
+
+
+class _Timed:
+    """A model of some size with its training step, as its digits' recipe has it."""
+
+    def __init__(
+        self, word: str, fields: dict[str, Any], pixels: int, batch: int
+    ) -> None:
+        config = recipe.load(recipe_of(word))
+        name = config.model.name
+        config.model = {"name": name, "image_size": (pixels, pixels), **fields}
+        config.dataset.num_classes, config.mixup = 1000, 0.0
+        config.batch_size = batch
+        self.mesh = sharding.make_mesh(1)
+        self.example = pipeline.example((pixels, pixels))
+        self.built = experiment.build(config, self.mesh, self.example, 1000)
+        self.batch = _random_batch(self.mesh, batch, pixels)
+        forward = jax.make_jaxpr(self.built.predict)(
+            self.built.target.variables, self.batch
+        )
+        train = jax.make_jaxpr(self.built.train_step)(self.built.target, self.batch)
+        self.flops = {"forward": counts.flops(forward), "train": counts.flops(train)}
+
+    def clock(self, kind: str) -> Callable[[], dict[str, float]]:
+        """Returns what measures one call of a pass, compiled and warm."""
+        state = steps.init_state(
+            self.built.model, self.built.tx, self.built.target, self.example, seed=0
+        )
+        if kind == "train":
+            run = measurement.training(self.built.train_step, state, self.batch)
+        else:
+
+            def run() -> Any:
+                return self.built.predict(state.variables, self.batch)
+
+        jax.block_until_ready(run())
+        return lambda: measurement.clock(run, 1, jax.block_until_ready)
+
+
+def _random_batch(mesh: Any, batch: int, pixels: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (batch, pixels, pixels, 3), np.uint8)
+    label = rng.integers(0, 1000, batch, np.int32)
+    return sharding.place_rows({"image": image, "label": label}, mesh)
+
+
+# --- The page -------------------------------------------------------------------------
+
+
+def paper_of(file: ModuleType) -> tuple[str, str]:
+    """Returns name and arXiv number of what the first line of a file's docstring says.
+
+    Raises:
+      ValueError: the line does not begin with NAME (AUTHORS, arXiv NUMBER.
+    """
+    found = re.match(r"(.+?) \(.*?arXiv\s+([0-9]+\.[0-9]+)", file.__doc__ or "", re.S)
+    if found is None:
+        raise ValueError(
+            f"{file.__name__} begins with {(file.__doc__ or '')[:80]!r}; expected "
+            "NAME (AUTHORS YEAR, arXiv NUMBER, …"
+        )
+    return found[1], found[2]
+
+
+def parameters(size: str) -> int:
+    """Returns the number of parameters of a size, with the paper's images and classes.
+
+    They are 224 px and 1,000 classes, unless the model's file says otherwise in
+    `COUNTED`.
+    """
+    side, classes = getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
+    model = models.create(size, num_classes=classes)
+    params = tree.variables(model, (side, side))["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def papers(results: dict[str, Any]) -> Table:
+    """Returns the table of architectures."""
+    rows = []
+    for name, file in models.families().items():
+        title, number = paper_of(file)
+        counted = [parameters(size) / 1e6 for size in file.SIZES]
+        scores = [file.TOP_1[size] for size in file.SIZES if size in file.TOP_1]
+        trained = {
+            word: results["digits"][word]
+            for word in words()
+            if word.partition("-")[0] == name and word in results.get("digits", {})
+        }
+        rows.append(
+            [
+                f"[{title}](https://arxiv.org/abs/{number})",
+                f"[{name}.py](../mlp_mixer/models/{name}.py)",
+                f"{len(file.SIZES)}",
+                _range(counted, ".1f"),
+                _range(scores, ".1f") or "–",
+                file.CHECKED,
+                " / ".join(f"{100 * x['top1']:.2f}" for x in trained.values()) or "–",
+                " / ".join(f"{x['cpu_s']:.0f}" for x in trained.values()) or "–",
+            ]
+        )
+    columns = ["paper", "file", "sizes", "million parameters", "published top-1, %"]
+    columns += ["checked against", "digits, %", "CPU seconds"]
+    return Table("", columns, rows)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    ends = dict.fromkeys(format(x, form) for x in (min(values), max(values)) if values)
+    return " to ".join(ends)
+
+
+def all_sizes() -> Table:
+    """Returns the table of the sizes of all architectures."""
+    rows = []
+    for file in models.FAMILIES:
+        for size in file.SIZES:
+            side, classes = getattr(file, "COUNTED", {}).get(size, (224, 1000))
+            top1 = file.TOP_1.get(size)
+            rows.append(
+                [
+                    f"`{size}`",
+                    f"{parameters(size):,}",
+                    f"{side}, {classes:,}",
+                    "–" if top1 is None else f"{top1:.1f}",
+                ]
+            )
+    columns = ["size", "parameters", "at pixels, classes", "published top-1, %"]
+    return Table("", columns, rows)
+
+
+def speeds(results: dict[str, Any]) -> Table:
+    """Returns the table of times beside a Mixer."""
+    rows = []
+    for word, found in results.get("speed", {}).items():
+        cells = []
+        for kind in measurement.KINDS:
+            one = found[kind]
+            flops = one["flops"]["ours"] / found["batch"] / 1e9
+            cells += [f"{flops:.3g}", f"{one['cpu_s']['ours']:.3g}"]
+            cells += [f"{one['beside_mixer']:.2f} ×"]
+        rows.append([word, f"{found['batch']} of {found['pixels']} px", *cells])
+    columns = ["model", "batch"]
+    for kind in ("forward", "training"):
+        columns += [f"{kind}, GFLOP an image", "s", "per FLOP, beside Mixer"]
+    return Table("", columns, rows)
+
+
+_MARKS = r"(<!-- family: {} -->\n).*?(<!-- end of family -->)"
+
+
+def rewritten(page: str, tables: dict[str, Table]) -> str:
+    """Returns a page with the tables between their marks."""
+    for name, table in tables.items():
+        parts = re.split(_MARKS.format(name), page, flags=re.S)
+        count = len(parts) // 3
+        if count != 1:
+            raise ValueError(
+                f"The page has {count} places for the table {name}; expected one, "
+                f"<!-- family: {name} --> … <!-- end of family -->."
+            )
+        before, begin, end, after = parts
+        page = f"{before}{begin}{table.markdown()}{end}{after}"
+    return page
+
+
+def tables(results: dict[str, Any]) -> dict[str, Table]:
+    """Returns the page's tables by name."""
+    return {"papers": papers(results), "sizes": all_sizes(), "speed": speeds(results)}
+
+
+# --- The command line -----------------------------------------------------------------
+
+
+def read_results() -> dict[str, Any]:
+    """Returns what was measured: {"digits": {word: …}, "speed": {word: …}}."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def measured(kind: str, chosen: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures models one after the other; yields each result once it is kept.
+
+    Args:
+      kind: "digits" or "speed".
+      chosen: words of the models; none: all that have no result.
+    """
+    done = read_results().get(kind, {})
+    for word in chosen or [word for word in words() if word not in done]:
+        print(f"{kind} of {word}", file=sys.stderr, flush=True)
+        found = {"digits": digits, "speed": speed}[kind](word)
+        found["date"] = datetime.date.today().isoformat()
+        results = read_results()
+        results.setdefault(kind, {})[word] = found
+        order = [w for w in words() if w in results[kind]]
+        results[kind] = {w: results[kind][w] for w in order}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        yield word, found
+
+
+def _word(text: str) -> str:
+    if text not in words():
+        tries = known.nearest(text, words())
+        raise argparse.ArgumentTypeError(f"there is no model {text!r}; try {tries}")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["digits", "speed", "tables"])
+    parser.add_argument("words", nargs="*", type=_word, metavar="WORD")
+    args = parser.parse_args(argv)
+    if args.what == "tables":
+        page = rewritten(PAGE.read_text(), tables(read_results()))
+        PAGE.write_text(page)
+        return
+    measurement.start_devices(1, 1)
+    for word, found in measured(args.what, args.words):
+        print(word, json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

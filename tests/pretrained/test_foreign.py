@@ -1,0 +1,137 @@
+"""Names of others: what a table may say of an array, and whose table it is."""
+
+import types
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mlp_mixer import models, pretrained
+from mlp_mixer.pretrained import foreign
+from mlp_mixer.pretrained.foreign import Names
+
+
+def a_file(authors, axes, **others):
+    """An architecture that declares nothing but its arrays and their names."""
+    file = types.ModuleType("mlp_mixer.models.made")
+    file.__dict__.update(AUTHORS=authors, AXES=axes, **others)
+    return file
+
+
+def numbers(*shape):
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_patch_that_is_flattened_there_has_its_axes_here(channels):
+    axes = {"stem/kernel": "ph pw x c", "stem/spline": "g ph pw x c"}
+    table = (
+        ("embed.base", "stem/kernel", "c (x ph pw) -> ph pw x c"),
+        ("embed.spline", "stem/spline", "c (x ph pw) g -> g ph pw x c"),
+    )
+    names = Names(a_file(table, axes), "authors")
+    theirs = {
+        "embed.base": numbers(5, channels * 16),
+        "embed.spline": numbers(5, channels * 16, 8),
+    }
+    ours = names.with_our_names(theirs)
+    assert ours["stem/kernel"].shape == (4, 4, channels, 5)
+    y, x, rgb = 2, 3, channels - 1
+    for o in range(5):
+        flat = rgb * 16 + 4 * y + x
+        assert ours["stem/kernel"][y, x, rgb, o] == theirs["embed.base"][o, flat]
+        spline = theirs["embed.spline"][o, flat]
+        np.testing.assert_array_equal(ours["stem/spline"][:, y, x, rgb, o], spline)
+    again = names.with_their_names(ours)
+    assert again.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+def test_a_kernel_is_torchs_and_any_other_array_is_as_it_is():
+    axes = {"a_*/kernel": "s ds", "a_*/bias": "ds", "n/scale": "s c", "n/bias": "s c"}
+    table = (("net.{}.fc.0", "a_{}"), ("norm", "n"))
+    theirs = {
+        "net.7.fc.0.weight": numbers(2, 3),
+        "net.7.fc.0.bias": numbers(2),
+        "norm.weight": numbers(3, 3),
+        "norm.bias": numbers(3, 3),
+    }
+    names = Names(a_file(table, axes), "authors")
+    ours = names.with_our_names(theirs)
+    assert ours.keys() == {"a_7/kernel", "a_7/bias", "n/scale", "n/bias"}
+    np.testing.assert_array_equal(ours["a_7/kernel"], theirs["net.7.fc.0.weight"].T)
+    np.testing.assert_array_equal(ours["n/scale"], theirs["norm.weight"])
+    assert names.with_their_names(ours).keys() == theirs.keys()
+    with pytest.raises(ValueError, match="n/other has no name among its authors'"):
+        names.with_their_names({"n/other": numbers(1)})
+
+
+def grid(kernel):
+    return np.broadcast_to(np.float32([-1, 0, 1]), (len(kernel), 3))
+
+
+def test_a_buffer_is_made_and_has_to_be_what_the_model_computes_with():
+    axes = {"a_*/kernel": "s ds"}
+    table = (
+        ("net.{}", "a_{}"),
+        ("net.{}.grid", "a_{}/kernel", grid),
+        ("net.{}.num_batches_tracked", None),
+    )
+    names = Names(a_file(table, axes), "authors")
+    theirs = {"net.0.weight": numbers(2, 4), "net.0.grid": grid(numbers(4))}
+    counted = theirs | {"net.0.num_batches_tracked": np.int64(3)}
+    ours = names.with_our_names(counted)
+    assert ours.keys() == {"a_0/kernel"}
+    names.check_buffers(counted, ours)
+    again = names.with_their_names(ours)
+    assert again.keys() == theirs.keys()
+    np.testing.assert_array_equal(again["net.0.grid"], theirs["net.0.grid"])
+    for moved in (2 * theirs["net.0.grid"], theirs["net.0.grid"][:, :2]):
+        with pytest.raises(ValueError, match=r"net\.0\.grid is not the constant"):
+            names.check_buffers({**theirs, "net.0.grid": moved}, ours)
+
+
+def test_a_form_may_have_names_of_its_own():
+    axes = {
+        "one": {"w/kernel": "c dc"},
+        "two": {"w/kernel": "c dc", "v/kernel": "dc c"},
+    }
+    tables = {"one": (("fc2", "w"),), "two": (("fc1", "w"), ("fc2", "v"))}
+    file = a_file(tables, axes, FORM="form")
+    assert foreign.find(["fc2.weight"], file) == Names(file, "authors", "one")
+    both_there = ["fc1.weight", "fc2.weight"]
+    assert foreign.find(both_there, file) == Names(file, "authors", "two")
+    assert foreign.find(["fc3.weight"], file) is None
+    one = Names(file, "authors", "one").with_our_names({"fc2.weight": numbers(2, 3)})
+    assert one["w/kernel"].shape == (3, 2)
+    with pytest.raises(ValueError, match=r"timm has no names for .*--names=timm out"):
+        foreign.names_of(models.smlpnet, "timm", {"name": "smlpnet_t"})
+
+
+def test_a_name_that_begins_as_a_wrapper_does_is_found_in_and_out_of_wrappers():
+    table = (("model.{}.fc", "a_{}"),)
+    names = Names(a_file(table, {"a_*/bias": "c"}), "authors")
+    for wrapper in ("", "module.", "model._orig_mod."):
+        found = names.with_our_names({f"{wrapper}model.3.fc.bias": numbers(1)})
+        assert found.keys() == {"a_3/bias"}
+
+
+def test_of_tables_that_know_as_much_the_one_counts_that_lacks_least(tmp_path):
+    """An array is missing of the architecture that has the others."""
+    rng = np.random.default_rng(0)
+    model = models.create(
+        "resmlp", patch_size=(2, 2), num_blocks=2, hidden_dim=4, channels_mlp_dim=6
+    )
+    shapes = pretrained.tree.shapes(pretrained.tree.variables(model, (4, 4))["params"])
+    ours = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    for whose in foreign.TABLES:
+        names = Names(models.resmlp, whose)
+        theirs = names.with_their_names(ours)
+        lost = next(name for name in theirs if name.startswith("blocks.1.mlp"))
+        del theirs[lost]
+        assert foreign.find(theirs) == names
+        whole = {k: np.ascontiguousarray(x) for k, x in theirs.items()}
+        safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=f"missing: {lost} as ResMlpBlock_1"):
+            pretrained.read(tmp_path / "w.safetensors")
