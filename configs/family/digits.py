@@ -14,14 +14,6 @@ from typing import Any
 
 from mlp_mixer import recipe
 
-# A Mixer of 512 units, for each of which I-MLP has weights to all others.
-PRIOR: dict[str, Any] = {
-    "patch_size": (2, 2),
-    "num_blocks": 2,
-    "hidden_dim": 32,
-    "tokens_mlp_dim": 16,
-    "channels_mlp_dim": 64,
-}
 # Fields of the model, and of the optimiser where Mixer's are not good enough.
 MODELS: dict[str, dict[str, Any]] = {
     "resmlp": {
@@ -84,10 +76,18 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_heads": 2,
         },
     },
-    # The MLP alone, α = 0. With a prior: train that of the next row first, then add
-    # --config.init_from=runs/family-digits-imlp-prior --config.model.alpha=0.5
-    "imlp": {"model": {"name": "imlp_c32", **PRIOR}},
-    "imlp-prior": {"model": {"name": "mixer", **PRIOR}},
+    # The MLP alone, 512 units of which each has weights to all others; with a prior:
+    # configs/family/imlp.py:digits.
+    "imlp": {
+        "model": {
+            "name": "imlp_c32",
+            "patch_size": (2, 2),
+            "num_blocks": 2,
+            "hidden_dim": 32,
+            "tokens_mlp_dim": 16,
+            "channels_mlp_dim": 64,
+        },
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""I-MLP (arXiv 2410.09655): an MLP between itself and a trained prior.
+"""I-MLP (Wu et al. 2024, arXiv 2410.09655): an MLP between itself and a prior.
 
 Unroll a Mixer: a map of its tokens or of its channels becomes one matrix over all units
 S·C of an image, most of it zeros and copies. An MLP whose matrices have these shapes,
@@ -19,8 +19,8 @@ matrix is made: every layer is linear in its weights, so that (1 − α) times w
 computes, plus α times what the prior computes, is the same. The MLP's own kernels are
 large, (S·C)·(D_S·C) and (S·C)·(S·D_C) weights; more than 2048 units are refused.
 
-The paper is known here by its abstract: train a prior, fix it, interpolate. What
-follows is ours. Stem and head are unrolled too, the head with the mean over tokens
+The paper is known here by its abstract: train a prior, a CNN or a Mixer, fix it,
+interpolate. What follows is ours. Stem and head are unrolled too, the head with the mean over tokens
 before it. Biases are interpolated as kernels are. A LayerNorm normalises what the
 prior's does, the channels of each token, since otherwise α = 1 would not be the prior;
 scale and bias, one for each unit, are interpolated. α is constant; the paper's schedule

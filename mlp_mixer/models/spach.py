@@ -37,7 +37,7 @@ from jaxtyping import Array, Float
 from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import Dense, LayerNorm, at_least_float32
-from mlp_mixer.models.model import Model, Noise, Outputs, Run, axes, sizes
+from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, axes, sizes
 
 MIXINGS = ("mlp", "conv", "attn")
 XAVIER = nn.initializers.xavier_uniform()
@@ -258,8 +258,8 @@ def _axes(mixing: str) -> dict[str, str]:
 AXES = {mixing: _axes(mixing) for mixing in MIXINGS}
 TOP_1: dict[str, float] = {}  # the paper prints those of the pyramids
 CHECKED = "counts; logits of the authors' code"
-# What the authors' state dicts call what: their layer or array, ours, and how an array
-# is turned; {} is the number of a block.
+# What the authors' state dicts call what: their layer or array, ours, and the number of
+# an array's axes there; {} is the number of a block.
 AUTHORS = (
     ("stem.proj", "stem"),
     ("norm1", "stem_layer_norm"),
@@ -276,3 +276,4 @@ AUTHORS = (
     ("norm2", "pre_head_layer_norm"),
     ("head", "head"),
 )
+NORMALISATION = IMAGENET

@@ -131,7 +131,9 @@ CASES = {
     "kan_mixer": Case(kan_mixer, (), (4, 16), {"name": "kan_mixer"}),
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
-    "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach"}),
+    "spach_attn": Case(
+        spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}
+    ),
 }
 
 
