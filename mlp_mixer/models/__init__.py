@@ -14,7 +14,16 @@ from types import ModuleType
 from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
-from mlp_mixer.models import gmlp, imlp, mixer, resmlp, smlpnet, spach
+from mlp_mixer.models import (
+    gmlp,
+    imlp,
+    mixer,
+    ninformer,
+    paramixer,
+    resmlp,
+    smlpnet,
+    spach,
+)
 from mlp_mixer.models.model import Model, Run
 
 __all__ = [
@@ -29,7 +38,16 @@ __all__ = [
     "names",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (mixer, resmlp, gmlp, smlpnet, spach, imlp)
+FAMILIES: tuple[ModuleType, ...] = (
+    mixer,
+    resmlp,
+    gmlp,
+    smlpnet,
+    paramixer,
+    ninformer,
+    spach,
+    imlp,
+)
 
 
 def families() -> dict[str, ModuleType]:

@@ -1,30 +1,33 @@
 """I-MLP (Wu et al. 2024, arXiv 2410.09655): an MLP between itself and a prior.
 
-Unroll a Mixer: a map of its tokens or of its channels becomes one matrix over all units
-S·C of an image, most of it zeros and copies. An MLP whose matrices have these shapes,
-with every weight free, then takes its weights from in between, for one α in [0, 1]:
+Unroll a Mixer: a map of its tokens, or of its channels, becomes one matrix over all S·C
+units of an image, most of it zeros and copies. An MLP whose matrices have these shapes,
+every weight free, takes its weights from in between, for one α in [0, 1]:
 
     W_eff = (1 − α) W + α unroll(prior)
 
-Only W is trained. The prior, a Mixer that was trained before, is frozen: it lies in the
-collection `prior` under the Mixer's names (but for the block's), where
-`config.init_from` puts it. With α = 1 the model is the prior, with α = 0 a plain MLP,
-which needs none. For X (S, C) and hidden units T (D_S, C) or (S, D_C), the maps are
+Only W is trained. The prior, a Mixer that was trained before, is frozen: it is the
+collection `prior`, under the Mixer's names (but for the blocks'), where
+`config.init_from` puts it. α = 1 is the prior, and α = 0 a plain MLP, which needs none.
+For X (S, C) and units H, (D_S, C) of token mixing or (S, D_C) of channel mixing:
 
-    tokens:    H[t, e] = Σ W[s, c, t, e] X[s, c] + b[t, e]     W = A[s, t] δ[c, e]
-    channels:  H[t, e] = Σ W[s, c, t, e] X[s, c] + b[t, e]     W = δ[s, t] B[c, e]
+    H[t, e] = Σ W[s, c, t, e] X[s, c] + b[t, e]
 
-where the unrolled prior stands on the right; as matrices A' ⊗ I and I ⊗ B'. No such
-matrix is made: every layer is linear in its weights, so that (1 − α) times what W
-computes, plus α times what the prior computes, is the same. The MLP's own kernels are
-large, (S·C)·(D_S·C) and (S·C)·(S·D_C) weights; more than 2048 units are refused.
+    unroll(A)[s, c, t, e] = A[s, t] δ[c, e]      of tokens: Aᵀ ⊗ I over the units
+    unroll(B)[s, c, t, e] = δ[s, t] B[c, e]      of channels: I ⊗ Bᵀ
+
+No such matrix is made. A layer is linear in its weights, so it computes (1 − α) times
+what W computes plus α times what the prior computes. The MLP's own kernels are large,
+(S·C)(D_S·C) and (S·C)(S·D_C) weights: more than 2048 units are refused, and so is a
+change of the resolution.
 
 The paper is known here by its abstract: train a prior, a CNN or a Mixer, fix it,
-interpolate. What follows is ours. Stem and head are unrolled too, the head with the mean over tokens
-before it. Biases are interpolated as kernels are. A LayerNorm normalises what the
-prior's does, the channels of each token, since otherwise α = 1 would not be the prior;
-scale and bias, one for each unit, are interpolated. α is constant; the paper's schedule
-of it, widths and results are not known. W begins as Flax's Dense does.
+interpolate. What follows is ours. The prior is a Mixer. Stem and head are unrolled too,
+the head with the mean over tokens before it. Biases are interpolated as kernels are. A
+LayerNorm normalises what the prior's does, the channels of each token, or α = 1 would
+not be the prior; its scale and bias, one for each unit, are interpolated. α is
+constant. W begins as Flax's Dense does. The paper's schedule of α, widths and results
+are not known.
 """
 
 import functools
@@ -80,7 +83,7 @@ class Interpolated(nn.Module):
             for name, value in fresh.items():
                 self.put_variable(PRIOR, name, value)
         frozen = lax.stop_gradient(self.variables[PRIOR])
-        prior = layer.apply({"params": frozen}, x)
+        prior: Any = layer.apply({"params": frozen}, x)
         return (1 - self.alpha) * own + self.alpha * prior
 
 
@@ -373,5 +376,6 @@ AXES = {
     "head/kernel": "u k",
     "head/bias": "k",
 }
+COUNTED = {"imlp_c32": (32, 10)}
 TOP_1: dict[str, float] = {}  # not known
 CHECKED = "its ends α = 0 and 1"

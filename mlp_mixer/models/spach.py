@@ -27,6 +27,7 @@ resolution.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -80,39 +81,30 @@ class SpachBlock(nn.Module):
 
     Attributes:
       grid: (height, width) of the map in tokens.
-      mixing, tokens_mlp_dim, num_heads, channels_mlp_dim, gelu, run: as in `Spach`.
+      mix: makes Mix, which maps (normalised state, Noise); None: there is none.
+      channel_mixing: makes the MLP, given its name.
+      run: how it is computed.
     """
 
     grid: tuple[int, int]
-    mixing: str
-    channels_mlp_dim: int
-    tokens_mlp_dim: int | None
-    num_heads: int | None
-    gelu: str
+    mix: Callable[[], nn.Module] | None
+    channel_mixing: Callable[..., nn.Module]
     run: Run
 
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
-        mlp = functools.partial(
-            layers.MlpBlock, gelu=self.gelu, run=self.run, kernel_init=XAVIER
-        )
         depthwise = layers.Depthwise(
             self.grid, self.run, kernel_init=KAIMING, name="depthwise"
         )
+        channel_mixing = self.channel_mixing(name="channel_mixing")
         first, second = noise.branches(2)
         u = x + depthwise(x)
-        if self.mixing != "conv":
-            token_mixing: nn.Module = (
-                mlp(self.tokens_mlp_dim, axis=0, name="token_mixing")
-                if self.mixing == "mlp"
-                else Attention(self.num_heads, self.run, name="attention")
-            )
+        if self.mix is not None:
             start = nn.initializers.constant(1e-4)
             scale = self.param("scale", start, x.shape[-1:], jnp.float32)
-            y = token_mixing(LayerNorm(name="LayerNorm_0")(x), first)
+            y = self.mix()(LayerNorm(name="LayerNorm_0")(x), first)
             u = u + (y * scale.reshape(1, 1, -1)).astype(y.dtype)
-        channel_mixing = mlp(self.channels_mlp_dim, name="channel_mixing")
         return u + channel_mixing(LayerNorm(name="LayerNorm_1")(u), second)
 
 
@@ -168,6 +160,17 @@ class Spach(Model):
         """
         self.check_image(image)
         (h, w), (ph, pw) = image.shape[1:3], self.patch_size
+        mlp = functools.partial(
+            layers.MlpBlock, gelu=self.gelu, run=self.run, kernel_init=XAVIER
+        )
+        heads: Any = self.num_heads  # which the form attn has
+        mixings: dict[str, Callable[[], nn.Module] | None] = {
+            "mlp": functools.partial(
+                mlp, self.tokens_mlp_dim, axis=0, name="token_mixing"
+            ),
+            "conv": None,
+            "attn": functools.partial(Attention, heads, self.run, name="attention"),
+        }
         stem = layers.PatchEmbed(
             self.hidden_dim,
             self.patch_size,
@@ -177,13 +180,10 @@ class Spach(Model):
         )
         block = functools.partial(
             SpachBlock,
-            grid=(h // ph, w // pw),
-            mixing=self.mixing,
-            channels_mlp_dim=self.channels_mlp_dim,
-            tokens_mlp_dim=self.tokens_mlp_dim,
-            num_heads=self.num_heads,
-            gelu=self.gelu,
-            run=self.run,
+            (h // ph, w // pw),
+            mixings[self.mixing],
+            functools.partial(mlp, self.channels_mlp_dim),
+            self.run,
         )
         noise = trunk.draw(
             self,

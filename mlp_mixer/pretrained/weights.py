@@ -167,9 +167,12 @@ def read(
     elif path.exists():
         weights = _read_any_file(path, given, model or {})
     elif name in published.PUBLISHED:
-        _check_agreed(f"{name} is published, and", CENTRED, given)
-        weights = _read_file(published.fetch(name), None, {})
-        weights = dataclasses.replace(weights, origin="published")
+        entry = published.PUBLISHED[name]
+        _check_agreed(f"{name} is published, and", entry.normalisation, given)
+        weights = _read_file(published.fetch(name), entry.normalisation, {})
+        weights = dataclasses.replace(
+            weights, origin="published", preprocess=entry.preprocess
+        )
     else:
         raise FileNotFoundError(
             f"There are no weights {name}: no run's folder, no file, and not one of "
@@ -452,9 +455,10 @@ def _check_agreed(
 
 
 def _fitting_fields(config: hub.Config, found: _ModelArrays) -> dict[str, Any]:
-    """The image size and the class names that fit the arrays; others are logged."""
+    """What a config.json says besides and fits the arrays; what does not is logged."""
     sides = tree.sizes(tree.shapes(found.params), found.file)
-    classes, fields = sides.get("k"), dict[str, Any]()
+    classes = sides.get("k")
+    fields: dict[str, Any] = {"preprocess": config.preprocess}
     if classes and config.num_classes not in (None, classes):
         raise ValueError(
             f"{config.path} says num_classes {config.num_classes}, the weights beside "
@@ -560,7 +564,7 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
     """
     flat = leaves(weights.params | weights.stats)
     arrays: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in flat}
-    if not published.is_published(weights.architecture):
+    if not published.is_published_as_npz(weights.architecture):
         for name, text in _metadata(weights).items():
             arrays[name] = np.frombuffer(text.encode(), np.uint8)
     with files.writing(path) as file:
@@ -569,7 +573,7 @@ def write_npz(weights: Weights, path: str | os.PathLike[str]) -> None:
 
 def lost_in_npz(weights: Weights) -> dict[str, Any]:
     """What a reader of `write_npz` takes for something else: {field: value}."""
-    if not published.is_published(weights.architecture):
+    if not published.is_published_as_npz(weights.architecture):
         return {}
     again = Weights(weights.params, "")
     lost = {k: v for k, v in weights.model.items() if type(v) is str}

@@ -125,15 +125,16 @@ CASES = {
         paramixer, ("pMixerBlock", "sMlp"), (12, 32), {"name": "paramixer"}
     ),
     "paramixer_asym": Case(
-        paramixer, ("pMixerBlock", "aMlp"), (12, 32), {"name": "paramixer"}
+        paramixer,
+        ("pMixerBlock", "aMlp"),
+        (12, 32),
+        {"name": "paramixer", "mlp": "asym"},
     ),
     "ninformer": Case(ninformer, (), (8, 24), {"name": "ninformer"}),
     "kan_mixer": Case(kan_mixer, (), (4, 16), {"name": "kan_mixer"}),
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
-    "spach_attn": Case(
-        spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}
-    ),
+    "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
 }
 
 
