@@ -110,6 +110,10 @@ def test_the_recipe_of_the_field_is_deits():
     assert (config.loss, config.label_smoothing) == ("softmax_xent", 0.1)
     assert (config.mixup, config.cutmix, config.erasing) == (0.8, 1.0, 0.25)
     assert config.model.stochastic_depth == 0.1
+    given = config.input
+    assert (given.crop, given.randaugment, given.repeats) == ("timm", "timm", 3)
+    assert (given.randaugment_layers, given.randaugment_magnitude) == (2, 9)
+    assert given.randaugment_std == 0.5
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.decayed) == ("adam", 0.05, "matrices")
     assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)
