@@ -31,7 +31,7 @@ def training(
     mixup: float = 0.8,
     cutmix: float = 1.0,
     erasing: float = 0.25,
-    magnitude: float = 9,
+    magnitude: int | float = 9,
     repeats: int = 3,
     ema: float = 0.0,
     protocol: str = "timm",
@@ -71,6 +71,12 @@ def training(
     config.batch_size, config.epochs = batch_size, float(epochs)
     config.loss, config.label_smoothing = "softmax_xent", label_smoothing
     config.mixup, config.cutmix, config.erasing = mixup, cutmix, erasing
+
+    config.input.crop, config.input.repeats = "timm", repeats
+    if magnitude:
+        config.input.randaugment, config.input.randaugment_layers = "timm", 2
+        config.input.randaugment_magnitude = magnitude
+        config.input.randaugment_std = 0.5
 
     config.model.update({"name": model, "image_size": image_size, **model_fields})
     if drop_path is not None:

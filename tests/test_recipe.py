@@ -110,6 +110,12 @@ def test_the_recipe_of_the_field_is_deits():
     assert (config.loss, config.label_smoothing) == ("softmax_xent", 0.1)
     assert (config.mixup, config.cutmix, config.erasing) == (0.8, 1.0, 0.25)
     assert config.model.stochastic_depth == 0.1
+    host = config.input
+    assert (host.crop, host.interpolation, host.repeats) == ("timm", "bicubic", 3)
+    assert (host.randaugment, host.randaugment_layers) == ("timm", 2)
+    assert (host.randaugment_magnitude, host.randaugment_std) == (9, 0.5)
+    assert recipe.base().input.randaugment_layers == 0
+    recipe.check_fields(deit.training("resmlp_12", magnitude=0, repeats=1))
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.decayed) == ("adam", 0.05, "matrices")
     assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)
