@@ -45,7 +45,7 @@ def training(
 
     Args:
       model: name of the model.
-      batch_size: images per update, repeated ones included.
+      batch_size: images per update, with all copies of each.
       learning_rate: the peak at this batch size (5e-4 for each 512 images).
       end_learning_rate: the last learning rate.
       weight_decay: decoupled, of arrays of two and more axes.
@@ -58,7 +58,7 @@ def training(
       erasing: probability of random erasing.
       magnitude: strength of RandAugment's 2 operations, with a deviation of 0.5; 0
         leaves it out.
-      repeats: copies of an image in a batch, each augmented by itself.
+      repeats: number of times that an image is shown in a row, each augmented anew.
       ema: decay of the parameters' moving average; 0 keeps none.
       protocol: a key of `data.image_ops.PROTOCOLS` for every evaluation but 5-shot;
         DeiT's own code crops 0.875 of the resized image.
@@ -72,9 +72,10 @@ def training(
     config.loss, config.label_smoothing = "softmax_xent", label_smoothing
     config.mixup, config.cutmix, config.erasing = mixup, cutmix, erasing
 
-    config.input.crop, config.input.repeats = "timm", repeats
+    config.input.crop = config.input.randaugment = "timm"
+    config.input.repeats = repeats
     if magnitude:
-        config.input.randaugment, config.input.randaugment_layers = "timm", 2
+        config.input.randaugment_layers = 2
         config.input.randaugment_magnitude = magnitude
         config.input.randaugment_std = 0.5
 

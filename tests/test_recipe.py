@@ -110,11 +110,11 @@ def test_the_recipe_of_the_field_is_deits():
     assert (config.loss, config.label_smoothing) == ("softmax_xent", 0.1)
     assert (config.mixup, config.cutmix, config.erasing) == (0.8, 1.0, 0.25)
     assert config.model.stochastic_depth == 0.1
-    host = config.input
-    assert (host.crop, host.interpolation, host.repeats) == ("timm", "bicubic", 3)
-    assert (host.randaugment, host.randaugment_layers) == ("timm", 2)
-    assert (host.randaugment_magnitude, host.randaugment_std) == (9, 0.5)
-    assert recipe.base().input.randaugment_layers == 0
+    given = config.input
+    assert (given.crop, given.randaugment, given.repeats) == ("timm", "timm", 3)
+    assert (given.randaugment_layers, given.randaugment_magnitude) == (2, 9)
+    assert given.randaugment_std == 0.5
+    assert given.interpolation == "bicubic"  # of crop and ops; timm's own draws it
     recipe.check_fields(deit.training("resmlp_12", magnitude=0, repeats=1))
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.decayed) == ("adam", 0.05, "matrices")

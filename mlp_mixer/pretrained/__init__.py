@@ -5,9 +5,9 @@
     logits, out = model.apply(weights.variables, image)   # (n, h, w, 3) in [-1, 1]
 
 A source is a run's folder, a published name, or a file: npz (both published layouts),
-safetensors (our names or timm's), or a torch state dict with timm's names. Weights
-carry the name and the fields of their model. Whatever normalisation a source is for,
-what is read is for images in [-1, 1].
+safetensors (our names, timm's or the authors'), or a torch state dict with theirs.
+Weights carry the name and the fields of their model. Whatever normalisation a source
+is for, what is read is for images in [-1, 1].
 """
 
 from mlp_mixer.pretrained.fitting import (

@@ -7,6 +7,7 @@ An older form has the fields of `pretrained_cfg` at the top.
 """
 
 import functools
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
@@ -17,8 +18,12 @@ from mlp_mixer import files
 from mlp_mixer.pretrained import tree
 from mlp_mixer.pretrained.normalisation import Normalisation, normalisation
 
+logger = logging.getLogger(__name__)
+
 NAME = "config.json"
 JSON = (dict, list, str, int, float, bool, type(None))  # of any other program
+# Protocols of `data.image_ops` by timm's crop_pct, where it resizes bicubically.
+PROTOCOLS = {0.875: "timm", 0.9: "timm-0.9", 1.0: "timm-1.0"}
 GELUS = {"gelu": "exact", "gelu_tanh": "tanh"}  # by the name that timm knows it by
 
 
@@ -32,6 +37,7 @@ class Config(NamedTuple):
     gelu: str | None = None
     image_size: tuple[int, int] | None = None  # (height, width) in pixels
     class_names: tuple[str, ...] | None = None
+    preprocess: str | None = None  # a key of data.image_ops.PROTOCOLS
 
 
 def read_config_beside(weights: str | os.PathLike[str], file: ModuleType) -> Config:
@@ -83,6 +89,7 @@ def read_config_beside(weights: str | os.PathLike[str], file: ModuleType) -> Con
         gelu=gelu,
         image_size=_image_size(arguments, prepared, path),
         class_names=_class_names(fields.get("label_names", fields.get("labels")), path),
+        preprocess=_protocol(prepared, path),
     )
 
 
@@ -113,6 +120,28 @@ def _image_size(
     fits = two and all(isinstance(x, int) and x > 0 for x in size)
     _check_field(path, field, value, fits, expected)
     return size[0], size[1]
+
+
+def _protocol(prepared: Mapping[str, Any], path: pathlib.Path) -> str | None:
+    """The protocol that images are prepared by; None if there is none like it here."""
+    share = prepared.get("crop_pct")
+    if share is None:
+        return None
+    numeric = isinstance(share, int | float) and not isinstance(share, bool)
+    _check_field(path, "crop_pct", share, numeric, "a number, e.g. 0.875")
+    how = (prepared.get("interpolation"), prepared.get("crop_mode"))
+    if (
+        share in PROTOCOLS
+        and how[0] in (None, "bicubic")
+        and how[1] in (None, "center")
+    ):
+        return PROTOCOLS[share]
+    logger.warning(
+        "%s says crop_pct %s, interpolation %s and crop_mode %s, for which there is no "
+        "protocol here; --preprocess names one.",
+        *(path, share, *how),
+    )
+    return None
 
 
 def _class_names(labels: Any, path: pathlib.Path) -> tuple[str, ...] | None:

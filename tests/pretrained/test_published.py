@@ -1,6 +1,7 @@
 """Downloads from an https server on this machine that can cut, lie and change."""
 
 import contextlib
+import dataclasses
 import hashlib
 import http.server
 import math
@@ -18,11 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import trustme
 
 from mlp_mixer import console, files, models, pretrained
+from mlp_mixer.data import image_ops
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.pretrained import npz, published
+from mlp_mixer.models.model import IMAGENET
+from mlp_mixer.pretrained import downloads, npz, published
+from mlp_mixer.pretrained.foreign import Names
 from mlp_mixer.pretrained.published import PUBLISHED, Published
 
 NAME = "toy/Mixer-T_32"
@@ -216,8 +221,26 @@ MIB = {
 }
 
 
+# Parameters of a released architecture of timm, as its results list them (millions).
+HUB_MILLIONS = {"resmlp_12": 15.35, "resmlp_24": 30.02, "resmlp_36": 44.69} | {
+    "resmlp_big_24": 129.14,
+    "gmlp_s16": 19.42,
+}
+
+
 def test_the_table_is_the_listing():
-    assert set(PUBLISHED) == set(MIB)
+    on_the_hub = {name for name in PUBLISHED if name.startswith("timm/")}
+    assert set(PUBLISHED) - on_the_hub == set(MIB)
+    assert len(on_the_hub) == 12
+    for name in on_the_hub:
+        entry, size = PUBLISHED[name], name.removeprefix("timm/").split("_224.")[0]
+        assert entry.model == size
+        assert entry.num_bytes == pytest.approx(4e6 * HUB_MILLIONS[size], rel=1e-3)
+        is_resmlp = size.startswith("resmlp")
+        assert entry.preprocess in image_ops.PROTOCOLS
+        assert entry.preprocess == ("timm-0.9" if is_resmlp else "timm")
+        mean = (0.485, 0.456, 0.406) if is_resmlp else (0.5, 0.5, 0.5)
+        assert entry.normalisation.mean == mean
 
 
 @pytest.mark.parametrize("name", MIB)
@@ -255,6 +278,44 @@ def test_a_name_is_a_source_of_weights(site, path, contents):
         pretrained.read("imagenet1k/Mixer-B16")
 
 
+def test_a_file_of_the_hub_is_a_source_of_weights(site, tmp_path, monkeypatch):
+    """Its names are timm's, and its normalisation is folded into the stem."""
+    row = {"num_blocks": 1, "hidden_dim": 8, "channels_mlp_dim": 8}
+    entry = dataclasses.replace(
+        PUBLISHED["timm/resmlp_12_224.fb_in1k"], num_classes=7, overrides=row
+    )
+    name = "timm/resmlp_1_224.fb_in1k"
+    monkeypatch.setitem(PUBLISHED, name, entry)
+    monkeypatch.setenv("HF_ENDPOINT", site.url)
+    rng = np.random.default_rng(0)
+    ours = {k: rng.normal(size=x).astype(np.float32) for k, x in shapes(entry).items()}
+    theirs = Names(models.resmlp, "timm").with_their_names(ours)
+    whole = {k: np.ascontiguousarray(x) for k, x in theirs.items()}
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    safetensors.numpy.save_file(whole, elsewhere)
+    site.content = elsewhere.read_bytes()
+    assert len(site.content) in entry.sizes
+    # The hub answers with the address of another server.
+    site.plans = [{"status": 302, "location": f"{site.url}/cdn"}]
+    weights = pretrained.read(name)
+    asked = ["/timm/resmlp_1_224.fb_in1k/resolve/main/model.safetensors", "/cdn"]
+    assert [path for path, _, _ in site.requests] == asked
+    assert (tmp_path / "cache" / f"{name}.safetensors").exists()
+    assert (weights.origin, weights.image_size) == ("published", (224, 224))
+    assert (weights.preprocess, weights.model["gelu"]) == ("timm-0.9", "exact")
+    by_hand = pretrained.read(elsewhere, mean=IMAGENET[0], std=IMAGENET[1])
+    for path, array in leaves(weights.params):
+        np.testing.assert_array_equal(array, dict(leaves(by_hand.params))[path])
+    with pytest.raises(ValueError, match=r"published, and is for mean 0\.485"):
+        pretrained.read(name, mean=0.5, std=0.5)
+    # Another model's file has another size, or other arrays.
+    pathlib.Path(tmp_path / "cache" / f"{name}.safetensors.sha256").unlink()
+    whole["blocks.0.ls3"] = whole.pop("blocks.0.ls2")
+    safetensors.numpy.save_file(whole, tmp_path / "cache" / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"blocks\.0\.ls3: got .* expected nothing"):
+        published.fetch(name)
+
+
 # --- Addresses ------------------------------------------------------------------------
 
 
@@ -266,6 +327,11 @@ def test_the_address_is_the_authors_or_a_mirrors(monkeypatch):
     monkeypatch.setenv("MLP_MIXER_WEIGHTS_URL", "https://mirror.example/mixer/")
     assert published.download_url("sam/Mixer-B_32") == (
         "https://mirror.example/mixer/sam/Mixer-B_32.npz"
+    )
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert published.download_url("timm/gmlp_s16_224.ra3_in1k") == (
+        "https://huggingface.co/timm/gmlp_s16_224.ra3_in1k/resolve/main/"
+        "model.safetensors"
     )
     monkeypatch.setenv("MLP_MIXER_WEIGHTS_URL", "http://mirror.example")
     with pytest.raises(ValueError, match="expected https"):
@@ -406,7 +472,7 @@ def test_a_note_cut_in_the_writing_begins_anew(site, path, contents):
 def test_a_whole_part_needs_no_network(site, path, contents, monkeypatch):
     """Killed between the last byte and the name."""
     with monkeypatch.context() as patch:
-        patch.setattr(published._Part, "rename", lambda part, path: None)
+        patch.setattr(downloads.Part, "rename", lambda part, path: None)
         published.fetch(NAME)
     assert not path.exists()
     published.fetch(NAME)
@@ -506,7 +572,7 @@ def failed(error):
 def test_a_server_of_some_bytes_a_second_is_given_up_and_continued(
     site, path, contents, monkeypatch
 ):
-    monkeypatch.setattr(published, "WINDOW_SECONDS", 0.3)
+    monkeypatch.setattr(downloads, "WINDOW_SECONDS", 0.3)
     site.plans = [{"drip": True}] * 20
     with pytest.raises(FileNotFoundError, match="less than 4,096") as error:
         published.fetch(NAME, waits_s=NOW)
@@ -523,7 +589,7 @@ def test_a_server_of_some_bytes_a_second_is_given_up_and_continued(
 def test_a_server_that_is_slow_for_a_while_is_not_given_up(
     site, path, contents, monkeypatch
 ):
-    monkeypatch.setattr(published, "WINDOW_SECONDS", 0.3)
+    monkeypatch.setattr(downloads, "WINDOW_SECONDS", 0.3)
     site.plans = [{"drip": True}, {}]
     published.fetch(NAME, waits_s=NOW)
     assert path.read_bytes() == contents[0]
@@ -531,7 +597,7 @@ def test_a_server_that_is_slow_for_a_while_is_not_given_up(
 
 def test_an_answer_that_never_begins_is_given_up(site, path, monkeypatch):
     """Each byte of its headers comes in time."""
-    monkeypatch.setattr(published, "TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(downloads, "TIMEOUT_SECONDS", 1.0)
     site.plans = [{"trickle": True}] * 2
     with pytest.raises(FileNotFoundError, match="no whole answer in 1 s") as error:
         published.fetch(NAME, waits_s=(0.0,))
@@ -540,7 +606,7 @@ def test_an_answer_that_never_begins_is_given_up(site, path, monkeypatch):
 
 
 def test_a_server_that_always_closes_early_is_given_up(site, path, monkeypatch):
-    monkeypatch.setattr(published, "MAX_ATTEMPTS", 5)
+    monkeypatch.setattr(downloads, "MAX_ATTEMPTS", 5)
     site.plans = [{"cut": 1}] * 20
     with pytest.raises(FileNotFoundError, match=r"at attempt 5\. .*5 bytes are kept"):
         published.fetch(NAME, waits_s=(0.0,))

@@ -29,6 +29,7 @@ from flax.traverse_util import unflatten_dict
 
 import mlp_mixer
 from mlp_mixer import models, pretrained, runs, train
+from mlp_mixer.data import image_ops
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.pretrained import tree
 from mlp_mixer.pretrained.foreign import Names
@@ -419,6 +420,28 @@ def test_a_config_says_gelu_image_size_and_classes_too(foreign):
     assert (weights.model["gelu"], weights.class_names) == ("exact", tuple(names))
 
 
+@pytest.mark.parametrize(
+    ("prepared", "protocol"),
+    [
+        ({"crop_pct": 0.875}, "timm"),
+        ({"crop_pct": 0.9, "interpolation": "bicubic"}, "timm-0.9"),
+        (
+            {"crop_pct": 1, "interpolation": "bicubic", "crop_mode": "center"},
+            "timm-1.0",
+        ),
+        ({"crop_pct": 0.875, "interpolation": "bilinear"}, None),
+        ({"crop_pct": 0.95}, None),
+        ({}, None),
+    ],
+)
+def test_a_config_says_how_images_are_prepared(prepared, protocol, foreign, caplog):
+    config_beside(foreign, {"mean": 0.5, "std": 0.5, **prepared})
+    assert pretrained.read(foreign).preprocess == protocol
+    assert protocol is None or protocol in image_ops.PROTOCOLS
+    silent = protocol is not None or not prepared
+    assert silent != ("for which there is no protocol here" in caplog.text)
+
+
 @pytest.mark.parametrize("size", [(16, 16), (8, 32), (17, 16)])
 def test_a_config_may_say_the_image_size_of_arrays_without_tokens(
     size, weights, tmp_path, monkeypatch, caplog
@@ -477,6 +500,7 @@ def test_what_a_config_says_that_does_not_fit_is_passed_by_aloud(foreign, caplog
             "num_classes 1000, the weights .* have 10",
         ),
         (hub_config(0, 1, num_classes="ten"), "num_classes ten; expected a whole"),
+        ({"mean": 0, "std": 1, "crop_pct": "x"}, "crop_pct x; expected a number"),
         (hub_config(0, 1, architecture=3), "architecture 3; expected a name"),
         (hub_config(0, 1, model_args="x"), "model_args x; expected a table"),
         (
