@@ -114,6 +114,8 @@ def test_the_recipe_of_the_field_is_deits():
     assert (given.crop, given.randaugment, given.repeats) == ("timm", "timm", 3)
     assert (given.randaugment_layers, given.randaugment_magnitude) == (2, 9)
     assert given.randaugment_std == 0.5
+    assert given.interpolation == "bicubic"  # of crop and ops; timm's own draws it
+    recipe.check_fields(deit.training("resmlp_12", magnitude=0, repeats=1))
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.decayed) == ("adam", 0.05, "matrices")
     assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)

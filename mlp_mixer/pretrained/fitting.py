@@ -74,13 +74,16 @@ def merge(
         name in given and given[name].shape == wanted[name].shape for name in heads
     )
     if heads and (head == "zero" or not same):
-        had = "none" if "head/bias" not in given else len(given["head/bias"])
         logger.info(
             "The head is a new one of zeros for %d classes (the weights': %s).",
-            wanted["head/bias"].shape[0],
-            had,
+            tree.num_classes(target),
+            tree.num_classes(params) or "none",
         )
-        given |= {n: np.zeros(wanted[n].shape, wanted[n].dtype) for n in heads}
+        # But for what only scales others: between two zeros nothing would be learnt.
+        given |= {
+            name: np.full(x.shape, name == "head/scale", x.dtype)
+            for name, x in ((name, wanted[name]) for name in heads)
+        }
     if not heads:
         given = {name: x for name, x in given.items() if not name.startswith("head/")}
     missing = [f"missing: {name}" for name in wanted if name not in given]
@@ -145,7 +148,7 @@ def initial(
         )
         stats = merge(weights.stats, target.stats, called=f"Statistics of {source}")
         count = weights.num_classes
-        if count and head == "match" and count == len(params["head"]["bias"]):
+        if count and head == "match" and count == tree.num_classes(params):
             order = places(
                 class_names,
                 weights.class_names or assumed(class_names, count),

@@ -302,6 +302,12 @@ def tokens(params: Any) -> int | None:
     return sizes(found, family(found)).get("s")
 
 
+def num_classes(params: Mapping[str, Any]) -> int | None:
+    """The number of classes, the last axis of each array of the head; None: no head."""
+    arrays = leaves(params.get("head", {}))
+    return next((x.shape[-1] for _, x in arrays), None)
+
+
 def square_image(params: Any, model: Mapping[str, Any]) -> tuple[int, int] | None:
     """(height, width) in pixels if the tokens make a square grid, else None."""
     count = tokens(params)
