@@ -23,7 +23,8 @@ Shapes = Mapping[str, Shape]
 
 # The field of a model that is a letter's size, and the number of its blocks.
 FIELDS = {"*": "num_blocks", "c": "hidden_dim", "ds": "tokens_mlp_dim"} | {
-    "dc": "channels_mlp_dim"
+    "dc": "channels_mlp_dim",
+    "x": "image_channels",
 }
 
 
