@@ -288,8 +288,7 @@ class Imlp(Model):
                 f"{tokens} tokens of hidden_dim {self.hidden_dim} are {units:,} units; "
                 f"expected at most {MOST_UNITS:,}, since each is connected with every "
                 f"other (a kernel of channel mixing: {hidden:,} weights). Try larger "
-                "patches, a smaller image, or a hidden_dim of "
-                f"{max(MOST_UNITS // tokens, 1)}."
+                "patches, a smaller image, or a smaller hidden_dim."
             )
 
     @nn.compact

@@ -23,9 +23,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
-from mlp_mixer import known, models
+from mlp_mixer import known
 from mlp_mixer.fingerprints import Params, leaves
-from mlp_mixer.models.model import all_axes
 from mlp_mixer.pretrained import tree
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -215,15 +214,10 @@ def _check_grid(params: Params, grid: Grid) -> None:
     tokens = tree.tokens(params)
     if tokens is None:
         name = tree.family_name(tree.family(tree.shapes(params)))
-        resizable = ", ".join(
-            other
-            for other, file in models.families().items()
-            if any("s" in letters.split() for letters in all_axes(file).values())
-        )
         raise ValueError(
             f"Weights of a {name} cannot be resized: none of its arrays has an axis of "
             "tokens, which is what `grow` and `interpolate` change. Train it at the "
-            f"resolution that is wanted, or take one of {resizable}."
+            "resolution that is wanted."
         )
     if min(grid) < 1 or math.prod(grid) != tokens:
         possible = ", ".join(
