@@ -17,12 +17,14 @@ from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
     gmlp,
+    imlp,
     mixer,
     ninformer,
     paramixer,
     resmlp,
     s2mlp,
     smlpnet,
+    spach,
 )
 from mlp_mixer.models.model import Model, Run
 
@@ -45,6 +47,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     smlpnet,
     paramixer,
     ninformer,
+    spach,
+    imlp,
     s2mlp,
     ccs,
 )

@@ -18,14 +18,14 @@ modified, and what does not change is shared.
 
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
-from mlp_mixer import known, models
+from mlp_mixer import known
 from mlp_mixer.fingerprints import Params, leaves
-from mlp_mixer.models.model import all_axes
 from mlp_mixer.pretrained import tree
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -48,11 +48,10 @@ def resized(params: Params, *, old_grid: Grid, new_grid: Grid, how: str) -> Para
         cannot make this grid.
     """
     known.require("Resizing by", how, METHODS)
+    _check_grid(params, old_grid)
     if new_grid == old_grid:
-        _check_grid(params, old_grid)
         return params
     _check_resizable(params)
-    _check_grid(params, old_grid)
     if how == "interpolate":
         return interpolate(params, new_grid, old_grid)
     (h, w), (new_h, new_w) = old_grid, new_grid
@@ -91,8 +90,8 @@ def grow(params: Params, factor: int, grid: Grid) -> Params:
             f"factor is {factor!r}; expected a whole number of at least 1. Try "
             "interpolate, which takes any grid."
         )
-    _check_resizable(params)
     _check_grid(params, grid)
+    _check_resizable(params)
     (h, w), k = grid, factor
 
     def tiled(tokens: Float[np.ndarray, "s ..."]) -> Float[np.ndarray, "t ..."]:
@@ -153,8 +152,8 @@ def interpolate(params: Params, new_grid: Grid, grid: Grid) -> Params:
     Raises:
       ValueError: `grid` does not fit the tokens, or `new_grid` is no grid.
     """
-    _check_resizable(params)
     _check_grid(params, grid)
+    _check_resizable(params)
     if min(new_grid) < 1:
         raise ValueError(
             f"new_grid is {new_grid}; expected (rows, columns) of at least 1."
@@ -214,34 +213,16 @@ def _with_arrays_changed(
     return unflatten_dict(new, sep="/")
 
 
-def _check_resizable(params: Params) -> None:
-    """Raises ValueError where neither `grow` nor `interpolate` can be right."""
-    file = tree.family(tree.shapes(params))
-    if tree.tokens(params) is None:
-        why = (
-            "none of its arrays has an axis of tokens, which is what `grow` and "
-            "`interpolate` change"
-        )
-    elif hasattr(file, "CANNOT_RESIZE"):
-        why = file.CANNOT_RESIZE
-    else:
-        return
-    resizable = ", ".join(
-        name
-        for name, other in models.families().items()
-        if any("s" in letters.split() for letters in all_axes(other).values())
-        and not hasattr(other, "CANNOT_RESIZE")
-    )
-    raise ValueError(
-        f"Weights of a {tree.family_name(file)} cannot be resized: {why}. Train it at "
-        f"the resolution that is wanted, or take one of {resizable}."
-    )
-
-
 def _check_grid(params: Params, grid: Grid) -> None:
     """Raises ValueError unless the parameters are for a grid of patches."""
     tokens = tree.tokens(params)
-    if tokens is not None and (min(grid) < 1 or math.prod(grid) != tokens):
+    if tokens is None:
+        _refuse(
+            params,
+            "none of its arrays has an axis of tokens, which is what `grow` and "
+            "`interpolate` change",
+        )
+    if min(grid) < 1 or math.prod(grid) != tokens:
         possible = ", ".join(
             f"{rows}x{tokens // rows}"
             for rows in range(math.isqrt(tokens), 0, -1)
@@ -251,3 +232,18 @@ def _check_grid(params: Params, grid: Grid) -> None:
             f"A grid of {grid[0]}x{grid[1]} patches does not fit the parameters, which "
             f"are for {tokens} tokens; try {possible}, or one of these turned."
         )
+
+
+def _check_resizable(params: Params) -> None:
+    """Raises ValueError where an architecture says that no other grid fits it."""
+    file = tree.family(tree.shapes(params))
+    if hasattr(file, "CANNOT_RESIZE"):
+        _refuse(params, file.CANNOT_RESIZE)
+
+
+def _refuse(params: Params, why: str) -> NoReturn:
+    name = tree.family_name(tree.family(tree.shapes(params)))
+    raise ValueError(
+        f"Weights of a {name} cannot be resized: {why}. Train it at the resolution "
+        "that is wanted."
+    )

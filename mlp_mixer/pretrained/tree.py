@@ -28,6 +28,7 @@ FIELDS = {
     "ds": "tokens_mlp_dim",
     "dc": "channels_mlp_dim",
     "g": "groups",
+    "x": "image_channels",
 }
 
 
@@ -286,8 +287,8 @@ def _first_size_like(file: ModuleType, told: Mapping[str, Any]) -> str | None:
     for name, row in file.SIZES.items():
         both = (row.keys() & told.keys()) - {wide}
         if all(row[field] == told[field] for field in both):
-            factor, rest = divmod(told.get(wide, 1), row.get(wide, 1))
-            if wide not in told or (not rest and math.isqrt(factor) ** 2 == factor):
+            factor, rest = divmod(told.get(wide) or 1, row.get(wide) or 1)
+            if not told.get(wide) or (not rest and math.isqrt(factor) ** 2 == factor):
                 return name
     return None
 
