@@ -57,7 +57,11 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "paramixer": {"model": {**_PARAMIXER, "name": "paramixer_s16"}},
-    "paramixer-sym": {"model": {**_PARAMIXER, "name": "symmixer_s16"}},
+    # With half of the weights, and slower to learn.
+    "paramixer-sym": {
+        "model": {**_PARAMIXER, "name": "symmixer_s16", "stochastic_depth": 0.0},
+        "optim": {"learning_rate": 0.01},
+    },
     "paramixer-asym": {
         "model": {**_PARAMIXER, "name": "asymmixer_s16", "penalty": 1e-4},
     },
