@@ -47,6 +47,7 @@ def convert(
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
     step: int | None = None,
+    ema: bool | None = None,
     mean: pretrained.Stated | None = None,
     std: pretrained.Stated | None = None,
 ) -> dict[str, str]:
@@ -64,6 +65,8 @@ def convert(
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
       step: step of a run's checkpoint; the newest by default.
+      ema: whether a run's averaged parameters are read, or its last ones; by default
+        the averaged ones, if it keeps them.
       mean, std: what the images that the source is for were normalised by, in levels
         from 0 to 1: one number, or red, green, blue; needed where neither the source
         nor a config.json beside it says so.
@@ -80,7 +83,7 @@ def convert(
         raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
     fields = {**(model or {}), **({} if gelu is None else {"gelu": gelu})}
     weights = pretrained.read(
-        source, dtype=None, step=step, mean=mean, std=std, model=fields
+        source, dtype=None, step=step, ema=ema, mean=mean, std=std, model=fields
     )
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
@@ -127,7 +130,11 @@ def convert(
 def describe(weights: pretrained.Weights) -> dict[str, str]:
     """What weights are, for people."""
     size, images = weights.image_size, weights.normalisation
-    folded = images != pretrained.CENTRED
+    place = ", folded into the stem" if images != pretrained.CENTRED else ""
+    if "mean" in weights.model:
+        mean, std = (weights.model[field] for field in ("mean", "std"))
+        images = pretrained.normalisation(mean, std, weights) or images
+        place = ", computed by the model"
     broken = pretrained.not_finite(weights.params | weights.stats)
     return {
         "model": weights.model["name"],
@@ -138,7 +145,7 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
         "parameters": f"{sum(x.size for _, x in leaves(weights.params)):,}",
         "dtype": _dtypes_in_words(weights),
         **{k: v for k, v in weights.model.items() if k != "name" and type(v) is str},
-        "normalisation": f"{images}, folded into the stem" if folded else str(images),
+        "normalisation": f"{images}{place}",
         "not finite": ", ".join(f"{n} in {k}" for k, n in broken.items()) or "none",
     }
 
@@ -277,6 +284,7 @@ def main(arguments: list[str]) -> None:
         grow=flag.grow,
         interpolate=program.size("interpolate"),
         step=flag.step,
+        ema=flag.ema,
         mean=_numbers_of_flag("mean"),
         std=_numbers_of_flag("std"),
     )
@@ -323,4 +331,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
     )
+    program.define_ema()
     program.run(main)

@@ -56,6 +56,47 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
+    "spach": {
+        "model": {
+            "name": "spach_xxs_mlp",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 128,
+            "tokens_mlp_dim": 8,
+        },
+    },
+    "spach-conv": {
+        "model": {
+            "name": "spach_xxs_conv",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 128,
+        },
+    },
+    "spach-attn": {
+        "model": {
+            "name": "spach_xxs_attn",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 128,
+            "num_heads": 2,
+        },
+    },
+    # The MLP alone, 512 units of which each has weights to all others; with a prior:
+    # configs/family/imlp.py:digits.
+    "imlp": {
+        "model": {
+            "name": "imlp_c32",
+            "patch_size": (2, 2),
+            "num_blocks": 2,
+            "hidden_dim": 32,
+            "tokens_mlp_dim": 16,
+            "channels_mlp_dim": 64,
+        },
+    },
     "paramixer": {"model": {**_PARAMIXER, "name": "paramixer_s16"}},
     # With half of the weights, and slower to learn.
     "paramixer-sym": {
@@ -77,6 +118,49 @@ MODELS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
             "stochastic_depth": 0.1,
         },
+    },
+    "s2mlp": {
+        "model": {
+            "name": "s2mlp_wide",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "s2mlp-deep": {
+        "model": {
+            "name": "s2mlp_deep",
+            "patch_size": (2, 2),
+            "num_blocks": 6,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
+    },
+    "ccs": {
+        "model": {
+            "name": "ccs_mixer_b16",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "ccs-resmlp": {
+        "model": {
+            "name": "ccs_resmlp_36",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "layer_scale": 0.1,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
     },
 }
 
