@@ -153,12 +153,12 @@ _map_rows.defvjp(
 
 
 @jax.custom_vjp
-def _map_columns(x: Array, kernel: Array) -> Array:
+def map_columns(x: Array, kernel: Array) -> Array:
     """x (s, m), kernel (s, d) -> (d, m), fast on CPU."""
     return _transposed(kernel) @ x
 
 
-_map_columns.defvjp(
+map_columns.defvjp(
     lambda x, kernel: (_transposed(kernel) @ x, (x, kernel)),
     lambda kept, dy: (kept[1] @ dy, kept[0] @ dy.T),
 )
@@ -199,7 +199,7 @@ class Dense(nn.Module):
             # The bias is added to a matrix, too: the sum that is its gradient takes
             # longer over three axes (XLA's CPU, bfloat16: a sixth of the step).
             if tokens:
-                y = add_bias(_map_columns(x.reshape(x.shape[0], -1), kernel), bias, 0)
+                y = add_bias(map_columns(x.reshape(x.shape[0], -1), kernel), bias, 0)
                 return y.reshape(self.features, *x.shape[1:])
             y = add_bias(_map_rows(x.reshape(-1, x.shape[-1]), kernel), bias)
             return y.reshape(*x.shape[:-1], self.features)
