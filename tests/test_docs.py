@@ -438,15 +438,12 @@ def test_readme_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 140
 
 
-def test_readme_names_every_model_and_its_file():
+def test_readme_links_the_file_of_every_model():
     section = TEXTS["README.md"].partition("## Models")[2].partition("\n## ")[0]
     rows = [row for row in section.splitlines() if row.startswith("|")]
     for file in models.FAMILIES:
         path = pathlib.Path(file.__file__).relative_to(ROOT)
-        (row,) = [row for row in rows if f"]({path})" in row]
-        for name in file.SIZES:
-            family, _, size = name.partition("_")
-            assert re.search(rf"`{family}_` .*`{size}`", row), name
+        assert len([row for row in rows if f"]({path})" in row]) == 1
 
 
 # --- The checkers see what they should ------------------------------------------------

@@ -47,6 +47,49 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
+    **{
+        word: {
+            "model": {
+                "name": name,
+                "patch_size": (2, 2),
+                "num_blocks": 4,
+                "hidden_dim": 64,
+                "tokens_mlp_dim": 32,
+                "channels_mlp_dim": 256,
+                "stochastic_depth": 0.1,
+            },
+        }
+        for word, name in (
+            ("paramixer", "paramixer_s16"),
+            ("paramixer-sym", "symmixer_s16"),
+            ("paramixer-asym", "asymmixer_s16"),
+            ("paramixer-vanilla", "vanillamixer_s16"),
+        )
+    },
+    "ninformer": {
+        "model": {
+            "name": "ninformer_cifar",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "tokens_mlp_dim": 128,
+            "channels_mlp_dim": 128,
+            "dropout": 0.0,
+            "stochastic_depth": 0.1,
+        },
+    },
+    **{
+        word: {
+            "model": {
+                "name": "kan_mixer_c16_h32",
+                "form": form,
+                "patch_size": (2, 2),
+                "hidden_dim": 32,
+                "stochastic_depth": 0.1,
+            },
+        }
+        for word, form in (("kan_mixer", "cheon"), ("kan_mixer-canuto", "canuto"))
+    },
 }
 
 

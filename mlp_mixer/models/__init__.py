@@ -14,7 +14,15 @@ from types import ModuleType
 from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
-from mlp_mixer.models import gmlp, kan_mixer, mixer, resmlp, smlpnet
+from mlp_mixer.models import (
+    gmlp,
+    kan_mixer,
+    mixer,
+    ninformer,
+    paramixer,
+    resmlp,
+    smlpnet,
+)
 from mlp_mixer.models.model import Model, Run
 
 __all__ = [
@@ -29,7 +37,15 @@ __all__ = [
     "names",
 ]
 
-FAMILIES: tuple[ModuleType, ...] = (mixer, resmlp, gmlp, smlpnet, kan_mixer)
+FAMILIES: tuple[ModuleType, ...] = (
+    mixer,
+    resmlp,
+    gmlp,
+    smlpnet,
+    paramixer,
+    ninformer,
+    kan_mixer,
+)
 
 
 def families() -> dict[str, ModuleType]:

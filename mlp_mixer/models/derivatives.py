@@ -153,15 +153,50 @@ _map_rows.defvjp(
 
 
 @jax.custom_vjp
-def map_columns(x: Array, kernel: Array) -> Array:
+def _map_columns(x: Array, kernel: Array) -> Array:
     """x (s, m), kernel (s, d) -> (d, m), fast on CPU."""
     return _transposed(kernel) @ x
 
 
-map_columns.defvjp(
+_map_columns.defvjp(
     lambda x, kernel: (_transposed(kernel) @ x, (x, kernel)),
     lambda kept, dy: (kept[1] @ dy, kept[0] @ dy.T),
 )
+
+
+def linear(
+    x: Float[Array, "..."],
+    kernel: Any,
+    bias: Any,
+    axis: int,
+    run: Run,
+) -> Float[Array, "..."]:
+    """Maps the first (0) or the last (-1) axis of `x` linearly, in the dtype of `run`.
+
+    Args:
+      x: the tokens or their hidden units.
+      kernel: the matrix (in, out).
+      bias: the vector (out,) that is added along the axis afterwards; None: none.
+      axis: 0 for tokens, -1 for channels.
+      run: the product's dtype and form.
+    """
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=run.dtype)
+    features, tokens = kernel.shape[1], axis == 0
+    if run.flat:
+        # The bias is added to a matrix, too: the sum that is its gradient takes longer
+        # over three axes (XLA's CPU, bfloat16: a sixth of the step).
+        if tokens:
+            y = add_bias(_map_columns(x.reshape(x.shape[0], -1), kernel), bias, 0)
+            return y.reshape(features, *x.shape[1:])
+        y = add_bias(_map_rows(x.reshape(-1, x.shape[-1]), kernel), bias)
+        return y.reshape(*x.shape[:-1], features)
+    # Weight first: the other operand order transposes the whole result.
+    y = jnp.einsum("sd,s...->d...", kernel, x) if tokens else x @ kernel
+    return add_bias(y, bias, axis)
+
+
+# torch's initial values of kernels, uniform in ±1/√fan_in.
+TORCH_KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Dense(nn.Module):
@@ -176,6 +211,7 @@ class Dense(nn.Module):
       run: the product's dtype and form.
       use_bias: whether a bias is added.
       kernel_init, bias_init: other initial values.
+      torch_init: whether both begin as torch's instead, uniform in ±1/√fan_in.
     """
 
     features: int
@@ -184,25 +220,21 @@ class Dense(nn.Module):
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros
+    torch_init: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns `x` with `axis` mapped to `features` entries."""
         shape = (x.shape[self.axis], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel_init, bias_init = self.kernel_init, self.bias_init
+        if self.torch_init:
+            limit = shape[0] ** -0.5
+            bias_init = functools.partial(
+                jax.random.uniform, minval=-limit, maxval=limit
+            )
+            kernel_init = TORCH_KERNEL
+        kernel = self.param("kernel", kernel_init, shape, jnp.float32)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape[1:], jnp.float32)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.run.dtype)
-        tokens = self.axis == 0
-        if self.run.flat:
-            # The bias is added to a matrix, too: the sum that is its gradient takes
-            # longer over three axes (XLA's CPU, bfloat16: a sixth of the step).
-            if tokens:
-                y = add_bias(map_columns(x.reshape(x.shape[0], -1), kernel), bias, 0)
-                return y.reshape(self.features, *x.shape[1:])
-            y = add_bias(_map_rows(x.reshape(-1, x.shape[-1]), kernel), bias)
-            return y.reshape(*x.shape[:-1], self.features)
-        # Weight first: the other operand order transposes the whole result.
-        y = jnp.einsum("sd,s...->d...", kernel, x) if tokens else x @ kernel
-        return add_bias(y, bias, self.axis)
+            bias = self.param("bias", bias_init, shape[1:], jnp.float32)
+        return linear(x, kernel, bias, self.axis, self.run)

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float
 
 from mlp_mixer import known
 from mlp_mixer.models import layers, splines, trunk
-from mlp_mixer.models.derivatives import LayerNorm, at_least_float32, map_columns
+from mlp_mixer.models.derivatives import LayerNorm, at_least_float32, linear
 from mlp_mixer.models.model import Model, Noise, Outputs, Run, axes, sizes
 
 EPSILON = 1e-5  # of every LayerNorm
@@ -98,9 +98,8 @@ class Kan(nn.Module):
         if self.axis == -1:
             return jnp.einsum("g...i,gio->...o", y, weights)
         if self.run.flat:
-            y = y.reshape(y.shape[0] * y.shape[1], -1)
-            y = map_columns(y, weights.reshape(-1, self.features))
-            return y.reshape(self.features, *x.shape[1:])
+            y, weights = y.reshape(-1, *x.shape[1:]), weights.reshape(-1, self.features)
+            return linear(y, weights, None, 0, self.run)
         return jnp.einsum("gio,gi...->o...", weights, y)
 
 
@@ -238,6 +237,7 @@ _ROWS = {
     "kan_mixer_c64_h128": ((2, 2), 2, 64, 128, 128),
 }
 SIZES = {name: sizes(KanMixer, row) for name, row in _ROWS.items()}
+COUNTED = dict.fromkeys(SIZES, (32, 10))
 TOP_1: dict[str, float] = {}
 CHECKED = "counts; logits of the authors' code (Canuto: the paper's text)"
 FORM = "form"

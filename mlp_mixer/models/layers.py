@@ -85,6 +85,7 @@ class MlpBlock(nn.Module):
       run: the products' dtype and form.
       use_bias: whether both Denses add a bias.
       kernel_init: initial values of both kernels.
+      torch_init: whether kernels and biases begin as torch's instead.
     """
 
     mlp_dim: int
@@ -94,6 +95,7 @@ class MlpBlock(nn.Module):
     run: Run = Run()
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    torch_init: bool = False
 
     @nn.compact
     def __call__(
@@ -106,6 +108,7 @@ class MlpBlock(nn.Module):
             run=self.run,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
+            torch_init=self.torch_init,
         )
         gelu = known.pick("gelu", self.gelu, GELUS)
         rngs: Any = (None, None)
@@ -201,17 +204,17 @@ def scale_images(
 def head(
     pre_logits: Float[Array, "n c"],
     num_classes: int,
-    bias: float = 0.0,
     kernel_init: Initializer = nn.initializers.zeros,
+    bias_init: Initializer = nn.initializers.zeros,
 ) -> Float[Array, "n k"]:
-    """Returns logits: a linear map that starts at zero, but for its bias.
+    """Returns logits: a linear map that starts at zero, unless it is said how.
 
     Called in a module's compact method, of which it becomes the part `head`.
     """
     dense = nn.Dense(
         num_classes,
         kernel_init=kernel_init,
-        bias_init=nn.initializers.constant(bias),
+        bias_init=bias_init,
         name="head",
     )
     return dense(pre_logits)

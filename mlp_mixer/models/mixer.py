@@ -29,19 +29,22 @@ class MixerBlock(nn.Module):
     Attributes:
       token_mixing, channel_mixing: what makes its two branches, given their name; each
         maps (normalised state, Noise).
+      epsilon: that of both LayerNorms.
     """
 
     token_mixing: Callable[..., nn.Module]
     channel_mixing: Callable[..., nn.Module]
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
         token_mixing = self.token_mixing(name="token_mixing")
         channel_mixing = self.channel_mixing(name="channel_mixing")
+        norm = functools.partial(LayerNorm, self.epsilon)
         first, second = noise.branches(2)
-        x = x + token_mixing(LayerNorm(name="LayerNorm_0")(x), first)
-        return x + channel_mixing(LayerNorm(name="LayerNorm_1")(x), second)
+        x = x + token_mixing(norm(name="LayerNorm_0")(x), first)
+        return x + channel_mixing(norm(name="LayerNorm_1")(x), second)
 
 
 class MlpMixer(Model):
@@ -111,7 +114,8 @@ class MlpMixer(Model):
             noise=noise,
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
-        return layers.readout(y, [x, *states], self.num_classes, bias=self.head_bias)
+        bias_init = nn.initializers.constant(self.head_bias)
+        return layers.readout(y, [x, *states], self.num_classes, bias_init=bias_init)
 
 
 MODEL = MlpMixer

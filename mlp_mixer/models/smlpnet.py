@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from mlp_mixer.models import layers, trunk
-from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm
+from mlp_mixer.models.derivatives import GELUS, TORCH_KERNEL, Dense, LayerNorm
 from mlp_mixer.models.model import (
     Model,
     Noise,
@@ -39,20 +39,18 @@ from mlp_mixer.models.model import (
 )
 
 gelu = GELUS["exact"]
-# torch's initial values of kernels: uniform in ±1/√fan_in, as are those of biases.
-KERNEL = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def _linear(features: int, fan_in: int, run: Run, **fields: Any) -> Dense:
-    bias = layers.uniform(fan_in**-0.5)
-    return Dense(features, run=run, kernel_init=KERNEL, bias_init=bias, **fields)
 
 
 def _convolution(
     features: int, size: tuple[int, int], run: Run, **fields: Any
 ) -> nn.Conv:
     return nn.Conv(
-        features, size, use_bias=False, dtype=run.dtype, kernel_init=KERNEL, **fields
+        features,
+        size,
+        use_bias=False,
+        dtype=run.dtype,
+        kernel_init=TORCH_KERNEL,
+        **fields,
     )
 
 
@@ -143,22 +141,26 @@ class SmlpBlock(nn.Module):
         y = gelu(norm(name="BatchNorm_1")(y))
         y = jnp.concatenate([y, self._mix(y, 2, "mix_w"), self._mix(y, 1, "mix_h")], -1)
         return nn.Dense(
-            c, use_bias=False, dtype=self.run.dtype, kernel_init=KERNEL, name="fuse"
+            c,
+            use_bias=False,
+            dtype=self.run.dtype,
+            kernel_init=TORCH_KERNEL,
+            name="fuse",
         )(y)
 
     def _mix(self, x: Array, axis: int, name: str) -> Array:
         """A linear map along one axis."""
         size = x.shape[axis]
-        linear = _linear(size, size, self.run, axis=0, name=name)
+        linear = Dense(size, axis=0, run=self.run, torch_init=True, name=name)
         return jnp.moveaxis(linear(jnp.moveaxis(x, axis, 0)), 0, axis)
 
     def _mix_channels(self, x: Array) -> Array:
         c = x.shape[-1]
         d = self.mlp_ratio * c
         y = LayerNorm(epsilon=1e-5, name="LayerNorm_0")(x)
-        y = _linear(d, c, self.run, name="Dense_0")(y)
+        y = Dense(d, run=self.run, torch_init=True, name="Dense_0")(y)
         y = gelu(checkpoint_name(y, layers.PRE_GELU))
-        return _linear(c, d, self.run, name="Dense_1")(y)
+        return Dense(c, run=self.run, torch_init=True, name="Dense_1")(y)
 
 
 class SmlpNet(Model):
@@ -245,8 +247,8 @@ class SmlpNet(Model):
         out["pre_logits"] = pre_logits
         if self.num_classes is None:
             return pre_logits, out
-        c = pre_logits.shape[-1]
-        return _linear(self.num_classes, c, Run(), name="head")(pre_logits), out
+        head = Dense(self.num_classes, torch_init=True, name="head")
+        return head(pre_logits), out
 
     def _noise(self, image: Array, train: bool) -> Noise:
         return trunk.draw(

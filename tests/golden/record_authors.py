@@ -125,7 +125,10 @@ CASES = {
         paramixer, ("pMixerBlock", "sMlp"), (12, 32), {"name": "paramixer"}
     ),
     "paramixer_asym": Case(
-        paramixer, ("pMixerBlock", "aMlp"), (12, 32), {"name": "paramixer"}
+        paramixer,
+        ("pMixerBlock", "aMlp"),
+        (12, 32),
+        {"name": "paramixer", "mlp": "asym"},
     ),
     "ninformer": Case(ninformer, (), (8, 24), {"name": "ninformer"}),
     "kan_mixer": Case(kan_mixer, (), (4, 16), {"name": "kan_mixer"}),
