@@ -84,6 +84,7 @@ MODELS: dict[str, dict[str, Any]] = {
                 "name": "kan_mixer_c16_h32",
                 "form": form,
                 "patch_size": (2, 2),
+                "num_blocks": 2,
                 "hidden_dim": 32,
                 "stochastic_depth": 0.1,
             },

@@ -276,6 +276,7 @@ AXES = {
     },
 }
 
+
 def _grid(kernel: np.ndarray) -> np.ndarray:
     """The authors' buffer of knots, (inputs, 12), beside a kernel of ours."""
     knots = np.arange(-3, splines.CELLS + 4, dtype=np.float32) * (2 / splines.CELLS) - 1

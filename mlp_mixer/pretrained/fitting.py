@@ -74,13 +74,12 @@ def merge(
         name in given and given[name].shape == wanted[name].shape for name in heads
     )
     if heads and (head == "zero" or not same):
-        had = "none" if "head/bias" not in given else len(given["head/bias"])
         logger.info(
             "The head is a new one of zeros for %d classes (the weights': %s).",
-            wanted["head/bias"].shape[0],
-            had,
+            tree.classes(target),
+            tree.classes(params) or "none",
         )
-        given |= {n: np.zeros(wanted[n].shape, wanted[n].dtype) for n in heads}
+        given |= {name: _first_values(name, wanted[name]) for name in heads}
     if not heads:
         given = {name: x for name, x in given.items() if not name.startswith("head/")}
     missing = [f"missing: {name}" for name in wanted if name not in given]
@@ -96,6 +95,12 @@ def merge(
             f"({_sizes_in_words(target)}):\n{listed(wrong)}"
         )
     return unflatten_dict({name: given[name] for name in wanted}, sep="/")
+
+
+def _first_values(name: str, target: Any) -> np.ndarray:
+    """A new head's: zeros, and ones of a scale, beside which zeros could not learn."""
+    start = np.ones if name.endswith("/scale") else np.zeros
+    return start(target.shape, target.dtype)
 
 
 def initial(
@@ -145,7 +150,7 @@ def initial(
         )
         stats = merge(weights.stats, target.stats, called=f"Statistics of {source}")
         count = weights.num_classes
-        if count and head == "match" and count == len(params["head"]["bias"]):
+        if count and head == "match" and count == tree.classes(params):
             order = places(
                 class_names,
                 weights.class_names or assumed(class_names, count),
@@ -155,8 +160,10 @@ def initial(
                 "classes.",
             )
             if order is not None:
-                kept = {k: x[..., np.array(order)] for k, x in params["head"].items()}
-                params |= {"head": kept}
+                flat = dict(leaves(params))
+                for name, axis in tree.class_axes(params).items():
+                    flat[name] = np.take(flat[name], np.array(order), axis)
+                params = unflatten_dict(flat, sep="/")
     if jax.process_count() > 1:  # each has read for itself, perhaps from its own disk
         arrays = fingerprint({"params": params, **stats})
         processes.compare(**{f"weights at {source}": arrays})

@@ -101,7 +101,7 @@ class Weights:
     @property
     def num_classes(self) -> int | None:
         """The number of classes of the head, if there is one."""
-        return len(self.params["head"]["bias"]) if "head" in self.params else None
+        return tree.classes(self.params)
 
     @property
     def variables(self) -> dict[str, Any]:
