@@ -32,9 +32,8 @@ def erase(
     box_rng, noise_rng = jax.random.split(rng)
     n, h, w, _ = image.shape
     inside = erased_boxes(box_rng, n, h, w, probability)
-    level = jnp.asarray(MEAN) + jnp.asarray(STD) * jax.random.normal(
-        noise_rng, image.shape
-    )
+    mean, std = (jnp.asarray(x).reshape(1, 1, 1, 3) for x in (MEAN, STD))
+    level = mean + std * jax.random.normal(noise_rng, image.shape)
     return jnp.where(inside[..., None], 2.0 * level - 1.0, image)
 
 
@@ -47,19 +46,18 @@ def erased_boxes(
     draws = (n, ATTEMPTS)
     area = jax.random.uniform(area_rng, draws, minval=AREA[0], maxval=AREA[1]) * h * w
     aspect = jnp.exp(jax.random.uniform(aspect_rng, draws, minval=low, maxval=high))
-    height, width = (
-        jnp.round(jnp.sqrt(area * aspect)),
-        jnp.round(jnp.sqrt(area / aspect)),
-    )
-    fits = (height < h) & (width < w)
-    first = fits.argmax(-1)[:, None]
-    height = jnp.take_along_axis(height, first, axis=-1)
-    width = jnp.take_along_axis(width, first, axis=-1)
-    on = jax.random.bernoulli(on_rng, probability, (n, 1)) & fits.any(-1)[:, None]
+    heights = jnp.round(jnp.sqrt(area * aspect))
+    widths = jnp.round(jnp.sqrt(area / aspect))
+    fits = (heights < h) & (widths < w)
+    first = fits.argmax(-1, keepdims=True)
+    height = jnp.take_along_axis(heights, first, axis=-1)
+    width = jnp.take_along_axis(widths, first, axis=-1)
+    on = jax.random.bernoulli(on_rng, probability, (n, 1))
+    on &= fits.any(-1, keepdims=True)
     # Whole numbers from 0 to the last place at which the box is inside.
     top = jnp.floor(jax.random.uniform(top_rng, (n, 1)) * (h - height + 1))
     left = jnp.floor(jax.random.uniform(left_rng, (n, 1)) * (w - width + 1))
-    y, x = jnp.arange(h), jnp.arange(w)
+    y, x = jnp.arange(h)[None], jnp.arange(w)[None]
     rows = on & (y >= top) & (y < top + height)
     columns = (x >= left) & (x < left + width)
     return rows[:, :, None] & columns[:, None, :]
@@ -90,23 +88,21 @@ def mix(
       labels: rows of class probabilities.
       mixup: p of Beta(p, p), for one λ for all; λ ← max(λ, 1 − λ) (big_vision
         utils.py; timm leaves it).
-      cutmix: p of Beta(p, p), for one box for all, as `cut_box` draws it.
+      cutmix: p of Beta(p, p), for one λ, the share that CutMix's box leaves, for all.
     """
     if not cutmix:
         kept = of_pixels = _mixup_share(rng, mixup)
     else:
-        switch_rng, mixup_rng, cutmix_rng = jax.random.split(rng, 3)
+        switch_rng, mixup_rng, share_rng, box_rng = jax.random.split(rng, 4)
         _, h, w, _ = image.shape
-        inside = cut_box(cutmix_rng, h, w, cutmix)
-        of_pixels = (1.0 - inside)[:, :, None]
-        kept = 1.0 - inside.mean()
+        share = jax.random.beta(share_rng, cutmix, cutmix)
+        inside = cut_box(box_rng, h, w, share).astype(jnp.float32)
+        of_pixels, kept = 1.0 - inside.reshape(1, h, w, 1), 1.0 - inside.mean()
         if mixup:
             cut = jax.random.bernoulli(switch_rng)
             share = _mixup_share(mixup_rng, mixup)
-            of_pixels, kept = (
-                jnp.where(cut, of_pixels, share),
-                jnp.where(cut, kept, share),
-            )
+            of_pixels = jnp.where(cut, of_pixels, share)
+            kept = jnp.where(cut, kept, share)
 
     def blend(x: jax.Array, share: jax.Array) -> jax.Array:
         return share * x + (1.0 - share) * jnp.roll(x, 1, axis=0)
@@ -119,19 +115,19 @@ def _mixup_share(rng: jax.Array, p: float) -> Float[Array, ""]:
     return jnp.maximum(mix, 1.0 - mix)
 
 
-def cut_box(rng: jax.Array, h: int, w: int, p: float) -> Float[Array, "h w"]:
-    """Returns 1 inside of CutMix's box, 0 outside (arXiv 1905.04899, 3.1).
+def cut_box(
+    rng: jax.Array, h: int, w: int, share: Float[Array, ""]
+) -> Bool[Array, "h w"]:
+    """Returns where CutMix's box is (arXiv 1905.04899, section 3.1).
 
-    Its sides are √(1 − λ) of the image's, rounded down, with λ ~ Beta(p, p); its centre
-    is a uniform pixel; what lies outside of the image is cut off.
+    Its sides are √(1 − share) of the image's, rounded down; its centre is a uniform
+    pixel; what lies outside of the image is cut off.
     """
-    share_rng, y_rng, x_rng = jax.random.split(rng, 3)
-    ratio = jnp.sqrt(1.0 - jax.random.beta(share_rng, p, p))
+    y_rng, x_rng = jax.random.split(rng)
 
     def inside(rng: jax.Array, side: int) -> jax.Array:
-        size = jnp.floor(side * ratio)
-        centre = jax.random.randint(rng, (), 0, side)
-        place = jnp.arange(side) - centre
+        size = jnp.floor(side * jnp.sqrt(1.0 - share))
+        place = jnp.arange(side) - jax.random.randint(rng, (), 0, side)
         return (place >= -(size // 2)) & (place < (size + 1) // 2)
 
-    return jnp.outer(inside(y_rng, h), inside(x_rng, w)).astype(jnp.float32)
+    return inside(y_rng, h)[:, None] & inside(x_rng, w)[None]

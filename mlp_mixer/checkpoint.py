@@ -377,21 +377,25 @@ def restore_variables(
     step: int | None = None,
     best: str | None = None,
     more_is_better: bool = True,
+    ema: bool = False,
 ) -> tuple[int, PyTree]:
     """Returns the step of one checkpoint and its variables: {"params": …, …}.
 
     They are NumPy arrays in nested dicts. Nothing in the directory changes, so this may
-    be used while a training run writes there. The optimiser state is not read.
+    be used while a training run writes there. The optimiser state is not read, but for
+    the average of the parameters.
 
     Args:
       directory: folder of a `Checkpointer`.
       step: step of the checkpoint; None is the newest intact one.
       best: name of a metric, whose best value chooses the step instead.
       more_is_better: whether the best value of that metric is the highest.
+      ema: whether the averaged variables are returned instead of the last ones.
 
     Raises:
       FileNotFoundError: there is no such checkpoint, or only damaged ones.
-      ValueError: the checkpoint holds another step, or none has that metric.
+      ValueError: the checkpoint holds another step, or no average; or none has that
+        metric.
       CheckpointError: the checkpoint that `step` or `best` names is damaged.
     """
     if step is not None and best is not None:
@@ -402,7 +406,7 @@ def restore_variables(
     dropped: list[str] = []
     while len(dropped) < 10:
         try:
-            return _restore_variables(folder, step, best, more_is_better)
+            return _restore_variables(folder, step, best, more_is_better, ema)
         except _DroppedError as error:
             if jax.process_count() > 1:  # another process may have read it
                 raise CheckpointError(
@@ -425,6 +429,7 @@ def _restore_variables(
     step: int | None,
     best: str | None,
     more_is_better: bool,
+    ema: bool,
 ) -> tuple[int, PyTree]:
     try:
         manager = orbax_io.open_for_reading(folder)
@@ -456,11 +461,12 @@ def _restore_variables(
                 )
         for candidate in steps if step is None else [step]:
             try:
-                params = orbax_io.read_checkpoint(
-                    manager, candidate, None, subtree="params"
-                )
-                stats = orbax_io.read_checkpoint(
-                    manager, candidate, None, subtree="stats"
+                branch = orbax_io.branch_of_average(manager, candidate) if ema else ""
+                params, stats = (
+                    orbax_io.read_checkpoint(
+                        manager, candidate, None, subtree=f"{branch}{name}"
+                    )
+                    for name in ("params", "stats")
                 )
                 return candidate, {"params": params, **stats}
             except Exception as error:

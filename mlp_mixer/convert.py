@@ -47,6 +47,7 @@ def convert(
     grow: int | None = None,
     interpolate: tuple[int, int] | None = None,
     step: int | None = None,
+    ema: bool | None = None,
     mean: pretrained.Stated | None = None,
     std: pretrained.Stated | None = None,
 ) -> dict[str, str]:
@@ -64,6 +65,8 @@ def convert(
       grow: so many times the patches on each side, the paper's way (section 3).
       interpolate: (height, width) in pixels of another resolution, not the paper's way.
       step: step of a run's checkpoint; the newest by default.
+      ema: whether a run's averaged parameters are read, or its last ones; by default
+        the averaged ones, if it keeps them.
       mean, std: what the images that the source is for were normalised by, in levels
         from 0 to 1: one number, or red, green, blue; needed where neither the source
         nor a config.json beside it says so.
@@ -80,7 +83,7 @@ def convert(
         raise ValueError(f"grow is {grow}; expected a factor of at least 1.")
     fields = {**(model or {}), **({} if gelu is None else {"gelu": gelu})}
     weights = pretrained.read(
-        source, dtype=None, step=step, mean=mean, std=std, model=fields
+        source, dtype=None, step=step, ema=ema, mean=mean, std=std, model=fields
     )
     if image_size is not None:
         weights = dataclasses.replace(weights, image_size=image_size)
@@ -277,6 +280,7 @@ def main(arguments: list[str]) -> None:
         grow=flag.grow,
         interpolate=program.size("interpolate"),
         step=flag.step,
+        ema=flag.ema,
         mean=_numbers_of_flag("mean"),
         std=_numbers_of_flag("std"),
     )
@@ -323,4 +327,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
     )
+    program.define_ema()
     program.run(main)

@@ -19,19 +19,20 @@ NUM_EXAMPLES = 1_281_167
 def training(
     model: str,
     *,
+    optimiser: str = "adam",
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     end_learning_rate: float = 1e-5,
     weight_decay: float = 0.05,
-    epochs: float = 300.0,
-    warmup_epochs: float = 5.0,
+    epochs: int | float = 300,
+    warmup_epochs: int | float = 5,
     clip_norm: float | None = None,
     drop_path: float | None = None,
     label_smoothing: float = 0.1,
     mixup: float = 0.8,
     cutmix: float = 1.0,
     erasing: float = 0.25,
-    magnitude: float = 9,
+    magnitude: int | float = 9,
     repeats: int = 3,
     ema: float = 0.0,
     protocol: str = "timm",
@@ -45,7 +46,8 @@ def training(
 
     Args:
       model: name of the model.
-      batch_size: images per update, repeated ones included.
+      optimiser: "adam", which with its decay is AdamW, or another `optim.name`.
+      batch_size: images per update, with all copies of each.
       learning_rate: the peak at this batch size (5e-4 for each 512 images).
       end_learning_rate: the last learning rate.
       weight_decay: decoupled, of arrays of two and more axes.
@@ -58,7 +60,7 @@ def training(
       erasing: probability of random erasing.
       magnitude: strength of RandAugment's 2 operations, with a deviation of 0.5; 0
         leaves it out.
-      repeats: copies of an image in a batch, each augmented by itself.
+      repeats: number of times that an image is shown in a row, each augmented anew.
       ema: decay of the parameters' moving average; 0 keeps none.
       protocol: a key of `data.image_ops.PROTOCOLS` for every evaluation but 5-shot;
         DeiT's own code crops 0.875 of the resized image.
@@ -72,11 +74,18 @@ def training(
     config.loss, config.label_smoothing = "softmax_xent", label_smoothing
     config.mixup, config.cutmix, config.erasing = mixup, cutmix, erasing
 
+    config.input.crop = config.input.randaugment = "timm"
+    config.input.repeats = repeats
+    if magnitude:
+        config.input.randaugment_layers = 2
+        config.input.randaugment_magnitude = magnitude
+        config.input.randaugment_std = 0.5
+
     config.model.update({"name": model, "image_size": image_size, **model_fields})
     if drop_path is not None:
         config.model.stochastic_depth = drop_path
 
-    config.optim.learning_rate = learning_rate
+    config.optim.name, config.optim.learning_rate = optimiser, learning_rate
     config.optim.warmup_steps = round(warmup_epochs * NUM_EXAMPLES / batch_size)
     config.optim.warmup_learning_rate = 1e-6
     config.optim.decay = "cosine"

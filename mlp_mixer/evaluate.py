@@ -47,6 +47,7 @@ def evaluate(
     *,
     step: int | None = None,
     best: str | None = None,
+    ema: bool | None = None,
     only: Sequence[str] | None = None,
     preprocess: str | None = None,
     dtype: str | None = None,
@@ -58,6 +59,8 @@ def evaluate(
       workdir: folder of the run.
       step: step of the checkpoint; the newest by default.
       best: a metric that chooses it instead, e.g. "val/top1".
+      ema: whether all of them look at the averaged parameters, or at the last ones,
+        instead of each one's own.
       only: names of the recipe's evaluators, or "all"; by default those that ran in
         training.
       preprocess: a key of `data.image_ops.PROTOCOLS` for all of them, instead of each
@@ -74,7 +77,8 @@ def evaluate(
     workdir = epath.Path(workdir).expanduser()
     with processes.together():
         load(workdir)  # is a run, or the message says what is none
-    run = runs.open_model(workdir, step=step, best=best, dtype=dtype)
+    run = runs.open_model(workdir, step=step, best=best, ema=ema, dtype=dtype)
+    last = run.variables
     evals: dict[str, evaluators.Evaluator] = {}
     missing = {}
     with processes.together():
@@ -95,6 +99,8 @@ def evaluate(
         for name, section in sections.items():
             if preprocess is not None:
                 section["preprocess"] = preprocess
+            if ema is not None:
+                section["ema"] = ema
             try:
                 evals |= evaluators.create(
                     {name: section},
@@ -108,12 +114,17 @@ def evaluate(
                     raise
                 missing[name] = str(error)
                 logger.warning("%s is left out: its data is not here.", name)
+    both = ema is None and run.config.optim.ema
+    if both and not all(evaluator.ema for evaluator in evals.values()):
+        other = runs.open_model(workdir, step=run.step, ema=False, dtype=dtype)
+        last = other.variables
     if jax.process_count() > 1:
         processes.compare(evaluators=sections, data=runs.fingerprints(evals))
     results: dict[str, dict[str, float]] = {}
     drawn: tuple[str, accuracy.Examples] | None = None
     for name, evaluator in evals.items():
-        result = evaluator.run(run.variables, track=console.progress(name))
+        variables = run.variables if evaluator.ema else last
+        result = evaluator.run(variables, track=console.progress(name))
         if result is None:  # nothing asks it to stop
             continue
         results[name] = result.metrics
@@ -187,10 +198,12 @@ def _results_table(
 ) -> console.Table:
     """The results for people, evaluators side by side: few of them, many metrics."""
     shown = {name: evals[name].shown(result) for name, result in results.items()}
+    parameters = ["averaged" if evals[name].ema else "last" for name in results]
     found = dict.fromkeys(metric for texts in shown.values() for metric in texts)
     rows = [
         ["data", *(evals[name].data for name in results)],
         ["preprocess", *(evals[name].preprocess for name in results)],
+        *([["parameters", *parameters]] if run.config.optim.ema else []),
         *([m, *(texts.get(m, "") for texts in shown.values())] for m in found),
     ]
     size = " × ".join(map(str, run.config.model.image_size))
@@ -213,7 +226,9 @@ def _write_results(
         "model": run.config.model.name,
         "image_size": list(run.config.model.image_size),
         "evaluators": {
-            k: {"data": e.data, "preprocess": e.preprocess} for k, e in evals.items()
+            k: {"data": e.data, "preprocess": e.preprocess}
+            | ({"averaged": e.ema} if run.config.optim.ema else {})
+            for k, e in evals.items()
         },
         "results": results,
         "seconds": goodput.sums(records),
@@ -227,7 +242,7 @@ def _write_results(
 def main(arguments: list[str]) -> None:
     """The command line."""
     program.check_no_words(arguments)
-    options = ("step", "best", "only", "preprocess", "dtype", "data_dir")
+    options = ("step", "best", "ema", "only", "preprocess", "dtype", "data_dir")
     values = flags.FLAGS.flag_values_dict()
     evaluate(values["workdir"], **{name: values[name] for name in options})
 
@@ -238,6 +253,7 @@ if __name__ == "__main__":
         "step", None, "Of the checkpoint; the newest if not set.", lower_bound=0
     )
     flags.DEFINE_string("best", None, "Instead: the best by this metric (val/top1).")
+    program.define_ema()
     flags.DEFINE_list(
         "only", None, "Evaluators by name, or all; if not set, those of training."
     )

@@ -434,7 +434,9 @@ def main(arguments: list[str]) -> None:
     for path in paths:
         suffix = pathlib.Path(path).suffix.lower()
         _require_modules(*known.pick(f"{path}: the ending", suffix, FORMATS))
-    weights = pretrained.read(source, dtype=None, step=flags.FLAGS.step)
+    weights = pretrained.read(
+        source, dtype=None, step=flags.FLAGS.step, ema=flags.FLAGS.ema
+    )
     dtypes = {str(x.dtype) for _, x in leaves(weights.params)} - {"float32"}
     if dtypes:
         logger.info("Parameters in %s are exported as float32.", ", ".join(dtypes))
@@ -468,6 +470,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
     )
+    program.define_ema()
     flags.DEFINE_list(
         "image_size",
         None,

@@ -204,7 +204,7 @@ RECIPE: dict[str, Row] = {
     "run.scan": dataclasses.replace(_SWITCH, none=True),
     "run.remat": _choice("none", "pre_gelu", "full", none=True),
     "run.images_at_once": _COUNT,
-    "optim.name": _choice("adam", "momentum"),
+    "optim.name": _choice("adam", "momentum", "lamb"),
     "optim.learning_rate": _real(0),
     "optim.warmup_steps": _whole(0),
     "optim.warmup_learning_rate": _real(0),

@@ -333,7 +333,8 @@ def read_checkpoint(
       manager: result of `open_for_reading` or `open_for_writing`.
       step: step of the checkpoint.
       target: a tree of `jax.ShapeDtypeStruct` with shardings; None for NumPy arrays.
-      subtree: name of the only branch of the state that is read; all if empty.
+      subtree: path of the only branch of the state that is read, e.g. "params" or
+        "opt_state/3/params"; all if empty.
 
     Raises:
       DamagedError: it is not what was saved.
@@ -366,7 +367,7 @@ def read_checkpoint(
             f"optimiser; these arrays differ:\n{different}\nUse the recipe that wrote "
             f"it, or another directory."
         )
-    item = {subtree: target} if subtree else _with_arrays(target)
+    item = _at(subtree, target) if subtree else _with_arrays(target)
     restore_args = (
         jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         if on_host
@@ -378,7 +379,8 @@ def read_checkpoint(
     with _damage_recognised(folder):
         state = manager.restore(step, args=ocp.args.Composite(state=args)).state
     if subtree:
-        state = state[subtree]
+        for part in subtree.split("/"):
+            state = state[int(part) if isinstance(state, list) else part]
     elif item is not target:
         state = target._replace(**state)
     # A partial restore returns the target itself for what it does not find.
@@ -389,6 +391,32 @@ def read_checkpoint(
     if wrong := sorted(name for name in found if found[name] != prints[name]):
         raise DamagedError(f"wrong bits in [{quoted(wrong, 3)}]", agreed=True)
     return state
+
+
+def _at(path: str, branch: PyTree) -> PyTree:
+    """A branch with what it hangs on, as Orbax has it: tuples are lists."""
+    for part in reversed(path.split("/")):
+        branch = [*[None] * int(part), branch] if part.isdigit() else {part: branch}
+    return branch
+
+
+def branch_of_average(manager: ocp.CheckpointManager, step: int) -> str:
+    """Returns where `optim.Average` is in a checkpoint: "opt_state/3/".
+
+    Raises:
+      DamagedError: the checkpoint does not describe itself.
+      ValueError: it is not there.
+    """
+    folder = step_folder(epath.Path(manager.directory), step)
+    with _damage_recognised(folder):
+        names = list(_read_description(folder)["arrays"])
+    for name in names:
+        if found := re.match(r"opt_state/\d+/(?=params/)", name):
+            return found[0]
+    raise ValueError(
+        f"Checkpoint {step} in {manager.directory} holds no average of the parameters; "
+        "it is there if the run's recipe has an optim.ema above 0."
+    )
 
 
 def _with_arrays(state: PyTree) -> PyTree:

@@ -82,7 +82,7 @@ def predict(
       exif: whether images are turned as their Exif orientation says; the authors do
         not, and the log says how many would be.
       batch_size: images at once.
-      **options: step, preprocess, labels and dtype, as in `runs.open_model`.
+      **options: step, ema, preprocess, labels and dtype, as in `runs.open_model`.
 
     Raises:
       FileNotFoundError: there are no such weights, or no such file or folder.
@@ -410,7 +410,7 @@ def main(arguments: list[str]) -> None:
         # As in a file: names may be any bytes, whatever the terminal shows.
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     files = find_images([program.path(argument) for argument in arguments])
-    of_model = ("step", "preprocess", "labels", "dtype")
+    of_model = ("step", "ema", "preprocess", "labels", "dtype")
     of_run = ("top", "exif", "format", "out", "features", "sheet")
     model = runs.open_model(values["weights"], **{k: values[k] for k in of_model})
     if broken := run(files, model, **{k: values[k] for k in of_run}):
@@ -428,6 +428,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "step", None, "Of a run's checkpoint; the newest if not set.", lower_bound=0
     )
+    program.define_ema()
     flags.DEFINE_integer("top", 3, "How many classes.", lower_bound=1)
     flags.DEFINE_enum(
         "preprocess",

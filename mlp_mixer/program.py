@@ -156,6 +156,16 @@ def define_dtype() -> None:
     )
 
 
+def define_ema() -> None:
+    """Defines --ema for programs that read a run."""
+    flags.DEFINE_bool(
+        "ema",
+        None,
+        "A run's averaged parameters; --noema: its last ones. If not set, the averaged "
+        "ones where its recipe has optim.ema.",
+    )
+
+
 class _Path(flags.ArgumentParser):
     syntactic_help = "a path"
 

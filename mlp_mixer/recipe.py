@@ -119,7 +119,7 @@ def base() -> ConfigDict:
 
     # optim.create
     config.optim = ConfigDict()
-    config.optim.name = "adam"  # or "momentum"
+    config.optim.name = "adam"  # or "momentum", "lamb"
     config.optim.learning_rate = 0.001  # the peak
     config.optim.warmup_steps = 10_000
     config.optim.warmup_learning_rate = 0.0  # where the warm-up begins

@@ -60,6 +60,7 @@ def open_model(
     *,
     step: int | None = None,
     best: str | None = None,
+    ema: bool | None = None,
     preprocess: str | None = None,
     labels: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
@@ -70,6 +71,8 @@ def open_model(
       source: a run's folder, a file or a published name.
       step: step of a run's checkpoint; the newest intact one by default.
       best: another checkpoint of a run, the best by this metric, e.g. "val/top1".
+      ema: whether a run's averaged parameters are opened, or its last ones; None: the
+        averaged ones, if it keeps them.
       preprocess: a key of `data.image_ops.PROTOCOLS`; by default the one that the run
         was evaluated with, else "big_vision".
       labels: a text file with the names of the classes, one a line.
@@ -94,9 +97,9 @@ def open_model(
                 "checkpoints": bool(history.checkpoints(source)),
             }
     # Before any of them reads a checkpoint, in which Orbax waits for all.
-    processes.compare(**run_files, step=step, best=best)
+    processes.compare(**run_files, step=step, best=best, ema=ema)
     with processes.together():
-        weights = pretrained.read(source, step=step, best=best)
+        weights = pretrained.read(source, step=step, best=best, ema=ema)
         size, count = pretrained.checked_image_size(weights), weights.num_classes
         if count is None and labels is not None:
             raise ValueError(

@@ -255,11 +255,14 @@ def make_train_step(
             label = losses.smoothed(label, label_smoothing)
         if erasing:
             # A third key, so that those two stay what they were.
-            erased = augment.erase(jax.random.fold_in(rng, 2), image, erasing)
-            image = sharding.constrained(erased, sharding.batch(mesh))
+            image = augment.erase(jax.random.fold_in(rng, 2), image, erasing)
         if mixup or cutmix:
-            mixed = augment.mix(mixing_rng, image, label, mixup=mixup, cutmix=cutmix)
-            image, label = sharding.constrained(mixed, sharding.batch(mesh))
+            image, label = augment.mix(
+                mixing_rng, image, label, mixup=mixup, cutmix=cutmix
+            )
+        if erasing or mixup or cutmix:
+            cut = sharding.batch(mesh)
+            image, label = sharding.constrained((image, label), cut)
         batch = {**batch, "image": image, "label": label}
         (value, stats), grads = gradients(
             state.params, state.stats, batch, model_rng, count

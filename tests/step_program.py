@@ -32,7 +32,7 @@ IMAGE = math.prod(SIZE) * 3
 LARGEST_PARAMETER = 64 * 256
 STEPS = 3
 STRATEGIES = ["replicated", "fsdp"]
-NOISE: dict[str, Any] = {"mixup": 0.5, "stochastic_depth": 0.5}
+NOISE: dict[str, Any] = {"mixup": 0.5, "erasing": 0.5, "stochastic_depth": 0.5}
 # Most of these tests' time is the compiler's, and half of that this optimisation, of
 # machine code alone.
 QUICKLY = {"xla_backend_optimization_level": 0}
@@ -64,6 +64,7 @@ class Program:
         optim=ADAM,
         seed=0,
         mixup=0.0,
+        erasing=0.0,
         accumulate=1,
         rows=ROWS,
         loss="sigmoid_xent",
@@ -83,6 +84,7 @@ class Program:
             loss=loss,
             seed=seed,
             mixup=mixup,
+            erasing=erasing,
             accumulate=accumulate,
         )
         batch = {

@@ -1,5 +1,6 @@
 """Laws of the learning-rate schedule and of the optimiser."""
 
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import optimisers
 import pytest
 
-from mlp_mixer import optim, recipe
+from mlp_mixer import models, optim, recipe
 
 TOTAL, WARMUP, PEAK = 1000, 100, 3e-3
 # A schedule that is the peak from the first step on.
@@ -71,6 +72,19 @@ def test_the_staircase_is_hyperrules(total):
         np.testing.assert_allclose(schedule(int(step)), rate, rtol=1e-5)
 
 
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_a_warm_up_may_begin_elsewhere(decay):
+    """Linear from there to the peak; after it, nothing is other than it was."""
+    schedule = schedule_of(
+        TOTAL, warmup_steps=WARMUP, warmup_learning_rate=1e-6, decay=decay
+    )
+    for t in (0, 1, 37, WARMUP):
+        expected = 1e-6 + (PEAK - 1e-6) * t / WARMUP
+        np.testing.assert_allclose(schedule(t), expected, rtol=1e-5)
+    for t in (WARMUP + 1, 555, TOTAL):
+        np.testing.assert_allclose(schedule(t), formula(t, decay, 1e-5), rtol=1e-5)
+
+
 def test_without_warm_up_the_first_update_has_the_peak():
     schedule = schedule_of(TOTAL, warmup_steps=0)
     np.testing.assert_allclose(schedule(0), PEAK, rtol=1e-6)
@@ -108,7 +122,7 @@ def test_a_warm_up_longer_than_the_run_is_explained(warmup):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "adma"}, "optimiser 'adma' is unknown; try adam, momentum"),
+        ({"name": "adma"}, "optimiser 'adma' is unknown; try adam, "),
         ({"decayed": "kernel"}, "decayed 'kernel' is unknown; try kernels, "),
         ({"decay": "cosin"}, "decay 'cosin' is unknown; try cosine, linear"),
     ],
@@ -246,18 +260,41 @@ def test_adam_is_clipping_and_adamw_with_a_mask_of_kernels():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
 
 
+def test_lamb_moves_a_decayed_array_by_its_own_norm():
+    """‖step‖ = learning rate · ‖array‖, along Adam's direction and its decay; what has
+    no decay moves as Adam's."""
+    fields = CONSTANT | {"weight_decay": 0.1, "decayed": "matrices", "clip_norm": None}
+    params = parameters()
+    grads = gradients(params, 1)
+    moves = {}
+    for name in ("adam", "lamb"):
+        tx, _ = optimisers.create(**fields, name=name)
+        (after,), _ = run(tx, params, grads)
+        moves[name] = moved(after, params)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        adam, lamb = moves["adam"][name], moves["lamb"][name]
+        if x.ndim > 1:
+            adam = adam * PEAK * np.linalg.norm(x) / np.linalg.norm(adam)
+        np.testing.assert_allclose(lamb, adam, rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["adam", "momentum"])
-@pytest.mark.parametrize("decayed", ["kernels", "all"])
+@pytest.mark.parametrize("decayed", ["kernels", "matrices", "all"])
 def test_decay_moves_kernels_only_unless_told_otherwise(name, decayed):
     """With zero gradients nothing but decay is left: −lr · wd · param."""
     tx, _ = optimisers.create(**CONSTANT, name=name, weight_decay=0.1, decayed=decayed)
     params = parameters()
+    params["norm"] = {name: jnp.ones((5, 4)) for name in ("scale", "bias")}
     zero = jax.tree.map(jnp.zeros_like, params)
     (after,), _ = run(tx, params, [zero])
     changes = moved(after, params)
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         change = changes.pop(jax.tree_util.keystr(path), np.zeros(x.shape))
-        factor = PEAK * 0.1 if decayed == "all" or is_kernel(path) else 0.0
+        decays = is_kernel(path) or decayed == "all"
+        # A norm over tokens and channels; its bias is one as any other.
+        decays |= decayed == "matrices" and path[-1].key == "scale" and x.ndim == 2
+        factor = PEAK * 0.1 if decays else 0.0
         np.testing.assert_allclose(change, -factor * x, rtol=1e-3, atol=3e-7)
     assert not changes
 
@@ -307,3 +344,138 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, length, expected)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, direction
     )
+
+
+# --- Rates of parameters --------------------------------------------------------------
+
+AXES = {
+    "stem/kernel": "ph pw rgb c",
+    "stem/bias": "c",
+    "MixerBlock_*/LayerNorm_0/scale": "c",
+    "MixerBlock_*/LayerNorm_0/bias": "c",
+    "MixerBlock_*/token_mixing/Dense_0/kernel": "s ds",
+    "MixerBlock_*/token_mixing/Dense_0/bias": "ds",
+    "head/kernel": "c k",
+    "head/bias": "k",
+}
+
+
+def test_each_parameter_has_the_rate_of_its_layer_and_of_its_patterns():
+    """Its decay follows: the whole update is what it was, times a factor."""
+    fields: dict[str, Any] = CONSTANT | {"weight_decay": 0.1, "decayed": "all"}
+    rates = ("head/*=10", "*/bias=0.5", "stem/kernel=0")
+    tx, _ = optimisers.create(**fields, layer_decay=0.7, rates=rates, axes=AXES)
+    plain, _ = optimisers.create(**fields)
+    params = parameters()
+    grads = gradients(params, 3)
+    (*_, before), _ = run(plain, params, grads[:1])
+    (*_, after), _ = run(tx, params, grads[:1])
+    layers = {"stem": 0.7**2, "MixerBlock_0": 0.7, "head": 10.0}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = "/".join(key.key for key in path)
+        factor = layers[path[0].key] * (0.5 if name.endswith("bias") else 1.0)
+        factor *= name != "stem/kernel"
+        now, then = (tree[path[0].key] for tree in (after, before))
+        for key in path[1:]:
+            now, then = now[key.key], then[key.key]
+        np.testing.assert_allclose(now - x, factor * (then - x), rtol=2e-4, atol=2e-6)
+
+
+def test_a_pattern_that_fits_no_parameter_is_explained():
+    tx, _ = optimisers.create(**CONSTANT, rates=("haed/*=10",))
+    with pytest.raises(ValueError, match=r"'haed/\*', which no .* try head/"):
+        jax.eval_shape(tx.init, parameters())
+
+
+@pytest.mark.parametrize("file", models.FAMILIES, ids=lambda file: file.__name__)
+def test_layers_are_counted_from_the_stem_to_the_head(file):
+    """As BEiT does: 0, then the blocks, then the head with the norm before it."""
+    axes = file.MODEL.declared_axes()
+    paths = [path.replace("*", str(i)) for path in axes for i in (0, 10, 9, 3)]
+    layers = optim.layers_of(paths, axes)
+    blocks = {
+        path for path in paths if re.search(r"_\d+/", path.partition("/")[0] + "/")
+    }
+    numbers = [layers[path] for path in paths if path in blocks]
+    depth = max(numbers)
+    assert sorted({*numbers}) == list(range(1, depth + 1))
+    assert depth % 4 == 0
+    for path, layer in layers.items():
+        if path.startswith("stem"):
+            assert layer == 0
+        elif path.startswith("head"):
+            assert layer == depth + 1
+        else:
+            assert 0 < layer <= depth + 1
+
+
+def test_the_stages_of_a_pyramid_are_counted_one_after_the_other():
+    """A convolution between two stages is of the block that it feeds."""
+    axes = models.family("smlpnet_t").AXES
+    paths = ["stem/kernel", "down1/kernel", "norm/scale", "head/bias"]
+    paths += [f"stage{i}_block_{j}/fuse/kernel" for i in (1, 0) for j in (0, 1, 10, 2)]
+    layers = optim.layers_of(paths, axes)
+    expected = {"stem/kernel": 0, "down1/kernel": 5, "norm/scale": 9, "head/bias": 9}
+    for i in (0, 1):
+        for k, j in enumerate((0, 1, 2, 10)):
+            expected[f"stage{i}_block_{j}/fuse/kernel"] = 1 + 4 * i + k
+    assert layers == expected
+    with pytest.raises(ValueError, match="the layer of neck/bias, which the model's"):
+        optim.layers_of(["neck/bias"], axes)
+
+
+# --- The average of the parameters ----------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99996])
+def test_the_average_is_its_closed_form(decay):
+    """Σ (1 − dₜ)·parametersₜ₊₁·∏ dₛ, s > t, and what the product of all leaves of the
+    first ones; dₜ = min(decay, (1 + t)/(10 + t))."""
+    steps = 12
+    params, (plain, _) = parameters(), optimisers.create(**CONSTANT)
+    tx, _ = optimisers.create(**CONSTANT, ema=decay)
+    grads = gradients(params, steps)
+    expected, _ = run(plain, params, grads)
+    found, opt_state = run(tx, params, grads)
+    # It changes nothing of training.
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    d = np.minimum(decay, (1 + np.arange(steps)) / (10 + np.arange(steps)))
+    weights = [d.prod(), *((1 - d[t]) * d[t + 1 :].prod() for t in range(steps))]
+    assert sum(weights) == pytest.approx(1)
+    average = jax.tree.map(
+        lambda *xs: sum(
+            w * np.asarray(x, np.float64) for w, x in zip(weights, xs, strict=True)
+        ),
+        *(params, *found),
+    )
+    state = optim.average_of(opt_state)
+    assert state is not None
+    assert state.step == steps
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        *(state.params, average),
+    )
+
+
+def test_statistics_are_averaged_as_parameters_are():
+    """The first ones are put into the state; whole numbers are not averaged."""
+    tx, _ = optimisers.create(**CONSTANT, ema=0.9)
+    params = {"kernel": jnp.ones((2, 2))}
+    stats = {"batch_stats": {"mean": jnp.zeros(3), "count": jnp.int32(0)}}
+    opt_state = optim.with_stats(tx.init(params), stats)
+    now = {"batch_stats": {"mean": jnp.ones(3), "count": jnp.int32(7)}}
+    for _ in range(2):
+        zero = jax.tree.map(jnp.zeros_like, params)
+        _, opt_state = tx.update(zero, opt_state, params, stats=now)
+    average = optim.average_of(opt_state)
+    assert average is not None
+    expected = 1 - 1 / 10 * 2 / 11
+    np.testing.assert_allclose(
+        average.stats["batch_stats"]["mean"], expected, rtol=1e-6
+    )
+    assert average.stats["batch_stats"]["count"] == 7
+
+
+def test_without_an_average_there_is_none():
+    tx, _ = optimisers.create(**CONSTANT)
+    assert optim.average_of(tx.init(parameters())) is None

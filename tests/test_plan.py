@@ -15,7 +15,7 @@ from absl import flags
 from jax import lax
 from jax.experimental import roofline
 
-from mlp_mixer import models, plan, recipe
+from mlp_mixer import deit, models, plan, recipe
 from mlp_mixer.planning import chips, counts, duration, report, search, targets
 from mlp_mixer.planning.step import Planner, refused_bytes
 
@@ -366,6 +366,13 @@ def test_cores_are_those_that_the_input_benchmark_measured():
         of = [record["variants"][v + name] for v in ("2 workers", "direct")]
         pipeline, direct = (one["images_per_s_per_core"] for one in of)
         assert duration.PIPELINE[augments] == pytest.approx(pipeline / direct, rel=2e-3)
+
+
+def test_the_input_of_deit_needs_more_cores_than_the_papers():
+    config = deit.training("resmlp_12")
+    rate = duration.images_per_core(config)
+    config.input.crop = "inception"
+    assert rate == pytest.approx(duration.images_per_core(config) * 435 / 1056)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,12 @@ def test_the_recipe_of_the_field_is_deits():
     assert (config.loss, config.label_smoothing) == ("softmax_xent", 0.1)
     assert (config.mixup, config.cutmix, config.erasing) == (0.8, 1.0, 0.25)
     assert config.model.stochastic_depth == 0.1
+    given = config.input
+    assert (given.crop, given.randaugment, given.repeats) == ("timm", "timm", 3)
+    assert (given.randaugment_layers, given.randaugment_magnitude) == (2, 9)
+    assert given.randaugment_std == 0.5
+    assert given.interpolation == "bicubic"  # of crop and ops; timm's own draws it
+    recipe.check_fields(deit.training("resmlp_12", magnitude=0, repeats=1))
     optim = config.optim
     assert (optim.name, optim.weight_decay, optim.decayed) == ("adam", 0.05, "matrices")
     assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)
@@ -117,6 +123,20 @@ def test_the_recipe_of_the_field_is_deits():
     assert (optim.decay, optim.clip_norm, optim.ema) == ("cosine", None, 0.0)
     assert [*evaluators.sections(config)] == ["val"]
     assert config.evals.val.dataset.split == "validation"
+
+
+@pytest.mark.parametrize("name", ["resmlp", "gmlp", "smlpnet"])
+def test_a_papers_recipe_trains_each_of_its_sizes(name):
+    """On all of ImageNet-1k; the first size if none is named."""
+    for size in models.families()[name].SIZES:
+        word = size.removeprefix(f"{name}_")
+        config = load(f"family/{name}", word)
+        recipe.check_fields(config)
+        assert config.model.name == size
+        assert config.dataset.num_examples == 1_281_167
+    first = load(f"family/{name}").model.name.removeprefix(f"{name}_")
+    with pytest.raises(ValueError, match="These are several sizes: "):
+        load(f"family/{name}", f"{word},{first}")
 
 
 # Recipe → data set, its classes, training images (all, with "select"), test split,

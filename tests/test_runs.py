@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 
 from mlp_mixer import (
+    checkpoint,
     evaluate,
     predict,
     pretrained,
@@ -384,3 +385,16 @@ def test_evaluation_and_prediction_see_one_model(
     np.testing.assert_array_equal(logits[0], logits[2])
     np.testing.assert_array_equal(logits[1], logits[3])
     assert (logits[0] != logits[1]).any()
+
+
+def test_a_run_or_a_file_without_an_average_says_so(weights, tmp_path):
+    runs.write_run(weights, tmp_path / "run")
+    pretrained.write_npz(weights, tmp_path / "w.npz")
+    with pytest.raises(ValueError, match=r"run keeps no average of its .* without --"):
+        runs.open_model(tmp_path / "run", ema=True)
+    with pytest.raises(ValueError, match="it has no averaged parameters"):
+        runs.open_model(tmp_path / "w.npz", ema=True)
+    with pytest.raises(ValueError, match="holds no average of the parameters"):
+        checkpoint.restore_variables(tmp_path / "run" / "checkpoints", ema=True)
+    for ema in (None, False):
+        assert runs.open_model(tmp_path / "run", ema=ema).step == 0

@@ -42,12 +42,12 @@ def pixels():
     return steps.value_range(jnp.asarray(batch()["image"]))
 
 
-def begin(devices=1, **fields):
+def begin(devices=1, ema=0.0, **fields):
     """(mesh, train step, state of step 0)."""
     mesh = sharding.make_mesh(devices)
     model, (tx, _) = (
         Normalised(),
-        optimisers.create(learning_rate=0.1, total_steps=10, warmup_steps=0),
+        optimisers.create(learning_rate=0.1, total_steps=10, warmup_steps=0, ema=ema),
     )
     target = steps.state_shapes(model, tx, mesh, EXAMPLE, strategy="replicated")
     step = steps.make_train_step(
@@ -88,6 +88,24 @@ def test_micro_batches_change_the_statistics_one_after_the_other():
         mean = running(mean, x[i::4])
     found = state.stats["batch_stats"]["norm"]["mean"]
     np.testing.assert_allclose(found, mean, rtol=1e-4, atol=1e-7)
+
+
+def test_the_average_is_of_parameters_and_statistics():
+    """Of the first update: a tenth of what it began with."""
+    mesh, step, state = begin(8, ema=0.99)
+    jax.tree.map(np.testing.assert_array_equal, state.averaged, state.variables)
+    before = jax.device_get(state.variables)
+    state, _ = step(state, sharding.place_rows(batch(), mesh))
+    expected = jax.tree.map(lambda x, y: 0.1 * x + 0.9 * y, before, state.variables)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        *(state.averaged, expected),
+    )
+    mean = state.averaged["batch_stats"]["norm"]["mean"]
+    assert abs(mean - before["batch_stats"]["norm"]["mean"]).min() > 1e-4
+    _, step, state = begin()
+    assert state.averaged is not None
+    jax.tree.map(np.testing.assert_array_equal, state.averaged, state.variables)
 
 
 def test_predictions_use_the_statistics_and_leave_them_alone():

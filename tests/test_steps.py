@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import literal_mixer
@@ -34,8 +35,8 @@ from step_program import (
     travels,
 )
 
-from mlp_mixer import sharding, steps
-from mlp_mixer.models import Run
+from mlp_mixer import augment, losses, sharding, steps
+from mlp_mixer.models import Model, Run
 from mlp_mixer.models.mixer import MlpMixer
 
 # --- One device or many ---------------------------------------------------------------
@@ -247,7 +248,8 @@ def test_a_step_is_bitwise_a_function_of_state_and_batch(devices, strategy):
 
 
 @pytest.mark.parametrize(
-    ("noise", "seeds"), [("mixup", (0,)), ("stochastic_depth", (0, 1))]
+    ("noise", "seeds"),
+    [("mixup", (0,)), ("erasing", (0,)), ("stochastic_depth", (0, 1))],
 )
 def test_another_seed_or_step_draws_other_noise(noise, seeds):
     """Of a loss, parameters and batch being the same, noise is all that can change."""
@@ -347,6 +349,74 @@ def test_the_gradient_is_the_literal_flax_models():
     for i in range(2):
         dead = grads[f"MixerBlock_{i}"]["token_mixing"]["Dense_1"]["bias"]
         assert abs(dead).max() < 1e-6 * norm
+
+
+class Penalised(Model):
+    """A linear model that asks for small weights."""
+
+    patch_size: tuple[int, int] = (1, 1)
+
+    @nn.compact
+    def __call__(self, image, *, train=False):
+        x = image.mean((1, 2))
+        logits = nn.Dense(self.num_classes, name="head")(x)
+        kernel = self.variables["params"]["head"]["kernel"]
+        return logits, {"pre_logits": x, "penalty": 0.5 * (kernel**2).sum()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_models_penalty_is_added_to_the_loss(accumulate):
+    model, tx = Penalised(num_classes=8), optimiser(**GRADIENT)
+    mesh = sharding.make_mesh(1)
+    target = steps.state_shapes(model, tx, mesh, EXAMPLE, strategy="replicated")
+    fixed = {"seed": 0, "mixup": 0.0, "loss": "softmax_xent"}
+    step = steps.make_train_step(
+        model, tx, mesh, target, accumulate=accumulate, **fixed
+    )
+    state = steps.init_state(model, tx, target, EXAMPLE, seed=0)
+    kernel = np.asarray(state.params["head"]["kernel"])
+
+    def entropy(kernel):
+        image = steps.value_range(jnp.asarray(batches()[0]["image"]))
+        log_p = jax.nn.log_softmax(image.mean((1, 2)) @ kernel)
+        return -log_p[np.arange(len(image)), batches()[0]["label"]].mean()
+
+    value, gradient = jax.value_and_grad(entropy)(kernel)
+    state, metrics = step(state, sharding.place_rows(batches()[0], mesh))
+    expected = value + 0.5 * (kernel**2).sum()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    (found,) = (s.trace for s in state.opt_state if hasattr(s, "trace"))
+    np.testing.assert_allclose(
+        found["head"]["kernel"], gradient + kernel, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_labels_are_smoothed_and_images_erased_before_both_are_mixed(monkeypatch):
+    """As timm does: read from what the step calls as it is traced."""
+    calls = []
+
+    def watch(module, name):
+        real = getattr(module, name)
+
+        def watched(*arguments, **options):
+            calls.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(losses, "smoothed")
+    watch(augment, "erase")
+    watch(augment, "mix")
+    model, tx = Penalised(num_classes=8), optimiser(**GRADIENT)
+    mesh = sharding.make_mesh(1)
+    target = steps.state_shapes(model, tx, mesh, EXAMPLE, strategy="replicated")
+    fixed = {"seed": 0, "accumulate": 1, "loss": "softmax_xent", "mixup": 0.0}
+    every = {"label_smoothing": 0.1, "erasing": 0.25, "cutmix": 1.0}
+    for given, expected in (({}, []), (every, ["smoothed", "erase", "mix"])):
+        calls.clear()
+        step = steps.make_train_step(model, tx, mesh, target, **fixed, **given)
+        jax.eval_shape(step, target, batches()[0])
+        assert calls == expected
 
 
 def test_thirty_steps_learn_sixteen_images_by_heart():

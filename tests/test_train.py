@@ -15,6 +15,7 @@ from set_up import assert_equal_runs, told
 
 from mlp_mixer import (
     checkpoint,
+    evaluate,
     metrics,
     orbax_io,
     ownership,
@@ -63,6 +64,46 @@ def test_a_run_records_evaluates_and_checkpoints(tiny, straight):
     assert sorted(os.listdir(f"{straight}/checkpoints")) == ["00000008", "00000012"]
     assert any(pathlib.Path(straight, "tensorboard").iterdir())
     assert load(straight) == recipe.completed(tiny)
+
+
+@pytest.mark.slow
+def test_a_run_with_the_fields_recipe_resumes_and_gives_its_average(
+    tiny, tmp_path, monkeypatch
+):
+    """Cut over devices, stopped and gone on with: bit for bit, the average included."""
+    tiny.sharding, tiny.loss, tiny.label_smoothing = "fsdp", "softmax_xent", 0.1
+    tiny.cutmix, tiny.erasing, tiny.optim.ema = 1.0, 0.25, 0.9
+    tiny.optim.decayed, tiny.optim.warmup_learning_rate = "matrices", 1e-6
+    tiny.optim.layer_decay, tiny.optim.rates = 0.9, ("head/*=2", "stem/bias=0")
+    tiny.evals.last = tiny.evals.val.copy_and_resolve_references()
+    tiny.evals.last.ema = False
+    folders = [tmp_path / name for name in ("straight", "stopped")]
+    state = train.train(tiny, folders[0])
+    with monkeypatch.context() as patch:
+        stopping_after(patch, 7)
+        assert int(train.train(tiny, folders[1]).step) == 7
+    train.train(tiny, folders[1])
+    assert_equal_runs(tiny, *map(str, folders))
+
+    kernels = [x for x in jax.tree.leaves(state.averaged) if x.size >= 4096]
+    assert kernels
+    assert not any(x.sharding.is_fully_replicated for x in kernels)
+    for ema, expected in ((None, state.averaged), (False, state.variables)):
+        found = pretrained.read(folders[0], ema=ema).variables
+        jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
+    assert pretrained.read(folders[0]).origin == "run at step 12, averaged"
+    losses = {
+        name: r[f"{name}/loss"]
+        for r in metrics.read(folders[0])
+        for name in ("val", "last")
+        if r["step"] == 12 and f"{name}/loss" in r
+    }
+    assert losses["val"] != losses["last"]
+    results = evaluate.evaluate(folders[0])
+    found = {name: results[name]["loss"] for name in losses}
+    assert found == pytest.approx(losses, rel=1e-5)
+    results = evaluate.evaluate(folders[0], ema=False)
+    assert results["val"] == results["last"]
 
 
 def test_training_runs_few_shot_evaluation_too(tiny, tmp_path):

@@ -76,10 +76,14 @@ def merge(
     if heads and (head == "zero" or not same):
         logger.info(
             "The head is a new one of zeros for %d classes (the weights': %s).",
-            tree.classes(target),
-            tree.classes(params) or "none",
+            tree.num_classes(target),
+            tree.num_classes(params) or "none",
         )
-        given |= {name: _first_values(name, wanted[name]) for name in heads}
+        # But for what only scales others: between two zeros nothing would be learnt.
+        given |= {
+            name: np.full(x.shape, name == "head/scale", x.dtype)
+            for name, x in ((name, wanted[name]) for name in heads)
+        }
     if not heads:
         given = {name: x for name, x in given.items() if not name.startswith("head/")}
     missing = [f"missing: {name}" for name in wanted if name not in given]
@@ -95,12 +99,6 @@ def merge(
             f"({_sizes_in_words(target)}):\n{listed(wrong)}"
         )
     return unflatten_dict({name: given[name] for name in wanted}, sep="/")
-
-
-def _first_values(name: str, target: Any) -> np.ndarray:
-    """A new head's: zeros, and ones of a scale, beside which zeros could not learn."""
-    start = np.ones if name.endswith("/scale") else np.zeros
-    return start(target.shape, target.dtype)
 
 
 def initial(
@@ -150,7 +148,7 @@ def initial(
         )
         stats = merge(weights.stats, target.stats, called=f"Statistics of {source}")
         count = weights.num_classes
-        if count and head == "match" and count == tree.classes(params):
+        if count and head == "match" and count == tree.num_classes(params):
             order = places(
                 class_names,
                 weights.class_names or assumed(class_names, count),
@@ -160,10 +158,8 @@ def initial(
                 "classes.",
             )
             if order is not None:
-                flat = dict(leaves(params))
-                for name, axis in tree.class_axes(params).items():
-                    flat[name] = np.take(flat[name], np.array(order), axis)
-                params = unflatten_dict(flat, sep="/")
+                kept = {k: x[..., np.array(order)] for k, x in params["head"].items()}
+                params |= {"head": kept}
     if jax.process_count() > 1:  # each has read for itself, perhaps from its own disk
         arrays = fingerprint({"params": params, **stats})
         processes.compare(**{f"weights at {source}": arrays})

@@ -302,22 +302,10 @@ def tokens(params: Any) -> int | None:
     return sizes(found, family(found)).get("s")
 
 
-def class_axes(params: Any) -> dict[str, int]:
-    """Returns {array: which of its axes counts the classes} of the head's arrays."""
-    found = shapes(params)
-    file = find_family(found)
-    axes = {} if file is None else layout(found, file)
-    return {
-        name: letters.index("k")
-        for name, letters in axes.items()
-        if "k" in letters and name in found
-    }
-
-
-def classes(params: Any) -> int | None:
-    """The number of classes of the head; None if there is no head."""
-    axes, found = class_axes(params), shapes(params)
-    return next((found[name][axis] for name, axis in axes.items()), None)
+def num_classes(params: Mapping[str, Any]) -> int | None:
+    """The number of classes, the last axis of each array of the head; None: no head."""
+    arrays = leaves(params.get("head", {}))
+    return next((x.shape[-1] for _, x in arrays), None)
 
 
 def square_image(params: Any, model: Mapping[str, Any]) -> tuple[int, int] | None:

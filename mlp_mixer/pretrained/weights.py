@@ -101,7 +101,7 @@ class Weights:
     @property
     def num_classes(self) -> int | None:
         """The number of classes of the head, if there is one."""
-        return tree.classes(self.params)
+        return tree.num_classes(self.params)
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -123,6 +123,7 @@ def read(
     dtype: str | None = "float32",
     step: int | None = None,
     best: str | None = None,
+    ema: bool | None = None,
     mean: Stated | None = None,
     std: Stated | None = None,
     model: Mapping[str, Any] | None = None,
@@ -140,6 +141,8 @@ def read(
       step: step of a run's checkpoint; the newest intact one by default.
       best: instead of a step, the score whose best value chooses the checkpoint, the
         highest or the lowest, as its evaluator says.
+      ema: whether a run's averaged parameters are read, or its last ones; None: the
+        averaged ones, if it keeps them.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
       model: fields of the model that the source does not say, or not right.
@@ -159,10 +162,11 @@ def read(
         )
     path = epath.Path(name).expanduser()
     if path.is_dir():
-        weights = _read_run(path, step, best)
+        weights = _read_run(path, step, best, ema)
         _check_agreed(f"{name} is a run, which", CENTRED, given)
-    elif step is not None or best is not None:
+    elif step is not None or best is not None or ema:
         wanted = f"no step {step}" if best is None else "no best checkpoint"
+        wanted = "no averaged parameters" if ema else wanted
         raise ValueError(f"{name} is no run's folder: it has {wanted}.")
     elif path.exists():
         weights = _read_any_file(path, given, model or {})
@@ -264,7 +268,9 @@ def not_finite(params: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _read_run(folder: epath.Path, step: int | None, best: str | None) -> Weights:
+def _read_run(
+    folder: epath.Path, step: int | None, best: str | None, ema: bool | None
+) -> Weights:
     from mlp_mixer import checkpoint, evaluators, workdir  # only a run needs Orbax
 
     if not all((folder / part).exists() for part in ("config.json", "checkpoints")):
@@ -275,16 +281,23 @@ def _read_run(folder: epath.Path, step: int | None, best: str | None) -> Weights
     config = workdir.load(folder)
     evals = config.evals.to_dict()
     names = workdir.load_class_names(folder, config.dataset.num_classes)
+    averaged = config.optim.ema > 0 if ema is None else ema
+    if averaged and not config.optim.ema:
+        raise ValueError(
+            f"{folder} keeps no average of its parameters, its recipe's optim.ema is "
+            "0; without --ema you get the last ones."
+        )
     at, variables = checkpoint.restore_variables(
         folder / "checkpoints",
         step=step,
         best=best,
         more_is_better=best is None or evaluators.more_is_better(evals, best),
+        ema=averaged,
     )
     model = config.model.to_dict()
     weights = Weights(
         variables.pop("params"),
-        f"run at step {at}",
+        f"run at step {at}" + (", averaged" if averaged else ""),
         image_size=model.pop("image_size"),
         model=model,
         stats=variables,

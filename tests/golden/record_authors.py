@@ -37,8 +37,8 @@ def spach(mixing):
     )
 
 
-def paramixer(block, mlp):
-    """A ParaMixer, or one of its relatives."""
+def paramixer(block, mlp, times=1):
+    """A ParaMixer, or one of its relatives; each block is applied so many times."""
     mixers, layers = map(importlib.import_module, ("models.mixers", "models.layers"))
     return mixers.MlpMixer(
         num_classes=CLASSES,
@@ -48,6 +48,7 @@ def paramixer(block, mlp):
         num_blocks=2,
         block_layer=getattr(layers, block),
         mlp_layer=getattr(layers, mlp),
+        n_iter=times,
     )
 
 
@@ -108,7 +109,7 @@ class Case(NamedTuple):
     """
 
     make: Any
-    arguments: tuple[str, ...]
+    arguments: tuple[Any, ...]
     image_size: tuple[int, int]
     model: dict[str, Any]
 
@@ -130,11 +131,17 @@ CASES = {
         (12, 32),
         {"name": "paramixer", "mlp": "asym"},
     ),
+    "paramixer_repeated": Case(
+        paramixer,
+        ("pMixerBlock", "sMlp", 2),
+        (12, 32),
+        {"name": "paramixer", "n_iter": 2},
+    ),
     "ninformer": Case(ninformer, (), (8, 24), {"name": "ninformer"}),
     "kan_mixer": Case(kan_mixer, (), (4, 16), {"name": "kan_mixer"}),
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
-    "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach"}),
+    "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
 }
 
 

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from mlp_mixer import checkpoint, models, pretrained, runs, train, workdir
 from mlp_mixer.fingerprints import leaves
+from mlp_mixer.pretrained import tree
 
 
 def shapes_of(params):
@@ -397,3 +398,21 @@ def test_a_head_for_other_classes_is_not_kept(names, make_params, tmp_path):
         began_with(params, names, LETTERS, tmp_path)
     new = began_with(params, names, LETTERS, tmp_path, head="zero")
     assert not new["head"]["kernel"].any()
+
+
+def test_a_new_head_gives_zeros_and_can_learn_whatever_arrays_it_has():
+    """A KAN's, say: its splines are scaled, and two zeros would keep each other."""
+
+    def head(classes):
+        ends = {"kernel": (4,), "scale": (4,), "spline": (8, 4)}
+        shapes = {name: (*end, classes) for name, end in ends.items()}
+        return {"head": {name: np.ones(x, np.float32) for name, x in shapes.items()}}
+
+    assert tree.num_classes(head(5)) == 5
+    assert tree.num_classes({"stem": {}}) is None
+    merged = pretrained.merge(head(5), head(3))["head"]
+    assert not merged["kernel"].any()
+    assert not merged["spline"].any()
+    assert (merged["scale"] == 1).all()
+    same = pretrained.merge(head(5), head(5))["head"]
+    assert all((x == 1).all() for x in same.values())
