@@ -324,6 +324,14 @@ def _contradictions(config: ConfigDict) -> list[str]:
             f"config.input.shift is {augment.shift}; expected less than the sides of "
             f"config.model.image_size, {config.model.image_size}."
         )
+    alpha = config.model.get("alpha")
+    is_imlp = models.family(config.model.name) is models.imlp
+    if is_imlp and alpha and not config.init_from:
+        found.append(
+            f"config.model.alpha is {alpha:g}, but config.init_from names no prior to "
+            "interpolate with; set it to the run of a Mixer of the same sizes, or "
+            "alpha to 0, which is the MLP alone."
+        )
     if config.total_steps or config.dataset.num_examples:
         steps = total_steps(config)
         if steps > fields.INT32:

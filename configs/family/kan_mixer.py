@@ -30,13 +30,15 @@ Data: prepare mnist, cifar10 or cifar100 (docs/data.md), or name folders of imag
     python -m mlp_mixer.train --config=configs/family/kan_mixer.py:mnist,c16
 """
 
+from typing import Any
+
 from mlp_mixer import recipe
 
 # Classes, training images of the four fifths, and the authors' mean and standard
 # deviation of levels from 0 to 1.
 GREY = {"mean": (0.1307,), "std": (0.3081,)}
 COLOUR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-DATA = {
+DATA: dict[str, tuple[int, int, dict[str, Any]]] = {
     "mnist": (10, 48_000, GREY),
     "cifar10": (10, 40_000, COLOUR),
     "cifar100": (100, 40_000, COLOUR),

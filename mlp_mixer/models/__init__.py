@@ -15,13 +15,17 @@ from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
 from mlp_mixer.models import (
+    ccs,
     gmlp,
+    imlp,
     kan_mixer,
     mixer,
     ninformer,
     paramixer,
     resmlp,
+    s2mlp,
     smlpnet,
+    spach,
 )
 from mlp_mixer.models.model import Model, Run
 
@@ -45,6 +49,10 @@ FAMILIES: tuple[ModuleType, ...] = (
     paramixer,
     ninformer,
     kan_mixer,
+    spach,
+    imlp,
+    s2mlp,
+    ccs,
 )
 
 

@@ -216,8 +216,8 @@ class KanMixer(Model):
                 f"image_channels is {count}, mean {mean}, std {std}; expected 1 or 3 "
                 "channels, and as many numbers in mean and std."
             )
-        mean, std = (jnp.array([[[x]]], image.dtype) for x in (mean, std))
-        return ((image[..., :count] + 1) / 2 - mean) / std
+        less, by = (jnp.array([[[levels]]], image.dtype) for levels in (mean, std))
+        return ((image[..., :count] + 1) / 2 - less) / by
 
 
 def _kan_axes(layers_by_path: dict[str, str]) -> dict[str, str]:

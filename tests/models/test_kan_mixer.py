@@ -196,7 +196,7 @@ def test_the_model_is_its_equations(form):
 
 def test_of_grey_images_the_first_channel_is_read():
     fields = SMALL | {"image_channels": 1, "mean": (0.4,), "std": (0.2,)}
-    model, image = models.create(**fields), np.float32(images())
+    model, image = models.create(**fields), images().astype(np.float32)
     params = random_params("cheon", image_channels=1, mean=(0.4,), std=(0.2,))
     assert params["stem"]["kernel"].shape == (2, 4, 1, 6)
     apply = jax.jit(lambda x: model.apply({"params": params}, x)[0])
