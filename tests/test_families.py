@@ -27,7 +27,6 @@ from mlp_mixer import (
     predict,
     pretrained,
     recipe,
-    steps,
     train,
 )
 from mlp_mixer.fingerprints import leaves
@@ -392,7 +391,7 @@ def test_initial_values_are_the_papers(name):
     model = models.create(size, num_classes=1000, num_blocks=once(size))
     side, _ = counted(size)
     image = jnp.zeros((1, side, side, 3))
-    init = jax.jit(model.init, compiler_options=steps.INIT_OPTIONS["cpu"])
+    init = jax.jit(model.init)
     params = dict(leaves(init(jax.random.key(3), image)))
     for path, (mean, spread) in FACTS[name].initial.items():
         x = np.asarray(params[f"params/{path}"], np.float64)
