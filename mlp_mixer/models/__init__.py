@@ -15,12 +15,14 @@ from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
 from mlp_mixer.models import (
+    ccs,
     gmlp,
     imlp,
     mixer,
     ninformer,
     paramixer,
     resmlp,
+    s2mlp,
     smlpnet,
     spach,
 )
@@ -47,6 +49,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     ninformer,
     spach,
     imlp,
+    s2mlp,
+    ccs,
 )
 
 

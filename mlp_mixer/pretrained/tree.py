@@ -22,8 +22,12 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 # The field of a model that is a letter's size, and the number of its blocks.
-FIELDS = {"*": "num_blocks", "c": "hidden_dim", "ds": "tokens_mlp_dim"} | {
+FIELDS = {
+    "*": "num_blocks",
+    "c": "hidden_dim",
+    "ds": "tokens_mlp_dim",
     "dc": "channels_mlp_dim",
+    "g": "groups",
     "x": "image_channels",
 }
 
@@ -57,8 +61,19 @@ def most_known(known_in: Callable[[ModuleType], int]) -> ModuleType | None:
 
 
 def find_family(names: Collection[str]) -> ModuleType | None:
-    """Returns the architecture that has the most arrays of these names, if any has."""
-    return most_known(lambda file: len(matches(names, file)))
+    """Returns the architecture that has the most arrays of these names, if any has.
+
+    Of several, the one that lacks the fewest: a ResMLP with circulant token mixing has
+    the names of a ResMLP, but for its biases.
+    """
+    given = set(names)
+
+    def likeness(file: ModuleType) -> tuple[int, int]:
+        lacking = layout(given, file).keys() - given
+        return len(matches(given, file)), -len(lacking)
+
+    best = max(models.FAMILIES, key=likeness)
+    return best if likeness(best)[0] else None
 
 
 def family(names: Collection[str]) -> ModuleType:
