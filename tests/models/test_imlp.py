@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_mixer import models, pretrained, recipe, steps
+from mlp_mixer import convert, models, pretrained, recipe, steps, train
+from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import Run, imlp
 from mlp_mixer.models.derivatives import Dense
 
@@ -182,10 +183,14 @@ def test_no_gradient_reaches_the_prior():
         layer = imlp.UnitDense(0.5, Run(dtype="float64"), features=2, axis=0)
         x = jnp.asarray(np.random.default_rng(6).normal(size=(S, 2, C)))
 
+        def loss(variables, x):
+            y: Any = layer.apply(variables, x)
+            return y.var()
+
         @jax.jit
         def gradients(x):
             variables = layer.init(jax.random.key(0), x)
-            return jax.grad(lambda given: layer.apply(given, x).var())(variables)
+            return jax.grad(loss)(variables, x)
 
         found = gradients(x)
         assert all((x == 0).all() for x in jax.tree.leaves(found["prior"]))
@@ -269,3 +274,46 @@ def test_without_a_prior_only_alpha_zero_is_trained():
     config.model.alpha = 1.5
     with pytest.raises(ValueError, match=r"model\.alpha is 1.5; expected .* 0 to 1"):
         recipe.check_fields(config)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_prior_in_every_form(data_dir, tmp_path):
+    """Trained, converted and fine-tuned from; with α = 1 it is the prior still."""
+    runs = dict[str, Any]()
+    for words in ("digits,prior", "digits"):
+        config = recipe.load(f"configs/family/imlp.py:{words}")
+        config.model.num_blocks, config.total_steps = 1, 3
+        config.optim.warmup_steps = 1
+        if words == "digits":
+            config.init_from = str(runs["digits,prior"])
+        runs[words] = tmp_path / words
+        train.train(config, str(runs[words]), data_dir=data_dir)
+    convert.convert(runs["digits"], tmp_path / "w.safetensors")
+    prior, run, file = map(
+        pretrained.read,
+        (runs["digits,prior"], runs["digits"], tmp_path / "w.safetensors"),
+    )
+    model = pretrained.create_model(file)
+    assert file.model == run.model
+    assert file.model["alpha"] == 0.5
+    expected = dict(leaves(model.with_prior(prior.params)))
+    for weights in (run, file):
+        found = dict(leaves(weights.stats))
+        assert found.keys() == expected.keys()
+        for name, x in expected.items():
+            np.testing.assert_array_equal(found[name], x, err_msg=name)
+    image = jnp.asarray(
+        np.random.default_rng(7).uniform(-1, 1, (2, 8, 8, 3)), "float32"
+    )
+    alone, _ = jax.jit(pretrained.create_model(prior).apply)(prior.variables, image)
+    found, _ = jax.jit(model.clone(alpha=1.0).apply)(file.variables, image)
+    assert_close(found, alone, 1e-5)
+    # A later run begins with both.
+    again = pretrained.initial(
+        *(runs["digits"], model, steps.TrainState(None, run.params, run.stats, None)),
+        image_size=(8, 8),
+        head="match",
+        resize_by="grow",
+    )
+    jax.tree.map(np.testing.assert_array_equal, again["stats"], run.stats)
+    jax.tree.map(np.testing.assert_array_equal, again["params"], run.params)
