@@ -60,7 +60,8 @@ def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     """Their hidden units and classes are cut by the same letters."""
     few = (1, 1, 1, 1) if name == "smlpnet_t" else 2
     fields = {"num_blocks": few, "patch_size": (8, 8)}
-    fields["hidden_dim"] = 16 if name == "smlpnet_t" else 64
+    narrow = {"smlpnet_t": 16, "imlp_c32": 8, "spach_xxs_attn": 48}
+    fields["hidden_dim"] = narrow.get(name, 64)
     tx, _ = optimisers.create(total_steps=9, learning_rate=1e-3, warmup_steps=0)
     rng = np.random.default_rng(0)
     batch = {
