@@ -53,12 +53,16 @@ def test_any_mesh_of_eight_devices_equals_one(shape, strategy, fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resmlp_12", "gmlp_ti16", "smlpnet_t"])
+@pytest.mark.parametrize(
+    "name", ["resmlp_12", "gmlp_ti16", "smlpnet_t", "asymmixer_s16", "ninformer_cifar"]
+)
 def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     """Their hidden units and classes are cut by the same letters."""
     few = (1, 1, 1, 1) if name == "smlpnet_t" else 2
     fields = {"num_blocks": few, "patch_size": (8, 8)}
     fields["hidden_dim"] = 16 if name == "smlpnet_t" else 64
+    if name == "asymmixer_s16":
+        fields["penalty"] = 0.1  # summed where the parameters are cut
     tx, _ = optimisers.create(total_steps=9, learning_rate=1e-3, warmup_steps=0)
     rng = np.random.default_rng(0)
     batch = {

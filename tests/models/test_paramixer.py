@@ -274,3 +274,32 @@ def test_a_form_that_there_is_not_is_refused():
     model = ParaMixer(**SMALL, mlp="symm")
     with pytest.raises(ValueError, match="mlp 'symm' is unknown; try sym"):
         jax.eval_shape(model.init, jax.random.key(0), images(1))
+
+
+# --- How it is computed ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mlp", ["asym", "vanilla"])
+def test_no_way_to_compute_it_moves_a_gradient(mlp):
+    """With blocks that are applied twice, noise and the penalty."""
+    fields = SMALL | {"mlp": mlp, "n_iter": 2, "stochastic_depth": 0.5}
+    fields["penalty"] = 0.3 if mlp == "asym" else 0.0
+    params = small_params(ParaMixer(**fields))
+    rngs, image = {"dropout": jax.random.key(6)}, images(8)
+
+    def gradients(run):
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
+            model = ParaMixer(**fields, run=run)
+            logits, out = model.apply({"params": params}, image, train=True, rngs=rngs)
+            return jnp.square(logits).sum() + out.get("penalty", 0.0)
+
+        return loss(params)
+
+    expected = gradients(Run())
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    for run in (Run(scan=True, remat="pre_gelu"), Run(remat="full", mesh=mesh)):
+        for a, b in zip(*map(jax.tree.leaves, (gradients(run), expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
