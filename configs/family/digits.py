@@ -117,6 +117,19 @@ MODELS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
         },
     },
+    **{
+        word: {
+            "model": {
+                "name": "kan_mixer_c16_h32",
+                "form": form,
+                "patch_size": (2, 2),
+                "num_blocks": 2,
+                "hidden_dim": 32,
+                "stochastic_depth": 0.1,
+            },
+        }
+        for word, form in (("kan_mixer", "cheon"), ("kan_mixer-canuto", "canuto"))
+    },
     "s2mlp": {
         "model": {
             "name": "s2mlp_wide",
