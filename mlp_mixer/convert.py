@@ -130,7 +130,11 @@ def convert(
 def describe(weights: pretrained.Weights) -> dict[str, str]:
     """What weights are, for people."""
     size, images = weights.image_size, weights.normalisation
-    folded = images != pretrained.CENTRED
+    place = ", folded into the stem" if images != pretrained.CENTRED else ""
+    if "mean" in weights.model:
+        mean, std = (weights.model[field] for field in ("mean", "std"))
+        images = pretrained.normalisation(mean, std, weights) or images
+        place = ", computed by the model"
     broken = pretrained.not_finite(weights.params | weights.stats)
     return {
         "model": weights.model["name"],
@@ -141,7 +145,7 @@ def describe(weights: pretrained.Weights) -> dict[str, str]:
         "parameters": f"{sum(x.size for _, x in leaves(weights.params)):,}",
         "dtype": _dtypes_in_words(weights),
         **{k: v for k, v in weights.model.items() if k != "name" and type(v) is str},
-        "normalisation": f"{images}, folded into the stem" if folded else str(images),
+        "normalisation": f"{images}{place}",
         "not finite": ", ".join(f"{n} in {k}" for k, n in broken.items()) or "none",
     }
 

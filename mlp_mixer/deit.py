@@ -19,12 +19,13 @@ NUM_EXAMPLES = 1_281_167
 def training(
     model: str,
     *,
+    optimiser: str = "adam",
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     end_learning_rate: float = 1e-5,
     weight_decay: float = 0.05,
-    epochs: float = 300.0,
-    warmup_epochs: float = 5.0,
+    epochs: int | float = 300,
+    warmup_epochs: int | float = 5,
     clip_norm: float | None = None,
     drop_path: float | None = None,
     label_smoothing: float = 0.1,
@@ -45,6 +46,7 @@ def training(
 
     Args:
       model: name of the model.
+      optimiser: "adam", which with its decay is AdamW, or another `optim.name`.
       batch_size: images per update, with all copies of each.
       learning_rate: the peak at this batch size (5e-4 for each 512 images).
       end_learning_rate: the last learning rate.
@@ -83,7 +85,7 @@ def training(
     if drop_path is not None:
         config.model.stochastic_depth = drop_path
 
-    config.optim.learning_rate = learning_rate
+    config.optim.name, config.optim.learning_rate = optimiser, learning_rate
     config.optim.warmup_steps = round(warmup_epochs * NUM_EXAMPLES / batch_size)
     config.optim.warmup_learning_rate = 1e-6
     config.optim.decay = "cosine"

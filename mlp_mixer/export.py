@@ -37,7 +37,7 @@ import numpy as np
 from absl import flags
 
 import mlp_mixer
-from mlp_mixer import console, known, models, pretrained, program
+from mlp_mixer import console, graphs, known, models, pretrained, program
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.text import listed, printable
 
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 OPSET = 20  # the first with Gelu
-GELUS = {"tanh": "tanh", "exact": "none"}  # ours: what ONNX calls them
 # Flatbuffers (StableHLO) and protobuf (ONNX) end at 2 GiB; the program needs some too.
 LIMIT_BYTES = 2**31 - 2**24
 
@@ -195,15 +194,18 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    make_graph = _graph_maker(weights)
+    make_nodes = _graph_maker(weights)
     weights = _in_float32(weights)
     nodes: list[Any] = []
 
-    def node(to: str, op: str, *inputs: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(op, inputs, [to], to, **attributes))
+    def node(to: Any, op: str, *inputs: str, **attributes: Any) -> Any:
+        outputs = [to] if isinstance(to, str) else list(to)
+        nodes.append(helper.make_node(op, inputs, outputs, outputs[0], **attributes))
         return to
 
-    constants, outputs = make_graph(weights, node)
+    size = pretrained.checked_image_size(weights)
+    made = graphs.Graph(node, weights.model, size, weights.num_classes)
+    make_nodes(made)
 
     def value(name: str, *shape: int) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", *shape])
@@ -211,11 +213,11 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     graph = helper.make_graph(
         nodes,
         "mlp_mixer",
-        [value("image", *pretrained.checked_image_size(weights), 3)],
-        [value(name, size) for name, size in outputs.items()],
+        [value("image", *size, 3)],
+        [value(name, length) for name, length in made.outputs.items()],
         [
             numpy_helper.from_array(x, name)
-            for name, x in [*leaves(weights.params), *constants.items()]
+            for name, x in [*leaves(weights.params), *made.constants.items()]
         ],
     )
     opsets = [helper.make_opsetid("", OPSET)]
@@ -235,78 +237,15 @@ def to_onnx(weights: pretrained.Weights) -> Any:
     return model
 
 
-def _mixer_graph(
-    weights: pretrained.Weights, node: Callable[..., str]
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Makes the nodes of a Mixer; returns its constants, and the sizes of its outputs.
-
-    The state is (n, s, c) throughout. Token mixing multiplies its transposed kernel
-    from the left, so that no activation is transposed after the stem; runtimes
-    transpose the kernels once, when they load the file.
-    """
-    fields = weights.model
-    (h, w), (ph, pw) = pretrained.checked_image_size(weights), fields["patch_size"]
-    s, c, k = (h // ph) * (w // pw), fields["hidden_dim"], weights.num_classes
-    constants = {
-        "patches/shape": np.array([0, h // ph, ph, w // pw, pw * 3]),
-        "tokens/shape": np.array([0, s, ph * pw * 3]),
-        "stem/shape": np.array([-1, c]),
-        "tokens/axis": np.array([1]),
-    }
-
-    def layer_norm(x: str, at: str) -> str:
-        inputs = (x, f"{at}/scale", f"{at}/bias")
-        return node(f"{at}/output", "LayerNormalization", *inputs, epsilon=1e-6)
-
-    def over_tokens(x: str, at: str) -> str:
-        left = node(f"{at}/kernel_transposed", "Transpose", f"{at}/kernel", perm=[1, 0])
-        y = node(f"{at}/product", "MatMul", left, x)
-        bias = node(f"{at}/bias_column", "Unsqueeze", f"{at}/bias", "tokens/axis")
-        return node(f"{at}/output", "Add", y, bias)
-
-    def over_channels(x: str, at: str, kernel: str = "kernel") -> str:
-        y = node(f"{at}/product", "MatMul", x, f"{at}/{kernel}")
-        return node(f"{at}/output", "Add", y, f"{at}/bias")
-
-    def mlp(x: str, at: str, dense: Callable[[str, str], str]) -> str:
-        x = dense(x, f"{at}/Dense_0")
-        x = node(f"{at}/gelu", "Gelu", x, approximate=GELUS[fields["gelu"]])
-        return dense(x, f"{at}/Dense_1")
-
-    x = node("patches/rows", "Reshape", "image", "patches/shape")
-    x = node("patches/grid", "Transpose", x, perm=[0, 1, 3, 2, 4])
-    x = node("patches/output", "Reshape", x, "tokens/shape")
-    node("stem/matrix", "Reshape", "stem/kernel", "stem/shape")
-    x = over_channels(x, "stem", "matrix")
-    for i in range(fields["num_blocks"]):
-        block = f"MixerBlock_{i}"
-        y = layer_norm(x, f"{block}/LayerNorm_0")
-        y = mlp(y, f"{block}/token_mixing", over_tokens)
-        x = node(f"{block}/tokens_mixed", "Add", x, y)
-        y = layer_norm(x, f"{block}/LayerNorm_1")
-        y = mlp(y, f"{block}/channel_mixing", over_channels)
-        x = node(f"{block}/output", "Add", x, y)
-    x = layer_norm(x, "pre_head_layer_norm")
-    x = node("pre_logits", "ReduceMean", x, "tokens/axis", keepdims=0)
-    outputs = {"pre_logits": c}
-    if k is not None:
-        node("logits", "Gemm", x, "head/kernel", "head/bias")
-        outputs = {"logits": k, **outputs}
-    return constants, outputs
-
-
-GRAPHS = {models.mixer: _mixer_graph}
-
-
-def _graph_maker(weights: pretrained.Weights) -> Callable[..., Any]:
-    if weights.architecture not in GRAPHS:
-        known = {file: name for name, file in models.families().items()}
+def _graph_maker(weights: pretrained.Weights) -> Callable[[graphs.Graph], None]:
+    if weights.architecture not in graphs.GRAPHS:
+        names = {file: name for name, file in models.families().items()}
         raise ValueError(
-            f"There is no ONNX graph of {known[weights.architecture]}, only of "
-            f"{', '.join(known[file] for file in GRAPHS)}; write a file ending in "
-            ".stablehlo, which every architecture can be."
+            f"There is no ONNX graph of {names[weights.architecture]}, only of "
+            f"{', '.join(names[file] for file in graphs.GRAPHS)}; write a file ending "
+            "in .stablehlo, which every architecture can be."
         )
-    return GRAPHS[weights.architecture]
+    return graphs.GRAPHS[weights.architecture]
 
 
 # --- What both have in common ---------------------------------------------------------
@@ -477,7 +416,10 @@ if __name__ == "__main__":
         "HEIGHT,WIDTH in pixels, for weights that do not say it and are not square.",
     )
     flags.DEFINE_enum(
-        "gelu", None, list(GELUS), "If not set, the one that the weights are for."
+        "gelu",
+        None,
+        list(graphs.GELUS),
+        "If not set, the one that the weights are for.",
     )
     flags.DEFINE_boolean(
         "gradients",

@@ -128,7 +128,9 @@ def create(
 
     Args:
       total_steps: updates of the whole run.
-      name: "adam" (pretraining) or "momentum" (SGD, not Nesterov: fine-tuning).
+      name: "adam" (pretraining), "momentum" (SGD, not Nesterov: fine-tuning) or "lamb"
+        (arXiv 1904.00962): Adam's direction, with its decay, gets the norm of the
+        array. Arrays without decay are Adam's, as in Apex and timm.
       weight_decay: decoupled, times the learning rate of the moment.
       decayed: "kernels" (the run that is known to reach 76.3 %), "matrices" or "all"
         parameters: a key of `DECAYED`.
@@ -152,6 +154,7 @@ def create(
     directions = {
         "adam": lambda: optax.scale_by_adam(b1, b2, eps),
         "momentum": lambda: optax.trace(momentum, accumulator_dtype=momentum_dtype),
+        "lamb": lambda: optax.scale_by_adam(b1, b2, eps),
     }
     known.require("optimiser", name, directions)
     is_decayed = known.pick("decayed", decayed, DECAYED)
@@ -162,6 +165,9 @@ def create(
     if weight_decay:
         mask = None if decayed == "all" else lambda params: _mapped(is_decayed, params)
         parts.insert(-1, optax.add_decayed_weights(weight_decay, mask))
+        if name == "lamb":
+            by_norm = optax.scale_by_trust_ratio()
+            parts.insert(-1, optax.masked(by_norm, mask) if mask else by_norm)
     if layer_decay != 1.0 or rates:
         parts.insert(-1, _scale_rates(layer_decay, rates, axes or {}))
     if ema:
@@ -240,12 +246,13 @@ def _fits(pattern: str, path: str) -> bool:
 def layers_of(paths: Sequence[str], axes: Mapping[str, str]) -> dict[str, int]:
     """Returns the number of the layer that each parameter belongs to, as BEiT's.
 
-    0 is the stem, i the i-th block, depth + 1 the head and the norm before it (timm has
-    that norm in the last block). What lies between two stages is of the next block.
+    0 is what is called stem…, i the i-th block, depth + 1 the head and all others (timm
+    has the last norm in the last block). What stands between two stages in `axes` is of
+    the block after it.
 
     Args:
       paths: paths of the parameters.
-      axes: the model's `AXES`, from the stem to the head; `*` is a block's number.
+      axes: the model's `AXES`, its stages in their order; `*` is a block's number.
 
     Raises:
       ValueError: a path that is not in `axes`.
@@ -266,11 +273,15 @@ def layers_of(paths: Sequence[str], axes: Mapping[str, str]) -> dict[str, int]:
             )
     blocks = sorted({place for place in places.values() if place[1]})
 
-    def layer(place: tuple[int, tuple[int, ...]]) -> int:
-        before = sum(block < place for block in blocks)
-        return before + 1 if before or place[1] else 0
+    def layer(path: str) -> int:
+        if path.startswith("stem"):
+            return 0
+        before = sum(block < places[path] for block in blocks)
+        if not before and places[path] not in blocks:
+            before = len(blocks)
+        return before + 1
 
-    return {path: layer(place) for path, place in places.items()}
+    return {path: layer(path) for path in places}
 
 
 # --- The average of the parameters ----------------------------------------------------

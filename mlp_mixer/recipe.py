@@ -119,7 +119,7 @@ def base() -> ConfigDict:
 
     # optim.create
     config.optim = ConfigDict()
-    config.optim.name = "adam"  # or "momentum"
+    config.optim.name = "adam"  # or "momentum", "lamb"
     config.optim.learning_rate = 0.001  # the peak
     config.optim.warmup_steps = 10_000
     config.optim.warmup_learning_rate = 0.0  # where the warm-up begins
@@ -254,6 +254,21 @@ def words(argument: str, known: Sequence[str]) -> list[str]:
     return given
 
 
+def option_of(table: Iterable[str], given: Sequence[str], standard: str) -> str:
+    """Returns the word that is in `table`, `standard` if none is.
+
+    Raises:
+      ValueError: several are.
+    """
+    found = [word for word in given if word in table] or [standard]
+    if len(found) > 1:
+        raise ValueError(
+            f"The options {','.join(found)} exclude each other: name at most one of "
+            f"{', '.join(table)} (default: {standard})."
+        )
+    return found[0]
+
+
 def total_steps(config: ConfigDict) -> int:
     """Updates of the whole run: round(epochs · N / batch_size), at least 1."""
     if config.total_steps is not None:
@@ -308,6 +323,14 @@ def _contradictions(config: ConfigDict) -> list[str]:
         found.append(
             f"config.input.shift is {augment.shift}; expected less than the sides of "
             f"config.model.image_size, {config.model.image_size}."
+        )
+    alpha = config.model.get("alpha")
+    is_imlp = models.family(config.model.name) is models.imlp
+    if is_imlp and alpha and not config.init_from:
+        found.append(
+            f"config.model.alpha is {alpha:g}, but config.init_from names no prior to "
+            "interpolate with; set it to the run of a Mixer of the same sizes, or "
+            "alpha to 0, which is the MLP alone."
         )
     if config.total_steps or config.dataset.num_examples:
         steps = total_steps(config)

@@ -60,7 +60,7 @@ LAYERS = (
     ("steps", "evaluators"),
     ("pretrained",),
     # What the programs share.
-    ("program", "runs", "experiment"),
+    ("program", "runs", "experiment", "graphs"),
     ("planning",),
     ("train", "evaluate", "predict", "plan", "prepare", "convert", "export"),
     # Studies: many runs of programs.

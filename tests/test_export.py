@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.export
@@ -17,7 +18,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from odd_names import NAMES
 
-from mlp_mixer import export, models, pretrained
+from mlp_mixer import export, graphs, models, pretrained
 from mlp_mixer.fingerprints import leaves
 
 # A grid of 2 x 3 patches of 4 x 8 pixels, and no two sizes alike: nothing can be
@@ -40,7 +41,7 @@ def random_weights(model, image_size, **fields):
 
     def draw(name, shape):
         spread = np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.3
-        centre = 1.0 if name.endswith("scale") else 0.0
+        centre = 1.0 if name.endswith(("scale", "alpha")) else 0.0
         return rng.normal(centre, spread, shape).astype(np.float32)
 
     drawn = {name: draw(name, x.shape) for name, x in leaves(shapes)}
@@ -107,6 +108,37 @@ def test_an_export_computes_the_model(name, fields, tmp_path):
         for output in names:
             close(found[output], right[output][:n])
     assert right["pre_logits"].std() > 0.1
+
+
+# The other models with a graph.
+OTHERS: dict[str, dict[str, Any]] = {
+    "resmlp": {},
+    "gmlp": {"channels_mlp_dim": 20},
+    "s2mlp": {},
+    "s2mlp-affine": {"norm": "affine"},
+    "ccs": {"base": "mixer", "groups": 2},
+    "ccs-resmlp": {"base": "resmlp", "groups": 8},
+}
+
+
+def other_weights(case):
+    sizes = {k: v for k, v in SIZES.items() if k != "tokens_mlp_dim"} | OTHERS[case]
+    model = models.create(case.partition("-")[0], num_classes=7, **sizes)
+    return random_weights(model, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_graph_computes_its_model(case, tmp_path):
+    weights = other_weights(case)
+    found = export.export_onnx(weights, tmp_path / "m.onnx")
+    assert {d.batch for d in found} == {1, 3}
+    assert max(d.difference for d in found) < 1e-5
+    assert min(d.largest for d in found) > 0.1
+
+
+def test_every_model_with_a_graph_is_tested():
+    tested = {models.families()[case.partition("-")[0]] for case in OTHERS}
+    assert {*graphs.GRAPHS} == {*tested, models.mixer}
 
 
 def test_both_gelus_can_be_told_apart():

@@ -144,7 +144,7 @@ def test_a_value_of_another_kind_is_none_of_a_fields_values(name):
         ("optim.clip_norm", 0.0, "a number above 0; or None"),
         ("optim.eps", 0.0, "a number above 0"),
         ("optim.b2", 1.0, "a number from 0 to below 1"),
-        ("optim.name", "adamw", "adam, momentum"),
+        ("optim.name", "adamw", "adam, "),
         ("optim.end_factor", 2.0, "a number from 0 to 1; or None"),
         ("checkpoint.keep_latest", 0, "a whole number from 1 to"),
         ("evals.val.every_steps", -1, "a whole number from 0 to"),

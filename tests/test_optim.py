@@ -122,7 +122,7 @@ def test_a_warm_up_longer_than_the_run_is_explained(warmup):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "adma"}, "optimiser 'adma' is unknown; try adam, momentum"),
+        ({"name": "adma"}, "optimiser 'adma' is unknown; try adam, "),
         ({"decayed": "kernel"}, "decayed 'kernel' is unknown; try kernels, "),
         ({"decay": "cosin"}, "decay 'cosin' is unknown; try cosine, linear"),
     ],
@@ -258,6 +258,25 @@ def test_adam_is_clipping_and_adamw_with_a_mask_of_kernels():
     (*_, ours), _ = run(tx, params, grads)
     (*_, theirs), _ = run(adamw, params, grads)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), ours, theirs)
+
+
+def test_lamb_moves_a_decayed_array_by_its_own_norm():
+    """‖step‖ = learning rate · ‖array‖, along Adam's direction and its decay; what has
+    no decay moves as Adam's."""
+    fields = CONSTANT | {"weight_decay": 0.1, "decayed": "matrices", "clip_norm": None}
+    params = parameters()
+    grads = gradients(params, 1)
+    moves = {}
+    for name in ("adam", "lamb"):
+        tx, _ = optimisers.create(**fields, name=name)
+        (after,), _ = run(tx, params, grads)
+        moves[name] = moved(after, params)
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        adam, lamb = moves["adam"][name], moves["lamb"][name]
+        if x.ndim > 1:
+            adam = adam * PEAK * np.linalg.norm(x) / np.linalg.norm(adam)
+        np.testing.assert_allclose(lamb, adam, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adam", "momentum"])

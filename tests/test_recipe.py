@@ -125,6 +125,20 @@ def test_the_recipe_of_the_field_is_deits():
     assert config.evals.val.dataset.split == "validation"
 
 
+@pytest.mark.parametrize("name", ["resmlp", "gmlp", "smlpnet"])
+def test_a_papers_recipe_trains_each_of_its_sizes(name):
+    """On all of ImageNet-1k; the first size if none is named."""
+    for size in models.families()[name].SIZES:
+        word = size.removeprefix(f"{name}_")
+        config = load(f"family/{name}", word)
+        recipe.check_fields(config)
+        assert config.model.name == size
+        assert config.dataset.num_examples == 1_281_167
+    first = load(f"family/{name}").model.name.removeprefix(f"{name}_")
+    with pytest.raises(ValueError, match="These are several sizes: "):
+        load(f"family/{name}", f"{word},{first}")
+
+
 # Recipe → data set, its classes, training images (all, with "select"), test split,
 # updates, warm-up, learning rates tried (Appendix C; steps and parts of ViT's Table 4).
 GRID = (0.003, 0.01, 0.03, 0.06)

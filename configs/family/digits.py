@@ -14,6 +14,15 @@ from typing import Any
 
 from mlp_mixer import recipe
 
+# Of ParaMixer in all its forms.
+_PARAMIXER: dict[str, Any] = {
+    "patch_size": (2, 2),
+    "num_blocks": 4,
+    "hidden_dim": 64,
+    "tokens_mlp_dim": 32,
+    "channels_mlp_dim": 256,
+    "stochastic_depth": 0.1,
+}
 # Fields of the model, and of the optimiser where Mixer's are not good enough.
 MODELS: dict[str, dict[str, Any]] = {
     "resmlp": {
@@ -47,25 +56,57 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
-    **{
-        word: {
-            "model": {
-                "name": name,
-                "patch_size": (2, 2),
-                "num_blocks": 4,
-                "hidden_dim": 64,
-                "tokens_mlp_dim": 32,
-                "channels_mlp_dim": 256,
-                "stochastic_depth": 0.1,
-            },
-        }
-        for word, name in (
-            ("paramixer", "paramixer_s16"),
-            ("paramixer-sym", "symmixer_s16"),
-            ("paramixer-asym", "asymmixer_s16"),
-            ("paramixer-vanilla", "vanillamixer_s16"),
-        )
+    "spach": {
+        "model": {
+            "name": "spach_xxs_mlp",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 128,
+            "tokens_mlp_dim": 8,
+        },
     },
+    "spach-conv": {
+        "model": {
+            "name": "spach_xxs_conv",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 128,
+        },
+    },
+    "spach-attn": {
+        "model": {
+            "name": "spach_xxs_attn",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 128,
+            "num_heads": 2,
+        },
+    },
+    # The MLP alone, 512 units of which each has weights to all others; with a prior:
+    # configs/family/imlp.py:digits.
+    "imlp": {
+        "model": {
+            "name": "imlp_c32",
+            "patch_size": (2, 2),
+            "num_blocks": 2,
+            "hidden_dim": 32,
+            "tokens_mlp_dim": 16,
+            "channels_mlp_dim": 64,
+        },
+    },
+    "paramixer": {"model": {**_PARAMIXER, "name": "paramixer_s16"}},
+    # With half of the weights, and slower to learn.
+    "paramixer-sym": {
+        "model": {**_PARAMIXER, "name": "symmixer_s16", "stochastic_depth": 0.0},
+        "optim": {"learning_rate": 0.01},
+    },
+    "paramixer-asym": {
+        "model": {**_PARAMIXER, "name": "asymmixer_s16", "penalty": 1e-4},
+    },
+    "paramixer-vanilla": {"model": {**_PARAMIXER, "name": "vanillamixer_s16"}},
     "ninformer": {
         "model": {
             "name": "ninformer_cifar",
@@ -77,6 +118,62 @@ MODELS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
             "stochastic_depth": 0.1,
         },
+    },
+    **{
+        word: {
+            "model": {
+                "name": "kan_mixer_c16_h32",
+                "form": form,
+                "patch_size": (2, 2),
+                "num_blocks": 2,
+                "hidden_dim": 32,
+                "stochastic_depth": 0.1,
+            },
+        }
+        for word, form in (("kan_mixer", "cheon"), ("kan_mixer-canuto", "canuto"))
+    },
+    "s2mlp": {
+        "model": {
+            "name": "s2mlp_wide",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "s2mlp-deep": {
+        "model": {
+            "name": "s2mlp_deep",
+            "patch_size": (2, 2),
+            "num_blocks": 6,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
+    },
+    "ccs": {
+        "model": {
+            "name": "ccs_mixer_b16",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "ccs-resmlp": {
+        "model": {
+            "name": "ccs_resmlp_36",
+            "patch_size": (2, 2),
+            "num_blocks": 4,
+            "hidden_dim": 64,
+            "channels_mlp_dim": 256,
+            "layer_scale": 0.1,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
     },
 }
 

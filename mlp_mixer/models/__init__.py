@@ -14,7 +14,19 @@ from types import ModuleType
 from typing import Any, get_args, get_origin
 
 from mlp_mixer import known
-from mlp_mixer.models import gmlp, mixer, ninformer, paramixer, resmlp, smlpnet
+from mlp_mixer.models import (
+    ccs,
+    gmlp,
+    imlp,
+    kan_mixer,
+    mixer,
+    ninformer,
+    paramixer,
+    resmlp,
+    s2mlp,
+    smlpnet,
+    spach,
+)
 from mlp_mixer.models.model import Model, Run
 
 __all__ = [
@@ -36,6 +48,11 @@ FAMILIES: tuple[ModuleType, ...] = (
     smlpnet,
     paramixer,
     ninformer,
+    kan_mixer,
+    spach,
+    imlp,
+    s2mlp,
+    ccs,
 )
 
 

@@ -29,6 +29,18 @@ from mlp_mixer.models.model import Noise, Outputs, Run
 PRE_GELU = "pre_gelu"
 
 
+def patches(
+    image: Float[Array, "n h w x"], patch_size: tuple[int, int]
+) -> Float[Array, "s n p"]:
+    """Returns the pixels of each patch, in raster order, as all its channels are."""
+    ph, pw = patch_size
+    # One axis at a time: with explicit axis types JAX splits or merges no more.
+    image = rearrange(image, "n (gh ph) w x -> n gh ph w x", ph=ph)
+    image = rearrange(image, "n gh ph (gw pw) x -> gh gw n ph pw x", pw=pw)
+    image = rearrange(image, "gh gw n ph pw x -> (gh gw) n ph pw x")
+    return rearrange(image, "s n ph pw x -> s n (ph pw x)")
+
+
 class PatchEmbed(nn.Module):
     """The stem: one linear map shared by all patches, straight to tokens first.
 
@@ -57,12 +69,8 @@ class PatchEmbed(nn.Module):
         image, kernel, bias = nn.dtypes.promote_dtype(
             image, kernel, bias, dtype=self.run.dtype
         )
-        # One axis at a time: with explicit axis types JAX splits or merges no more.
-        patches = rearrange(image, "n (gh ph) w x -> n gh ph w x", ph=ph)
-        patches = rearrange(patches, "n gh ph (gw pw) x -> gh gw n ph pw x", pw=pw)
-        patches = rearrange(patches, "gh gw n ph pw x -> (gh gw) n ph pw x")
-        patches = rearrange(patches, "s n ph pw x -> s n (ph pw x)")
-        return add_bias(patches @ kernel.reshape(-1, self.features), bias)
+        y = patches(image, self.patch_size) @ kernel.reshape(-1, self.features)
+        return add_bias(y, bias)
 
 
 class MlpBlock(nn.Module):
@@ -150,15 +158,87 @@ def depthwise(run: Run) -> Callable[..., Array]:
 def _sum_of_shifted(
     x: Float[Array, "n h w c"], kernel: Float[Array, "kh kw 1 c"], *_: Any, **__: Any
 ) -> Float[Array, "n h w c"]:
-    h, w = x.shape[1:3]
-    kh, kw = kernel.shape[:2]
-    padded = jnp.pad(x, ((0, 0), (kh // 2,) * 2, (kw // 2,) * 2, (0, 0)))
-    terms = [
-        padded[:, i : i + h, j : j + w] * kernel[i, j].reshape(1, 1, 1, -1)
-        for i in range(kh)
+    return _filtered(x, kernel, first=1)
+
+
+def _filtered(x: Array, kernel: Float[Array, "kh kw 1 c"], first: int) -> Array:
+    """Filters each channel of maps, whose height is the axis `first` of `x`."""
+    shifted, filters = _shifted(x, kernel.shape, first), kernel.reshape(-1, x.shape[-1])
+    terms = [y * k.reshape(1, 1, 1, -1) for y, k in zip(shifted, filters, strict=True)]
+    return functools.reduce(jnp.add, terms)
+
+
+def _shifted(x: Array, size: Sequence[int], first: int) -> list[Array]:
+    """What each weight of a filter, in rows, is multiplied by; zeros around a map."""
+    (h, w), (kh, kw) = x.shape[first : first + 2], size[:2]
+    pads = [(0, 0)] * x.ndim
+    pads[first : first + 2] = (kh // 2,) * 2, (kw // 2,) * 2
+    padded = jnp.pad(x, pads)
+    rows = [lax.slice_in_dim(padded, i, i + h, axis=first) for i in range(kh)]
+    return [
+        lax.slice_in_dim(row, j, j + w, axis=first + 1)
+        for row in rows
         for j in range(kw)
     ]
-    return functools.reduce(jnp.add, terms)
+
+
+# Automatic differentiation would keep each of the shifted maps.
+
+
+@jax.custom_vjp
+def filter_channels(
+    x: Float[Array, "h w n c"], kernel: Float[Array, "kh kw 1 c"]
+) -> Float[Array, "h w n c"]:
+    """Returns maps, each channel filtered by its own odd-sized filter, in float32.
+
+    Outside of a map are zeros. As a sum of shifted maps, which is what XLA is fast at:
+    on one CPU 4 to 20 times as fast as its convolution, gradient included.
+    """
+    return _filter_channels_fwd(x, kernel)[0]
+
+
+def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    wide = at_least_float32(x.dtype)
+    y = _filtered(x.astype(wide), kernel.astype(wide), first=0)
+    return y.astype(x.dtype), (x, kernel)
+
+
+def _filter_channels_bwd(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    wide = at_least_float32(x.dtype)
+    shifted = _shifted(x.astype(wide), kernel.shape, first=0)
+    sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted]
+    dkernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    return filter_channels(dy, kernel[::-1, ::-1]), dkernel
+
+
+filter_channels.defvjp(_filter_channels_fwd, _filter_channels_bwd)
+
+
+class Depthwise(nn.Module):
+    """A filter for each channel, over the map that the tokens are.
+
+    Parameters and names are those of Flax's Conv: `kernel` (3, 3, 1, c), `bias` (c,).
+
+    Attributes:
+      grid: (height, width) of the map in tokens.
+      run: the dtype.
+      kernel_init: initial values of the filters.
+    """
+
+    grid: tuple[int, int]
+    run: Run = Run()
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
+        """Returns the filtered map; outside of the map are zeros."""
+        shape = (3, 3, 1, x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.run.dtype)
+        y = filter_channels(x.reshape(*self.grid, *x.shape[1:]), kernel)
+        return add_bias(y.reshape(x.shape), bias)
 
 
 def uniform(limit: float) -> Initializer:
@@ -227,9 +307,13 @@ def readout(
       **head_fields: arguments of `head`.
     """
     pre_logits = y.mean(0, dtype=at_least_float32(y.dtype))
-    names = ["stem", *(f"block_{i}" for i in range(len(states) - 1))]
-    out = {k: jnp.swapaxes(x, 0, 1) for k, x in zip(names, states, strict=True)}
-    out["pre_logits"] = pre_logits
+    out = {**named_states(states), "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out
     return head(pre_logits, num_classes, **head_fields), out
+
+
+def named_states(states: list[Float[Array, "s n c"]]) -> dict[str, Array]:
+    """Returns {"stem", "block_0", …: (n, s, c)} of the states, for `out`."""
+    names = ["stem", *(f"block_{i}" for i in range(len(states) - 1))]
+    return {k: jnp.swapaxes(x, 0, 1) for k, x in zip(names, states, strict=True)}

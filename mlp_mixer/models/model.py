@@ -12,6 +12,8 @@ A file of this package is one paper. It declares
   for each of its values: {value: {path: letters}}.
 * `TOP_1`: name → top-1 accuracy on ImageNet, in percent, where the paper prints one.
 * `CHECKED`: what the file was checked against, in a few words.
+* `CANNOT_RESIZE`, where parameters have an axis of tokens and yet no other grid of
+  patches can be given to them: why.
 * `TIMM`, where timm has the model, and `AUTHORS`, where its authors have released it:
   the names of its arrays there, ours (see `pretrained.foreign`). `NORMALISATION`: the
   mean and the standard deviation of levels that images are normalised by in such files,

@@ -29,6 +29,20 @@ from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, sizes
 NORMAL = nn.initializers.normal(0.02)
 
 
+def stem(features: int, patch_size: tuple[int, int], run: Run) -> layers.PatchEmbed:
+    """Returns the part `stem` of a model, which begins as torch's convolutions do."""
+    ph, pw = patch_size
+    uniform = layers.uniform((ph * pw * 3) ** -0.5)
+    return layers.PatchEmbed(
+        features,
+        patch_size,
+        run,
+        kernel_init=uniform,
+        bias_init=uniform,
+        name="stem",
+    )
+
+
 class Affine(nn.Module):
     """Aff: a scale `alpha` and a shift `beta` for each channel, in float32."""
 
@@ -105,17 +119,7 @@ class ResMlp(Model):
         In `out` are `stem`, `block_0`, … (n, s, c) and `pre_logits` (n, c).
         """
         self.check_image(image)
-        ph, pw = self.patch_size
-        uniform = layers.uniform((ph * pw * 3) ** -0.5)
-        stem = layers.PatchEmbed(
-            self.hidden_dim,
-            self.patch_size,
-            self.run,
-            kernel_init=uniform,
-            bias_init=uniform,
-            name="stem",
-        )
-        x = stem(image)
+        x = stem(self.hidden_dim, self.patch_size, self.run)(image)
         token_mixing = functools.partial(
             Dense, x.shape[0], axis=0, run=self.run, kernel_init=NORMAL
         )
@@ -157,6 +161,14 @@ _ROWS = {
     "resmlp_big_24": ((8, 8), 24, 768, 3072, 1e-6),
 }
 SIZES = {name: sizes(ResMlp, row) for name, row in _ROWS.items()}
+# Without distillation.
+TOP_1 = {
+    "resmlp_12": 76.6,
+    "resmlp_24": 79.4,
+    "resmlp_36": 79.7,
+    "resmlp_big_24": 81.0,
+}
+CHECKED = "counts; logits of timm"
 AXES = {
     "stem/kernel": "ph pw rgb c",
     "stem/bias": "c",

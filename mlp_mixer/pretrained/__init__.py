@@ -17,7 +17,12 @@ from mlp_mixer.pretrained.fitting import (
     resized,
     with_fields,
 )
-from mlp_mixer.pretrained.normalisation import CENTRED, Normalisation, Stated
+from mlp_mixer.pretrained.normalisation import (
+    CENTRED,
+    Normalisation,
+    Stated,
+    normalisation,
+)
 from mlp_mixer.pretrained.tree import (
     describe,
     model_of,
@@ -57,6 +62,7 @@ __all__ = [
     "lost_in_npz",
     "merge",
     "model_of",
+    "normalisation",
     "not_finite",
     "read",
     "resized",

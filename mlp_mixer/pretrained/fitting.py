@@ -1,9 +1,10 @@
 """Weights into models: strictly, but for the head and the resolution."""
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from flax.traverse_util import unflatten_dict
 from mlp_mixer import known, models, processes
 from mlp_mixer.data.class_names import assumed, places
 from mlp_mixer.fingerprints import Params, fingerprint, leaves
+from mlp_mixer.models import imlp, mixer
 from mlp_mixer.models.model import Run, check_divisible
 from mlp_mixer.pretrained import resize, tree
 from mlp_mixer.pretrained.weights import Weights, checked_image_size, read
@@ -113,6 +115,8 @@ def initial(
 ) -> dict[str, Params]:
     """Returns what a run starts from, for `config.init_from`: {"params", "stats"}.
 
+    A Mixer's weights become the prior of an I-MLP: its statistics, and no parameters.
+
     Args:
       source: a run's folder, a file or a published name; none if it is empty.
       model: the model that they are for.
@@ -133,37 +137,74 @@ def initial(
     with processes.together():
         weights = read(source)
         logger.info("From %s: %s.", weights, _sizes_in_words(weights.params))
-        for field, value in weights.model.items():
-            # A word chooses what is computed; numbers show in shapes, or in training.
-            ours = getattr(model, field, value)
-            if field != "name" and isinstance(value, str) and ours != value:
-                logger.warning(
-                    "%s are for %s %s, this model computes %s; --config.model.%s=%s "
-                    "keeps theirs.",
-                    *(source, field, value, ours, field, value),
-                )
-        weights = _for_image_size(weights, model, image_size, resize_by)
-        params = merge(
-            weights.params, target.params, head=head, called=f"The weights {source}"
+        fitted = functools.partial(
+            _fitted,
+            image_size=image_size,
+            head=head,
+            resize_by=resize_by,
+            class_names=class_names,
         )
-        stats = merge(weights.stats, target.stats, called=f"Statistics of {source}")
-        count = weights.num_classes
-        if count and head == "match" and count == tree.num_classes(params):
-            order = places(
-                class_names,
-                weights.class_names or assumed(class_names, count),
-                of="the training data",
-                to=str(source),
-                hint="--config.init_head=zero starts with a new head for other "
-                "classes.",
-            )
-            if order is not None:
-                kept = {k: x[..., np.array(order)] for k, x in params["head"].items()}
-                params |= {"head": kept}
+        given: dict[str, Params]
+        if isinstance(model, imlp.Imlp) and weights.architecture is mixer:
+            logger.info("They become the prior, which is not trained.")
+            wanted = tree.variables(model.prior, image_size)
+            found = fitted(weights, model.prior, wanted)
+            given = {"stats": model.with_prior(found["params"])}
+        else:
+            found = fitted(weights, model, {"params": target.params, **target.stats})
+            given = {"params": found.pop("params"), "stats": found}
     if jax.process_count() > 1:  # each has read for itself, perhaps from its own disk
-        arrays = fingerprint({"params": params, **stats})
-        processes.compare(**{f"weights at {source}": arrays})
-    return {"params": params, "stats": stats}
+        processes.compare(**{f"weights at {source}": fingerprint(given)})
+    return given
+
+
+def _fitted(
+    weights: Weights,
+    model: models.Model,
+    target: Mapping[str, Any],
+    *,
+    image_size: tuple[int, int],
+    head: str,
+    resize_by: str,
+    class_names: Sequence[str] | None,
+) -> dict[str, Params]:
+    """The variables of weights, fitted to a model whose variables are `target`."""
+    for field, value in weights.model.items():
+        # A word chooses what is computed; numbers show in shapes, or in training.
+        ours = getattr(model, field, value)
+        if field != "name" and isinstance(value, str) and ours != value:
+            logger.warning(
+                "%s are for %s %s, this model computes %s; --config.model.%s=%s "
+                "keeps theirs.",
+                *(weights.source, field, value, ours, field, value),
+            )
+    weights = _for_image_size(weights, model, image_size, resize_by)
+    source, given = weights.source, weights.variables
+    called = {"params": f"The weights {source}"}
+    found = {
+        kind: merge(
+            given.get(kind, {}),
+            target.get(kind, {}),
+            head=head,
+            called=called.get(kind, f"Statistics ({kind}) of {source}"),
+        )
+        for kind in {**given, **target}
+    }
+    count = weights.num_classes
+    if count and head == "match" and count == tree.num_classes(found["params"]):
+        order = places(
+            class_names,
+            weights.class_names or assumed(class_names, count),
+            of="the training data",
+            to=str(source),
+            hint="--config.init_head=zero starts with a new head for other classes.",
+        )
+        if order is not None:
+            at = np.array(order)
+            for variables in found.values():
+                kept = {k: x[..., at] for k, x in variables.get("head", {}).items()}
+                variables |= {"head": kept} if kept else {}
+    return found
 
 
 def _for_image_size(
@@ -205,6 +246,8 @@ def _for_image_size(
 def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
     """Returns the weights for another resolution, with as many pixels to a patch.
 
+    Those of a model that takes any resolution stay as they are.
+
     Args:
       weights: weights that know their image size.
       image_size: height and width in pixels wanted.
@@ -217,12 +260,14 @@ def resized(weights: Weights, image_size: tuple[int, int], how: str) -> Weights:
     old_size, (ph, pw) = checked_image_size(weights), weights.model["patch_size"]
     try:
         check_divisible(image_size, (ph, pw))
-        params = resize.resized(
-            weights.params,
-            old_grid=(old_size[0] // ph, old_size[1] // pw),
-            new_grid=(image_size[0] // ph, image_size[1] // pw),
-            how=how,
-        )
+        params = weights.params
+        if tree.tokens(params) is not None:
+            params = resize.resized(
+                params,
+                old_grid=(old_size[0] // ph, old_size[1] // pw),
+                new_grid=(image_size[0] // ph, image_size[1] // pw),
+                how=how,
+            )
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
     found, file = tree.shapes(params), weights.architecture

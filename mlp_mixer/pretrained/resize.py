@@ -18,14 +18,14 @@ modified, and what does not change is shared.
 
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
-from mlp_mixer import known, models
+from mlp_mixer import known
 from mlp_mixer.fingerprints import Params, leaves
-from mlp_mixer.models.model import all_axes
 from mlp_mixer.pretrained import tree
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -51,6 +51,7 @@ def resized(params: Params, *, old_grid: Grid, new_grid: Grid, how: str) -> Para
     _check_grid(params, old_grid)
     if new_grid == old_grid:
         return params
+    _check_resizable(params)
     if how == "interpolate":
         return interpolate(params, new_grid, old_grid)
     (h, w), (new_h, new_w) = old_grid, new_grid
@@ -90,6 +91,7 @@ def grow(params: Params, factor: int, grid: Grid) -> Params:
             "interpolate, which takes any grid."
         )
     _check_grid(params, grid)
+    _check_resizable(params)
     (h, w), k = grid, factor
 
     def tiled(tokens: Float[np.ndarray, "s ..."]) -> Float[np.ndarray, "t ..."]:
@@ -151,6 +153,7 @@ def interpolate(params: Params, new_grid: Grid, grid: Grid) -> Params:
       ValueError: `grid` does not fit the tokens, or `new_grid` is no grid.
     """
     _check_grid(params, grid)
+    _check_resizable(params)
     if min(new_grid) < 1:
         raise ValueError(
             f"new_grid is {new_grid}; expected (rows, columns) of at least 1."
@@ -214,16 +217,10 @@ def _check_grid(params: Params, grid: Grid) -> None:
     """Raises ValueError unless the parameters are for a grid of patches."""
     tokens = tree.tokens(params)
     if tokens is None:
-        name = tree.family_name(tree.family(tree.shapes(params)))
-        resizable = ", ".join(
-            other
-            for other, file in models.families().items()
-            if any("s" in letters.split() for letters in all_axes(file).values())
-        )
-        raise ValueError(
-            f"Weights of a {name} cannot be resized: none of its arrays has an axis of "
-            "tokens, which is what `grow` and `interpolate` change. Train it at the "
-            f"resolution that is wanted, or take one of {resizable}."
+        _refuse(
+            params,
+            "none of its arrays has an axis of tokens, which is what `grow` and "
+            "`interpolate` change",
         )
     if min(grid) < 1 or math.prod(grid) != tokens:
         possible = ", ".join(
@@ -235,3 +232,18 @@ def _check_grid(params: Params, grid: Grid) -> None:
             f"A grid of {grid[0]}x{grid[1]} patches does not fit the parameters, which "
             f"are for {tokens} tokens; try {possible}, or one of these turned."
         )
+
+
+def _check_resizable(params: Params) -> None:
+    """Raises ValueError where an architecture says that no other grid fits it."""
+    file = tree.family(tree.shapes(params))
+    if hasattr(file, "CANNOT_RESIZE"):
+        _refuse(params, file.CANNOT_RESIZE)
+
+
+def _refuse(params: Params, why: str) -> NoReturn:
+    name = tree.family_name(tree.family(tree.shapes(params)))
+    raise ValueError(
+        f"Weights of a {name} cannot be resized: {why}. Train it at the resolution "
+        "that is wanted."
+    )

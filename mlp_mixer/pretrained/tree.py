@@ -22,8 +22,13 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
 # The field of a model that is a letter's size, and the number of its blocks.
-FIELDS = {"*": "num_blocks", "c": "hidden_dim", "ds": "tokens_mlp_dim"} | {
-    "dc": "channels_mlp_dim"
+FIELDS = {
+    "*": "num_blocks",
+    "c": "hidden_dim",
+    "ds": "tokens_mlp_dim",
+    "dc": "channels_mlp_dim",
+    "g": "groups",
+    "x": "image_channels",
 }
 
 
@@ -56,8 +61,19 @@ def most_known(known_in: Callable[[ModuleType], int]) -> ModuleType | None:
 
 
 def find_family(names: Collection[str]) -> ModuleType | None:
-    """Returns the architecture that has the most arrays of these names, if any has."""
-    return most_known(lambda file: len(matches(names, file)))
+    """Returns the architecture that has the most arrays of these names, if any has.
+
+    Of several, the one that lacks the fewest: a ResMLP with circulant token mixing has
+    the names of a ResMLP, but for its biases.
+    """
+    given = set(names)
+
+    def likeness(file: ModuleType) -> tuple[int, int]:
+        lacking = layout(given, file).keys() - given
+        return len(matches(given, file)), -len(lacking)
+
+    best = max(models.FAMILIES, key=likeness)
+    return best if likeness(best)[0] else None
 
 
 def family(names: Collection[str]) -> ModuleType:
@@ -271,8 +287,8 @@ def _first_size_like(file: ModuleType, told: Mapping[str, Any]) -> str | None:
     for name, row in file.SIZES.items():
         both = (row.keys() & told.keys()) - {wide}
         if all(row[field] == told[field] for field in both):
-            factor, rest = divmod(told.get(wide, 1), row.get(wide, 1))
-            if wide not in told or (not rest and math.isqrt(factor) ** 2 == factor):
+            factor, rest = divmod(told.get(wide) or 1, row.get(wide) or 1)
+            if not told.get(wide) or (not rest and math.isqrt(factor) ** 2 == factor):
                 return name
     return None
 

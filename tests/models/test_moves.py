@@ -1,0 +1,121 @@
+"""Each move's law, in float64, and what it is in NumPy, written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from mlp_mixer.models import moves
+
+shift4, circulant = jax.jit(moves.shift4), jax.jit(moves.circulant)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def drawn(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def close(found, expected):
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+# --- The spatial shift ----------------------------------------------------------------
+
+
+def test_a_shift_moves_each_quarter_one_way_and_keeps_the_border_left_behind():
+    """Eq. 3, position by position."""
+    x = drawn(4, 5, 2, 8)
+    y, x = np.asarray(shift4(x)), np.asarray(x)
+    for i in range(4):
+        for j in range(5):
+            close(y[i, j, :, 0:2], x[max(i - 1, 0), j, :, 0:2])
+            close(y[i, j, :, 2:4], x[min(i + 1, 3), j, :, 2:4])
+            close(y[i, j, :, 4:6], x[i, max(j - 1, 0), :, 4:6])
+            close(y[i, j, :, 6:8], x[i, min(j + 1, 4), :, 6:8])
+
+
+def test_a_shifted_ramp_is_no_border_smeared_over_it():
+    """What the paper's listing makes of it: its slices overlap while it writes."""
+    ramp = np.broadcast_to(np.arange(5.0).reshape(5, 1, 1), (5, 1, 4))
+    shifted = shift4(jnp.asarray(ramp))
+    np.testing.assert_array_equal(shifted[:, 0, 0], [0, 0, 1, 2, 3])
+    listing = ramp.copy()
+    for i in range(1, 5):
+        listing[i, ..., :1] = listing[i - 1, ..., :1]
+    np.testing.assert_array_equal(listing[:, 0, 0], [0, 0, 0, 0, 0])
+
+
+def test_away_from_the_borders_a_shift_is_a_depthwise_convolution_with_one_weight():
+    x = drawn(6, 7, 3, 12)
+    kernel = np.zeros((3, 3, 1, 12))
+    for quarter, at in enumerate([(0, 1), (2, 1), (1, 0), (1, 2)]):
+        kernel[*at, 0, 3 * quarter : 3 * quarter + 3] = 1
+    convolved = lax.conv_general_dilated(
+        x.transpose(2, 0, 1, 3),
+        jnp.asarray(kernel),
+        (1, 1),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=12,
+    )
+    shifted = np.asarray(shift4(x))[1:-1, 1:-1]
+    close(shifted.transpose(2, 0, 1, 3), convolved)
+
+
+def test_a_constant_map_is_its_own_shift_and_a_border_keeps_its_values():
+    constant = jnp.broadcast_to(drawn(8), (3, 4, 1, 8))
+    close(shift4(constant), constant)
+    x = drawn(3, 4, 1, 8)
+    # Not zeros, which would conserve the sum of what stays inside.
+    y, x = np.asarray(shift4(x)), np.asarray(x)
+    assert abs((y[0] - x[0]).sum()) > 0.1
+    close(y[0, ..., :2], x[0, ..., :2])
+
+
+# --- The circulant product ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "channels", "groups"),
+    [(12, 16, 2), (7, 8, 1), (7, 6, 2), (12, 6, 6)],
+)
+def test_a_circulant_product_is_the_sum_the_matrix_and_the_fft(
+    tokens, channels, groups
+):
+    """With 8 channels to a group and more it is a product, else an FFT."""
+    x, w = drawn(tokens, 2, channels), drawn(groups, tokens, seed=1)
+    product, expected = circulant(x, w), np.zeros(x.shape)
+    x, w = np.asarray(x), np.asarray(w)
+    for i in range(tokens):
+        for j in range(tokens):
+            for c in range(channels):
+                expected[i, :, c] += w[c % groups, j] * x[(i + j) % tokens, :, c]
+    close(product, expected)
+    group = np.arange(channels) % groups
+    matrices = np.asarray(moves.circulant_matrices(jnp.asarray(w)))[group]
+    close(np.einsum("cik,knc->inc", matrices, x), expected)
+    factors = np.conj(np.fft.rfft(w[group], axis=1)).T
+    spectrum = np.fft.rfft(x, axis=0) * factors[:, None]
+    close(np.fft.irfft(spectrum, n=tokens, axis=0), expected)
+
+
+def test_a_circulant_product_commutes_with_turning_the_sequence():
+    x, w = drawn(9, 2, 8), drawn(1, 9, seed=1)
+    turned = circulant(jnp.asarray(np.roll(x, 4, axis=0)), w)
+    close(turned, np.roll(circulant(x, w), 4, axis=0))
+
+
+def test_both_forms_of_the_product_are_within_float32s_rounding():
+    x, w = drawn(196, 2, 16), drawn(2, 196, seed=1)
+    exact = np.asarray(circulant(x, w))
+    for form in (circulant, jax.jit(moves._circulant_by_fft)):
+        found = form(x.astype(jnp.float32), w.astype(jnp.float32))
+        assert found.dtype == jnp.float32
+        assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
