@@ -24,6 +24,8 @@ RECIPES = [
     ("digits", ""),
     *(("family/digits", model) for model in DIGITS),
     *((path.relative_to(CONFIGS).as_posix()[:-3], "") for path in FAMILY),
+    ("family/ninformer", "cifar100"),
+    ("family/paramixer", "asym"),
     ("finetune/digits", ""),
     ("finetune/digits", "select"),
     ("finetune/imagenet2012", ""),

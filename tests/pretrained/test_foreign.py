@@ -1,5 +1,6 @@
 """Names of others: what a table may say of an array, and whose table it is."""
 
+import pathlib
 import types
 
 import numpy as np
@@ -7,8 +8,11 @@ import pytest
 import safetensors.numpy
 
 from mlp_mixer import models, pretrained
+from mlp_mixer.models.model import IMAGENET
 from mlp_mixer.pretrained import foreign
 from mlp_mixer.pretrained.foreign import Names
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def a_file(authors, axes, **others):
@@ -135,3 +139,21 @@ def test_of_tables_that_know_as_much_the_one_counts_that_lacks_least(tmp_path):
         safetensors.numpy.save_file(whole, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match=f"missing: {lost} as ResMlpBlock_1"):
             pretrained.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("whose", ["authors", "timm"])
+def test_a_silent_file_is_taken_to_be_for_what_its_authors_normalise_by(whose, caplog):
+    weights = pretrained.read(GOLDEN / f"{whose}_resmlp.safetensors")
+    assert weights.normalisation == IMAGENET
+    assert str(weights).endswith(" names, normalisation assumed)")
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "is taken to be for mean 0.485, 0.456, 0.406 and std 0.229, 0.2" in warning
+
+
+def test_authors_have_no_names_for_what_they_have_not_published(tmp_path):
+    made = pretrained.read(GOLDEN / "timm_mixer.safetensors")
+    with pytest.raises(
+        ValueError, match=r"its authors have no names for mixer .*out\."
+    ):
+        pretrained.write_safetensors(made, tmp_path / "w.safetensors", names="authors")
+    assert not any(tmp_path.iterdir())
