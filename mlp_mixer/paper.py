@@ -4,7 +4,6 @@
 which. Table 1, the sizes of the models, is in `mlp_mixer.models`.
 """
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -116,7 +115,7 @@ def pretraining(
     rows = dict(imagenet2012=imagenet2012, imagenet21k=imagenet21k, jft300m=jft300m)
     standard, *others = rows
     given = recipe.words(argument, [*others, "short", "gpu8"])
-    name = _option_of(others, given, standard)
+    name = recipe.option_of(others, given, standard)
     if "short" in given and name != standard:
         raise ValueError(
             f"The options short and {name} exclude each other: short is for "
@@ -245,8 +244,8 @@ def finetuning(name: str, argument: str) -> ConfigDict:
     """
     others = ["448", "resize_crop", "select"]
     given = recipe.words(argument, [*MIXERS, *PRETRAINED, *others])
-    model = _option_of(MIXERS, given, "b16")
-    upstream = _option_of(PRETRAINED, given, "imagenet21k")
+    model = recipe.option_of(MIXERS, given, "b16")
+    upstream = recipe.option_of(PRETRAINED, given, "imagenet21k")
     data, config = FINETUNING[name], recipe.base()
     select = "select" in given
     train, count, test = data["select" if select else "final"]
@@ -287,14 +286,3 @@ def finetuning(name: str, argument: str) -> ConfigDict:
         ),
     )
     return config
-
-
-def _option_of(table: Iterable[str], given: Sequence[str], standard: str) -> str:
-    """Returns the option that is in `table`, `standard` if none is."""
-    found = [word for word in given if word in table] or [standard]
-    if len(found) > 1:
-        raise ValueError(
-            f"The options {','.join(found)} exclude each other: name at most one of "
-            f"{', '.join(table)} (default: {standard})."
-        )
-    return found[0]

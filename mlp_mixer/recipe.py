@@ -254,6 +254,21 @@ def words(argument: str, known: Sequence[str]) -> list[str]:
     return given
 
 
+def option_of(table: Iterable[str], given: Sequence[str], standard: str) -> str:
+    """Returns the word that is in `table`, `standard` if none is.
+
+    Raises:
+      ValueError: several are.
+    """
+    found = [word for word in given if word in table] or [standard]
+    if len(found) > 1:
+        raise ValueError(
+            f"The options {','.join(found)} exclude each other: name at most one of "
+            f"{', '.join(table)} (default: {standard})."
+        )
+    return found[0]
+
+
 def total_steps(config: ConfigDict) -> int:
     """Updates of the whole run: round(epochs · N / batch_size), at least 1."""
     if config.total_steps is not None:

@@ -14,6 +14,15 @@ from typing import Any
 
 from mlp_mixer import recipe
 
+# Of ParaMixer in all its forms.
+_PARAMIXER: dict[str, Any] = {
+    "patch_size": (2, 2),
+    "num_blocks": 4,
+    "hidden_dim": 64,
+    "tokens_mlp_dim": 32,
+    "channels_mlp_dim": 256,
+    "stochastic_depth": 0.1,
+}
 # Fields of the model, and of the optimiser where Mixer's are not good enough.
 MODELS: dict[str, dict[str, Any]] = {
     "resmlp": {
@@ -88,25 +97,16 @@ MODELS: dict[str, dict[str, Any]] = {
             "channels_mlp_dim": 64,
         },
     },
-    **{
-        word: {
-            "model": {
-                "name": name,
-                "patch_size": (2, 2),
-                "num_blocks": 4,
-                "hidden_dim": 64,
-                "tokens_mlp_dim": 32,
-                "channels_mlp_dim": 256,
-                "stochastic_depth": 0.1,
-            },
-        }
-        for word, name in (
-            ("paramixer", "paramixer_s16"),
-            ("paramixer-sym", "symmixer_s16"),
-            ("paramixer-asym", "asymmixer_s16"),
-            ("paramixer-vanilla", "vanillamixer_s16"),
-        )
+    "paramixer": {"model": {**_PARAMIXER, "name": "paramixer_s16"}},
+    # With half of the weights, and slower to learn.
+    "paramixer-sym": {
+        "model": {**_PARAMIXER, "name": "symmixer_s16", "stochastic_depth": 0.0},
+        "optim": {"learning_rate": 0.01},
     },
+    "paramixer-asym": {
+        "model": {**_PARAMIXER, "name": "asymmixer_s16", "penalty": 1e-4},
+    },
+    "paramixer-vanilla": {"model": {**_PARAMIXER, "name": "vanillamixer_s16"}},
     "ninformer": {
         "model": {
             "name": "ninformer_cifar",
@@ -118,6 +118,19 @@ MODELS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
             "stochastic_depth": 0.1,
         },
+    },
+    **{
+        word: {
+            "model": {
+                "name": "kan_mixer_c16_h32",
+                "form": form,
+                "patch_size": (2, 2),
+                "num_blocks": 2,
+                "hidden_dim": 32,
+                "stochastic_depth": 0.1,
+            },
+        }
+        for word, form in (("kan_mixer", "cheon"), ("kan_mixer-canuto", "canuto"))
     },
     "s2mlp": {
         "model": {
@@ -149,6 +162,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "channels_mlp_dim": 256,
             "stochastic_depth": 0.1,
         },
+        "optim": {"learning_rate": 0.01},
     },
     "ccs-resmlp": {
         "model": {

@@ -40,7 +40,4 @@ def get_config(argument: str = ""):
     config.evals.test = recipe.evaluation(
         "test", every_steps=1955, preprocess="vision_transformer"
     )
-    config.evals.fewshot = recipe.fewshot(
-        "train", "test", every_steps=0, preprocess="vision_transformer"
-    )
     return config

@@ -29,6 +29,18 @@ from mlp_mixer.models.model import Noise, Outputs, Run
 PRE_GELU = "pre_gelu"
 
 
+def patches(
+    image: Float[Array, "n h w x"], patch_size: tuple[int, int]
+) -> Float[Array, "s n p"]:
+    """Returns the pixels of each patch, in raster order, as all its channels are."""
+    ph, pw = patch_size
+    # One axis at a time: with explicit axis types JAX splits or merges no more.
+    image = rearrange(image, "n (gh ph) w x -> n gh ph w x", ph=ph)
+    image = rearrange(image, "n gh ph (gw pw) x -> gh gw n ph pw x", pw=pw)
+    image = rearrange(image, "gh gw n ph pw x -> (gh gw) n ph pw x")
+    return rearrange(image, "s n ph pw x -> s n (ph pw x)")
+
+
 class PatchEmbed(nn.Module):
     """The stem: one linear map shared by all patches, straight to tokens first.
 
@@ -57,12 +69,8 @@ class PatchEmbed(nn.Module):
         image, kernel, bias = nn.dtypes.promote_dtype(
             image, kernel, bias, dtype=self.run.dtype
         )
-        # One axis at a time: with explicit axis types JAX splits or merges no more.
-        patches = rearrange(image, "n (gh ph) w x -> n gh ph w x", ph=ph)
-        patches = rearrange(patches, "n gh ph (gw pw) x -> gh gw n ph pw x", pw=pw)
-        patches = rearrange(patches, "gh gw n ph pw x -> (gh gw) n ph pw x")
-        patches = rearrange(patches, "s n ph pw x -> s n (ph pw x)")
-        return add_bias(patches @ kernel.reshape(-1, self.features), bias)
+        y = patches(image, self.patch_size) @ kernel.reshape(-1, self.features)
+        return add_bias(y, bias)
 
 
 class MlpBlock(nn.Module):
@@ -189,13 +197,13 @@ def filter_channels(
     return _filter_channels_fwd(x, kernel)[0]
 
 
-def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Any, ...]]:
     wide = at_least_float32(x.dtype)
     y = _filtered(x.astype(wide), kernel.astype(wide), first=0)
     return y.astype(x.dtype), (x, kernel)
 
 
-def _filter_channels_bwd(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _filter_channels_bwd(kept: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     wide = at_least_float32(x.dtype)
     shifted = _shifted(x.astype(wide), kernel.shape, first=0)
