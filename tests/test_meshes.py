@@ -54,7 +54,11 @@ def test_any_mesh_of_eight_devices_equals_one(shape, strategy, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["resmlp_12", "gmlp_ti16", "smlpnet_t", "asymmixer_s16", "ninformer_cifar"]
+    "name",
+    [
+        *("resmlp_12", "gmlp_ti16", "smlpnet_t"),
+        *("asymmixer_s16", "ninformer_cifar", "s2mlp_deep", "ccs_mixer_b16"),
+    ],
 )
 def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     """Their hidden units and classes are cut by the same letters."""
