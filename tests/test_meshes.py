@@ -53,7 +53,9 @@ def test_any_mesh_of_eight_devices_equals_one(shape, strategy, fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resmlp_12", "gmlp_ti16", "smlpnet_t"])
+@pytest.mark.parametrize(
+    "name", ["resmlp_12", "gmlp_ti16", "smlpnet_t", "s2mlp_deep", "ccs_mixer_b16"]
+)
 def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     """Their hidden units and classes are cut by the same letters."""
     few = (1, 1, 1, 1) if name == "smlpnet_t" else 2

@@ -162,6 +162,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "channels_mlp_dim": 256,
             "stochastic_depth": 0.1,
         },
+        "optim": {"learning_rate": 0.01},
     },
     "ccs-resmlp": {
         "model": {
