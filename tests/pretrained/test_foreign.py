@@ -1,5 +1,6 @@
 """Names of others: what a table may say of an array, and whose table it is."""
 
+import dataclasses
 import pathlib
 import types
 
@@ -123,7 +124,12 @@ def test_a_name_that_begins_as_a_wrapper_does_is_found_in_and_out_of_wrappers():
 
 
 def test_of_tables_that_know_as_much_the_one_counts_that_lacks_least(tmp_path):
-    """An array is missing of the architecture that has the others."""
+    """timm's Mixer has all names of a vanilla Mixer without biases, and more."""
+    vanilla = safetensors.numpy.load_file(
+        GOLDEN / "authors_paramixer_vanilla.safetensors"
+    )
+    assert foreign.find(vanilla) == Names(models.paramixer, "authors", "vanilla")
+    # And an array is missing of the architecture that has the others.
     rng = np.random.default_rng(0)
     model = models.create(
         "resmlp", patch_size=(2, 2), num_blocks=2, hidden_dim=4, channels_mlp_dim=6
@@ -186,3 +192,16 @@ def test_a_model_that_normalises_images_itself_is_told_how(tmp_path):
     safetensors.numpy.save_file(arrays, tmp_path / "moved.safetensors")
     with pytest.raises(ValueError, match=r"moved\.safetensors: PerPatchKAN\.kan\.grid"):
         pretrained.read(tmp_path / "moved.safetensors")
+
+
+def test_a_form_that_shares_its_arrays_with_another_is_what_the_file_says(tmp_path):
+    given = {"model": {"mlp": "asym"}, "mean": 0.5, "std": 0.5}
+    weights = pretrained.read(GOLDEN / "authors_paramixer_asym.safetensors", **given)
+    for names in ("ours", "authors"):
+        path = tmp_path / f"{names}.safetensors"
+        pretrained.write_safetensors(weights, path, names=names)
+        assert pretrained.read(path).model == weights.model
+    wrong = dataclasses.replace(weights, model=weights.model | {"mlp": "sym"})
+    pretrained.write_safetensors(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="mlp: sym is stated, the arrays have para"):
+        pretrained.read(tmp_path / "wrong.safetensors")
