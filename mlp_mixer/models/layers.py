@@ -197,13 +197,13 @@ def filter_channels(
     return _filter_channels_fwd(x, kernel)[0]
 
 
-def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _filter_channels_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Any, ...]]:
     wide = at_least_float32(x.dtype)
     y = _filtered(x.astype(wide), kernel.astype(wide), first=0)
     return y.astype(x.dtype), (x, kernel)
 
 
-def _filter_channels_bwd(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _filter_channels_bwd(kept: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     wide = at_least_float32(x.dtype)
     shifted = _shifted(x.astype(wide), kernel.shape, first=0)

@@ -1,21 +1,20 @@
 """The names that others give the arrays of a model: timm, and the model's authors.
 
-A model's file says in `TIMM` and in `AUTHORS` what of it is called how there: pairs of
-modules, or of single arrays, theirs first, with {} for the number of a block. A model
-with a `FORM` may have such a table for each form, {form: pairs}.
+A model's file has tables of pairs, `TIMM` and `AUTHORS`: a module or a single array of
+theirs, and ours, with {} for the number of a block. A model with a `FORM` may have such
+a table for each form, {form: pairs}.
 
-Without a third entry, a kernel is torch's Linear (out, in) or Conv2d (out, in, height,
-width), and any other array is the same here and there. With one, that says how an array
-becomes ours:
+A kernel is torch's Linear (out, in) or Conv2d (out, in, height, width); any other array
+is the same there and here. A third entry says it otherwise:
 
-* a number is how many axes theirs has, where the first are of size one;
-* "their axes -> our axes" is a pattern of einops. A patch that they flatten, (x ph pw),
-  is square, and has three channels x or one;
-* a function makes theirs from ours: a buffer that training does not move. It is written
-  as torch wants to read it, strictly, and when it is read it has to be what it was.
+* a number: how many axes theirs has, of which the first are of size one;
+* "their axes -> our axes", a pattern of einops; a patch that is flattened there,
+  (x ph pw), is square and has three channels x, or one;
+* a function that makes theirs from ours: a buffer that training does not move. It is
+  written, for torch loads strictly, and compared when it is read.
 
 Where ours is None there is nothing like it here (torch's count of batches, which torch
-does without): theirs is not read, and not written.
+loads without): theirs is neither read nor written.
 
 timm and the authors compute the exact GELU, whatever the weights were trained with;
 Google's Mixers, which timm ships, were trained with the tanh approximation.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlp_mixer import models, pretrained
+from mlp_mixer import convert, models, pretrained
+from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.model import IMAGENET
 from mlp_mixer.pretrained import foreign
 from mlp_mixer.pretrained.foreign import Names
@@ -157,3 +158,31 @@ def test_authors_have_no_names_for_what_they_have_not_published(tmp_path):
     ):
         pretrained.write_safetensors(made, tmp_path / "w.safetensors", names="authors")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_normalises_images_itself_is_told_how(tmp_path):
+    """Of three channels, and of one: its stem is no linear map to fold it into."""
+    path, arrays = GOLDEN / "authors_kan_mixer.safetensors", {}
+    silent = pretrained.read(path)
+    weights = pretrained.read(path, mean=IMAGENET[0], std=IMAGENET[1])
+    assert (weights.model["mean"], weights.model["std"]) == IMAGENET
+    report = convert.describe(weights)["normalisation"]
+    assert report.startswith(
+        "mean 0.485, 0.456, 0.406 and std 0.229, 0.224, 0.225, com"
+    )
+    for (name, one), (_, other) in zip(
+        leaves(weights.params), leaves(silent.params), strict=True
+    ):
+        np.testing.assert_array_equal(one, other, err_msg=name)
+    for name, array in safetensors.numpy.load_file(path).items():
+        of_a_pixel = name.startswith("PerPatchKAN") and not name.endswith("grid")
+        arrays[name] = np.ascontiguousarray(array[:, :4] if of_a_pixel else array)
+    grid = "PerPatchKAN.kan.grid"
+    arrays[grid] = np.ascontiguousarray(arrays[grid][:4])
+    safetensors.numpy.save_file(arrays, tmp_path / "grey.safetensors")
+    grey = pretrained.read(tmp_path / "grey.safetensors", mean=0.13, std=0.31).model
+    assert (grey["image_channels"], grey["mean"], grey["std"]) == (1, (0.13,), (0.31,))
+    arrays[grid] = 1.01 * arrays[grid]
+    safetensors.numpy.save_file(arrays, tmp_path / "moved.safetensors")
+    with pytest.raises(ValueError, match=r"moved\.safetensors: PerPatchKAN\.kan\.grid"):
+        pretrained.read(tmp_path / "moved.safetensors")
