@@ -22,6 +22,8 @@ authors' images are normalised by are the fields `mean` and `std`.
 Form "canuto" is the architecture of KAN-Mixers (Canuto et al. 2025): LN over each
 token's channels, a linear stem, and a linear head. Of its configuration (patch, sizes,
 knots) only the paper's text knows, so none is in `SIZES`.
+
+Neither form can be resized to another resolution: see `CANNOT_RESIZE`.
 """
 
 import functools
@@ -243,6 +245,10 @@ SIZES = {name: sizes(KanMixer, row) for name, row in _ROWS.items()}
 COUNTED = dict.fromkeys(SIZES, (32, 10))
 TOP_1: dict[str, float] = {}
 CHECKED = "counts; logits of the authors' code (Canuto: the paper's text)"
+CANNOT_RESIZE = (
+    "on each edge of its KANs two parameters are multiplied, and resampling both keeps "
+    "no function"
+)
 FORM = "form"
 # Letter x: the channels of an image that are read; g: the splines of an edge.
 _MIXING = _kan_axes(
