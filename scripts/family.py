@@ -28,7 +28,6 @@ import measurement
 import numpy as np
 
 from mlp_mixer import experiment, known, metrics, models, recipe, sharding, steps
-from mlp_mixer.console import Table
 from mlp_mixer.data import pipeline
 from mlp_mixer.planning import counts
 from mlp_mixer.pretrained import tree
@@ -194,7 +193,7 @@ def parameters(size: str) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def papers(results: dict[str, Any]) -> Table:
+def papers(results: dict[str, Any]) -> str:
     """Returns the table of architectures."""
     rows = []
     for name, file in models.families().items():
@@ -220,15 +219,20 @@ def papers(results: dict[str, Any]) -> Table:
         )
     columns = ["paper", "file", "sizes", "million parameters", "published top-1, %"]
     columns += ["checked against", "digits, %", "CPU seconds"]
-    return Table("", columns, rows)
+    return _markdown(columns, rows)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _range(values: Sequence[float], form: str) -> str:
-    ends = dict.fromkeys(format(x, form) for x in (min(values), max(values)) if values)
-    return " to ".join(ends)
+    ends = (min(values), max(values)) if values else ()
+    return " to ".join(dict.fromkeys(format(x, form) for x in ends))
 
 
-def all_sizes() -> Table:
+def all_sizes() -> str:
     """Returns the table of the sizes of all architectures."""
     rows = []
     for file in models.FAMILIES:
@@ -244,10 +248,10 @@ def all_sizes() -> Table:
                 ]
             )
     columns = ["size", "parameters", "at pixels, classes", "published top-1, %"]
-    return Table("", columns, rows)
+    return _markdown(columns, rows)
 
 
-def speeds(results: dict[str, Any]) -> Table:
+def speeds(results: dict[str, Any]) -> str:
     """Returns the table of times beside a Mixer."""
     rows = []
     for word, found in results.get("speed", {}).items():
@@ -261,13 +265,13 @@ def speeds(results: dict[str, Any]) -> Table:
     columns = ["model", "batch"]
     for kind in ("forward", "training"):
         columns += [f"{kind}, GFLOP an image", "s", "per FLOP, beside Mixer"]
-    return Table("", columns, rows)
+    return _markdown(columns, rows)
 
 
 _MARKS = r"(<!-- family: {} -->\n).*?(<!-- end of family -->)"
 
 
-def rewritten(page: str, tables: dict[str, Table]) -> str:
+def rewritten(page: str, tables: dict[str, str]) -> str:
     """Returns a page with the tables between their marks."""
     for name, table in tables.items():
         parts = re.split(_MARKS.format(name), page, flags=re.S)
@@ -278,11 +282,11 @@ def rewritten(page: str, tables: dict[str, Table]) -> str:
                 f"<!-- family: {name} --> … <!-- end of family -->."
             )
         before, begin, end, after = parts
-        page = f"{before}{begin}{table.markdown()}{end}{after}"
+        page = f"{before}{begin}{table}{end}{after}"
     return page
 
 
-def tables(results: dict[str, Any]) -> dict[str, Table]:
+def tables(results: dict[str, Any]) -> dict[str, str]:
     """Returns the page's tables by name."""
     return {"papers": papers(results), "sizes": all_sizes(), "speed": speeds(results)}
 

@@ -19,6 +19,12 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
+@pytest.fixture
+def uniform_shares(monkeypatch):
+    """λ from a uniform distribution, where any does: Beta compiles for seconds."""
+    monkeypatch.setattr(jax.random, "beta", lambda rng, *_: jax.random.uniform(rng))
+
+
 def examples(n=16, h=4, w=6):
     """Labels are the unit matrix: the mixed ones then say who was mixed with whom."""
     image = jax.random.uniform(jax.random.key(3), (n, h, w, 3), minval=-1)
@@ -70,6 +76,7 @@ def test_the_share_of_mixup_is_a_folded_beta(p):
 # --- CutMix ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("uniform_shares")
 @pytest.mark.parametrize("p", [0.0, 0.8], ids=["CutMix alone", "one of the two"])
 def test_the_share_of_a_label_is_that_of_the_pixels(p):
     """Image 0 is white and all others are black: its mean is what is left of it."""
@@ -205,6 +212,7 @@ def test_erased_pixels_are_noise_of_imagenets_levels_and_all_others_stay():
 # --- Devices --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("uniform_shares")
 def test_augmentation_does_not_depend_on_the_number_of_devices():
     """The roll crosses the devices' borders."""
 

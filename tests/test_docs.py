@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tomllib
 
+import family
 import pytest
 import suite_report
 from absl import flags
@@ -438,12 +439,18 @@ def test_readme_is_one_page():
     assert len(TEXTS["README.md"].splitlines()) <= 140
 
 
-def test_readme_links_the_file_of_every_model():
+def test_readme_links_every_model_and_docs_name_every_size():
     section = TEXTS["README.md"].partition("## Models")[2].partition("\n## ")[0]
-    rows = [row for row in section.splitlines() if row.startswith("|")]
     for file in models.FAMILIES:
-        path = pathlib.Path(file.__file__).relative_to(ROOT)
-        assert len([row for row in rows if f"]({path})" in row]) == 1
+        assert f"]({pathlib.Path(file.__file__).relative_to(ROOT)})" in section
+    for name in models.names():
+        assert f"| `{name}` |" in TEXTS["docs/family.md"]
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_family_are_those_of_its_files():
+    tables = family.tables(family.read_results())
+    assert family.rewritten(TEXTS["docs/family.md"], tables) == TEXTS["docs/family.md"]
 
 
 # --- The checkers see what they should ------------------------------------------------

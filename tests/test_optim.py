@@ -387,11 +387,19 @@ def test_a_pattern_that_fits_no_parameter_is_explained():
         jax.eval_shape(tx.init, parameters())
 
 
-@pytest.mark.parametrize("file", models.FAMILIES, ids=lambda file: file.__name__)
-def test_layers_are_counted_from_the_stem_to_the_head(file):
+FORMS = {
+    f"{name} {form}": (file, axes)
+    for name, file in models.families().items()
+    for form, axes in (file.AXES if hasattr(file, "FORM") else {"": file.AXES}).items()
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_are_counted_from_the_stem_to_the_head(form):
     """As BEiT does: 0, then the blocks, then the head with the norm before it."""
+    file, own = FORMS[form]
     axes = file.MODEL.declared_axes()
-    paths = [path.replace("*", str(i)) for path in axes for i in (0, 10, 9, 3)]
+    paths = [path.replace("*", str(i)) for path in own for i in (0, 10, 9, 3)]
     layers = optim.layers_of(paths, axes)
     blocks = {
         path for path in paths if re.search(r"_\d+/", path.partition("/")[0] + "/")

@@ -263,7 +263,9 @@ class _Threads(_Crew):
     def open(self, of: Rows) -> _Stream:
         arguments = self._tasks, self._done, self._stop
         for _ in range(self.hands):
-            threading.Thread(target=_work, args=arguments, daemon=True).start()
+            thread = threading.Thread(target=_work, args=arguments, daemon=True)
+            _threads[thread] = self._tasks, self._stop
+            thread.start()
         return _Stream(of, 0)
 
     def close(self, stream: _Stream) -> None:
@@ -297,6 +299,27 @@ def _work(
         else:
             done.put((made, None))
         del task, made  # whose memory may be free soon
+
+
+# Threads of all streams → what ends them.
+_threads: weakref.WeakKeyDictionary[
+    threading.Thread, tuple[queue.SimpleQueue, threading.Event]
+] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Waits for the images that are being decoded when this process ends.
+
+    A thread that is in C++ while the interpreter ends would abort the process, whose
+    exit status would be that of a crash.
+    """
+    running = [*_threads.items()]
+    for _, (tasks, stop) in running:
+        stop.set()
+        tasks.put(None)
+    for thread, _ in running:
+        thread.join(_GRACE)
 
 
 # --- Worker processes -----------------------------------------------------------------

@@ -88,8 +88,8 @@ def train_batches(
       randaugment_std: standard deviation of timm's magnitudes.
       repeats: number of times in a row that an image is shown (repeated augmentation),
         augmented anew each time. An epoch keeps its length: it shows so many times
-        fewer images. The rows of a batch are in such an order that no two neighbours
-        show the same image.
+        fewer images. Rows of the same image are far apart in a batch, since mixup
+        mixes neighbours.
       workers: number of processes that decode and augment; 0 does so in threads. The
         batches of all streams with as many workers come from the same processes.
       max_broken_images: number of distinct images in this process that may be broken,

@@ -1,4 +1,4 @@
-"""CCS, circulant channel-specific token mixing (Yu et al. 2021, arXiv 2106.14882).
+"""CCS (Yu et al. 2021, arXiv 2106.14882): circulant channel-specific token mixing.
 
 Mixer or ResMLP with another map across tokens, and no other change: one circulant
 matrix for each of G groups of channels, without bias and without hidden units. With S

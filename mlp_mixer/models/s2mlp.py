@@ -1,4 +1,4 @@
-"""S2-MLP (Yu et al. 2021, arXiv 2106.07477, section 3).
+"""S2-MLP (Yu et al. 2021, arXiv 2106.07477): hidden units that see the token beside.
 
 An image becomes a map X of h by w tokens (patches) with C channels, which is
 normalised. A layer is an MLP across channels whose hidden units are shifted (see

@@ -123,3 +123,12 @@ def test_tiny_images_give_legal_crops_of_timm(shape):
         y, x, h, w = image_ops.timm_crop_box(rng, *shape)
         assert 0 <= y < y + h <= shape[0]
         assert 0 <= x < x + w <= shape[1]
+
+
+def test_timms_crops_reach_every_edge():
+    rng = np.random.default_rng(0)
+    boxes = [image_ops.timm_crop_box(rng, 9, 11) for _ in range(300)]
+    for start, n, side in ((0, 2, 9), (1, 3, 11)):
+        parts = [box for box in boxes if box[n] < side]
+        assert min(box[start] for box in parts) == 0
+        assert max(box[start] + box[n] for box in parts) == side

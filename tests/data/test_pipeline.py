@@ -435,6 +435,24 @@ def test_every_example_is_counted_once(n, batch_size, count):
     assert seen == list(range(n))
 
 
+@pytest.mark.parametrize("crop", pipeline.CROPS)
+def test_timms_crop_is_of_pillows_pixels_and_the_others_of_tensorflows(
+    crop, monkeypatch
+):
+    asked, decode = set(), decoding.decode
+    # Threads of another test's stream may still decode their own images.
+    own = [png(image ^ np.uint8(len(crop))) for image in noise(3, 8, 8, 3).images]
+
+    def recorded(data, dct, *, exif):
+        if data in own:
+            asked.add(dct)
+        return decode(data, dct, exif=exif)
+
+    monkeypatch.setattr(decoding, "decode", recorded)
+    train(Listed(own), 1, crop=crop)
+    assert asked == {"accurate" if crop == "timm" else "fast"}
+
+
 @pytest.mark.parametrize("protocol", image_ops.PROTOCOLS)
 def test_evaluation_follows_its_protocol(protocol):
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), "uint8")
@@ -553,6 +571,7 @@ def test_each_time_is_augmented_anew():
 
 PARENT = """
 import multiprocessing, signal, sys, threading, time
+from mlp_mixer import recipe
 from mlp_mixer.data import pipeline, sources
 
 
@@ -567,11 +586,9 @@ def main(folder, when, how):
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: stop.set())
     source = sources.open_source(f"folder:{folder}", "all")
+    fields = dict(recipe.base().input)
     batches = pipeline.train_batches(
-        source, image_size=(8, 8), batch_size=8, seed=0, workers=2, crop="inception",
-        interpolation="bicubic", flip=True, shift=0, randaugment="big_vision",
-        randaugment_layers=0, randaugment_magnitude=0, randaugment_std=0, repeats=1,
-        max_broken_images=0,
+        source, image_size=(8, 8), batch_size=8, seed=0, **fields | {"workers": 2}
     )
     if when == "starting":
         threading.Thread(target=tell, args=[1]).start()
@@ -586,6 +603,10 @@ def main(folder, when, how):
         next(batches)
     for _ in range(30):  # more than lie in buffers
         next(batches)
+    # Its threads are at work when the process ends.
+    next(pipeline.train_batches(
+        source, image_size=(448, 448), batch_size=64, seed=0, **fields
+    ))
     print("stopped")
 
 
@@ -671,6 +692,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     ],
 )
 def test_what_stops_all_processes_leaves_the_parent_its_batches(when, how, tmp_path):
+    """And it ends with 0, although threads of its own still decode."""
     said, code = end_a_parent(tmp_path, when, how)
     assert (said, code) == ("stopped\n", 0)
 
