@@ -16,7 +16,7 @@ from scipy.interpolate import BSpline
 from mlp_mixer import models, pretrained, sharding
 from mlp_mixer.models import Run, kan_mixer, splines
 from mlp_mixer.models.kan_mixer import Kan
-from mlp_mixer.pretrained import resize
+from mlp_mixer.pretrained import resize, tree
 
 KNOTS = -1 + 0.4 * (np.arange(12) - 3)
 SMALL: dict[str, Any] = {
@@ -193,6 +193,15 @@ def test_the_model_is_its_equations(form):
         double = models.create(**SMALL, form=form, run=Run("float64"))
         found, _ = jax.jit(double.apply)({"params": params}, jnp.asarray(image))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * scale)
+
+
+@forms
+def test_the_axes_of_a_form_are_those_of_its_parameters(form):
+    found = tree.shapes(random_params(form))
+    axes = tree.layout(found, kan_mixer)
+    expected = {name: len(letters) for name, letters in axes.items()}
+    assert {name: len(shape) for name, shape in found.items()} == expected
+    assert tree.geometry(found, kan_mixer)["form"] == form
 
 
 def test_of_grey_images_the_first_channel_is_read():
