@@ -30,6 +30,8 @@ RECIPES = [
     ("family/imlp", "prior"),
     ("family/imlp", "digits"),
     ("family/imlp", "digits,prior"),
+    ("family/kan_mixer", "mnist,c64"),
+    ("family/kan_mixer", "cifar100,canuto"),
     ("finetune/digits", ""),
     ("finetune/digits", "select"),
     ("finetune/imagenet2012", ""),

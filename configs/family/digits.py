@@ -117,18 +117,26 @@ MODELS: dict[str, dict[str, Any]] = {
             "dropout": 0.0,
         },
     },
-    **{
-        word: {
-            "model": {
-                "name": "kan_mixer_c16_h32",
-                "form": form,
-                "patch_size": (2, 2),
-                "num_blocks": 2,
-                "hidden_dim": 32,
-                "stochastic_depth": 0.1,
-            },
-        }
-        for word, form in (("kan_mixer", "cheon"), ("kan_mixer-canuto", "canuto"))
+    "kan_mixer": {
+        "model": {
+            "name": "kan_mixer_c16_h32",
+            "form": "cheon",
+            "patch_size": (2, 2),
+            "num_blocks": 2,
+            "hidden_dim": 32,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "kan_mixer-canuto": {
+        "model": {
+            "name": "kan_mixer_c16_h32",
+            "form": "canuto",
+            "patch_size": (2, 2),
+            "num_blocks": 2,
+            "hidden_dim": 32,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
     },
     "s2mlp": {
         "model": {

@@ -22,6 +22,8 @@ authors' images are normalised by are the fields `mean` and `std`.
 Form "canuto" is the architecture of KAN-Mixers (Canuto et al. 2025): LN over each
 token's channels, a linear stem, and a linear head. Of its configuration (patch, sizes,
 knots) only the paper's text knows, so none is in `SIZES`.
+
+Neither form can be resized to another resolution: see `CANNOT_RESIZE`.
 """
 
 import functools
@@ -93,14 +95,17 @@ class Kan(nn.Module):
         # Rematerialisation keeps this, and not nine times as much.
         x = checkpoint_name(x, layers.PRE_GELU)
         exact = x.astype(at_least_float32(x.dtype))
-        y = jnp.concatenate([jax.nn.silu(exact)[None], splines.bases(exact)])
-        y = y.astype(dtype)
-        if self.axis == -1:
-            return jnp.einsum("g...i,gio->...o", y, weights)
-        if self.run.flat:
-            y, weights = y.reshape(-1, *x.shape[1:]), weights.reshape(-1, self.features)
-            return linear(y, weights, None, 0, self.run)
-        return jnp.einsum("gio,gi...->o...", weights, y)
+        # Silu and the splines of an input lie so that no product transposes them.
+        tokens, at = self.axis == 0, 0 if self.axis == 0 else -2
+        silu = jnp.expand_dims(jax.nn.silu(exact), at)
+        y = jnp.concatenate([silu, splines.bases(exact, at)], at).astype(dtype)
+        if not self.run.flat:
+            if tokens:
+                return jnp.einsum("gio,gi...->o...", weights, y)
+            return jnp.einsum("...gi,gio->...o", y, weights)
+        shape = (-1, *x.shape[1:]) if tokens else (*x.shape[:-1], -1)
+        weights = weights.reshape(-1, self.features)
+        return linear(y.reshape(shape), weights, None, self.axis, self.run)
 
 
 class KanMixerBlock(nn.Module):
@@ -240,6 +245,10 @@ SIZES = {name: sizes(KanMixer, row) for name, row in _ROWS.items()}
 COUNTED = dict.fromkeys(SIZES, (32, 10))
 TOP_1: dict[str, float] = {}
 CHECKED = "counts; logits of the authors' code (Canuto: the paper's text)"
+CANNOT_RESIZE = (
+    "on each edge of its KANs two parameters are multiplied, and resampling both keeps "
+    "no function"
+)
 FORM = "form"
 # Letter x: the channels of an image that are read; g: the splines of an edge.
 _MIXING = _kan_axes(

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from scipy.interpolate import BSpline
 
-from mlp_mixer import models, sharding
+from mlp_mixer import models, pretrained, sharding
 from mlp_mixer.models import Run, kan_mixer, splines
 from mlp_mixer.models.kan_mixer import Kan
+from mlp_mixer.pretrained import resize, tree
 
 KNOTS = -1 + 0.4 * (np.arange(12) - 3)
 SMALL: dict[str, Any] = {
@@ -194,6 +195,15 @@ def test_the_model_is_its_equations(form):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * scale)
 
 
+@forms
+def test_the_axes_of_a_form_are_those_of_its_parameters(form):
+    found = tree.shapes(random_params(form))
+    axes = tree.layout(found, kan_mixer)
+    expected = {name: len(letters) for name, letters in axes.items()}
+    assert {name: len(shape) for name, shape in found.items()} == expected
+    assert tree.geometry(found, kan_mixer)["form"] == form
+
+
 def test_of_grey_images_the_first_channel_is_read():
     fields = SMALL | {"image_channels": 1, "mean": (0.4,), "std": (0.2,)}
     model, image = models.create(**fields), images().astype(np.float32)
@@ -234,6 +244,32 @@ def test_counts_for_other_classes_and_for_grey_images_are_the_authors(
         )
         init = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
         assert sum(x.size for x in jax.tree.leaves(init)) == count
+
+
+def test_a_new_head_of_zeros_learns_in_all_its_parts():
+    params = random_params("cheon")
+    target = params | {"head": random_params("cheon", num_classes=4)["head"]}
+    head = pretrained.merge(params, target)["head"]
+    features = jax.random.normal(jax.random.key(4), (5, 6))
+    towards = jax.random.normal(jax.random.key(5), (5, 4))
+
+    def logits(head) -> Any:
+        return Kan(4).apply({"params": head}, features)
+
+    gradient = jax.jit(jax.grad(lambda head: (towards * logits(head)).sum()))
+    first = gradient(head)
+    assert not logits(head).any()
+    assert first["kernel"].all()
+    assert np.count_nonzero(first["spline"]) > 50
+    then = gradient(jax.tree.map(jnp.add, head, first))
+    assert then["scale"].all()
+
+
+def test_it_cannot_be_resized():
+    with pytest.raises(ValueError, match="kan_mixer cannot be resized: on each edge"):
+        resize.resized(
+            random_params("cheon"), old_grid=(2, 4), new_grid=(4, 8), how="interpolate"
+        )
 
 
 def kept_for_the_backward_pass(remat, blocks):
