@@ -54,13 +54,19 @@ def test_any_mesh_of_eight_devices_equals_one(shape, strategy, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["resmlp_12", "gmlp_ti16", "smlpnet_t", "s2mlp_deep", "ccs_mixer_b16"]
+    "name",
+    [
+        *("resmlp_12", "gmlp_ti16", "smlpnet_t"),
+        *("asymmixer_s16", "ninformer_cifar", "s2mlp_deep", "ccs_mixer_b16"),
+    ],
 )
 def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     """Their hidden units and classes are cut by the same letters."""
     few = (1, 1, 1, 1) if name == "smlpnet_t" else 2
     fields = {"num_blocks": few, "patch_size": (8, 8)}
     fields["hidden_dim"] = 16 if name == "smlpnet_t" else 64
+    # Summed where the parameters are cut.
+    penalty = {"penalty": 0.1} if name == "asymmixer_s16" else {}
     tx, _ = optimisers.create(total_steps=9, learning_rate=1e-3, warmup_steps=0)
     rng = np.random.default_rng(0)
     batch = {
@@ -71,7 +77,7 @@ def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     for shape in ((1,), (2, 2, 2)):
         mesh = sharding.make_mesh(*shape)
         run = models.Run(mesh=mesh)
-        model = models.create(name, num_classes=8, run=run, **fields)
+        model = models.create(name, num_classes=8, run=run, **fields, **penalty)
         example = pipeline.example(SIZE)
         target = steps.state_shapes(model, tx, mesh, example, strategy="fsdp")
         state = steps.init_state(model, tx, target, example, seed=0)

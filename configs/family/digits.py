@@ -21,7 +21,6 @@ _PARAMIXER: dict[str, Any] = {
     "hidden_dim": 64,
     "tokens_mlp_dim": 32,
     "channels_mlp_dim": 256,
-    "stochastic_depth": 0.1,
 }
 # Fields of the model, and of the optimiser where Mixer's are not good enough.
 MODELS: dict[str, dict[str, Any]] = {
@@ -100,7 +99,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "paramixer": {"model": {**_PARAMIXER, "name": "paramixer_s16"}},
     # With half of the weights, and slower to learn.
     "paramixer-sym": {
-        "model": {**_PARAMIXER, "name": "symmixer_s16", "stochastic_depth": 0.0},
+        "model": {**_PARAMIXER, "name": "symmixer_s16"},
         "optim": {"learning_rate": 0.01},
     },
     "paramixer-asym": {
@@ -116,7 +115,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "tokens_mlp_dim": 128,
             "channels_mlp_dim": 128,
             "dropout": 0.0,
-            "stochastic_depth": 0.1,
         },
     },
     **{

@@ -26,10 +26,12 @@ Details and initial values are those of the authors' code (models/ and util/util
 Toshihiro-Ota/paramixer), whose models come without weights. There and here the flow's
 energy is exact for a scalar γ alone; training has one for each entry.
 
-para and asym have the same arrays: of a file that holds arrays alone, `mlp="asym"` has
-to be said. At another resolution (`pretrained.resize`) the mean and the variance are of
-more tokens, so a grown model is not the old one on every part of the image; and a tied
-W cannot keep both its products when it is interpolated: its output shrinks with the
+para and asym have the same arrays, whatever `n_iter`: where a file holds arrays alone,
+`mlp="asym"` and `n_iter` have to be said.
+
+At another resolution (`pretrained.resize`) the mean and the variance are of more
+tokens, so a grown model is not the old one on every part of the image; and a tied W
+cannot keep both its products when it is interpolated: its output shrinks with the
 number of tokens. Both are starts for fine-tuning.
 """
 

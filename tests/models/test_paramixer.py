@@ -151,11 +151,15 @@ def test_sym_has_half_of_paras_mlp_weights():
 # --- The energy -----------------------------------------------------------------------
 
 
-def energies(p, x, steps=400, rate=0.02):
-    """sym's energy of each image before each Euler step along Tok(g) + Chan(g) − x.
+def flow_down(p, x, steps=400, rate=0.02):
+    """Euler steps along the flow v = Tok(g) + Chan(g) − x of sym.
 
-    g is the LayerNorm of x, whose scale is one number: then it is the gradient of
+    g is the LayerNorm of x, whose scale γ is one number: then it is the gradient of
     S·C·γ √(Var x + ε) + Σ β ⊙ x, and sym's MLPs are those of the Lagrangian of GELU.
+
+    Returns:
+      The energy E of each image before each step; and ∇E + J v, where J = ∂g/∂x is the
+      second derivative of a convex function. If it is 0, dE/dt = −vᵀ J v.
     """
     one, scale = block("sym"), p["LayerNorm_0"]["scale"][0, 0]
     w_tokens, w_channels = (
@@ -171,24 +175,30 @@ def energies(p, x, steps=400, rate=0.02):
         bias = (p["LayerNorm_0"]["bias"] * table).sum()
         return S * C * scale * jnp.sqrt(table.var() + 1e-6) + bias
 
-    @jax.vmap
     def energy(table):
         value, g = jax.value_and_grad(of_norm)(table)
         hidden = of_gelu(w_tokens.T @ g).sum() + of_gelu(g @ w_channels).sum()
         return (table * g).sum() - value - hidden
 
+    def of_image(table, flow):
+        value, slope = jax.value_and_grad(energy)(table)
+        _, turn = jax.jvp(jax.grad(of_norm), (table,), (flow,))
+        return value, slope + turn
+
     def step(x, _):
         flow = one.apply({"params": p}, x, Noise()) - 2 * x
-        return x + rate * flow, energy(x.swapaxes(0, 1))
+        return x + rate * flow, jax.vmap(of_image, 1)(x, flow)
 
     with jax.enable_x64(True):
-        return np.asarray(jax.jit(lambda x: jax.lax.scan(step, x, None, steps)[1])(x))
+        run = jax.jit(lambda x: jax.lax.scan(step, x, None, steps)[1])
+        return jax.tree.map(np.asarray, run(x))
 
 
 def test_the_energy_of_sym_never_rises_along_its_flow():
     p, x = weights("sym"), 3 * state()
     p["LayerNorm_0"]["scale"] = np.full((S, C), 1.4)
-    found = energies(p, x)
+    found, rest = flow_down(p, x)
+    assert np.abs(rest).max() < 1e-9
     rises = np.diff(found, axis=0)
     assert rises.max() < 1e-12 * np.abs(found).max()
     assert (found[0] - found[-1]).min() > 1
@@ -274,3 +284,32 @@ def test_a_form_that_there_is_not_is_refused():
     model = ParaMixer(**SMALL, mlp="symm")
     with pytest.raises(ValueError, match="mlp 'symm' is unknown; try sym"):
         jax.eval_shape(model.init, jax.random.key(0), images(1))
+
+
+# --- How it is computed ---------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mlp", ["asym", "vanilla"])
+def test_no_way_to_compute_it_moves_a_gradient(mlp):
+    """With blocks that are applied twice, noise and the penalty."""
+    fields = SMALL | {"mlp": mlp, "n_iter": 2, "stochastic_depth": 0.5}
+    fields["penalty"] = 0.3 if mlp == "asym" else 0.0
+    params = small_params(ParaMixer(**fields))
+    rngs, image = {"dropout": jax.random.key(6)}, images(8)
+
+    def gradients(run):
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
+            model = ParaMixer(**fields, run=run)
+            logits, out = model.apply({"params": params}, image, train=True, rngs=rngs)
+            return jnp.square(logits).sum() + out.get("penalty", 0.0)
+
+        return loss(params)
+
+    expected = gradients(Run())
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    for run in (Run(scan=True, remat="pre_gelu"), Run(remat="full", mesh=mesh)):
+        for a, b in zip(*map(jax.tree.leaves, (gradients(run), expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())

@@ -123,7 +123,12 @@ def test_a_name_that_begins_as_a_wrapper_does_is_found_in_and_out_of_wrappers():
 
 
 def test_of_tables_that_know_as_much_the_one_counts_that_lacks_least(tmp_path):
-    """An array is missing of the architecture that has the others."""
+    """timm's Mixer has all names of a vanilla Mixer without biases, and more."""
+    vanilla = safetensors.numpy.load_file(
+        GOLDEN / "authors_paramixer_vanilla.safetensors"
+    )
+    assert foreign.find(vanilla) == Names(models.paramixer, "authors", "vanilla")
+    # And an array is missing of the architecture that has the others.
     rng = np.random.default_rng(0)
     model = models.create(
         "resmlp", patch_size=(2, 2), num_blocks=2, hidden_dim=4, channels_mlp_dim=6

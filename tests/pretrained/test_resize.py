@@ -175,6 +175,19 @@ def test_an_image_tiled_from_copies_gives_the_small_images_logits(geometry, fact
     assert_close(logits, forward(small(geometry), old, image)[0])
 
 
+@pytest.mark.parametrize("name", ["symmixer_s16", "ninformer_cifar"])
+def test_relatives_of_mixer_read_a_tiled_image_as_the_small_one(name):
+    """Also where a norm is over all tokens: those of copies have one mean."""
+    small = SMALL | {"patch_size": (4, 2)}
+    old_model = models.create(name, **small)
+    old = random_params(old_model, (12, 10))
+    wide = small | {"tokens_mlp_dim": 4 * SMALL["tokens_mlp_dim"]}
+    new_model, new = models.create(name, **wide), resize.grow(old, 2, (3, 5))
+    image = images((12, 10))
+    logits, _ = forward(new_model, new, np.tile(image, (1, 2, 2, 1)))
+    assert_close(logits, forward(old_model, old, image)[0])
+
+
 @twice_and_thrice
 @every_geometry
 def test_exchanging_the_parts_of_an_image_leaves_the_logits(geometry, factor):
