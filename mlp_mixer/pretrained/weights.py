@@ -24,6 +24,7 @@ from flax.traverse_util import unflatten_dict
 import mlp_mixer
 from mlp_mixer import files, known, models
 from mlp_mixer.fingerprints import Params, leaves
+from mlp_mixer.models.model import axes_by_form
 from mlp_mixer.pretrained import (
     foreign,
     hub,
@@ -447,7 +448,7 @@ def _model_arrays(
         wrong = [
             f"{field}: {stated[field]} is stated, the arrays have {value}"
             for field, value in tree.geometry(shapes, file).items()
-            if stated[field] != value
+            if stated[field] != value and not _same_arrays(file, stated[field], value)
         ]
     if wrong:
         name = tree.family_name(file)
@@ -455,6 +456,12 @@ def _model_arrays(
             f"{source} does not hold the parameters of one {name}:\n{listed(wrong)}"
         )
     return _ModelArrays(flat, stats, file, names)
+
+
+def _same_arrays(file: ModuleType, form: Any, other: Any) -> bool:
+    """Whether two forms of an architecture have the same arrays."""
+    forms = axes_by_form(file)
+    return form in forms and other in forms and forms[form] == forms[other]
 
 
 def _check_agreed(

@@ -1,5 +1,6 @@
 """Names of others: what a table may say of an array, and whose table it is."""
 
+import dataclasses
 import pathlib
 import types
 
@@ -191,3 +192,16 @@ def test_a_model_that_normalises_images_itself_is_told_how(tmp_path):
     safetensors.numpy.save_file(arrays, tmp_path / "moved.safetensors")
     with pytest.raises(ValueError, match=r"moved\.safetensors: PerPatchKAN\.kan\.grid"):
         pretrained.read(tmp_path / "moved.safetensors")
+
+
+def test_a_form_that_shares_its_arrays_with_another_is_what_the_file_says(tmp_path):
+    given = {"model": {"mlp": "asym"}, "mean": 0.5, "std": 0.5}
+    weights = pretrained.read(GOLDEN / "authors_paramixer_asym.safetensors", **given)
+    for names in ("ours", "authors"):
+        path = tmp_path / f"{names}.safetensors"
+        pretrained.write_safetensors(weights, path, names=names)
+        assert pretrained.read(path).model == weights.model
+    wrong = dataclasses.replace(weights, model=weights.model | {"mlp": "sym"})
+    pretrained.write_safetensors(wrong, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="mlp: sym is stated, the arrays have para"):
+        pretrained.read(tmp_path / "wrong.safetensors")
