@@ -11,7 +11,7 @@ group's channels lie together, its listing that they lie G apart, as here; the t
 differ by the order of channels. See `mixer`, `resmlp` and `moves.circulant`.
 
 The paper is all that there is. It gives neither the rate of stochastic depth nor the
-form of GELU: here it is that of the recipe that it trains with, DeiT's.
+form of GELU (the exact one here, as in the code of DeiT, whose recipe it trains with).
 """
 
 import functools
@@ -191,7 +191,7 @@ AXES = {
 }
 # Why `grow` and `interpolate` have nothing to offer.
 CANNOT_RESIZE = (
-    "its token mixing is one row of weights, by distance in raster order. Such a "
-    "distance is another one on another grid: a shift by one row is a shift by as many "
-    "tokens as a row has. And the block-diagonal matrix of `grow` is not circulant"
+    "its token mixing has a weight for each distance along the sequence of tokens. On "
+    "another grid, whose rows have another length, the same distance leads to another "
+    "place; and the block-diagonal matrices of `grow` are not circulant"
 )

@@ -1,4 +1,4 @@
-"""Moves of tokens that two or more papers share: pure functions on arrays.
+"""Moves of tokens in the plane and along their sequence: pure functions on arrays.
 
 Here a map is (h, w, …, c), the state of `layers` with its tokens s = (h w) as rows and
 columns of the image; a sequence is (s, n, c), tokens in raster order. Each function is
@@ -13,13 +13,13 @@ from jaxtyping import Array, Float
 
 # Channels of a group from which on `circulant` is a product of matrices. Measured on a
 # CPU with 196 tokens: with 96 and more it takes as long as the FFT, with one channel 60
-# times as long. Accelerators are made for products, and over several devices XLA cuts
-# no FFT.
+# times as long. Accelerators are made for products; and XLA cuts no FFT over devices,
+# so that each of them computes the whole batch's.
 CHANNELS_OF_PRODUCT = 8
 
 
 def shift4(x: Float[Array, "h w *n c"]) -> Float[Array, "h w *n c"]:
-    """Returns a map with the quarters of its channels moved up, down, left and right.
+    """Returns a map with the quarters of its channels moved down, up, right and left.
 
     S2-MLP's spatial shift (arXiv 2106.07477, Eq. 3): the first quarter moves one row
     down, the second one row up, the third one column to the right, the fourth one to

@@ -2,8 +2,9 @@
 
 An image becomes a map X of h by w tokens (patches) with C channels, which is
 normalised. A layer is an MLP across channels whose hidden units are shifted (see
-`moves.shift4`): a quarter of them sees the token above, one the token below, one each
-side. Then it is an MLP in every token. Norms come after the branches:
+`moves.shift4`): a quarter of them sees the token above, and a quarter each those below,
+on the left and on the right. Then it is an MLP in every token. Norms come after the
+branches:
 
     U = X + Norm(W2 shift4(gelu(W1 X)))                              W1, W2 (C, C)
     Y = U + Norm(W4 gelu(W3 U))                        W3 (D_C, C), W4 (C, D_C)
