@@ -292,7 +292,7 @@ def test_timms_crop_and_operations_get_what_a_recipe_says(monkeypatch):
 
     monkeypatch.setitem(pipeline.CROPS, "timm", crop)
     monkeypatch.setitem(pipeline.RANDAUGMENTS, "timm", operate)
-    fields = {"randaugment_layers": 3, "randaugment_magnitude": 7}
+    fields: dict[str, Any] = {"randaugment_layers": 3, "randaugment_magnitude": 7}
     fields |= {"randaugment_std": 0.25, "interpolation": "random"}
     train(noise(8, 8, 8, 3), 1, crop="timm", randaugment="timm", **fields)
     assert crops[0] == {"size": (8, 8), "interpolation": "random"}
