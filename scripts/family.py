@@ -74,14 +74,15 @@ def digits(word: str) -> dict[str, Any]:
     return {"top1": top1, "cpu_s": round(seconds, 1)}
 
 
-BLOCKS, ROUNDS = 4, 5
+BLOCKS, MOST_BLOCKS, ROUNDS = 4, 16, 5
 
 
 def speed(word: str) -> dict[str, Any]:
     """Times a model's forward pass and training step beside a Mixer's, in turn.
 
     Both have few blocks, what a block costs being the question, and a similar number of
-    operations; the Mixer's widths follow from the model's as in Table 1.
+    operations; the Mixer's widths follow from the model's as in Table 1, or from as
+    many times as many channels as keep it shallow.
 
     Returns:
       Of both passes: CPU seconds of a batch, operations of its products, and what an
@@ -93,14 +94,16 @@ def speed(word: str) -> dict[str, Any]:
     batch, patch = (8, 16) if pixels == 224 else (32, side)
     fields = {"num_blocks": (1,) * len(size["num_blocks"]) if staged else BLOCKS}
     ours = _Timed(word, fields, pixels, batch)
-    c = size["hidden_dim"] * (4 if staged else 1)
-    mixer = {"patch_size": (patch, patch), "hidden_dim": c, "tokens_mlp_dim": c // 2}
-    mixer["channels_mlp_dim"] = 4 * c
-    one, two = (
-        _Timed(MIXER, mixer | {"num_blocks": n}, pixels, batch).flops["forward"]
-        for n in (1, 2)
-    )
-    blocks = max(1, round((ours.flops["forward"] - one) / (two - one)) + 1)
+    c, blocks = size["hidden_dim"] * (4 if staged else 1), MOST_BLOCKS + 1
+    while blocks > MOST_BLOCKS:  # else it is wider
+        mixer = {"patch_size": (patch, patch), "hidden_dim": c}
+        mixer |= {"tokens_mlp_dim": c // 2, "channels_mlp_dim": 4 * c}
+        one, two = (
+            _Timed(MIXER, mixer | {"num_blocks": n}, pixels, batch).flops["forward"]
+            for n in (1, 2)
+        )
+        blocks = max(1, round((ours.flops["forward"] - one) / (two - one)) + 1)
+        c *= 2
     beside = _Timed(MIXER, mixer | {"num_blocks": blocks}, pixels, batch)
     found: dict[str, Any] = {"pixels": pixels, "batch": batch, "mixer_blocks": blocks}
     for kind in measurement.KINDS:
