@@ -58,13 +58,15 @@ def test_any_mesh_of_eight_devices_equals_one(shape, strategy, fields):
     [
         *("resmlp_12", "gmlp_ti16", "smlpnet_t"),
         *("asymmixer_s16", "ninformer_cifar", "s2mlp_deep", "ccs_mixer_b16"),
+        *("spach_xxs_attn", "imlp_c32"),
     ],
 )
 def test_other_architectures_train_on_three_axes_as_on_one_device(name):
     """Their hidden units and classes are cut by the same letters."""
     few = (1, 1, 1, 1) if name == "smlpnet_t" else 2
     fields = {"num_blocks": few, "patch_size": (8, 8)}
-    fields["hidden_dim"] = 16 if name == "smlpnet_t" else 64
+    narrow = {"smlpnet_t": 16, "imlp_c32": 8, "spach_xxs_attn": 48}
+    fields["hidden_dim"] = narrow.get(name, 64)
     # Summed where the parameters are cut.
     penalty = {"penalty": 0.1} if name == "asymmixer_s16" else {}
     tx, _ = optimisers.create(total_steps=9, learning_rate=1e-3, warmup_steps=0)

@@ -376,5 +376,10 @@ AXES = {
     "head/bias": "k",
 }
 COUNTED = {"imlp_c32": (32, 10)}
+# Why `grow` and `interpolate` have nothing to offer.
+CANNOT_RESIZE = (
+    "every unit has weights of its own to every other, in the head too, and the prior "
+    "is of the same grid. A prior can be resized, and an MLP begin anew from it"
+)
 TOP_1: dict[str, float] = {}  # not known
 CHECKED = "its ends α = 0 and 1"

@@ -163,23 +163,24 @@ def _sum_of_shifted(
 
 def _filtered(x: Array, kernel: Float[Array, "kh kw 1 c"], first: int) -> Array:
     """Filters each channel of maps, whose height is the axis `first` of `x`."""
-    shifted, filters = _shifted(x, kernel.shape, first), kernel.reshape(-1, x.shape[-1])
-    terms = [y * k.reshape(1, 1, 1, -1) for y, k in zip(shifted, filters, strict=True)]
+    terms = [
+        shifted * kernel[i, j].reshape(1, 1, 1, -1)
+        for (i, j), shifted in _shifted(x, kernel.shape, first).items()
+    ]
     return functools.reduce(jnp.add, terms)
 
 
-def _shifted(x: Array, size: Sequence[int], first: int) -> list[Array]:
-    """What each weight of a filter, in rows, is multiplied by; zeros around a map."""
+def _shifted(x: Array, size: Sequence[int], first: int) -> dict[tuple[int, int], Array]:
+    """What each weight of a filter is multiplied by; zeros around a map."""
     (h, w), (kh, kw) = x.shape[first : first + 2], size[:2]
-    pads = [(0, 0)] * x.ndim
+    before, pads = (slice(None),) * first, [(0, 0)] * x.ndim
     pads[first : first + 2] = (kh // 2,) * 2, (kw // 2,) * 2
     padded = jnp.pad(x, pads)
-    rows = [lax.slice_in_dim(padded, i, i + h, axis=first) for i in range(kh)]
-    return [
-        lax.slice_in_dim(row, j, j + w, axis=first + 1)
-        for row in rows
+    return {
+        (i, j): padded[(*before, slice(i, i + h), slice(j, j + w))]
+        for i in range(kh)
         for j in range(kw)
-    ]
+    }
 
 
 # Automatic differentiation would keep each of the shifted maps.
@@ -207,7 +208,7 @@ def _filter_channels_bwd(kept: tuple[Any, ...], dy: Array) -> tuple[Array, Array
     x, kernel = kept
     wide = at_least_float32(x.dtype)
     shifted = _shifted(x.astype(wide), kernel.shape, first=0)
-    sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted]
+    sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted.values()]
     dkernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
     return filter_channels(dy, kernel[::-1, ::-1]), dkernel
 

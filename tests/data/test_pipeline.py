@@ -279,6 +279,29 @@ def test_shifts_are_uniform_in_both_directions():
     assert drawn.sum(0).min() > 480 / 9 / 2
 
 
+def test_timms_crop_and_operations_get_what_a_recipe_says(monkeypatch):
+    crops, operations = [], []
+
+    def crop(image, rng, **fields):
+        crops.append(fields)
+        return image
+
+    def operate(image, rng, **fields):
+        operations.append(fields)
+        return image
+
+    monkeypatch.setitem(pipeline.CROPS, "timm", crop)
+    monkeypatch.setitem(pipeline.RANDAUGMENTS, "timm", operate)
+    fields: dict[str, Any] = {"randaugment_layers": 3, "randaugment_magnitude": 7}
+    fields |= {"randaugment_std": 0.25, "interpolation": "random"}
+    train(noise(8, 8, 8, 3), 1, crop="timm", randaugment="timm", **fields)
+    assert crops[0] == {"size": (8, 8), "interpolation": "random"}
+    assert operations[0] == {
+        **{"num_layers": 3, "magnitude": 7, "std": 0.25},
+        "interpolation": "random",
+    }
+
+
 def test_randaugment_is_the_last_step():
     source = noise(9, 8, 8, 3)
     plain = train(source, 2, **PLAIN)

@@ -204,6 +204,15 @@ def test_too_many_units_are_refused():
         models.create("imlp", **FIELDS, image_size=(128, 256))
 
 
+def test_weights_of_another_resolution_are_refused():
+    params = random_variables(model_of(0.5, "float32"), dtype="float32")
+    weights = pretrained.Weights(
+        params.pop("params"), "made here", stats=params, image_size=SIZE
+    )
+    with pytest.raises(ValueError, match="cannot be resized: every unit has weights"):
+        pretrained.resized(weights, (8, 16), "grow")
+
+
 # --- Where the prior comes from -------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlp_mixer import models
+from mlp_mixer import models, pretrained
 from mlp_mixer.models import Run, layers, mixer, spach, trunk
 from mlp_mixer.models.model import Noise
 
@@ -222,6 +222,16 @@ def test_the_forms_conv_and_attn_take_any_resolution():
         variables = jax.eval_shape(model.init, jax.random.key(0), square)
         logits, _ = jax.eval_shape(model.apply, variables, wide)
         assert logits.shape == (1, 3)
+
+
+def test_weights_of_the_form_conv_change_their_resolution_as_they_are():
+    model = models.create("spach", **SMALL, mixing="conv")
+    params = random_params(model, jnp.zeros((1, 8, 8, 3)))
+    weights = pretrained.Weights(params, "made here", image_size=(8, 8))
+    assert weights.model["mixing"] == "conv"
+    wide = pretrained.resized(weights, (4, 12), "interpolate")
+    assert wide.image_size == (4, 12)
+    jax.tree.map(np.testing.assert_array_equal, wide.params, params)
 
 
 def test_every_block_has_the_same_rate_and_what_is_kept_is_rescaled(monkeypatch):
