@@ -13,7 +13,8 @@ Expected: top-1 accuracy in percent on the test images, as the authors' notebook
 
   Their README has beside it, of CIFAR-10 and CIFAR-100, Mixer with 60.26 and 34.81, ViT
   with 57.53 and 30.80, ResNet-18 with 86.29 and 59.15.
-  Run here: c16 on MNIST has 97.34 after 4 of the 10 epochs; the rest is not run.
+  Run here, once, on two CPU cores: c16 on MNIST, 97.39 (validation 97.19; 20 minutes of
+  CPU time). The other eight are not run.
 Recipe: two layers, patches of 2x2, images of 32x32 (MNIST is resized); Adam at 0.001,
   constant, batches of 32, neither decay of weights nor clipping; CIFAR is padded by 4,
   cropped and mirrored. Four fifths train, the rest validates; it chooses nothing. The
