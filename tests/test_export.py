@@ -445,7 +445,7 @@ def test_a_missing_package_is_named_with_its_command(
 
 def test_the_step_is_handed_on(tmp_path, monkeypatch):
     pretrained.write_npz(small_weights(), tmp_path / "w.npz")
-    monkeypatch.setattr(export.flags, "FLAGS", types.SimpleNamespace(step=3))
+    monkeypatch.setattr(export.flags, "FLAGS", types.SimpleNamespace(step=3, ema=None))
     with pytest.raises(ValueError, match="no run's folder: it has no step 3"):
         export.main([str(tmp_path / "w.npz"), str(tmp_path / "m.onnx")])
 

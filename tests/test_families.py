@@ -274,6 +274,10 @@ FACTS = {
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_size = pytest.mark.parametrize(("name", "size"), SIZES)
 every_family = pytest.mark.parametrize("name", FACTS)
+# Of what takes long, the quick suite does the Mixer's and the slow one the others'.
+MIXER_FIRST = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "mixer")) for name in FACTS
+]
 RNGS = {"dropout": jax.random.key(7)}
 
 
@@ -503,7 +507,7 @@ def gradients(name, run):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(given)
 
 
-@every_family
+@pytest.mark.parametrize("name", MIXER_FIRST)
 def test_no_way_to_compute_it_moves_a_gradient_or_a_statistic(name):
     expected = gradients(name, Run())
     largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
@@ -591,15 +595,7 @@ def stopping_after(monkeypatch, step):
     )
 
 
-# The quick suite runs an architecture without statistics and one with; the slow one,
-# the others.
-PROGRAMS = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("mixer", "smlpnet")))
-    for name in FACTS
-]
-
-
-@pytest.fixture(scope="module", params=PROGRAMS)
+@pytest.fixture(scope="module", params=MIXER_FIRST)
 def trained(request, data_dir, tmp_path_factory):
     """(recipe, folder) of four steps on the digits, with noise."""
     config = shallow(request.param)

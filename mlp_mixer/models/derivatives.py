@@ -33,7 +33,7 @@ def add_bias(
 
 def at_least_float32(dtype: Any) -> Any:
     """Returns the dtype of statistics: float32, or float64 where activations are."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype("float64" if dtype == jnp.float64 else "float32")
 
 
 # --- LayerNorm over channels --------------------------------------------------------
