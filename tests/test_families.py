@@ -389,7 +389,7 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
     assert used == set(axes)
 
 
-@every_family
+@pytest.mark.parametrize("name", MIXER_FIRST)
 def test_initial_values_are_the_papers(name):
     size = next(iter(FACTS[name].counts))
     model = models.create(size, num_classes=1000, num_blocks=once(size))
@@ -437,7 +437,7 @@ def test_an_image_that_does_not_fit_is_refused(name):
         model.apply(given, larger)
 
 
-@every_family
+@pytest.mark.parametrize("name", MIXER_FIRST)
 def test_bfloat16_differs_by_its_rounding(name):
     exact, _ = jax.jit(small(name).apply)(variables(name), images())
     model = small(name, run=Run("bfloat16"))
