@@ -191,9 +191,16 @@ def parameters(size: str) -> int:
     `COUNTED`.
     """
     side, classes = getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
-    model = models.create(size, num_classes=classes)
-    params = tree.variables(model, (side, side))["params"]
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def count(num_blocks: Any) -> int:
+        model = models.create(size, num_classes=classes, num_blocks=num_blocks)
+        params = tree.variables(model, (side, side))["params"]
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    depth = models.fields(size)["num_blocks"]
+    if isinstance(depth, tuple):
+        return count(depth)
+    return count(1) + (depth - 1) * (count(2) - count(1))  # all blocks are alike
 
 
 def papers(results: dict[str, Any]) -> str:
