@@ -8,8 +8,8 @@ Cost: 375,342 steps of 1024; 32 EFLOP (wide), 24 EFLOP (deep). What the paper's 
 Source: the paper (AdamW, decay 0.05, batch 1024, 0.001 to 1e-5 by a cosine, 300 epochs,
   label smoothing, stochastic depth, repeated augmentation). The rest is DeiT's.
 Unknown: the rates of stochastic depth, which is off here: set
-  --config.model.stochastic_depth. The layer scale and the initial values of the deep
-  model: see mlp_mixer/models/s2mlp.py.
+  --config.model.stochastic_depth. Also whether the deep model has a layer scale (here
+  not), and its initial values (here ResMLP's).
 
     python -m mlp_mixer.train --config=configs/family/s2mlp.py:deep
 """

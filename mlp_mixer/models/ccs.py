@@ -101,23 +101,13 @@ class Ccs(Model):
                 f"{self.hidden_dim}; try {math.gcd(self.groups, self.hidden_dim)}."
             )
         base = self._base()
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-        )
         x = base.stem(image)
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             base.block,
             x,
             name=base.block_name,
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         return layers.readout(
             base.norm(y), [x, *states], self.num_classes, kernel_init=base.head_init

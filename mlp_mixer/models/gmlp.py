@@ -109,24 +109,14 @@ class GMlp(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-            branches=1,
-        )
         x = stem(image)
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="GMlpBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
+            branches=1,
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
         return layers.readout(y, [x, *states], self.num_classes)

@@ -310,23 +310,13 @@ class Imlp(Model):
             alpha=self.alpha,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-        )
         x = stem(image)
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="ImlpBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         y = UnitNorm(self.alpha, self.run, name="pre_head_layer_norm")(y)
         out = layers.named_states([x, *states])

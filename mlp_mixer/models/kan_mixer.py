@@ -187,22 +187,12 @@ class KanMixer(Model):
             channels_mlp_dim=self.channels_mlp_dim,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-        )
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="KanMixerBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         y, states = norm(EPSILON, name=LAST_NORMS[self.form])(y), [x, *states]
         if self.form == "canuto":

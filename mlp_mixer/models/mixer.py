@@ -97,7 +97,7 @@ class MlpMixer(Model):
         noise = trunk.draw(  # one rate for both branches (big_vision)
             self,
             self.num_blocks,
-            image,
+            image.shape[0],
             train=train,
             rates=(0.0, self.stochastic_depth),
             rescale=self.rescale_stochastic_depth,

@@ -114,24 +114,13 @@ class NiNformer(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-            dropout=self.dropout,
-        )
         x = stem(image)
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="NiNBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         return layers.readout(
             y,

@@ -195,24 +195,14 @@ class ParaMixer(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-            branches=2 * self.n_iter,
-        )
         x = stem(image)
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="ParaMixerBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
+            branches=2 * self.n_iter,
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
         logits, out = layers.readout(y, [x, *states], self.num_classes)

@@ -131,22 +131,12 @@ class ResMlp(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-        )
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="ResMlpBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         y = Affine(name="pre_head_affine")(y)
         return layers.readout(y, [x, *states], self.num_classes, kernel_init=NORMAL)

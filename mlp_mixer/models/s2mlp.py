@@ -128,23 +128,13 @@ class S2Mlp(Model):
             gelu=self.gelu,
             run=self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-        )
         x = norm(name="stem_norm")(stem(image))
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="S2MlpBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         return layers.readout(y, [x, *states], self.num_classes, kernel_init=NORMAL)
 

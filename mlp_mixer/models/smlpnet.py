@@ -254,7 +254,7 @@ class SmlpNet(Model):
         return trunk.draw(
             self,
             sum(self.num_blocks),
-            image,
+            image.shape[0],
             train=train,
             rates=(0.0, self.stochastic_depth),
             rescale=True,

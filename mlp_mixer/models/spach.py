@@ -185,23 +185,13 @@ class Spach(Model):
             functools.partial(mlp, self.channels_mlp_dim),
             self.run,
         )
-        noise = trunk.draw(
-            self,
-            self.num_blocks,
-            image,
-            train=train,
-            rates=(self.stochastic_depth, self.stochastic_depth),
-            rescale=True,
-        )
         x = LayerNorm(name="stem_layer_norm")(stem(image))
-        y, states = trunk.blocks(
+        y, states = trunk.row(
             self,
             block,
             x,
             name="SpachBlock",
-            count=self.num_blocks,
             train=train,
-            noise=noise,
         )
         y = LayerNorm(name="pre_head_layer_norm")(y)
         return layers.readout(y, [x, *states], self.num_classes)

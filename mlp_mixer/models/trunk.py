@@ -71,6 +71,43 @@ def blocks(
     return x, states
 
 
+def row(
+    model: Model,
+    block: Callable[..., nn.Module],
+    x: Array,
+    *,
+    name: str,
+    train: bool,
+    branches: int = 2,
+) -> tuple[Any, list[Any]]:
+    """Returns `blocks` with noise as most papers draw it: one rate, kept ones rescaled.
+
+    The model's fields `num_blocks`, `stochastic_depth` and, if it has one, `dropout`
+    say how many there are and how they are dropped.
+
+    Args:
+      model: the module whose blocks they are.
+      block: makes one, as in `blocks`.
+      x: the first state (s, n, c).
+      name: the blocks' name, before their number.
+      train: whether this is training.
+      branches: number of branches of a block.
+    """
+    fields: Any = model
+    noise = draw(
+        model,
+        fields.num_blocks,
+        x.shape[1],
+        train=train,
+        rates=(fields.stochastic_depth,) * 2,
+        rescale=True,
+        dropout=getattr(model, "dropout", 0.0),
+        branches=branches,
+    )
+    count = fields.num_blocks
+    return blocks(model, block, x, name=name, count=count, train=train, noise=noise)
+
+
 def _call(block: nn.Module, x: Any, noise: Noise) -> Any:
     return block(x, noise)
 
@@ -161,7 +198,7 @@ def _cast(trees: list[Any], run: Run) -> list[Any]:
 def draw(
     model: Model,
     count: int,
-    image: Array,
+    images: int,
     *,
     train: bool,
     rates: tuple[float, float],
@@ -177,7 +214,7 @@ def draw(
     Args:
       model: the module whose random stream it is.
       count: number of blocks.
-      image: the batch.
+      images: number of images of the batch.
       train: whether this is training; otherwise there is no noise.
       rates: the probability with which the first and the last block's branches are
         dropped; it is linear in between. Equal: it is constant.
@@ -188,9 +225,7 @@ def draw(
     keep = rngs = None
     if train and any(rates):
         dropped = jnp.linspace(*rates, count)
-        dropped = jnp.broadcast_to(
-            dropped[:, None, None], (count, branches, image.shape[0])
-        )
+        dropped = jnp.broadcast_to(dropped[:, None, None], (count, branches, images))
         kept = jax.random.bernoulli(model.make_rng("dropout"), 1 - dropped)
         keep = kept.astype(jnp.float32)
         if rescale:
