@@ -198,7 +198,7 @@ def _cast(trees: list[Any], run: Run) -> list[Any]:
 def draw(
     model: Model,
     count: int,
-    images: int,
+    images: Any,
     *,
     train: bool,
     rates: tuple[float, float],
@@ -214,7 +214,7 @@ def draw(
     Args:
       model: the module whose random stream it is.
       count: number of blocks.
-      images: number of images of the batch.
+      images: number of images of the batch, which is symbolic in an export.
       train: whether this is training; otherwise there is no noise.
       rates: the probability with which the first and the last block's branches are
         dropped; it is linear in between. Equal: it is constant.
