@@ -20,6 +20,7 @@ from mlp_mixer.models import (
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
@@ -53,6 +54,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    msmlp,
 )
 
 

@@ -249,10 +249,33 @@ def _filter_channels_bwd(
 ) -> tuple[Array, Array]:
     x, kernel = kept
     wide = at_least_float32(x.dtype)
-    shifted = _shifted(x.astype(wide), kernel.shape, first)
-    sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted.values()]
-    dkernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
-    return filter_channels(dy, kernel[::-1, ::-1], first), dkernel
+    gradient = _by_products if kernel.size > 9 * kernel.shape[-1] else _by_sums
+    dkernel = gradient(x.astype(wide), dy.astype(wide), kernel.shape, first)
+    return filter_channels(dy, kernel[::-1, ::-1], first), dkernel.astype(kernel.dtype)
+
+
+def _by_sums(x: Array, dy: Array, shape: Sequence[int], first: int) -> Array:
+    """The gradient of filters: for each weight the sum of a shifted map times `dy`."""
+    sums = [(y * dy).sum((0, 1, 2)) for y in _shifted(x, shape, first).values()]
+    return jnp.stack(sums).reshape(shape)
+
+
+def _by_products(x: Array, dy: Array, shape: Sequence[int], first: int) -> Array:
+    """The same as one product of matrices (kh, positions) (positions, kw) per channel.
+
+    For 5x5 weights and more: on one CPU up to ten times as fast as the sums, each of
+    which is one chain of additions.
+    """
+    kh, kw = shape[:2]
+    down, right = kh // 2, kw // 2
+    order = 3, 2 if first == 0 else 0, first, first + 1
+    x, dy = x.transpose(order), dy.transpose(order)  # (c, n, h, w)
+    h, w = x.shape[2:]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (right, right)))
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (down, down), (0, 0)))
+    columns = jnp.stack([x[..., j : j + w] for j in range(kw)])
+    rows = jnp.stack([dy[:, :, i : i + h] for i in reversed(range(kh))])
+    return jnp.einsum("icnhw,jcnhw->ijc", rows, columns)[:, :, None]
 
 
 filter_channels.defvjp(_filter_channels_fwd, _filter_channels_bwd)
