@@ -216,10 +216,6 @@ def _shifted(x: Array, size: Sequence[int], first: int) -> dict[tuple[int, int],
     }
 
 
-# Automatic differentiation would keep each of the shifted maps.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def filter_channels(
     x: Float[Array, "..."], kernel: Float[Array, "kh kw 1 c"], first: int = 0
 ) -> Float[Array, "..."]:
@@ -233,6 +229,18 @@ def filter_channels(
       kernel: the filters.
       first: the axis of `x` that is the height, 0 or 1.
     """
+    (h, w), (kh, kw) = x.shape[first : first + 2], kernel.shape[:2]
+    # Of a filter larger than the map, the outer weights only meet zeros.
+    down, right = max(0, kh // 2 - h + 1), max(0, kw // 2 - w + 1)
+    kernel = kernel[down : kh - down, right : kw - right]
+    return _filter_channels(x, kernel, first)
+
+
+# Automatic differentiation would keep each of the shifted maps.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _filter_channels(x: Array, kernel: Array, first: int) -> Array:
     return _filter_channels_fwd(x, kernel, first)[0]
 
 
@@ -251,7 +259,7 @@ def _filter_channels_bwd(
     wide = at_least_float32(x.dtype)
     gradient = _by_products if kernel.size > 9 * kernel.shape[-1] else _by_sums
     dkernel = gradient(x.astype(wide), dy.astype(wide), kernel.shape, first)
-    return filter_channels(dy, kernel[::-1, ::-1], first), dkernel.astype(kernel.dtype)
+    return _filter_channels(dy, kernel[::-1, ::-1], first), dkernel.astype(kernel.dtype)
 
 
 def _by_sums(x: Array, dy: Array, shape: Sequence[int], first: int) -> Array:
@@ -278,7 +286,7 @@ def _by_products(x: Array, dy: Array, shape: Sequence[int], first: int) -> Array
     return jnp.einsum("icnhw,jcnhw->ijc", rows, columns)[:, :, None]
 
 
-filter_channels.defvjp(_filter_channels_fwd, _filter_channels_bwd)
+_filter_channels.defvjp(_filter_channels_fwd, _filter_channels_bwd)
 
 
 class Depthwise(nn.Module):

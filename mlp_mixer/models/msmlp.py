@@ -1,11 +1,11 @@
 """MS-MLP (Zheng et al. 2022, arXiv 2202.06510): a pyramid that shifts and filters.
 
 The state X is a map of h by w positions with c channels, in five chunks of ⌈c/5⌉, the
-last of what is left. A block rolls each chunk and filters it, once along the width and
-once along the height with other filters, then mixes the channels:
+last of what is left. A block rolls each chunk along the width and filters it, does the
+same along the height with other filters, and mixes the channels of the sum:
 
-    U = [F_q(roll_w(X_q, d_q))]_q + [G_q(roll_h(X_q, d_q))]_q      d = (−2, −1, 0, 1, 2)
-    Y = X + γ ⊙ (W2 gelu(W1 LayerNorm(U) + b1) + b2)         W1 (c, 4c), W2 (4c, c), γ (c)
+    U_q = F_q(roll_w(X_q, d_q)) + G_q(roll_h(X_q, d_q))       d = (−2, −1, 0, 1, 2)
+    Y   = X + γ ⊙ (W2 gelu(W1 LayerNorm(U) + b1) + b2)        W1 (c, 4c), W2 (4c, c)
 
 F_q and G_q filter each channel, with k_q by k_q weights, a bias, and zeros around the
 map; a roll brings in at one border what it takes out at the other. Four stages see the
@@ -30,7 +30,6 @@ gradient 3 to 8 times; on GPUs and TPUs neither was measured.
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -73,6 +72,34 @@ class Embedding(nn.Module):
         return LayerNorm(name="norm")(proj(x))
 
 
+class MixShift(nn.Module):
+    """What mixes positions: rolled and filtered along the width, and the height.
+
+    Attributes:
+      filters: sides of the chunks' filters, k.
+      run: the dtype.
+    """
+
+    filters: Sequence[int]
+    run: Run
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        """Returns U, in the dtype of `run`."""
+        return self._mixed(x, 2, "w") + self._mixed(x, 1, "h")
+
+    def _mixed(self, x: Array, axis: int, name: str) -> Array:
+        x = moves.roll_chunks(x, SHIFTS, axis)
+        chunks = itertools.pairwise(moves.chunk_ends(x.shape[-1], SHIFTS))
+        filtered = [
+            layers.Depthwise(
+                size=(side, side), run=self.run, torch_init=True, name=f"{name}_{q}"
+            )(x[..., i:j])
+            for q, ((i, j), side) in enumerate(zip(chunks, self.filters, strict=True))
+        ]
+        return jnp.concatenate(filtered, axis=-1)
+
+
 class MixShiftBlock(nn.Module):
     """One block of any stage.
 
@@ -95,31 +122,21 @@ class MixShiftBlock(nn.Module):
         self, x: Float[Array, "n h w c"], noise: Noise = Noise()
     ) -> Float[Array, "n h w c"]:
         """Returns the next state; `noise` is that of the one branch."""
-        (branch,) = noise.branches(1)
-        y = self._mix(x, 2, "mix_w") + self._mix(x, 1, "mix_h")
-        y = layers.MlpBlock(
-            self.mlp_ratio * x.shape[-1],
+        c = x.shape[-1]
+        channel_mixing = layers.MlpBlock(
+            self.mlp_ratio * c,
             gelu=self.gelu,
             run=self.run,
             kernel_init=layers.NORMAL,
             image_axis=0,
             name="channel_mixing",
-        )(LayerNorm(name="LayerNorm_0")(y), branch)
+        )
+        (branch,) = noise.branches(1)
         start = nn.initializers.constant(self.layer_scale)
-        scale = self.param("scale", start, x.shape[-1:], jnp.float32)
+        scale = self.param("scale", start, (c,), jnp.float32)
+        y = MixShift(self.filters, self.run, name="mix_shift")(x)
+        y = channel_mixing(LayerNorm(name="LayerNorm_0")(y), branch)
         return x + (y * scale.reshape(1, 1, 1, -1)).astype(y.dtype)
-
-    def _mix(self, x: Array, axis: int, name: str) -> Array:
-        """The chunks rolled along one axis, and each channel filtered."""
-        x = moves.roll_chunks(x, SHIFTS, axis)
-        chunks = itertools.pairwise(moves.chunk_ends(x.shape[-1], SHIFTS))
-        filtered = [
-            layers.Depthwise(
-                size=(side, side), run=self.run, torch_init=True, name=f"{name}_{q}"
-            )(x[..., i:j])
-            for q, ((i, j), side) in enumerate(zip(chunks, self.filters, strict=True))
-        ]
-        return jnp.concatenate(filtered, axis=-1)
 
 
 class MsMlp(Model):
@@ -145,7 +162,7 @@ class MsMlp(Model):
     gelu: str = "exact"
 
     def check_size(self, image_size: tuple[int, int]) -> None:
-        """Raises ValueError unless positions tile the image and channels make chunks."""
+        """Raises ValueError unless patches tile the image and channels make chunks."""
         pyramid.check_stages(self, image_size)
         for i in range(len(self.num_blocks)):
             moves.chunk_ends(self.hidden_dim * 2**i, SHIFTS)
@@ -200,9 +217,9 @@ CHECKED = "counts; logits of the authors' code"
 def _stage(i: int) -> dict[str, str]:
     """Those of one stage; `q` are the channels of a chunk, `r` those of the last."""
     mixing = {
-        f"{name}_{q}": f"{side} {side} 1 {'r' if q + 1 == len(SHIFTS) else 'q'}"
-        for name in ("mix_w", "mix_h")
-        for q, side in enumerate(FILTERS[i])
+        f"mix_shift/{axis}_{q}": f"{side} {side} 1 {channels}"
+        for axis in "wh"
+        for q, (side, channels) in enumerate(zip(FILTERS[i], "qqqqr", strict=True))
     }
     block = axes(
         {
@@ -241,8 +258,8 @@ AUTHORS = (
         (f"layers.{i}.blocks.{{}}.{theirs}", f"stage{i}_block_{{}}/{ours}")
         for i in _STAGES
         for theirs, ours in (
-            *((f"dwconv_lr.{q}", f"mix_w_{q}") for q in range(len(SHIFTS))),
-            *((f"dwconv_td.{q}", f"mix_h_{q}") for q in range(len(SHIFTS))),
+            *((f"dwconv_lr.{q}", f"mix_shift/w_{q}") for q in range(len(SHIFTS))),
+            *((f"dwconv_td.{q}", f"mix_shift/h_{q}") for q in range(len(SHIFTS))),
             ("norm", "LayerNorm_0"),
             ("pwconv1", "channel_mixing/Dense_0"),
             ("pwconv2", "channel_mixing/Dense_1"),

@@ -98,6 +98,18 @@ def resmlp():
     )
 
 
+def msmlp():
+    """An MS-MLP with the chunks and the filters of all published ones."""
+    return importlib.import_module("models.ms_mlp").MS_MLP(
+        num_classes=CLASSES,
+        img_size=(32, 64),
+        embed_dim=9,
+        depths=[2, 1, 1, 1],
+        mix_size=[[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]],
+        mlp_ratio=1,
+    )
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -142,6 +154,7 @@ CASES = {
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
+    "msmlp": Case(msmlp, (), (32, 64), {"name": "msmlp"}),
 }
 
 
