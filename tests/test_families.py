@@ -272,6 +272,26 @@ FACTS = {
         # torch's Linear(S, G): uniform in ±1/√S.
         {"MixerBlock_0/token_mixing/kernel": (0, (3 * 196) ** -0.5)},
     ),
+    "msmlp": Facts(
+        # Of the authors' code; in the paper's table 28, 50 and 88 million.
+        {"msmlp_t": 28_656_232, "msmlp_s": 50_303_752, "msmlp_b": 88_696_792},
+        # torch's for convolutions, N(0, 0.02) for what are Linears there.
+        {
+            "stem/proj/kernel": (0, (3 * 48) ** -0.5),
+            "stem/proj/bias": (0, (3 * 48) ** -0.5),
+            "stem/norm/scale": (1, 0),
+            "stage0_block_0/mix_shift/w_4/kernel": (0, (3 * 49) ** -0.5),
+            "stage3_block_0/mix_shift/h_1/bias": (0, (3 * 49) ** -0.5),
+            "stage0_block_0/LayerNorm_0/bias": (0, 0),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_1/bias": (0, 0),
+            "stage0_block_0/scale": (1e-6, 0),
+            "down1/proj/kernel": (0, (3 * 4 * 96) ** -0.5),
+            "norm/scale": (1, 0),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+    ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_size = pytest.mark.parametrize(("name", "size"), SIZES)

@@ -236,6 +236,9 @@ def filter_channels(
     return _filter_channels(x, kernel, first)
 
 
+# Traced once for all maps and filters of the same shapes.
+_filtered_again = jax.jit(_filtered, static_argnums=2)
+
 # Automatic differentiation would keep each of the shifted maps.
 
 
@@ -248,7 +251,7 @@ def _filter_channels_fwd(
     x: Array, kernel: Array, first: int
 ) -> tuple[Array, tuple[Any, ...]]:
     wide = at_least_float32(x.dtype)
-    y = _filtered(x.astype(wide), kernel.astype(wide), first)
+    y = _filtered_again(x.astype(wide), kernel.astype(wide), first)
     return y.astype(x.dtype), (x, kernel)
 
 

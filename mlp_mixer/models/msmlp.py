@@ -164,8 +164,8 @@ class MsMlp(Model):
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless patches tile the image and channels make chunks."""
         pyramid.check_stages(self, image_size)
-        for i in range(len(self.num_blocks)):
-            moves.chunk_ends(self.hidden_dim * 2**i, SHIFTS)
+        # Of twice as many channels there are as many chunks.
+        moves.chunk_ends(self.hidden_dim, SHIFTS)
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:
