@@ -13,6 +13,8 @@ from numbers import Integral
 from types import ModuleType
 from typing import Any, get_args, get_origin
 
+from jaxtyping import Array, Float
+
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
@@ -31,14 +33,18 @@ from mlp_mixer.models.model import Model, Run
 
 __all__ = [
     "FAMILIES",
+    "STAGES",
     "Model",
     "Run",
+    "check_has_stages",
     "create",
     "declared",
     "families",
     "family",
+    "features",
     "fields",
     "names",
+    "pyramids",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -141,6 +147,63 @@ def create(
         _check_size("image_size", image_size, tuple[int, int])
         model.check_size(image_size)
     return model
+
+
+# --- Dense features -------------------------------------------------------------------
+
+# The maps (n, h, w, c) that every pyramid has in its `out`, at 1/4, 1/8, 1/16 and 1/32
+# of the image where its stem's stride is 4.
+STAGES = ("stage_1", "stage_2", "stage_3", "stage_4")
+
+
+def features(
+    model: Model, variables: Any, image: Float[Array, "n h w 3"]
+) -> dict[str, Float[Array, "n _ _ _"]]:
+    """Returns the maps after the stages of a pyramid, e.g. for segmentation.
+
+        dense = jax.jit(models.features, static_argnums=0)
+        dense(model, variables, image)["stage_4"]
+
+    They are the states before any final norm, in the dtype of the model's activations.
+    A gradient goes through them.
+
+    Args:
+      model: a model with stages.
+      variables: what `model.apply` takes: {"params": …} and the model's statistics.
+      image: images of any size that the model takes, values in [-1, 1].
+
+    Returns:
+      The maps of `STAGES` (n, h, w, c).
+
+    Raises:
+      ValueError: the model has no stages, or the images do not fit it.
+    """
+    check_has_stages(model)
+    _, out = model.apply(variables, image)
+    return {name: out[name] for name in STAGES}
+
+
+def check_has_stages(model: Model) -> None:
+    """Raises ValueError unless a model is a pyramid: `num_blocks` counts by stage."""
+    if not isinstance(getattr(model, "num_blocks", None), tuple):
+        called = {file.MODEL: name for name, file in families().items()}
+        name = called.get(type(model), type(model).__name__)
+        raise ValueError(
+            f"{name} has no stages: its map keeps one size from the first block to the "
+            f"last. Models with stages are those of {', '.join(pyramids())}."
+        )
+
+
+def pyramids() -> list[str]:
+    """Returns the names of the architectures that have stages."""
+    return [
+        name
+        for name, file in families().items()
+        if all(isinstance(row["num_blocks"], tuple) for row in file.SIZES.values())
+    ]
+
+
+# --- Checks ---------------------------------------------------------------------------
 
 
 def _check_size(field: str, value: Any, kind: Any) -> None:
