@@ -87,7 +87,7 @@ def export_stablehlo(
       path: the file to write; its folder is made.
       gradients: whether the outputs can be differentiated (once) by the image. The
         derivative's program has its own copy of the parameters: twice the size.
-      stages: whether the maps of a pyramid's stages, `models.STAGES`, are outputs too.
+      stages: whether the maps of a pyramid's stages, `stage_1`, …, are outputs too.
 
     Returns:
       How far the reloaded file is from the model.
@@ -108,9 +108,7 @@ def export_stablehlo(
             f"{times}: {size / 1e9:.1f} GB; try {instead}."
         )
     model = pretrained.create_model(weights)
-    if stages:
-        models.check_has_stages(model)
-    also = models.STAGES if stages else ()
+    also = models.stage_names(model) if stages else ()
 
     def mixer(image: jax.Array) -> dict[str, Any]:
         return _outputs(model, also, weights.variables, image)

@@ -51,7 +51,7 @@ class Prediction(NamedTuple):
     `classes` are its most likely ones, `indices` their numbers and `probabilities`
     their softmax, highest first; all are empty for weights without a head. `features`
     are the pre-logits. `stages` are the maps of a pyramid's stages, by the names of
-    `models.STAGES`, if they were asked for.
+    `models.stage_names`, if they were asked for.
     """
 
     path: str
@@ -99,7 +99,7 @@ def predict(
     _check_counts(files, top, batch_size)
     model = runs.open_model(source, **options)
     if stages:
-        models.check_has_stages(model.model)
+        models.stage_names(model.model)  # raises if there are none
     return classify(
         model, files, top=top, exif=exif, batch_size=batch_size, stages=stages
     )
@@ -135,7 +135,7 @@ def classify(
     _check_counts(files, top, batch_size)
     images = _Files(**vars(folders.open_files(files)))
     turned = 0
-    kept = models.STAGES if stages else ()
+    kept = models.stage_names(model.model) if stages else ()
     forward = (
         steps.make_predict(model.model, model.mesh, also=kept)
         if stages
@@ -221,8 +221,8 @@ def run(
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order
         of the images; or, ending in anything else, a new folder for one npz file for
-        each image, as `stage_files` names them, with its `path` () and the maps of
-        `models.STAGES` (h, w, c) float32.
+        each image, as `stage_files` names them, with its `path` () and the maps
+        `stage_1`, … (h, w, c) float32.
       sheet: a PNG file with up to `SHEET` of the images and their classes.
 
     Returns:
@@ -327,7 +327,7 @@ def stage_files(files: Sequence[str], folder: str) -> dict[str, str]:
 def _check_stages_folder(folder: str, model: runs.Opened) -> None:
     """Raises unless a model has stages and its folder holds no others yet."""
     try:
-        models.check_has_stages(model.model)
+        models.stage_names(model.model)
     except ValueError as error:
         raise ValueError(
             f"--features={folder} is a folder for the maps of stages, but {error} End "

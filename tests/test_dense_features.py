@@ -6,6 +6,7 @@ The pyramids themselves are in test_families.
 import functools
 import logging
 import os
+from typing import Any
 
 import jax
 import jax.export
@@ -57,7 +58,7 @@ def opened(model):
     )
 
 
-PYRAMID = Pooling(patch_size=(4, 4), num_blocks=(1, 1, 1, 1), num_classes=3)
+PYRAMID = Pooling(patch_size=(4, 4), num_blocks=(1,) * 4, num_classes=3)
 MIXER = MlpMixer((4, 4), 1, 16, 8, 64, num_classes=3)
 
 
@@ -86,7 +87,7 @@ def expected(path):
 def test_features_are_the_maps_of_the_stages():
     image = jnp.sin(jnp.arange(2 * 64 * 32 * 3.0)).reshape(2, 64, 32, 3)
     found = jax.jit(models.features, static_argnums=0)(PYRAMID, {}, image)
-    assert [*found] == [*models.STAGES]
+    assert [*found] == ["stage_1", "stage_2", "stage_3", "stage_4"]
     for i, (name, x) in enumerate(found.items()):
         assert x.shape == (2, 16 // 2**i, 8 // 2**i, 3)
         np.testing.assert_allclose(x, PYRAMID.apply({}, image)[1][name], atol=1e-6)
@@ -121,7 +122,7 @@ def test_every_image_gets_a_file_of_its_stages(tmp_path, caplog):
         with np.load(folder / f"{name}.npz") as file:
             assert file["path"].shape == ()
             assert str(file["path"]) == path
-            assert {*file} == {"path", *models.STAGES}
+            assert {*file} == {"path", *models.stage_names(PYRAMID)}
             for stage, x in expected(path).items():
                 assert file[stage].dtype == np.float32
                 np.testing.assert_allclose(file[stage], x, atol=1e-5)
@@ -202,7 +203,7 @@ def test_a_folder_with_anything_in_it_stays_as_it_is(tmp_path):
     model = opened(PYRAMID)
     (tmp_path / "file").write_text("of another day")
     for name in ("images", "file"):
-        with pytest.raises(FileExistsError, match="is not empty, .*; name a new"):
+        with pytest.raises(FileExistsError, match=r"is not empty, .*; name a new"):
             predict.run([path], model, features=str(tmp_path / name))
     assert os.listdir(tmp_path / "images") == ["0.png"]
     assert (tmp_path / "file").read_text() == "of another day"
@@ -229,9 +230,10 @@ def test_of_a_pyramid_a_file_holds_its_pre_logits(tmp_path):
 def s2mlp(tmp_path_factory):
     """Weights of a model that takes images of any size, and of one that does not."""
     folder = tmp_path_factory.mktemp("weights")
-    for name, fields in (("s2mlp_wide", {}), ("mixer_s16", {"tokens_mlp_dim": 8})):
-        sizes = {"patch_size": (4, 4), "num_blocks": 1, "hidden_dim": 8}
-        fields = {"name": name, "channels_mlp_dim": 8, **sizes, **fields}
+    sizes = {"patch_size": (4, 4), "num_blocks": 1, "hidden_dim": 8}
+    sizes |= {"channels_mlp_dim": 8}
+    for name, own in (("s2mlp_wide", {}), ("mixer_s16", {"tokens_mlp_dim": 8})):
+        fields: dict[str, Any] = {"name": name, **sizes, **own}
         model = models.create(**fields, num_classes=3)
         shapes = jax.eval_shape(
             model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3))
@@ -249,7 +251,7 @@ def test_another_image_size_is_given_to_a_model_that_takes_any(s2mlp):
     assert model.image_size == (32, 24)
     with pytest.raises(ValueError, match="image_size 30 is not divisible"):
         runs.open_model(path, image_size=(30, 24))
-    with pytest.raises(ValueError, match="makes 48 tokens .* weights are for 16"):
+    with pytest.raises(ValueError, match=r"makes 48 tokens .* weights are for 16"):
         runs.open_model(s2mlp / "mixer_s16.safetensors", image_size=(32, 24))
 
 

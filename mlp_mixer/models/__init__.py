@@ -33,10 +33,8 @@ from mlp_mixer.models.model import Model, Run
 
 __all__ = [
     "FAMILIES",
-    "STAGES",
     "Model",
     "Run",
-    "check_has_stages",
     "create",
     "declared",
     "families",
@@ -45,6 +43,7 @@ __all__ = [
     "fields",
     "names",
     "pyramids",
+    "stage_names",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -151,10 +150,6 @@ def create(
 
 # --- Dense features -------------------------------------------------------------------
 
-# The maps (n, h, w, c) that every pyramid has in its `out`, at 1/4, 1/8, 1/16 and 1/32
-# of the image where its stem's stride is 4.
-STAGES = ("stage_1", "stage_2", "stage_3", "stage_4")
-
 
 def features(
     model: Model, variables: Any, image: Float[Array, "n h w 3"]
@@ -165,7 +160,6 @@ def features(
         dense(model, variables, image)["stage_4"]
 
     They are the states before any final norm, in the dtype of the model's activations.
-    A gradient goes through them.
 
     Args:
       model: a model with stages.
@@ -173,25 +167,32 @@ def features(
       image: images of any size that the model takes, values in [-1, 1].
 
     Returns:
-      The maps of `STAGES` (n, h, w, c).
+      `stage_1`, `stage_2`, … (n, h, w, c), where a position is as many pixels as
+      `model.patch_size`, then twice, four times, …: 4, 8, 16, 32 in all papers.
 
     Raises:
       ValueError: the model has no stages, or the images do not fit it.
     """
-    check_has_stages(model)
+    names = stage_names(model)
     _, out = model.apply(variables, image)
-    return {name: out[name] for name in STAGES}
+    return {name: out[name] for name in names}
 
 
-def check_has_stages(model: Model) -> None:
-    """Raises ValueError unless a model is a pyramid: `num_blocks` counts by stage."""
-    if not isinstance(getattr(model, "num_blocks", None), tuple):
+def stage_names(model: Model) -> tuple[str, ...]:
+    """Returns the names that the maps of a pyramid's stages have in its `out`.
+
+    Raises:
+      ValueError: the model has no stages; its `num_blocks` does not count by stage.
+    """
+    depths = getattr(model, "num_blocks", None)
+    if not isinstance(depths, tuple):
         called = {file.MODEL: name for name, file in families().items()}
         name = called.get(type(model), type(model).__name__)
         raise ValueError(
-            f"{name} has no stages: its map keeps one size from the first block to the "
-            f"last. Models with stages are those of {', '.join(pyramids())}."
+            f"{name} has no stages: its state keeps one size from the first block to "
+            f"the last. Models with stages are those of {', '.join(pyramids())}."
         )
+    return tuple(f"stage_{i + 1}" for i in range(len(depths)))
 
 
 def pyramids() -> list[str]:
