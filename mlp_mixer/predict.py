@@ -222,7 +222,7 @@ def run(
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order
         of the images; or, ending in anything else, a new folder for one npz file for
         each image, as `stage_files` names them, with its `path` () and the maps
-        `stage_1`, … (h, w, c) float32.
+        `stage_1`, … `stage_4` (h, w, c) float32.
       sheet: a PNG file with up to `SHEET` of the images and their classes.
 
     Returns:

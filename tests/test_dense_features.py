@@ -1,7 +1,4 @@
-"""The maps of a pyramid's stages: in a dict, in a file for each image, in an export.
-
-The pyramids themselves are in test_families.
-"""
+"""The maps of a pyramid's stages: in a dict, in a file for each image, in an export."""
 
 import functools
 import logging
@@ -15,7 +12,18 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mlp_mixer import export, models, predict, pretrained, runs, sharding, steps
+from set_up import random_params
+
+from mlp_mixer import (
+    export,
+    models,
+    predict,
+    pretrained,
+    recipe,
+    runs,
+    sharding,
+    steps,
+)
 from mlp_mixer.data import decoding, image_ops
 from mlp_mixer.models.mixer import MlpMixer
 from mlp_mixer.models.model import Model
@@ -99,6 +107,89 @@ def test_a_model_without_stages_says_who_has_them():
         models.features(MIXER, {}, image)
     assert "smlpnet" in models.pyramids()
     assert not {"mixer", "spach", "imlp"} & {*models.pyramids()}
+
+
+# --- Every pyramid --------------------------------------------------------------------
+
+# Those with weights of positions, so that no other size or place is read by them.
+TIED = {
+    "smlpnet": "a matrix mixes the positions of a row, and one those of a column",
+    "spach_ms": "an MLP mixes all positions",
+}
+WORDS = recipe.run_file("configs/family/digits.py")["MODELS"]
+PYRAMIDS = {
+    word: fields["model"]
+    for word, fields in WORDS.items()
+    if isinstance(fields["model"]["num_blocks"], tuple)
+}
+
+
+def shapes(model, size):
+    image = jnp.zeros((1, *size, 3))
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
+def shallow(fields):
+    """The model of some fields, with one block in each stage."""
+    once = tuple(1 for _ in fields["num_blocks"])
+    fields = {k: v for k, v in fields.items() if k != "image_size"}
+    return models.create(**fields | {"num_blocks": once})
+
+
+@pytest.mark.parametrize("name", models.pyramids())
+def test_features_have_the_stated_shapes_at_three_sizes(name):
+    """Those of a published size."""
+    size, fields = next(iter(models.family(name).SIZES.items()))
+    model = shallow({"name": size, **fields})
+    c = fields["hidden_dim"]
+    channels = c if isinstance(c, tuple) else tuple(c * 2**i for i in range(4))
+    given = shapes(model, (224, 224))
+    for height, width in ((224, 224), (256, 320), (512, 512)):
+        if name in TIED:
+            given = shapes(model, (height, width))
+        image = jnp.zeros((2, height, width, 3))
+        found = jax.eval_shape(functools.partial(models.features, model), given, image)
+        assert {name: x.shape for name, x in found.items()} == {
+            f"stage_{i + 1}": (2, height // side, width // side, channels[i])
+            for i, side in enumerate((4, 8, 16, 32))
+        }
+
+
+def test_what_is_tied_to_positions_is_known():
+    for word, fields in PYRAMIDS.items():
+        model = shallow(fields)
+        tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
+        assert tied == (word in TIED), word
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", [word for word in PYRAMIDS if word not in TIED])
+def test_features_move_with_the_image(word):
+    """By one position of the last stage for its 32 pixels, away from borders.
+
+    The image is constant but for its middle, since CycleMLP and Hire-MLP weight their
+    branches by means over the whole map, and SPACH-MS compares all positions. Hire-MLP
+    mixes groups of 4, 3, 3 and 2 positions in its stages: 192 pixels are whole groups
+    of each of them.
+    """
+    pixels, side = (192, 960) if word == "hiremlp" else (32, 768)
+    model = shallow(PYRAMIDS[word])
+    stats = jax.tree.map(lambda x: np.ones(x.shape, "f4"), shapes(model, (64, 64)))
+    given = stats | {"params": random_params(model, (64, 64))}
+    image = np.full((side, side, 3), 0.3, np.float32)
+    at = slice((side - 64 - pixels) // 2, (side + 64 - pixels) // 2)
+    image[at, at] = np.random.default_rng(0).uniform(-1, 1, (64, 64, 3))
+    images = [image, np.roll(image, pixels, 0), np.roll(image, pixels, 1)]
+    dense = jax.jit(models.features, static_argnums=0)
+    here, below, right = dense(model, given, np.stack(images))["stage_4"]
+    border, by = 10, pixels // 32
+    inner = slice(border, side // 32 - border - by)
+    moved = slice(border + by, side // 32 - border)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+    size = here[inner, inner].std(axis=(0, 1)).max()
+    assert size > 0.01
+    close(below[moved, inner] / size, here[inner, inner] / size)
+    close(right[inner, moved] / size, here[inner, inner] / size)
 
 
 # --- Predict --------------------------------------------------------------------------

@@ -167,8 +167,9 @@ def features(
       image: images of any size that the model takes, values in [-1, 1].
 
     Returns:
-      `stage_1`, `stage_2`, … (n, h, w, c), where a position is as many pixels as
-      `model.patch_size`, then twice, four times, …: 4, 8, 16, 32 in all papers.
+      `stage_1`, … `stage_4` (n, h, w, c). A position is as many pixels as
+      `model.patch_size`, then two, four and eight times as many: 4, 8, 16 and 32 in
+      all papers.
 
     Raises:
       ValueError: the model has no stages, or the images do not fit it.
@@ -178,21 +179,20 @@ def features(
     return {name: out[name] for name in names}
 
 
-def stage_names(model: Model) -> tuple[str, ...]:
-    """Returns the names that the maps of a pyramid's stages have in its `out`.
+def stage_names(model: Model) -> tuple[str, str, str, str]:
+    """Returns the names that the maps of a pyramid's four stages have in its `out`.
 
     Raises:
       ValueError: the model has no stages; its `num_blocks` does not count by stage.
     """
-    depths = getattr(model, "num_blocks", None)
-    if not isinstance(depths, tuple):
+    if not isinstance(getattr(model, "num_blocks", None), tuple):
         called = {file.MODEL: name for name, file in families().items()}
         name = called.get(type(model), type(model).__name__)
         raise ValueError(
             f"{name} has no stages: its state keeps one size from the first block to "
             f"the last. Models with stages are those of {', '.join(pyramids())}."
         )
-    return tuple(f"stage_{i + 1}" for i in range(len(depths)))
+    return "stage_1", "stage_2", "stage_3", "stage_4"
 
 
 def pyramids() -> list[str]:
