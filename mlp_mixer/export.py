@@ -387,11 +387,11 @@ def main(arguments: list[str]) -> None:
     for path in paths:
         suffix = pathlib.Path(path).suffix.lower()
         _require_modules(*known.pick(f"{path}: the ending", suffix, FORMATS))
-        if flags.FLAGS.stages and suffix == ".onnx":
-            raise ValueError(
-                f"{path}: a pyramid has no ONNX graph, and no other model has stages; "
-                "end it in .stablehlo, or leave out --stages."
-            )
+    if flags.FLAGS.stages and any(path.lower().endswith(".onnx") for path in paths):
+        raise ValueError(
+            "Pyramids have no ONNX graph, and no other model has stages: end all files "
+            "in .stablehlo, or leave out --stages."
+        )
     weights = pretrained.read(
         source, dtype=None, step=flags.FLAGS.step, ema=flags.FLAGS.ema
     )
