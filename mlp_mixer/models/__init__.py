@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
+    cyclemlp,
     gmlp,
     imlp,
     kan_mixer,
@@ -53,6 +54,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    cyclemlp,
 )
 
 

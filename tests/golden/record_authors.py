@@ -98,6 +98,21 @@ def resmlp():
     )
 
 
+def cyclemlp():
+    """A CycleMLP; a layer of it is a deformable convolution, of torchvision."""
+    import timm.models.layers
+
+    # Where older versions of timm had what its code imports.
+    sys.modules["timm.models.layers.helpers"] = timm.models.layers
+    return importlib.import_module("cycle_mlp").CycleNet(
+        layers=[1, 2, 1, 1],
+        embed_dims=[8, 12, 16, 20],
+        mlp_ratios=[4, 2, 3, 2],
+        transitions=[True] * 4,
+        num_classes=CLASSES,
+    )
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -139,6 +154,7 @@ CASES = {
     ),
     "ninformer": Case(ninformer, (), (8, 24), {"name": "ninformer"}),
     "kan_mixer": Case(kan_mixer, (), (4, 16), {"name": "kan_mixer"}),
+    "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
