@@ -19,6 +19,7 @@ from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
     convmlp,
+    cyclemlp,
     gmlp,
     imlp,
     kan_mixer,
@@ -59,6 +60,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    cyclemlp,
     convmlp,
 )
 

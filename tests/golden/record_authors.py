@@ -111,6 +111,17 @@ def smlpnet():
     )
 
 
+def cyclemlp():
+    """A CycleMLP, some of whose layers are deformable convolutions of torchvision."""
+    return importlib.import_module("cycle_mlp").CycleNet(
+        layers=[1, 2, 1, 1],
+        embed_dims=[8, 12, 16, 20],
+        mlp_ratios=[4, 2, 3, 2],
+        transitions=[True] * 4,
+        num_classes=CLASSES,
+    )
+
+
 def convmlp():
     """A ConvMLP, without the drop-path that it always has."""
     model = importlib.import_module("src.convmlp").ConvMLP(
@@ -176,6 +187,7 @@ CASES = {
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
+    "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 
