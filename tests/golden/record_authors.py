@@ -111,6 +111,17 @@ def smlpnet():
     )
 
 
+def cyclemlp():
+    """A CycleMLP, some of whose layers are deformable convolutions of torchvision."""
+    return importlib.import_module("cycle_mlp").CycleNet(
+        layers=[1, 2, 1, 1],
+        embed_dims=[8, 12, 16, 20],
+        mlp_ratios=[4, 2, 3, 2],
+        transitions=[True] * 4,
+        num_classes=CLASSES,
+    )
+
+
 def msmlp():
     """An MS-MLP with the chunks and the filters of all published ones."""
     return importlib.import_module("models.ms_mlp").MS_MLP(
@@ -121,6 +132,22 @@ def msmlp():
         mix_size=[[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]],
         mlp_ratio=1,
     )
+
+
+def convmlp():
+    """A ConvMLP, without the drop-path that it always has."""
+    model = importlib.import_module("src.convmlp").ConvMLP(
+        blocks=[1, 2, 1],
+        dims=[10, 12, 14],
+        mlp_ratios=[3, 3, 3],
+        channels=8,
+        n_conv_blocks=2,
+        num_classes=CLASSES,
+    )
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
 
 
 class Case(NamedTuple):
@@ -172,7 +199,9 @@ CASES = {
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
+    "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "msmlp": Case(msmlp, (), (32, 64), {"name": "msmlp"}),
+    "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 
 
