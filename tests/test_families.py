@@ -393,14 +393,9 @@ def shapes(model, size=(224, 224)):
 
 def shapes_of(size, num_blocks):
     """Of the parameters of a size with another depth, as the facts are for."""
-    side, classes = counted(size)
+    side, classes = models.counted(size)
     model = models.create(size, num_classes=classes, num_blocks=num_blocks)
     return shapes(model, (side, side))["params"]
-
-
-def counted(size):
-    """The sides of the images, and the number of classes, that a count is for."""
-    return getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
 
 
 def once(size):
@@ -466,7 +461,7 @@ def test_parameter_counts_are_the_papers(name, size):
 def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = shapes_of(size, once(size))
-    file, found = models.family(name), {"rgb": 3, "k": counted(size)[1]}
+    file, found = models.family(name), {"rgb": 3, "k": models.counted(size)[1]}
     form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
     axes = axes_by_form(file)[form]
     used = set()
@@ -483,7 +478,7 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
 def test_initial_values_are_the_papers(name):
     size = next(iter(FACTS[name].counts))
     model = models.create(size, num_classes=1000, num_blocks=once(size))
-    side, _ = counted(size)
+    side, _ = models.counted(size)
     image = jnp.zeros((1, side, side, 3))
     init = jax.jit(model.init)
     params = dict(leaves(init(jax.random.key(3), image)))
