@@ -17,6 +17,7 @@ from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
     gmlp,
+    hiremlp,
     imlp,
     kan_mixer,
     mixer,
@@ -53,6 +54,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    hiremlp,
 )
 
 

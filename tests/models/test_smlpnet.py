@@ -12,7 +12,8 @@ import pytest
 from mlp_mixer import sharding, steps
 from mlp_mixer.models import Run
 from mlp_mixer.models.model import Noise
-from mlp_mixer.models.smlpnet import BatchNorm, SmlpBlock, SmlpNet
+from mlp_mixer.models.pyramid import BatchNorm
+from mlp_mixer.models.smlpnet import SmlpBlock, SmlpNet
 
 SMALL: dict[str, Any] = {
     "patch_size": (2, 2),
