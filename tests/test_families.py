@@ -270,6 +270,30 @@ FACTS = {
         # torch's Linear(S, G): uniform in ±1/√S.
         {"MixerBlock_0/token_mixing/kernel": (0, (3 * 196) ** -0.5)},
     ),
+    "hiremlp": Facts(
+        # Of the authors' code; in the paper's table 18, 33, 58 and 96 million.
+        {
+            "hiremlp_tiny": 18_041_672,
+            "hiremlp_small": 33_113_848,
+            "hiremlp_base": 58_226_856,
+            "hiremlp_large": 95_723_944,
+        },
+        # Every kernel of it, convolutions too.
+        {
+            "stem/Conv_0/kernel": (0, 0.02),
+            "stem/Conv_0/bias": (0, 0),
+            "stem/BatchNorm_0/scale": (1, 0),
+            "stage0_block_0/mlp_h/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/bias": (0, 0),
+            "stage0_block_0/mlp_c/kernel": (0, 0.02),
+            "stage0_block_0/fusion/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "down3/Conv_0/kernel": (0, 0.02),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+    ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_size = pytest.mark.parametrize(("name", "size"), SIZES)

@@ -191,7 +191,7 @@ class Beginning(nn.Module):
     run: Run
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n h w x"]) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w i"]) -> Float[Array, "n y x c"]:
         """Returns the first state of the stage."""
         x = pyramid.Convolution(
             self.features,
@@ -209,8 +209,7 @@ class HireMlp(Model, kw_only=True):
     """Hire-MLP, for images of any size that is a multiple of the last stage's stride.
 
     Attributes:
-      patch_size: (height, width) in pixels of a position of the first stage, which the
-        stem's convolution is made for.
+      patch_size: (4, 4), pixels from one position of the first stage to the next.
       hidden_dim: number of channels of each stage.
       num_blocks: number of blocks of each stage.
       mlp_ratio: number of hidden units of an MLP per channel, α.
@@ -220,6 +219,8 @@ class HireMlp(Model, kw_only=True):
       gelu: "exact" (the published models) or "tanh".
       stochastic_depth: the last block's rate; it rises linearly from 0 over all
         stages. A branch that is kept is divided by 1 − rate.
+      mean, std: what levels from 0 to 1 are normalised by, red, green and blue. The
+        stem sees zeros around the image, so that they are a part of the model.
     """
 
     patch_size: tuple[int, int] = (4, 4)
@@ -231,13 +232,15 @@ class HireMlp(Model, kw_only=True):
     step_dilation: tuple[int, ...] = (2, 2, 1, 1)
     gelu: str = "exact"
     stochastic_depth: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless images, and the fields of stages, fit together."""
         if self.patch_size != (4, 4):
             raise ValueError(
-                f"patch_size is {self.patch_size}; expected (4, 4): the stem is a 7x7 "
-                "convolution of stride 4. Resize the images instead."
+                f"patch_size is {self.patch_size}, but the 7x7 convolution of the stem "
+                "moves by (4, 4) pixels; enlarge small images instead."
             )
         for field in ("hidden_dim", "pixel", "step_stride", "step_dilation"):
             value, count = getattr(self, field), len(self.num_blocks)
@@ -247,6 +250,11 @@ class HireMlp(Model, kw_only=True):
                     "number for each."
                 )
         pyramid.check_stages(self, image_size)
+
+    def steps(self, stage: int) -> np.ndarray:
+        """Returns what each block of a stage, counted from 0, rolls its map by."""
+        blocks = np.arange(self.num_blocks[stage])
+        return blocks % self.step_stride[stage] * self.step_dilation[stage]
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:
@@ -276,12 +284,16 @@ class HireMlp(Model, kw_only=True):
             block = functools.partial(
                 HireBlock, self.pixel[i], self.mlp_ratio, self.gelu, **how
             )
-            count = self.num_blocks[i]
-            steps = np.arange(count) % self.step_stride[i] * self.step_dilation[i]
-            return [pyramid.Row(block, count, constants=steps)]
+            return [pyramid.Row(block, self.num_blocks[i], constants=self.steps(i))]
 
-        noise = pyramid.linear_noise(self, image, train)
-        x, out = pyramid.stages(self, image, begin, rows, noise=noise, train=train)
+        x, out = pyramid.stages(
+            self,
+            layers.normalised(image, self.mean, self.std),
+            begin,
+            rows,
+            noise=pyramid.linear_noise(self, image, train),
+            train=train,
+        )
         y = BatchNorm(train, name="norm")(x)
         return pyramid.pooled(y, out, self.num_classes, kernel_init=layers.NORMAL)
 
