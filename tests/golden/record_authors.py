@@ -111,6 +111,19 @@ def smlpnet():
     )
 
 
+def hiremlp():
+    """A Hire-MLP of all regions and steps; its image is not square."""
+    return importlib.import_module("mlp_based.hire_mlp").HireMLPNet(
+        layers=[2, 2, 3, 2],
+        num_classes=CLASSES,
+        embed_dims=[8, 8, 12, 16],
+        mlp_ratios=[4, 4, 4, 4],
+        pixel=[4, 3, 3, 2],
+        step_stride=[2, 2, 3, 2],
+        step_dilation=[2, 2, 1, 1],
+    )
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -160,6 +173,7 @@ CASES = {
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
+    "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
 }
 
 
