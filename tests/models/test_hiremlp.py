@@ -183,7 +183,12 @@ def test_each_block_of_a_stage_rolls_by_its_own_step():
 def test_a_scan_compiles_one_block_and_computes_all_of_them(monkeypatch):
     """Though they differ by their steps, which are then traced."""
     image, fold, folds = drawn(2, 16, 20, 3, dtype="float32"), moves.fold, []
-    monkeypatch.setattr(moves, "fold", lambda *a: folds.append(a) or fold(*a))
+
+    def counted(*given):
+        folds.append(given)
+        return fold(*given)
+
+    monkeypatch.setattr(moves, "fold", counted)
     variables = random_variables(one_stage(), image, dtype="float32")
 
     def train(run):
