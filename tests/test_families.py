@@ -272,6 +272,31 @@ FACTS = {
         # torch's Linear(S, G): uniform in ±1/√S.
         {"MixerBlock_0/token_mixing/kernel": (0, (3 * 196) ** -0.5)},
     ),
+    "cyclemlp": Facts(
+        # Of the authors' code.
+        {
+            "cyclemlp_b1": 15_155_400,
+            "cyclemlp_b2": 26_802_504,
+            "cyclemlp_b3": 38_385_720,
+            "cyclemlp_b4": 51_796_552,
+            "cyclemlp_b5": 75_747_280,
+        },
+        # Its convolutions begin as torch's, uniform in ±1/√fan_in.
+        {
+            "stem/kernel": (0, (3 * 49 * 3) ** -0.5),
+            "stem/bias": (0, (3 * 49 * 3) ** -0.5),
+            "stage0_block_0/LayerNorm_0/scale": (1, 0),
+            "stage0_block_0/cycle_w/kernel": (0, 0.02),
+            "stage0_block_0/cycle_h/bias": (0, 0),
+            "stage0_block_0/linear_c/kernel": (0, 0.02),
+            "stage0_block_0/fusion/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/fusion/proj/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "down3/kernel": (0, (3 * 9 * 320) ** -0.5),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+    ),
     "hiremlp": Facts(
         # Of the authors' code; in the paper's table 18, 33, 58 and 96 million.
         {

@@ -111,6 +111,17 @@ def smlpnet():
     )
 
 
+def cyclemlp():
+    """A CycleMLP, some of whose layers are deformable convolutions of torchvision."""
+    return importlib.import_module("cycle_mlp").CycleNet(
+        layers=[1, 2, 1, 1],
+        embed_dims=[8, 12, 16, 20],
+        mlp_ratios=[4, 2, 3, 2],
+        transitions=[True] * 4,
+        num_classes=CLASSES,
+    )
+
+
 def hiremlp():
     """A Hire-MLP of all regions and steps; its image is not square."""
     return importlib.import_module("mlp_based.hire_mlp").HireMLPNet(
@@ -173,6 +184,7 @@ CASES = {
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
+    "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
 }
 
