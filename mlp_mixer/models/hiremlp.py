@@ -200,9 +200,8 @@ class Beginning(nn.Module):
             self.padding,
             self.run,
             kernel_init=layers.NORMAL,
-            name="Conv_0",
         )(x)
-        return nn.relu(BatchNorm(self.train, name="BatchNorm_0")(x))
+        return nn.relu(BatchNorm(self.train)(x))
 
 
 class HireMlp(Model, kw_only=True):
@@ -344,13 +343,13 @@ _BLOCK = {
 }
 _STAGES = range(4)
 AXES = {
-    **axes({"stem/Conv_0": "7 7 rgb c0", "stem/BatchNorm_0": "c0"}),
+    **axes({"stem/Convolution_0": "7 7 rgb c0", "stem/BatchNorm_0": "c0"}),
     **pyramid.stage_axes(0, _BLOCK),
     **{
         path: letters
         for i in _STAGES[1:]
         for path, letters in {
-            **axes({f"down{i}/Conv_0": f"3 3 c{i - 1} c{i}"}),
+            **axes({f"down{i}/Convolution_0": f"3 3 c{i - 1} c{i}"}),
             **axes({f"down{i}/BatchNorm_0": f"c{i}"}),
             **pyramid.stage_axes(i, _BLOCK),
         }.items()
@@ -368,7 +367,7 @@ def _authors(stage: int) -> tuple[tuple[str, ...], ...]:
     if stage:
         begun = (f"network.{2 * stage - 1}", f"down{stage}")
     return (
-        (f"{begun[0]}.proj", f"{begun[1]}/Conv_0"),
+        (f"{begun[0]}.proj", f"{begun[1]}/Convolution_0"),
         (f"{begun[0]}.norm", f"{begun[1]}/BatchNorm_0"),
         (f"{theirs}.norm1", f"{ours}/BatchNorm_0"),
         (f"{theirs}.attn.mlp_h1", f"{ours}/mlp_h/Dense_0", _DENSE),

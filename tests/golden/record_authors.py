@@ -135,6 +135,22 @@ def hiremlp():
     )
 
 
+def convmlp():
+    """A ConvMLP, without the drop-path that it always has."""
+    model = importlib.import_module("src.convmlp").ConvMLP(
+        blocks=[1, 2, 1],
+        dims=[10, 12, 14],
+        mlp_ratios=[3, 3, 3],
+        channels=8,
+        n_conv_blocks=2,
+        num_classes=CLASSES,
+    )
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -186,6 +202,7 @@ CASES = {
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
+    "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 
 
