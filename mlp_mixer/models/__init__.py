@@ -21,6 +21,7 @@ from mlp_mixer.models import (
     convmlp,
     cyclemlp,
     gmlp,
+    hiremlp,
     imlp,
     kan_mixer,
     mixer,
@@ -63,6 +64,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     s2mlp,
     ccs,
     cyclemlp,
+    hiremlp,
     msmlp,
     convmlp,
 )
