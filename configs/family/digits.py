@@ -182,6 +182,15 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "optim": {"learning_rate": 0.01},
     },
+    "cyclemlp": {
+        "model": {
+            "name": "cyclemlp_b1",
+            "image_size": (32, 32),
+            "hidden_dim": (16, 24, 32, 48),
+            "num_blocks": (1, 1, 2, 1),
+            "stochastic_depth": 0.1,
+        },
+    },
 }
 
 

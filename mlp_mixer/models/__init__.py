@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
+    cyclemlp,
     gmlp,
     imlp,
     kan_mixer,
@@ -58,6 +59,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    cyclemlp,
 )
 
 

@@ -111,6 +111,17 @@ def smlpnet():
     )
 
 
+def cyclemlp():
+    """A CycleMLP, some of whose layers are deformable convolutions of torchvision."""
+    return importlib.import_module("cycle_mlp").CycleNet(
+        layers=[1, 2, 1, 1],
+        embed_dims=[8, 12, 16, 20],
+        mlp_ratios=[4, 2, 3, 2],
+        transitions=[True] * 4,
+        num_classes=CLASSES,
+    )
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -160,6 +171,7 @@ CASES = {
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
+    "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
 }
 
 
