@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
+    convmlp,
     cyclemlp,
     gmlp,
     imlp,
@@ -60,6 +61,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     s2mlp,
     ccs,
     cyclemlp,
+    convmlp,
 )
 
 
