@@ -188,25 +188,16 @@ def paper_of(file: ModuleType) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def counted(size: str) -> tuple[int, int]:
-    """Returns for how many pixels on a side and classes the paper counts a size.
-
-    They are 224 px and 1,000 classes, unless the model's file says otherwise in
-    `COUNTED`.
-    """
-    return getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
-
-
 def one_block_each(size: str) -> models.Model:
     """Returns a model of a size with one block in each row, as the paper counts it."""
     few = jax.tree.map(lambda n: min(n, 1), models.fields(size)["num_blocks"])
-    return models.create(size, num_classes=counted(size)[1], num_blocks=few)
+    return models.create(size, num_classes=models.counted(size)[1], num_blocks=few)
 
 
 @functools.cache
 def shapes_of_one_block_each(size: str) -> Any:
     """Returns the shapes of the variables of `one_block_each`."""
-    side, _ = counted(size)
+    side, _ = models.counted(size)
     return tree.variables(one_block_each(size), (side, side))
 
 
@@ -232,7 +223,7 @@ def cost(size: str) -> Cost:
 
     Counted from shapes, with one block in each row: all blocks of a row are alike.
     """
-    side, _ = counted(size)
+    side, _ = models.counted(size)
     model, given = one_block_each(size), shapes_of_one_block_each(size)
     image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
     norms, part = collections.Counter[str](), ""
@@ -316,7 +307,7 @@ def all_sizes() -> str:
     rows = []
     for file in models.FAMILIES:
         for size in file.SIZES:
-            side, classes = counted(size)
+            side, classes = models.counted(size)
             found, top1 = cost(size), file.TOP_1.get(size)
             rows.append(
                 [

@@ -478,7 +478,7 @@ def test_parameters_and_multiply_adds_are_as_many_as_the_papers(name, size):
 )
 def test_a_block_of_each_row_tells_what_all_of_them_cost(size):
     """Of a model with as many blocks as it has."""
-    side, classes = family.counted(size)
+    side, classes = models.counted(size)
     model = models.create(size, num_classes=classes)
     given, image = shapes(model), jnp.zeros((1, side, side, 3))
     found = family.cost(size)
@@ -491,7 +491,7 @@ def test_a_block_of_each_row_tells_what_all_of_them_cost(size):
 def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = family.shapes_of_one_block_each(size)["params"]
-    file, found = models.family(name), {"rgb": 3, "k": family.counted(size)[1]}
+    file, found = models.family(name), {"rgb": 3, "k": models.counted(size)[1]}
     form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
     axes = axes_by_form(file)[form]
     used = set()
@@ -507,7 +507,7 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
 @pytest.mark.parametrize("name", MIXER_FIRST)
 def test_initial_values_are_the_papers(name):
     size = next(iter(FACTS[name].counts))
-    side, _ = family.counted(size)
+    side, _ = models.counted(size)
     image = jnp.zeros((1, side, side, 3))
     init = jax.jit(family.one_block_each(size).init)
     params = dict(leaves(init(jax.random.key(3), image)))
