@@ -350,6 +350,36 @@ FACTS = {
             "cyclemlp_b5": 12.3,
         },
     ),
+    "hiremlp": Facts(
+        # Of the authors' code; in the paper's table 18, 33, 58 and 96 million.
+        {
+            "hiremlp_tiny": 18_041_672,
+            "hiremlp_small": 33_113_848,
+            "hiremlp_base": 58_226_856,
+            "hiremlp_large": 95_723_944,
+        },
+        # Every kernel of it, convolutions too.
+        {
+            "stem/Convolution_0/kernel": (0, 0.02),
+            "stem/Convolution_0/bias": (0, 0),
+            "stem/BatchNorm_0/scale": (1, 0),
+            "stage0_block_0/mlp_h/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/bias": (0, 0),
+            "stage0_block_0/mlp_c/kernel": (0, 0.02),
+            "stage0_block_0/fusion/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "down3/Convolution_0/kernel": (0, 0.02),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+        {
+            "hiremlp_tiny": 2.149,
+            "hiremlp_small": 4.240,
+            "hiremlp_base": 8.125,
+            "hiremlp_large": 13.442,
+        },
+    ),
     "convmlp": Facts(
         # Of the authors' code; in the paper's table 9.0, 17.4 and 42.7 million.
         {
