@@ -21,6 +21,7 @@ from mlp_mixer.models import (
     convmlp,
     cyclemlp,
     gmlp,
+    hiremlp,
     imlp,
     kan_mixer,
     mixer,
@@ -62,6 +63,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     s2mlp,
     ccs,
     cyclemlp,
+    hiremlp,
     convmlp,
 )
 

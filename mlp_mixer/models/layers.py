@@ -34,6 +34,9 @@ from mlp_mixer.models.model import Noise, Outputs, Run
 
 # The name of what rematerialisation keeps: a hidden layer before its GELU.
 PRE_GELU = "pre_gelu"
+# The scope of the products of a filter that is computed as a sum of shifted maps, by
+# which `planning.counts` knows them.
+FILTER = "filter_channels"
 # What torch's truncated normal with a deviation of 0.02 is: it is cut at ±2.
 NORMAL = nn.initializers.normal(0.02)
 
@@ -198,10 +201,11 @@ def _sum_of_shifted(
 
 def _filtered(x: Array, kernel: Float[Array, "kh kw 1 c"], first: int) -> Array:
     """Filters each channel of maps, whose height is the axis `first` of `x`."""
-    terms = [
-        shifted * kernel[i, j].reshape(1, 1, 1, -1)
-        for (i, j), shifted in _shifted(x, kernel.shape, first).items()
-    ]
+    with jax.named_scope(FILTER):
+        terms = [
+            shifted * kernel[i, j].reshape(1, 1, 1, -1)
+            for (i, j), shifted in _shifted(x, kernel.shape, first).items()
+        ]
     return functools.reduce(jnp.add, terms)
 
 
@@ -252,7 +256,8 @@ def _filter_channels_bwd(
     x, kernel = kept
     wide = at_least_float32(x.dtype)
     shifted = _shifted(x.astype(wide), kernel.shape, first)
-    sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted.values()]
+    with jax.named_scope(FILTER):
+        sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted.values()]
     dkernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
     return filter_channels(dy, kernel[::-1, ::-1], first), dkernel
 
