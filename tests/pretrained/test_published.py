@@ -248,6 +248,14 @@ RELEASED = {
         for size in "sml"
     },
     **{
+        f"hiremlp/hire_mlp_{size}": (
+            "https://github.com/ggjy/Hire-Wave-MLP.pytorch/releases/download/log/"
+            f"hire_mlp_{size}.pth",
+            "timm",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
         f"spach/smlp_{size}": (
             f"https://github.com/microsoft/SPACH/releases/download/v1.0/smlp_{size}.pth",
             "timm",
