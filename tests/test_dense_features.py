@@ -137,6 +137,13 @@ def shallow(fields):
     return models.create(**fields | {"num_blocks": once})
 
 
+def fresh(tree):
+    """Statistics as training begins with them, and zeros."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: np.full(x.shape, path[-1].key == "var", np.float32), tree
+    )
+
+
 @pytest.mark.parametrize("name", models.pyramids())
 def test_features_have_the_stated_shapes_at_three_sizes(name):
     """Those of a published size."""
@@ -175,8 +182,8 @@ def test_features_move_with_the_image(word):
     """
     pixels, side = (192, 960) if word == "hiremlp" else (32, 768)
     model = shallow(PYRAMIDS[word])
-    stats = jax.tree.map(lambda x: np.ones(x.shape, "f4"), shapes(model, (64, 64)))
-    given = stats | {"params": random_params(model, (64, 64))}
+    given = fresh(shapes(model, (64, 64)))
+    given |= {"params": random_params(model, (64, 64))}
     image = np.full((side, side, 3), 0.3, np.float32)
     at = slice((side - 64 - pixels) // 2, (side + 64 - pixels) // 2)
     image[at, at] = np.random.default_rng(0).uniform(-1, 1, (64, 64, 3))
