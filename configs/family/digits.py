@@ -191,6 +191,15 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
+    "convmlp": {
+        "model": {
+            "name": "convmlp_s",
+            # Stages of 8x8, 4x4, 2x2 positions and one.
+            "image_size": (32, 32),
+            "hidden_dim": (16, 24, 32, 48),
+            "num_blocks": (1, 1, 2, 1),
+        },
+    },
 }
 
 

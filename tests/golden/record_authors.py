@@ -122,6 +122,22 @@ def cyclemlp():
     )
 
 
+def convmlp():
+    """A ConvMLP, without the drop-path that it always has."""
+    model = importlib.import_module("src.convmlp").ConvMLP(
+        blocks=[1, 2, 1],
+        dims=[10, 12, 14],
+        mlp_ratios=[3, 3, 3],
+        channels=8,
+        n_conv_blocks=2,
+        num_classes=CLASSES,
+    )
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -172,6 +188,7 @@ CASES = {
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
+    "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 
 
