@@ -1,6 +1,6 @@
 """A linear head on a pyramid's dense features: which pixel is of which digit.
 
-    python scripts/segment_digits.py runs/cyclemlp --picture=segmented.png
+    python scripts/segment_digits.py runs/convmlp --picture=segmented.png
 
 The pyramid, of configs/family/digits.py, is trained on single digits of 32x32 pixels,
 and stays as it is. Here it sees canvases of 128x128 with five of them. The maps of its
@@ -15,6 +15,8 @@ from typing import Any
 import arguments
 import jax
 import jax.numpy as jnp
+import matplotlib
+import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 import optax
@@ -27,7 +29,7 @@ CANVAS, DIGIT, DIGITS = 128, 32, 5  # pixels of a side, and digits of a canvas
 CLASSES = 11  # background, 0 … 9
 INK = 64  # the level from which a pixel is of a digit
 FITTED, SCORED, SHOWN = 256, 128, 6  # canvases
-BATCH, STEPS = 16, 400
+BATCH, STEPS = 8, 800
 
 Images = UInt8[np.ndarray, "n h w 3"]
 Labels = Int[np.ndarray, "n h w"]
@@ -86,10 +88,8 @@ def fit(features: Float[np.ndarray, "n y x c"], labels: Labels) -> Any:
     @jax.jit
     def step(head: Any, state: Any, x: Array, label: Array) -> tuple[Any, Any]:
         def loss(head: Any) -> Array:
-            per_pixel = optax.softmax_cross_entropy_with_integer_labels(
-                logits(head, x), label
-            )
-            return per_pixel.mean()
+            truth = jax.nn.one_hot(label, CLASSES)
+            return optax.softmax_cross_entropy(logits(head, x), truth).mean()
 
         updates, state = tx.update(jax.grad(loss)(head), state)
         return optax.apply_updates(head, updates), state
@@ -114,13 +114,16 @@ def scores(predicted: Labels, labels: Labels) -> str:
 
 def draw(images: Images, labels: Labels, predicted: Labels, path: str) -> None:
     """Writes a picture: canvases, and their pixels' true and predicted classes."""
+    of_class = matplotlib.colors.ListedColormap(
+        ["black", *matplotlib.color_sequences["tab10"]]
+    )
     figure = matplotlib.figure.Figure(figsize=(1.5 * len(images), 4.7))
     axes = figure.subplots(3, len(images))
     for i, (row, name) in enumerate(
         ((images, "image"), (labels, "truth"), (predicted, "predicted"))
     ):
         for axis, picture in zip(axes[i], row, strict=True):
-            axis.imshow(picture, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
+            axis.imshow(picture, cmap=of_class, vmin=0, vmax=CLASSES - 1)
             axis.set(xticks=[], yticks=[])
         axes[i, 0].set_ylabel(name)
     figure.tight_layout(pad=0.3)
