@@ -21,9 +21,11 @@ from mlp_mixer.models import (
     convmlp,
     cyclemlp,
     gmlp,
+    hiremlp,
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
@@ -62,6 +64,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     s2mlp,
     ccs,
     cyclemlp,
+    hiremlp,
+    msmlp,
     convmlp,
 )
 
