@@ -144,7 +144,14 @@ def fresh(tree):
     )
 
 
-@pytest.mark.parametrize("name", models.pyramids())
+# Tracing alone takes a second; the quick suite does one of them.
+ONE_FIRST = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "cyclemlp"))
+    for name in models.pyramids()
+]
+
+
+@pytest.mark.parametrize("name", ONE_FIRST)
 def test_features_have_the_stated_shapes_at_three_sizes(name):
     """Those of a published size."""
     size, fields = next(iter(models.family(name).SIZES.items()))
@@ -163,11 +170,12 @@ def test_features_have_the_stated_shapes_at_three_sizes(name):
         }
 
 
-def test_what_is_tied_to_positions_is_known():
-    for word, fields in PYRAMIDS.items():
-        model = shallow(fields)
-        tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
-        assert tied == (word in TIED), word
+@pytest.mark.slow
+@pytest.mark.parametrize("word", PYRAMIDS)
+def test_what_is_tied_to_positions_is_known(word):
+    model = shallow(PYRAMIDS[word])
+    tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
+    assert tied == (word in TIED)
 
 
 @pytest.mark.slow
