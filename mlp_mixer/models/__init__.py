@@ -25,6 +25,7 @@ from mlp_mixer.models import (
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
@@ -64,6 +65,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     ccs,
     cyclemlp,
     hiremlp,
+    msmlp,
     convmlp,
 )
 
