@@ -22,7 +22,8 @@ are mixed within regions, whose borders lie elsewhere in the next block:
 Stages see the image at 1/4, 1/8, 1/16 and 1/32: a 7x7 convolution of stride 4 begins
 the first, one of 3x3 and stride 2 each of the others, both with BN and ReLU behind.
 After the last: BN, the mean over positions, a linear head. Nothing is tied to the
-resolution. Regions are: the maps of an image that is moved are not moved maps.
+resolution. Maps move with the image, away from borders, where it moves by 192 pixels,
+which are whole regions of every stage.
 
 All this is the authors' code (mlp_based/hire_mlp.py in ggjy/Hire-Wave-MLP.pytorch), for
 which the released weights are. The paper has LayerNorm for BN, and sums the branches;
