@@ -23,16 +23,15 @@ DTYPES = pytest.mark.parametrize(
 
 def block(mixing, dtype="float64"):
     """One of the model below."""
-    run = Run(dtype=dtype)
-    mlp = functools.partial(
-        layers.MlpBlock, gelu="exact", run=run, kernel_init=spach.XAVIER
-    )
-    mixings = {
-        "mlp": functools.partial(mlp, 5, axis=0, name="token_mixing"),
-        "attn": functools.partial(spach.Attention, 3, run, name="attention"),
-    }
-    channel_mixing = functools.partial(mlp, 8)
-    return spach.SpachBlock(GRID, mixings.get(mixing), channel_mixing, run)
+    return spach.layer(
+        mixing,
+        GRID,
+        channels_mlp_dim=8,
+        tokens_mlp_dim=5,
+        num_heads=3,
+        gelu="exact",
+        run=Run(dtype=dtype),
+    )()
 
 
 def state(dtype="float64", n=2):
