@@ -31,7 +31,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import Run
-from mlp_mixer.models.model import axes_by_form
+from mlp_mixer.models.model import axes_by_form, form_of
 from mlp_mixer.pretrained.foreign import Names
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -377,8 +377,7 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = shapes_of(size, once(size))
     file, found = models.family(name), {"rgb": 3, "k": counted(size)[1]}
-    form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
-    axes = axes_by_form(file)[form]
+    axes = axes_by_form(file)[form_of(file, models.fields(size))]
     used = set()
     for path, leaf in leaves(params):
         pattern = re.sub(r"^([^/]*_)[0-9]+/", r"\1*/", path)

@@ -32,7 +32,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 
 from mlp_mixer import models
-from mlp_mixer.models.model import axes_by_form
+from mlp_mixer.models.model import axes_by_form, form_of
 from mlp_mixer.pretrained import tree
 from mlp_mixer.text import brief
 
@@ -238,7 +238,7 @@ def names_of(file: ModuleType, whose: str, model: Mapping[str, Any]) -> Names:
     Raises:
       ValueError: they have none.
     """
-    form = model.get(getattr(file, "FORM", ""))
+    form = form_of(file, model)
     if form not in tables(file, whose):
         who = "timm has" if whose == "timm" else "its authors have"
         raise ValueError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mlp_mixer import models
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.model import all_axes, axes_by_form
+from mlp_mixer.models.model import all_axes, axes_by_form, fields_of_form
 from mlp_mixer.text import brief, listed
 
 Shape = tuple[int, ...]
@@ -224,8 +224,7 @@ def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
     fields: dict[str, Any] = {
         FIELDS[letter]: n for letter, n in sized.items() if letter in FIELDS
     }
-    if form is not None:
-        fields[file.FORM] = form
+    fields |= fields_of_form(file, form)
     if {"ph", "pw"} <= sized.keys():
         fields["patch_size"] = (sized["ph"], sized["pw"])
     declared = models.declared(family_name(file))

@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from mlp_mixer import convert, models, pretrained
 from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models import model
 from mlp_mixer.models.model import IMAGENET
 from mlp_mixer.pretrained import foreign
 from mlp_mixer.pretrained.foreign import Names
@@ -113,6 +114,22 @@ def test_a_form_may_have_names_of_its_own():
     assert one["w/kernel"].shape == (3, 2)
     with pytest.raises(ValueError, match=r"timm has no names for .*--names=timm out"):
         foreign.names_of(models.smlpnet, "timm", {"name": "smlpnet_t"})
+
+
+def test_several_fields_can_make_a_form():
+    axes = {
+        ("mlp", 1): {"w/kernel": "c dc", "v/bias": "c"},
+        ("mlp", 4): {"w/kernel": "c dc", "u/bias": "c"},
+    }
+    file = a_file((("fc", "w"), ("four", "u")), axes, FORM=("mixing", "stem"))
+    assert foreign.find(["four.bias"], file) == Names(file, "authors", ("mlp", 4))
+    for form in axes:
+        fields = {"stem": form[1], "mixing": form[0], "patch_size": (4, 4)}
+        assert foreign.names_of(file, "authors", fields).form == form
+        assert model.form_of(file, fields) == form
+        told = {"mixing": form[0], "stem": form[1]}
+        assert model.fields_of_form(file, form) == told
+    assert model.fields_of_form(models.mixer, None) == {}
 
 
 def test_a_name_that_begins_as_a_wrapper_does_is_found_in_and_out_of_wrappers():
