@@ -26,6 +26,7 @@ def training(
     weight_decay: float = 0.05,
     epochs: int | float = 300,
     warmup_epochs: int | float = 5,
+    cooldown_epochs: int | float = 0,
     clip_norm: float | None = None,
     drop_path: float | None = None,
     label_smoothing: float = 0.1,
@@ -51,8 +52,9 @@ def training(
       learning_rate: the peak at this batch size (5e-4 for each 512 images).
       end_learning_rate: the last learning rate.
       weight_decay: decoupled, of arrays of two and more axes.
-      epochs: passes over the training images.
+      epochs: passes over the training images, without those of the cool-down.
       warmup_epochs: epochs of linear warm-up from 1e-6.
+      cooldown_epochs: epochs at the last learning rate, after the others.
       clip_norm: global norm of the gradient; None does not clip.
       drop_path: the model's `stochastic_depth`; None: what its table says.
       label_smoothing: share of a label that goes to all classes alike.
@@ -70,7 +72,7 @@ def training(
     config = recipe.base()
     config.dataset.num_examples = NUM_EXAMPLES
     config.dataset.num_classes = 1000
-    config.batch_size, config.epochs = batch_size, float(epochs)
+    config.batch_size, config.epochs = batch_size, float(epochs + cooldown_epochs)
     config.loss, config.label_smoothing = "softmax_xent", label_smoothing
     config.mixup, config.cutmix, config.erasing = mixup, cutmix, erasing
 
@@ -88,6 +90,7 @@ def training(
     config.optim.name, config.optim.learning_rate = optimiser, learning_rate
     config.optim.warmup_steps = round(warmup_epochs * NUM_EXAMPLES / batch_size)
     config.optim.warmup_learning_rate = 1e-6
+    config.optim.cooldown_steps = round(cooldown_epochs * NUM_EXAMPLES / batch_size)
     config.optim.decay = "cosine"
     config.optim.end_learning_rate = end_learning_rate
     config.optim.weight_decay, config.optim.decayed = weight_decay, "matrices"

@@ -208,6 +208,7 @@ RECIPE: dict[str, Row] = {
     "optim.learning_rate": _real(0),
     "optim.warmup_steps": _whole(0),
     "optim.warmup_learning_rate": _real(0),
+    "optim.cooldown_steps": _whole(0),
     "optim.decay": _choice("linear", "cosine", "staircase"),
     "optim.end_learning_rate": _real(0, none=True),
     "optim.end_factor": _real(0, 1, none=True),

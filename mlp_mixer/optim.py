@@ -52,6 +52,7 @@ def make_schedule(
     end_learning_rate: float | None,
     end_factor: float | None,
     warmup_learning_rate: float = 0.0,
+    cooldown_steps: int = 0,
 ) -> Schedule:
     """Returns the learning rate by step: a linear warm-up times a decay.
 
@@ -59,7 +60,8 @@ def make_schedule(
     p = clip((t − warmup)/(total − warmup), 0, 1) and t counted from 0, so the very
     first update has learning rate 0 (vit_jax and big_vision utils.py). The staircase
     goes by t/total instead of p. A warm-up that begins at another rate is linear from
-    there to the value in brackets.
+    there to the value in brackets. With a cool-down, total is the step at which it
+    begins; from there on the rate is the last one.
 
     timm's rate is constant within an epoch, and its cosine counts the epochs of the
     warm-up: it goes by ⌊epoch⌋/epochs, so that after the warm-up it is a little below
@@ -74,6 +76,7 @@ def make_schedule(
       end_factor: instead of `end_learning_rate`, the value at T as a fraction of
         `learning_rate` (what `linear_end` means in big_vision).
       warmup_learning_rate: the value at step 0 of a warm-up.
+      cooldown_steps: number of updates, the last of all, at the last learning rate.
 
     Raises:
       ValueError: unknown decay, or not exactly one of the two ends.
@@ -89,6 +92,12 @@ def make_schedule(
             f"warmup_steps {warmup_steps} is not below total_steps {total_steps}; a "
             f"shorter run needs a shorter warm-up, e.g. {total_steps // 10}."
         )
+    if not 0 <= cooldown_steps < total_steps - warmup_steps:
+        raise ValueError(
+            f"cooldown_steps is {cooldown_steps}; expected 0 or more, and fewer than "
+            f"the {total_steps - warmup_steps} steps after the warm-up."
+        )
+    total_steps -= cooldown_steps
     end = end_learning_rate
     if end is None:
         end = (end_factor or 0.0) * learning_rate

@@ -123,6 +123,7 @@ def base() -> ConfigDict:
     config.optim.learning_rate = 0.001  # the peak
     config.optim.warmup_steps = 10_000
     config.optim.warmup_learning_rate = 0.0  # where the warm-up begins
+    config.optim.cooldown_steps = 0  # the last ones, at the last learning rate
     config.optim.decay = "linear"  # or "cosine", "staircase"
     # The last learning rate: either absolute, or a fraction of the peak.
     config.optim.end_learning_rate = FieldReference(1e-5)
@@ -343,6 +344,12 @@ def _contradictions(config: ConfigDict) -> list[str]:
             found.append(
                 f"config.optim.warmup_steps is {optim.warmup_steps}, but the run has "
                 f"{steps} steps; expected fewer, e.g. {steps // 10}."
+            )
+        elif optim.cooldown_steps >= steps - optim.warmup_steps:
+            found.append(
+                f"config.optim.cooldown_steps is {optim.cooldown_steps}, but the run "
+                f"has {steps - optim.warmup_steps} steps after its warm-up; expected "
+                "fewer, or 0."
             )
     return found
 

@@ -198,6 +198,10 @@ def test_a_wrong_value_is_named_before_any_data_is_opened(
             {"optim.warmup_steps": 12},
             r"warmup_steps is 12, but the run has 12 steps; expected fewer, e.g. 1\.",
         ),
+        (
+            {"optim.warmup_steps": 2, "optim.cooldown_steps": 10},
+            r"cooldown_steps is 10, but the run has 10 steps after its warm-up; expe",
+        ),
         ({"optim.end_factor": 0.1}, "set exactly one of them"),
         ({"optim.end_learning_rate": None}, "set exactly one of them"),
         (

@@ -85,6 +85,28 @@ def test_a_warm_up_may_begin_elsewhere(decay):
         np.testing.assert_allclose(schedule(t), formula(t, decay, 1e-5), rtol=1e-5)
 
 
+@pytest.mark.parametrize("decay", ["linear", "cosine", "staircase"])
+def test_a_cool_down_follows_the_whole_schedule(decay):
+    fields = {"warmup_steps": WARMUP, "decay": decay, "end_learning_rate": 1e-5}
+    longer = schedule_of(TOTAL + 200, cooldown_steps=200, **fields)
+    steps = jnp.arange(TOTAL + 200)
+    found, expected = (
+        jax.vmap(s)(steps) for s in (longer, schedule_of(TOTAL, **fields))
+    )
+    np.testing.assert_array_equal(found, expected)
+    if decay != "staircase":
+        np.testing.assert_allclose(found[TOTAL:], 1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cooldown", [TOTAL - WARMUP, TOTAL, -1])
+def test_a_cool_down_longer_than_what_the_warm_up_leaves_is_explained(cooldown):
+    message = (
+        rf"cooldown_steps is {cooldown}; expected 0 or more, and fewer than the 900"
+    )
+    with pytest.raises(ValueError, match=message):
+        schedule_of(TOTAL, warmup_steps=WARMUP, cooldown_steps=cooldown)
+
+
 def test_without_warm_up_the_first_update_has_the_peak():
     schedule = schedule_of(TOTAL, warmup_steps=0)
     np.testing.assert_allclose(schedule(0), PEAK, rtol=1e-6)

@@ -140,7 +140,7 @@ class Ccs(Model):
                 run=self.run,
             ),
             resmlp.Affine(name="pre_head_affine"),
-            resmlp.NORMAL,
+            layers.NORMAL,
         )
 
 

@@ -26,8 +26,6 @@ from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import Dense
 from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, sizes
 
-NORMAL = nn.initializers.normal(0.02)
-
 
 def stem(features: int, patch_size: tuple[int, int], run: Run) -> layers.PatchEmbed:
     """Returns the part `stem` of a model, which begins as torch's convolutions do."""
@@ -76,7 +74,7 @@ class ResMlpBlock(nn.Module):
             self.channels_mlp_dim,
             gelu=self.gelu,
             run=self.run,
-            kernel_init=NORMAL,
+            kernel_init=layers.NORMAL,
             name="channel_mixing",
         )
         first, second = noise.branches(2)
@@ -121,7 +119,7 @@ class ResMlp(Model):
         self.check_image(image)
         x = stem(self.hidden_dim, self.patch_size, self.run)(image)
         token_mixing = functools.partial(
-            Dense, x.shape[0], axis=0, run=self.run, kernel_init=NORMAL
+            Dense, x.shape[0], axis=0, run=self.run, kernel_init=layers.NORMAL
         )
         block = functools.partial(
             ResMlpBlock,
@@ -139,7 +137,9 @@ class ResMlp(Model):
             train=train,
         )
         y = Affine(name="pre_head_affine")(y)
-        return layers.readout(y, [x, *states], self.num_classes, kernel_init=NORMAL)
+        return layers.readout(
+            y, [x, *states], self.num_classes, kernel_init=layers.NORMAL
+        )
 
 
 MODEL = ResMlp

@@ -33,7 +33,7 @@ from mlp_mixer import known
 from mlp_mixer.models import layers, moves, trunk
 from mlp_mixer.models.derivatives import GELUS, Dense, LayerNorm
 from mlp_mixer.models.model import Model, Noise, Outputs, Run, axes, sizes
-from mlp_mixer.models.resmlp import NORMAL, Affine
+from mlp_mixer.models.resmlp import Affine
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer": LayerNorm, "affine": Affine}
 
@@ -48,7 +48,9 @@ class ShiftMlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
         """Returns the output of the branch, before its norm."""
-        dense = functools.partial(Dense, x.shape[-1], run=self.run, kernel_init=NORMAL)
+        dense = functools.partial(
+            Dense, x.shape[-1], run=self.run, kernel_init=layers.NORMAL
+        )
         gelu = known.pick("gelu", self.gelu, GELUS)
         y = gelu(checkpoint_name(dense(name="Dense_0")(x), layers.PRE_GELU))
         y = moves.shift4(y.reshape(*self.grid, *y.shape[1:])).reshape(y.shape)
@@ -73,7 +75,7 @@ class S2MlpBlock(nn.Module):
             self.channels_mlp_dim,
             gelu=self.gelu,
             run=self.run,
-            kernel_init=NORMAL,
+            kernel_init=layers.NORMAL,
             name="channel_mixing",
         )
         first, second = noise.branches(2)
@@ -117,7 +119,7 @@ class S2Mlp(Model):
             self.hidden_dim,
             self.patch_size,
             self.run,
-            kernel_init=NORMAL,
+            kernel_init=layers.NORMAL,
             name="stem",
         )
         block = functools.partial(
@@ -136,7 +138,9 @@ class S2Mlp(Model):
             name="S2MlpBlock",
             train=train,
         )
-        return layers.readout(y, [x, *states], self.num_classes, kernel_init=NORMAL)
+        return layers.readout(
+            y, [x, *states], self.num_classes, kernel_init=layers.NORMAL
+        )
 
 
 MODEL = S2Mlp

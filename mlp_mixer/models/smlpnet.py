@@ -18,92 +18,17 @@ authors' code (microsoft/SPACH, models/smlp.py).
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from mlp_mixer.models import layers, trunk
+from mlp_mixer.models import layers, pyramid
 from mlp_mixer.models.derivatives import GELUS, TORCH_KERNEL, Dense, LayerNorm
-from mlp_mixer.models.model import (
-    Model,
-    Noise,
-    Outputs,
-    Run,
-    check_divisible,
-    sizes,
-)
+from mlp_mixer.models.model import Model, Noise, Outputs, Run, sizes
 
 gelu = GELUS["exact"]
-
-
-def _convolution(
-    features: int, size: tuple[int, int], run: Run, **fields: Any
-) -> nn.Conv:
-    return nn.Conv(
-        features,
-        size,
-        use_bias=False,
-        dtype=run.dtype,
-        kernel_init=TORCH_KERNEL,
-        **fields,
-    )
-
-
-class BatchNorm(nn.Module):
-    """torch's BatchNorm2d: each channel normalised over images and positions.
-
-    Training normalises with the mean and the (biased) variance of the batch, and moves
-    the running ones, the collection `batch_stats`, a tenth of the way to them. As in
-    torch, and unlike Flax's BatchNorm, the running variance is the unbiased one. The
-    batch is the global one, on any number of devices: a compiled step cuts its arrays,
-    not its meaning. (torch's is each device's own unless it is told otherwise.)
-
-    Attributes:
-      train: whether the batch's statistics are used, and recorded.
-    """
-
-    train: bool
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """Returns `x` normalised, in its dtype; computed in float32."""
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        means = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        variances = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        z = x.astype(jnp.float32)
-        mean, variance = means.value, variances.value
-        if self.train:
-            mean = z.mean((0, 1, 2))
-            variance = jnp.square(z - _row(mean)).mean((0, 1, 2))
-            if not self.is_initializing():
-                count = _count(x)
-                unbiased = variance * (count / (count - 1))
-                means.value += 0.1 * (mean - means.value)
-                variances.value += 0.1 * (unbiased - variances.value)
-        factor = lax.rsqrt(variance + 1e-5) * scale
-        return ((z - _row(mean)) * _row(factor) + _row(bias)).astype(x.dtype)
-
-
-def _row(x: Any) -> Any:
-    return x.reshape(1, 1, 1, -1)
-
-
-def _count(x: Float[Array, "n h w c"]) -> int:
-    """The number of values of a channel."""
-    n, h, w, _ = x.shape
-    if n * h * w < 2:
-        raise ValueError(
-            f"BatchNorm in training got {n} image of {h}x{w} positions, which have no "
-            "variance; try a larger batch or larger images."
-        )
-    return n * h * w
 
 
 class SmlpBlock(nn.Module):
@@ -129,13 +54,18 @@ class SmlpBlock(nn.Module):
         return x + layers.scale_images(self._mix_channels(x), second.keep, axis=0)
 
     def _mix_positions(self, x: Array) -> Array:
-        c, norm = x.shape[-1], functools.partial(BatchNorm, self.train)
-        convolution = functools.partial(_convolution, c, run=self.run)
+        c, norm = x.shape[-1], functools.partial(pyramid.BatchNorm, self.train)
         y = gelu(norm(name="BatchNorm_0")(x))
-        y = convolution(
+        # XLA's own convolution, where `layers.Depthwise` would be faster: recorded runs
+        # have its bits.
+        y = nn.Conv(
+            c,
             (3, 3),
             feature_group_count=c,
             conv_general_dilated=layers.depthwise(self.run),
+            use_bias=False,
+            dtype=self.run.dtype,
+            kernel_init=TORCH_KERNEL,
             name="depthwise",
         )(y)
         y = gelu(norm(name="BatchNorm_1")(y))
@@ -183,10 +113,7 @@ class SmlpNet(Model):
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
-        height, width = (
-            side * 2 ** (len(self.num_blocks) - 1) for side in self.patch_size
-        )
-        check_divisible(image_size, (height, width), "the last stage's stride")
+        pyramid.check_stages(self, image_size)
 
     def check_image(self, image: Array) -> None:
         """Raises ValueError unless `image` fits the model and its parameters."""
@@ -212,52 +139,42 @@ class SmlpNet(Model):
 
         Returns:
           logits: (n, k) float32, or the pre-logits if `num_classes` is None.
-          out: the intermediate outputs `stem`, `block_0`, … (n, h, w, c) of all stages
-            and `pre_logits` (n, c).
+          out: `stem`, `block_0`, … of all stages, `stage_1`, … with which stages end,
+            all (n, h, w, c), and `pre_logits` (n, c).
 
         Raises:
           ValueError: the image does not fit the strides or the parameters.
         """
         self.check_image(image)
-        noise = self._noise(image, train)
         block = functools.partial(
             SmlpBlock, mlp_ratio=self.mlp_ratio, train=train, run=self.run
         )
-        x, out = image, dict[str, Any]()
-        for i, depth in enumerate(self.num_blocks):
-            size, name = ((2, 2), f"down{i}") if i else (self.patch_size, "stem")
-            x = _convolution(
-                self.hidden_dim * 2**i, size, self.run, strides=size, name=name
-            )(x)
-            out |= {} if i else {"stem": x}
-            first = sum(self.num_blocks[:i])
-            of_stage = slice(first, first + depth)
-            x, states = trunk.blocks(
-                self,
-                block,
-                x,
-                name=f"stage{i}_block",
-                count=depth,
-                train=train,
-                noise=jax.tree.map(lambda z, at=of_stage: z[at], noise),
-            )
-            out |= {f"block_{first + j}": y for j, y in enumerate(states)}
-        y = BatchNorm(train, name="norm")(x)
-        pre_logits = y.mean((1, 2), dtype=jnp.float32)
-        out["pre_logits"] = pre_logits
-        if self.num_classes is None:
-            return pre_logits, out
-        head = Dense(self.num_classes, torch_init=True, name="head")
-        return head(pre_logits), out
 
-    def _noise(self, image: Array, train: bool) -> Noise:
-        return trunk.draw(
+        def begin(i: int) -> nn.Module:
+            size, name = ((2, 2), f"down{i}") if i else (self.patch_size, "stem")
+            return pyramid.Convolution(
+                self.hidden_dim * 2**i,
+                size,
+                stride=size,
+                run=self.run,
+                use_bias=False,
+                torch_init=True,
+                name=name,
+            )
+
+        x, out = pyramid.stages(
             self,
-            sum(self.num_blocks),
-            image.shape[0],
+            image,
+            begin,
+            lambda i: [pyramid.Row(block, self.num_blocks[i])],
+            noise=pyramid.linear_noise(self, image, train),
             train=train,
-            rates=(0.0, self.stochastic_depth),
-            rescale=True,
+        )
+        return pyramid.pooled(
+            pyramid.BatchNorm(train, name="norm")(x),
+            out,
+            self.num_classes,
+            torch_init=True,
         )
 
 
@@ -297,27 +214,15 @@ _BLOCK = {
 }
 
 
-def _axes(stage: int) -> dict[str, str]:
-    """Those of one stage; its letters carry its number."""
-
-    def numbered(letters: str) -> str:
-        return " ".join(x if x.isdigit() else f"{x}{stage}" for x in letters.split())
-
-    return {
-        f"stage{stage}_block_*/{path}": numbered(letters)
-        for path, letters in _BLOCK.items()
-    }
-
-
 AXES = {
     "stem/kernel": "ph pw rgb c0",
-    **_axes(0),
+    **pyramid.stage_axes(0, _BLOCK),
     "down1/kernel": "2 2 c0 c1",
-    **_axes(1),
+    **pyramid.stage_axes(1, _BLOCK),
     "down2/kernel": "2 2 c1 c2",
-    **_axes(2),
+    **pyramid.stage_axes(2, _BLOCK),
     "down3/kernel": "2 2 c2 c3",
-    **_axes(3),
+    **pyramid.stage_axes(3, _BLOCK),
     "norm/scale": "c3",
     "norm/bias": "c3",
     "head/kernel": "c3 k",

@@ -38,6 +38,7 @@ def blocks(
     count: int,
     train: bool,
     noise: Noise,
+    constants: Any = None,
 ) -> tuple[Any, list[Any]]:
     """Returns the last state, and the state after each block.
 
@@ -53,6 +54,9 @@ def blocks(
       count: number of blocks.
       train: whether this is training.
       noise: noise of all blocks, as `draw` returns it.
+      constants: what blocks differ by, NumPy arrays with an entry for each block, which
+        it gets as its third argument; None: they do not. Of blocks that are neither
+        scanned nor rematerialised it is a plain number.
     """
     run = model.run
     known.require("remat", run.remat, REMAT_POLICIES)
@@ -60,13 +64,13 @@ def blocks(
     mesh = run.mesh if CUT in model.variables else None
     if (mesh or (train and run.scan)) and not model.is_initializing():
         same = block(parent=None, name=None)
-        return _applied(model, same, x, names, train, noise, mesh)
+        return _applied(model, same, x, names, train, noise, constants, mesh)
     states = []
     for i, one in enumerate(names):
         call: Any = _call
         if train and run.remat != "none":
             call = nn.remat(_call, policy=REMAT_POLICIES[run.remat])
-        x = call(block(name=one), x, _entry(noise, i))
+        x = call(block(name=one), x, _entry(noise, i), _entry(constants, i))
         states.append(x)
     return x, states
 
@@ -108,8 +112,12 @@ def row(
     return blocks(model, block, x, name=name, count=count, train=train, noise=noise)
 
 
-def _call(block: nn.Module, x: Any, noise: Noise) -> Any:
-    return block(x, noise)
+def _call(block: nn.Module, x: Any, noise: Noise, constant: Any) -> Any:
+    return block(x, noise, *_as_arguments(constant))
+
+
+def _as_arguments(constant: Any) -> tuple[Any, ...]:
+    return () if constant is None else (constant,)
 
 
 def _applied(
@@ -119,6 +127,7 @@ def _applied(
     names: list[str],
     train: bool,
     noise: Noise,
+    constants: Any,
     mesh: Mesh | None,
 ) -> tuple[Any, list[Any]]:
     """The blocks as one function of their variables, which is scanned or repeated.
@@ -139,7 +148,7 @@ def _applied(
     scan, policy = train and run.scan, REMAT_POLICIES[run.remat]
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
-        variables, noise = layer
+        variables, noise, constant = layer
         if mesh:
             params = variables["params"]
             if train and not scan:
@@ -149,7 +158,8 @@ def _applied(
             named = {names[0]: params}
             whole = sharding.gathered(mesh, named, model.declared_axes())
             variables = {**variables, "params": whole[names[0]]}
-        x, updated = block.apply(variables, x, noise, mutable=changing)
+        arguments = x, noise, *_as_arguments(constant)
+        x, updated = block.apply(variables, *arguments, mutable=changing)
         return x, (x, updated)
 
     if train and (policy or mesh):
@@ -160,13 +170,14 @@ def _applied(
             kind: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
             for kind, trees in given.items()
         }
-        x, results = lax.scan(body, x, (stacked, noise))
+        x, results = lax.scan(body, x, (stacked, noise, constants))
         found = [_entry(results, i) for i in range(len(names))]
     else:
         found = []
         for i in range(len(names)):
             variables = {kind: trees[i] for kind, trees in given.items()}
-            x, result = body(x, (variables, _entry(noise, i)))
+            layer = variables, _entry(noise, i), _entry(constants, i)
+            x, result = body(x, layer)
             found.append(result)
     for name, (_, updated) in zip(names, found, strict=True):
         for kind, tree in updated.items():

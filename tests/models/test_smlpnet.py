@@ -10,9 +10,10 @@ import optimisers
 import pytest
 
 from mlp_mixer import sharding, steps
-from mlp_mixer.models import Run
+from mlp_mixer.models import Run, pyramid
 from mlp_mixer.models.model import Noise
-from mlp_mixer.models.smlpnet import BatchNorm, SmlpBlock, SmlpNet
+from mlp_mixer.models.pyramid import BatchNorm
+from mlp_mixer.models.smlpnet import SmlpBlock, SmlpNet
 
 SMALL: dict[str, Any] = {
     "patch_size": (2, 2),
@@ -91,6 +92,7 @@ class Numpy:
                 x = x + second[:, None, None, None] * self.channels(x, p)
                 states[f"block_{block}"] = x
                 block += 1
+            states[f"stage_{stage + 1}"] = x
         x = self.batch_norm(x, self.params["norm"], self.stats["norm"])
         x = states["pre_logits"] = x.mean((1, 2))
         head = self.params["head"]
@@ -175,13 +177,14 @@ def test_the_forward_is_the_papers(train):
 def test_stochastic_depth_is_linear_over_all_stages_and_rescaled():
     model, image = SmlpNet(**SMALL, stochastic_depth=0.6), images(64, (16, 16))
     variables = random_variables(model, (16, 16))
-    noise: Any = model.apply(variables, image, True, method="_noise", rngs=RNGS)
+    noise = model.apply(variables, image, True, method=pyramid.linear_noise, rngs=RNGS)
+    keeps = np.concatenate([of_stage.keep for of_stage in noise])
     rates = np.linspace(0, 0.6, 5)
-    for keep, rate in zip(noise.keep, rates, strict=True):
+    for keep, rate in zip(keeps, rates, strict=True):
         values = [1] if rate == 0 else [0, 1 / (1 - rate)]
         np.testing.assert_allclose(np.unique(keep), values, rtol=1e-6)
     # The masks of each block's branches are those of its place in the whole network.
-    reference = Numpy(variables, SMALL["num_blocks"], True, np.asarray(noise.keep))
+    reference = Numpy(variables, SMALL["num_blocks"], True, keeps)
     expected, _ = reference(image)
     (logits, _), _ = forward(model, variables, image, train=True)
     assert_close(logits, expected, 2e-5)
