@@ -273,11 +273,23 @@ FACTS = {
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_size = pytest.mark.parametrize(("name", "size"), SIZES)
+
+# Those whose four stages take long to compile.
+PYRAMIDS = ("cyclemlp", "hiremlp", "msmlp", "convmlp", "spach_ms")
+
+
+def slow_unless(quick):
+    """All architectures; the quick suite does those of which `quick` is true."""
+    return [
+        pytest.param(name, marks=[] if quick(name) else [pytest.mark.slow])
+        for name in FACTS
+    ]
+
+
 every_family = pytest.mark.parametrize("name", FACTS)
-# Of what takes long, the quick suite does the Mixer's and the slow one the others'.
-MIXER_FIRST = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name != "mixer")) for name in FACTS
-]
+ISOTROPIC_FIRST = slow_unless(lambda name: name not in PYRAMIDS)
+# Of what takes long for all, the quick suite does the Mixer's.
+MIXER_FIRST = slow_unless(lambda name: name == "mixer")
 RNGS = {"dropout": jax.random.key(7)}
 
 
@@ -332,8 +344,14 @@ def small(name, **fields):
     return models.create(**model | fields)
 
 
-def images(n=8):
-    return jax.random.uniform(jax.random.key(1), (n, 8, 8, 3), minval=-1)
+def image_size(name):
+    """Of the digits' recipe."""
+    return digits(name).model.image_size
+
+
+def images(name, n=8):
+    shape = (n, *image_size(name), 3)
+    return jax.random.uniform(jax.random.key(1), shape, minval=-1)
 
 
 @functools.cache
@@ -348,7 +366,7 @@ def variables(name):
             return jnp.float32(np.exp(noise))
         return jnp.float32(noise + (path[-1].key in ("scale", "alpha")))
 
-    return jax.tree_util.tree_map_with_path(draw, shapes(small(name), (8, 8)))
+    return jax.tree_util.tree_map_with_path(draw, shapes(small(name), image_size(name)))
 
 
 def test_all_families_have_facts():
@@ -402,10 +420,10 @@ def test_initial_values_are_the_papers(name):
         assert x.std() == pytest.approx(spread, rel=3 / x.size**0.5, abs=1e-8)
 
 
-@every_family
+@pytest.mark.parametrize("name", ISOTROPIC_FIRST)
 def test_the_forward_keeps_the_contract(name):
     model, given = small(name), variables(name)
-    logits, out = jax.jit(model.apply)(given, images())
+    logits, out = jax.jit(model.apply)(given, images(name))
     assert logits.shape == (8, 10)
     assert logits.dtype == out["pre_logits"].dtype == jnp.float32
     assert all(x.shape[0] == 8 for x in out.values())
@@ -417,7 +435,7 @@ def test_the_forward_keeps_the_contract(name):
     # Without classes the first result are the features.
     features, _ = jax.jit(small(name, num_classes=None).apply)(
         given | {"params": {k: v for k, v in given["params"].items() if k != "head"}},
-        images(),
+        images(name),
     )
     np.testing.assert_array_equal(features, out["pre_logits"])
 
@@ -426,10 +444,11 @@ def test_the_forward_keeps_the_contract(name):
 def test_an_image_that_does_not_fit_is_refused(name):
     """Any other grid does not, where a parameter is tied to the resolution."""
     model, given = small(name), variables(name)
+    h, w = image_size(name)
     with pytest.raises(ValueError, match="not divisible"):
-        model.apply(given, jnp.zeros((1, 8, 9, 3)))
-    larger = jnp.zeros((1, 16, 16, 3))
-    if shapes(model, (16, 16)) == shapes(model, (8, 8)):
+        model.apply(given, jnp.zeros((1, h, w + 1, 3)))
+    larger = jnp.zeros((1, 2 * h, 2 * w, 3))
+    if shapes(model, (2 * h, 2 * w)) == shapes(model, (h, w)):
         assert jax.eval_shape(model.apply, given, larger)[0].shape == (1, 10)
         return
     with pytest.raises(ValueError, match="training resol"):
@@ -438,15 +457,15 @@ def test_an_image_that_does_not_fit_is_refused(name):
 
 @pytest.mark.parametrize("name", MIXER_FIRST)
 def test_bfloat16_differs_by_its_rounding(name):
-    exact, _ = jax.jit(small(name).apply)(variables(name), images())
+    exact, _ = jax.jit(small(name).apply)(variables(name), images(name))
     model = small(name, run=Run("bfloat16"))
-    found, out = jax.jit(model.apply)(variables(name), images())
+    found, out = jax.jit(model.apply)(variables(name), images(name))
     assert out["stem"].dtype == jnp.bfloat16
     assert found.dtype == jnp.float32
     assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
 
 
-@every_family
+@pytest.mark.parametrize("name", ISOTROPIC_FIRST)
 def test_stochastic_depth_leaves_out_whole_branches_of_some_images(name):
     model = small(name)
 
@@ -457,7 +476,7 @@ def test_stochastic_depth_leaves_out_whole_branches_of_some_images(name):
         functools.partial(model.apply, train=True, mutable=["batch_stats"])
     )(
         jax.tree_util.tree_map_with_path(without, variables(name)),
-        images(64),
+        images(name, 64),
         rngs=RNGS,
     )[0]
     blocks = [k for k in out if k.startswith("block_")]
@@ -472,7 +491,9 @@ def test_a_model_says_whether_its_training_draws_noise(name, rate):
     model = small(name, stochastic_depth=rate)
     assert model.draws_noise == bool(rate)
     train = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    without_a_key = functools.partial(jax.eval_shape, train, variables(name), images())
+    without_a_key = functools.partial(
+        jax.eval_shape, train, variables(name), images(name)
+    )
     if rate:
         with pytest.raises(flax.errors.InvalidRngError):
             without_a_key()
@@ -499,7 +520,7 @@ def gradients(name, run):
 
     def loss(given):
         (logits, _), stats = model.apply(
-            given, images(), train=True, rngs=RNGS, mutable=["batch_stats"]
+            given, images(name), train=True, rngs=RNGS, mutable=["batch_stats"]
         )
         return (weights * logits).sum(), stats
 
@@ -684,10 +705,11 @@ def test_fine_tuning_begins_where_a_run_ended(trained, data_dir, tmp_path):
 
 
 def test_an_export_computes_the_model(trained, tmp_path):
-    _, folder = trained
+    config, folder = trained
+    photos = jax.random.uniform(jax.random.key(1), (3, *config.model.image_size, 3))
     weights = pretrained.read(folder)
     export.export_stablehlo(weights, tmp_path / "m.stablehlo")
     program = jax.export.deserialize((tmp_path / "m.stablehlo").read_bytes())
-    logits, _ = pretrained.create_model(weights).apply(weights.variables, images(3))
-    found = program.call(images(3))["logits"]
+    logits, _ = pretrained.create_model(weights).apply(weights.variables, photos)
+    found = program.call(photos)["logits"]
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)

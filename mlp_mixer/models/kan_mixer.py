@@ -205,14 +205,10 @@ class KanMixer(Model):
 
     def _normalised(self, image: Float[Array, "n h w 3"]) -> Float[Array, "n h w x"]:
         """The channels that are read, with levels from 0 to 1 less `mean`, by `std`."""
-        count, mean, std = self.image_channels, self.mean, self.std
-        if count not in (1, 3) or not len(mean) == len(std) == count:
-            raise ValueError(
-                f"image_channels is {count}, mean {mean}, std {std}; expected 1 or 3 "
-                "channels, and as many numbers in mean and std."
-            )
-        less, by = (jnp.array([[[levels]]], image.dtype) for levels in (mean, std))
-        return ((image[..., :count] + 1) / 2 - less) / by
+        count = self.image_channels
+        if count not in (1, 3):
+            raise ValueError(f"image_channels is {count}; expected 1 or 3.")
+        return layers.normalised(image[..., :count], self.mean, self.std)
 
 
 def _kan_axes(layers_by_path: dict[str, str]) -> dict[str, str]:

@@ -50,6 +50,27 @@ def patches(
     return rearrange(image, "s n ph pw x -> s n (ph pw x)")
 
 
+def normalised(
+    image: Float[Array, "n h w x"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "n h w x"]:
+    """Returns images in [−1, 1] as levels from 0 to 1, less `mean`, by `std`.
+
+    What a stem that pads its images needs to be the authors': the zeros around them are
+    of the mean colour, which no change of the stem's weights makes of other zeros.
+
+    Args:
+      image: the images.
+      mean, std: a number for each channel; 0.5 and 0.5 leave the images as they are.
+    """
+    if not len(mean) == len(std) == image.shape[-1]:
+        raise ValueError(
+            f"mean is {mean} and std {std}; expected {image.shape[-1]} numbers each, "
+            "one for each channel of the image."
+        )
+    less, by = (jnp.array([[[levels]]], image.dtype) for levels in (mean, std))
+    return ((image + 1) / 2 - less) / by
+
+
 class PatchEmbed(nn.Module):
     """The stem: one linear map shared by all patches, straight to tokens first.
 

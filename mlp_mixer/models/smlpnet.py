@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from mlp_mixer.models import layers, pyramid
 from mlp_mixer.models.derivatives import GELUS, TORCH_KERNEL, Dense, LayerNorm
-from mlp_mixer.models.model import Model, Noise, Outputs, Run, sizes
+from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, sizes
 
 gelu = GELUS["exact"]
 
@@ -228,3 +228,30 @@ AXES = {
     "head/kernel": "c3 k",
     "head/bias": "k",
 }
+# What the authors call what. They number blocks through all stages, and their proj_h
+# mixes along the width.
+_NAMES = {
+    "token_mix.{}.0.conv_merge.BN": "BatchNorm_0",
+    "token_mix.{}.0.conv_merge.Conv": "depthwise",
+    "token_mix.{}.1.BN": "BatchNorm_1",
+    "token_mix.{}.1.proj_h": "mix_w",
+    "token_mix.{}.1.proh_w": "mix_h",
+    "token_mix.{}.1.fuse": "fuse",
+    "channel_mix.{}.1": "LayerNorm_0",
+    "channel_mix.{}.2.net.0": "Dense_0",
+    "channel_mix.{}.2.net.3": "Dense_1",
+}
+_POINTWISE = ("mix_w", "mix_h", "fuse")  # their convolutions of 1x1
+AUTHORS = (
+    ("to_patch_embedding.0.0", "stem"),
+    *((f"to_patch_embedding.{i}.0", f"down{i}") for i in range(1, 4)),
+    *(
+        (theirs, f"stage{i}_block_{{}}/{ours}", *how)
+        for i in range(4)
+        for theirs, ours in _NAMES.items()
+        for how in [("o i 1 1 -> i o",) if ours in _POINTWISE else ()]
+    ),
+    ("batch_norm", "norm"),
+    ("mlp_head.0", "head"),
+)
+NORMALISATION = IMAGENET

@@ -2,7 +2,9 @@
 
 A model's file has tables of pairs, `TIMM` and `AUTHORS`: a module or a single array of
 theirs, and ours, with {} for the number of a block. A model with a `FORM` may have such
-a table for each form, {form: pairs}.
+a table for each form, {form: pairs}. Where several pairs have the same name of theirs,
+their blocks are numbered through all stages, which the pairs name in order; where a
+stage begins is what the shapes say.
 
 A kernel is torch's Linear (out, in) or Conv2d (out, in, height, width); any other array
 is the same there and here. A third entry says it otherwise:
@@ -13,18 +15,25 @@ is the same there and here. A third entry says it otherwise:
 * a function that makes theirs from ours: a buffer that training does not move. It is
   written, for torch loads strictly, and compared when it is read.
 
-Where ours is None there is nothing like it here (torch's count of batches, which torch
-loads without): theirs is neither read nor written.
+Where ours is None there is nothing like it here: theirs is neither read nor written.
+
+A norm that is a BatchNorm here has its `running_mean` and `running_var` too, as `mean`
+and `var` of the collection `batch_stats`. Its `num_batches_tracked` is neither read,
+for a momentum that is a number does not use it, nor written, for torch loads a state
+dict without it, and strictly: it began to count in the second version of the layer.
 
 timm and the authors compute the exact GELU, whatever the weights were trained with;
 Google's Mixers, which timm ships, were trained with the tanh approximation.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -48,11 +57,19 @@ PATCH = "(x ph pw)"
 
 
 class Entry(NamedTuple):
-    """One array: its name there, its path in `AXES` (None: not here), and how."""
+    """One array of theirs.
+
+    Attributes:
+      theirs: its name there.
+      ours: its path in `AXES`; None: it is not here.
+      how: how theirs becomes ours.
+      stage: stage of its block, where they number blocks through all stages.
+    """
 
     theirs: str
     ours: str | None
     how: Any
+    stage: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,40 +80,85 @@ class Names:
       file: the architecture's.
       whose: a key of `TABLES`.
       form: value of the field `FORM` of the architecture, if it has one.
+      first_blocks: number there of each stage's first block, where they number blocks
+        through all stages.
     """
 
     file: ModuleType
     whose: str
     form: Any = None
+    first_blocks: tuple[int, ...] = (0,)
 
     def __str__(self) -> str:
         return "timm's names" if self.whose == "timm" else "its authors' names"
 
-    def find(self, name: str) -> tuple[Entry, str | None] | None:
+    def find(self, name: str) -> tuple[Entry, int | None] | None:
         """The entry of an array of theirs, in any wrapper, and the number of its block.
 
         Of any depth: also a block that is not there has a name. None: there is no such
         array.
         """
+        if (found := self._find_theirs(name)) is None:
+            return None
+        entries, number = found
+        if number is None:
+            return entries[0], None
+        if len(entries) == 1:
+            return entries[0], number
+        stage = bisect.bisect_right(self.first_blocks, number) - 1
+        return entries[stage], number - self.first_blocks[stage]
+
+    def _find_theirs(self, name: str) -> tuple[tuple[Entry, ...], int | None] | None:
+        """All entries of that name, and the number of the block there."""
         entries, bare = _entries(self), None
         while name != bare:
             if name in entries:
                 return entries[name], None
-            for number in re.finditer(r"(?<=\.)[0-9]+(?=\.)", name):
+            for number in re.finditer(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)", name):
                 unnumbered = f"{name[: number.start()]}{{}}{name[number.end() :]}"
                 if unnumbered in entries:
-                    return entries[unnumbered], number[0]
+                    return entries[unnumbered], int(number[0])
             name, bare = re.sub(f"^{WRAPPER}", "", name), name
         return None
+
+    def numbered(self, arrays: Mapping[str, np.ndarray]) -> "Names":
+        """Returns these names with the `first_blocks` of a file.
+
+        A stage begins where most arrays have another shape than in the block before.
+
+        Args:
+          arrays: {name there: array} of the file.
+        """
+        blocks: dict[tuple[Entry, ...], dict[int, tuple[int, ...]]] = {}
+        for name, array in arrays.items():
+            entries, number = self._find_theirs(name) or ((), None)
+            if len(entries) > 1 and number is not None:
+                blocks.setdefault(entries, {})[number] = array.shape
+        votes = Counter[tuple[int, ...]]()
+        for entries, shapes in blocks.items():
+            order = sorted(shapes)
+            pairs = itertools.pairwise(order)
+            starts = 0, *(b for a, b in pairs if shapes[a] != shapes[b])
+            if len(starts) == len(entries):
+                votes[starts] += 1
+        if not votes:
+            return self
+        return dataclasses.replace(self, first_blocks=votes.most_common(1)[0][0])
 
     def their_name(self, name: str) -> str:
         """The name there of an array of our tree, or its own if it has none."""
         found = self._find_ours(name)
-        return name if found is None else found[0].theirs.format(found[1])
+        return name if found is None else self._in_block(*found)
+
+    def _in_block(self, entry: Entry, number: int | None) -> str:
+        """The name there of an array of a block, by its number here."""
+        if number is not None and len(_entries(self)[entry.theirs]) > 1:
+            number += self.first_blocks[entry.stage]
+        return entry.theirs.format(number)
 
     def _find_ours(self, name: str) -> tuple[Entry, int | None] | None:
         path, number = tree.matches([name], self.file).get(name, (None, None))
-        for entry in _entries(self).values() if path else ():
+        for entry in _all_entries(self) if path else ():
             if entry.ours == path and not callable(entry.how):
                 return entry, number
         return None
@@ -142,7 +204,7 @@ class Names:
             entry, number = found
             # Ours has as many axes as a Linear or a Conv2d there.
             there, _, here = (self._pattern(entry, array.ndim) or "").partition("->")
-            flat[entry.theirs.format(number)] = _turned(
+            flat[self._in_block(entry, number)] = _turned(
                 array, f"{here} -> {there}" if here else None
             )
         return flat | dict(self.buffers(params))
@@ -152,9 +214,9 @@ class Names:
     ) -> Iterator[tuple[str, np.ndarray]]:
         """(name there, array) of each buffer, made from the arrays of our tree."""
         for name, (path, number) in tree.matches(params, self.file).items():
-            for entry in _entries(self).values():
+            for entry in _all_entries(self):
                 if callable(entry.how) and entry.ours == path:
-                    yield entry.theirs.format(number), entry.how(params[name])
+                    yield self._in_block(entry, number), entry.how(params[name])
 
     def check_buffers(
         self, arrays: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray]
@@ -170,7 +232,7 @@ class Names:
             entry, number = self.find(name) or (None, None)
             if entry is None or not callable(entry.how):
                 continue
-            wanted = expected.get(entry.theirs.format(number))
+            wanted = expected.get(self._in_block(entry, number))
             if wanted is not None and not (
                 array.shape == wanted.shape and np.allclose(array, wanted, atol=1e-6)
             ):
@@ -209,19 +271,22 @@ def all_names(file: ModuleType | None = None) -> Iterator[Names]:
                 yield Names(each, whose, form)
 
 
-def find(names: Collection[str], file: ModuleType | None = None) -> Names | None:
+def find(
+    arrays: Mapping[str, np.ndarray], file: ModuleType | None = None
+) -> Names | None:
     """The names that the most arrays of a file have; None: none has any.
 
     Of names that know as many, those of which the file lacks the fewest.
 
     Args:
-      names: names of the arrays of a file.
+      arrays: {name: array} of a file.
       file: the architecture, if it is known.
     """
     best: tuple[tuple[int, int], Names] | None = None
     for candidate in all_names(file):
-        found = [match[0] for x in names if (match := candidate.find(x))]
-        score = len(found), len(set(found)) - len(_entries(candidate))
+        candidate = candidate.numbered(arrays)
+        found = [match[0] for x in arrays if (match := candidate.find(x))]
+        score = len(found), -len(_required(candidate).difference(found))
         if found and (best is None or score > best[0]):
             best = score, candidate
     return best and best[1]
@@ -244,27 +309,54 @@ def names_of(file: ModuleType, whose: str, model: Mapping[str, Any]) -> Names:
         raise ValueError(
             f"{who} no names for {tree.describe(model)}; leave --names={whose} out."
         )
-    return Names(file, whose, form)
+    depths = model.get("num_blocks")
+    if not isinstance(depths, tuple):
+        return Names(file, whose, form)
+    first_blocks = (0, *itertools.accumulate(depths[:-1]))
+    return Names(file, whose, form, first_blocks)
 
 
 def _axes(names: Names) -> Mapping[str, str]:
-    return axes_by_form(names.file)[names.form]
+    return tree.with_statistics(axes_by_form(names.file)[names.form])
 
 
 @functools.cache
-def _entries(names: Names) -> dict[str, Entry]:
-    """{name there: entry}, with {} for a block: of a module, the arrays in `AXES`."""
-    axes, entries = _axes(names), dict[str, Entry]()
+def _required(names: Names) -> frozenset[Entry]:
+    """The entries of parameters: a norm has no statistics, unless it is a BatchNorm."""
+    starts = f"{tree.STATISTICS}/"
+    entries = _all_entries(names)
+    return frozenset(x for x in entries if x.ours and not x.ours.startswith(starts))
+
+
+def _all_entries(names: Names) -> Iterator[Entry]:
+    return itertools.chain.from_iterable(_entries(names).values())
+
+
+@functools.cache
+def _entries(names: Names) -> dict[str, tuple[Entry, ...]]:
+    """{name there: its entries, of several stages}, with {} for a block.
+
+    Of a module, the arrays in `AXES`.
+    """
+    axes, entries = _axes(names), dict[str, tuple[Entry, ...]]()
     for theirs, ours, *rest in tables(names.file, names.whose)[names.form]:
         path, how = ours and ours.replace("{}", "*"), rest[0] if rest else None
         pairs = [(theirs, path, how)]
         if path is not None and path not in axes:
+            statistics = f"{tree.STATISTICS}/{path}"
             pairs = [
                 (f"{theirs}.weight", f"{path}/kernel", how),
                 (f"{theirs}.weight", f"{path}/scale", how),
                 (f"{theirs}.bias", f"{path}/bias", None),
+                (f"{theirs}.running_mean", f"{statistics}/mean", None),
+                (f"{theirs}.running_var", f"{statistics}/var", None),
             ]
-        entries |= {x[0]: Entry(*x) for x in pairs if x[1] is None or x[1] in axes}
+            if f"{statistics}/mean" in axes:
+                pairs.append((f"{theirs}.num_batches_tracked", None, None))
+        for name, path, how in pairs:
+            if path is None or path in axes:
+                before = entries.get(name, ())
+                entries[name] = (*before, Entry(name, path, how, len(before)))
     return entries
 
 

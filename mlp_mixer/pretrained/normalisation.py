@@ -1,8 +1,9 @@
 """The mean and standard deviation that images are normalised by, folded into the stem.
 
 Everything here is for images in [-1, 1], which is levels from 0 to 1 less 0.5, over
-0.5. The stem is linear and its patches neither overlap nor are padded, so weights for
-any other normalisation become weights for this one, exactly but for rounding.
+0.5. A stem that is linear and does not pad makes weights for any other normalisation
+weights for this one, exactly but for rounding. A model with another stem normalises its
+images itself: it has the fields `mean` and `std`, and nothing is folded.
 """
 
 from collections.abc import Mapping, Sequence

@@ -18,15 +18,19 @@ from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.model import all_axes, axes_by_form, fields_of_form
 from mlp_mixer.text import brief, listed
 
+# The collection of running statistics, BatchNorm's `mean` and `var`.
+STATISTICS = "batch_stats"
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-# The field of a model that is a letter's size, and the number of its blocks.
+# The field of a model that is a letter's size, the number of its blocks, or a ratio of
+# two sizes. In a pyramid the number of a stage is behind each letter.
 FIELDS = {
     "*": "num_blocks",
     "c": "hidden_dim",
     "ds": "tokens_mlp_dim",
     "dc": "channels_mlp_dim",
+    "dc/c": "mlp_ratio",
     "g": "groups",
     "x": "image_channels",
 }
@@ -106,17 +110,34 @@ def matches(
     return found
 
 
+def with_statistics(axes: Mapping[str, str]) -> dict[str, str]:
+    """`AXES`, and what each norm has besides in the models where it is a BatchNorm."""
+    norms = [
+        (path.removesuffix("/scale"), letters)
+        for path, letters in axes.items()
+        if path.endswith("/scale") and path.replace("/scale", "/bias") in axes
+    ]
+    return {
+        **axes,
+        **{
+            f"{STATISTICS}/{norm}/{name}": letters
+            for norm, letters in norms
+            for name in ("mean", "var")
+        },
+    }
+
+
 @functools.cache
 def _patterns(file: ModuleType) -> list[tuple[str, re.Pattern[str]]]:
-    number = "(0|[1-9][0-9]{0,8})"
-    paths = {path: re.escape(path).replace(r"\*", number) for path in all_axes(file)}
+    number, axes = "(0|[1-9][0-9]{0,8})", with_statistics(all_axes(file))
+    paths = {path: re.escape(path).replace(r"\*", number) for path in axes}
     return [(path, re.compile(pattern)) for path, pattern in paths.items()]
 
 
 def layout(names: Iterable[str], file: ModuleType) -> dict[str, tuple[str, ...]]:
     """{name: letters of its axes} of a tree with as many blocks as `names`.
 
-    It has a head if `names` have a part of one.
+    It has a head if `names` have a part of one, and statistics where they have some.
     """
     return _form_and_layout(names, file)[1]
 
@@ -136,6 +157,12 @@ def _layout(
     names: Collection[str], file: ModuleType, axes: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
     found = matches(names, file)
+    there = {path.rpartition("/")[0] for path, _ in found.values()}
+    axes = {
+        path: letters
+        for path, letters in with_statistics(axes).items()
+        if path in axes or path.rpartition("/")[0] in there
+    }
     has_head = any("k" in axes.get(path, "").split() for path, _ in found.values())
     expected: dict[str, tuple[str, ...]] = {}
     for numbered, paths in itertools.groupby(axes, _before_number):
@@ -215,20 +242,58 @@ def problems(
 
 
 def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
-    """The fields of a model that follow from the shapes of its parameters."""
+    """The fields of a model that follow from the shapes of its parameters.
+
+    What each stage of a pyramid has is a tuple, or the first stage's where the field is
+    one number for all.
+    """
     sized = sizes(found, file)
     form, _ = _form_and_layout(found, file)
-    paths = [path for path in axes_by_form(file)[form] if "*" in path]
-    if len({*map(_before_number, paths)}) == 1:
-        sized["*"] = _num_blocks(matches(found, file), paths)
-    fields: dict[str, Any] = {
-        FIELDS[letter]: n for letter, n in sized.items() if letter in FIELDS
-    }
+    declared = models.declared(family_name(file))
+    by_stage: dict[str, dict[str, int]] = {}
+    for letter, size in (sized | _depths(found, file, form) | _ratios(sized)).items():
+        if match := re.fullmatch(r"(\D+)(\d*)", letter):
+            by_stage.setdefault(match[1], {})[match[2]] = size
+    fields: dict[str, Any] = {}
+    for letter, of_stages in by_stage.items():
+        field = FIELDS.get(letter)
+        if field in declared:
+            stages = sorted(of_stages, key=lambda number: int(number or 0))
+            values = tuple(of_stages[stage] for stage in stages)
+            one = "" in of_stages or declared[field].type is int
+            fields[field] = values[0] if one else values
     fields |= fields_of_form(file, form)
     if {"ph", "pw"} <= sized.keys():
         fields["patch_size"] = (sized["ph"], sized["pw"])
-    declared = models.declared(family_name(file))
     return {field: value for field, value in fields.items() if field in declared}
+
+
+def _depths(found: Shapes, file: ModuleType, form: Any) -> dict[str, int]:
+    """{"*": number of blocks}, or {"*0": of the first stage, …} of a pyramid.
+
+    A stage may have several rows of blocks.
+    """
+    rows: dict[str, list[str]] = {}
+    for path in axes_by_form(file)[form]:
+        if "*" in path:
+            rows.setdefault(_before_number(path), []).append(path)
+    names, depths = matches(found, file), Counter[str]()
+    for row, paths in rows.items():
+        stage = re.match("stage([0-9]+)_", row)
+        if stage or len(rows) == 1:
+            depths[f"*{stage[1] if stage else ''}"] += _num_blocks(names, paths)
+    return dict(depths)
+
+
+def _ratios(sized: Mapping[str, int]) -> dict[str, Any]:
+    """{"dc/c": hidden units of an MLP per channel}, of each stage."""
+    ratios: dict[str, Any] = {}
+    for letter, size in sized.items():
+        channels = letter.removeprefix("d")
+        if re.fullmatch(r"dc\d*", letter) and channels in sized:
+            whole, rest = divmod(size, sized[channels])
+            ratios[f"dc/{channels}"] = size / sized[channels] if rest else whole
+    return ratios
 
 
 def model_of(params: Any, **given: Any) -> dict[str, Any]:

@@ -434,8 +434,11 @@ def _model_arrays(
         its = names.their_name(name) if names else name
         return name if its == name else f"{its} as {name}"
 
-    starts = tuple(f"{collection}/" for collection in fields.get("stats", ()))
-    stats = {name: flat.pop(name) for name in [*flat] if name.startswith(starts)}
+    collections = {tree.STATISTICS} if names else fields.get("stats", ())
+    starts = tuple(f"{collection}/" for collection in collections)
+    stats = {name: x for name, x in flat.items() if name.startswith(starts)}
+    if not names:  # the model itself says which there are
+        flat = {name: x for name, x in flat.items() if name not in stats}
     expected = tree.layout(flat, file)
     wrong = [
         f"dtype: {name_for_people(name)} is {x.dtype}, expected floats"
@@ -455,7 +458,8 @@ def _model_arrays(
         raise ValueError(
             f"{source} does not hold the parameters of one {name}:\n{listed(wrong)}"
         )
-    return _ModelArrays(flat, stats, file, names)
+    params = {name: x for name, x in flat.items() if name not in stats}
+    return _ModelArrays(params, stats, file, names)
 
 
 def _same_arrays(file: ModuleType, form: Any, other: Any) -> bool:

@@ -218,8 +218,8 @@ def test_of_grey_images_the_first_channel_is_read():
     ("fields", "words"),
     [
         ({"form": "cheom"}, "form 'cheom' is unknown; try cheon, canuto"),
-        ({"image_channels": 1}, "image_channels is 1, mean .*as many numbers"),
-        ({"image_channels": 2}, "image_channels is 2, .*1 or 3 channels"),
+        ({"image_channels": 1}, "mean is .*; expected 1 numbers each"),
+        ({"image_channels": 2}, "image_channels is 2; expected 1 or 3"),
         ({"std": (0.5,)}, r"std \(0.5,\); expected"),
     ],
 )

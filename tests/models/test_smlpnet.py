@@ -177,7 +177,8 @@ def test_the_forward_is_the_papers(train):
 def test_stochastic_depth_is_linear_over_all_stages_and_rescaled():
     model, image = SmlpNet(**SMALL, stochastic_depth=0.6), images(64, (16, 16))
     variables = random_variables(model, (16, 16))
-    noise = model.apply(variables, image, True, method=pyramid.linear_noise, rngs=RNGS)
+    draw: Any = pyramid.linear_noise
+    noise: Any = model.apply(variables, image, True, method=draw, rngs=RNGS)
     keeps = np.concatenate([of_stage.keep for of_stage in noise])
     rates = np.linspace(0, 0.6, 5)
     for keep, rate in zip(keeps, rates, strict=True):

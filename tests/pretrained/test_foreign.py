@@ -99,6 +99,52 @@ def test_a_buffer_is_made_and_has_to_be_what_the_model_computes_with():
             names.check_buffers({**theirs, "net.0.grid": moved}, ours)
 
 
+def test_a_batch_norm_has_its_statistics_too():
+    """Of norms that share a table with it, a file has none, and lacks none."""
+    axes = {f"{x}/{y}": "c" for x in ("norm_*", "last") for y in ("scale", "bias")}
+    names = Names(a_file((("bn.{}", "norm_{}"), ("ln", "last")), axes), "authors")
+    parts = ("weight", "bias", "running_mean", "running_var")
+    theirs = {f"bn.2.{part}": i + numbers(3) for i, part in enumerate(parts)}
+    theirs |= {"ln.weight": numbers(3), "ln.bias": numbers(3)}
+    counted = theirs | {"bn.2.num_batches_tracked": np.int64(3)}
+    ours = names.with_our_names(counted)
+    norm = {f"norm_2/{x}" for x in ("scale", "bias")}
+    statistics = {f"batch_stats/norm_2/{x}" for x in ("mean", "var")}
+    assert ours.keys() == norm | statistics | {"last/scale", "last/bias"}
+    for name, part in [("mean", "running_mean"), ("var", "running_var")]:
+        found = ours[f"batch_stats/norm_2/{name}"]
+        np.testing.assert_array_equal(found, theirs[f"bn.2.{part}"])
+    assert names.their_name("batch_stats/norm_2/var") == "bn.2.running_var"
+    again = names.with_their_names(ours)  # torch loads it strictly without the count
+    assert again.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+def test_blocks_that_are_numbered_through_all_stages_are_told_apart_by_shape():
+    axes = {f"stage{i}_block_*/{x}": f"c{i}" for i in range(3) for x in ("a", "b")}
+    table = [(f"net.{{}}.{path[-1]}", path.replace("*", "{}")) for path in axes]
+    names = Names(a_file(tuple(table), axes), "authors")
+    channels = (2, 2, 4, 4, 4, 6)
+    theirs = {
+        f"net.{i}.{x}": i + numbers(c) for i, c in enumerate(channels) for x in "ab"
+    }
+    found = foreign.find(theirs, names.file)
+    assert found == dataclasses.replace(names, first_blocks=(0, 2, 5))
+    ours = found.with_our_names(theirs)
+    blocks = ["stage0_block_0", "stage0_block_1", "stage1_block_0", "stage1_block_1"]
+    blocks += ["stage1_block_2", "stage2_block_0"]
+    assert list(ours) == [f"{block}/{x}" for block in blocks for x in "ab"]
+    np.testing.assert_array_equal(ours["stage1_block_2/b"], theirs["net.4.b"])
+    assert found.their_name("stage1_block_2/b") == "net.4.b"
+    assert found.with_their_names(ours).keys() == theirs.keys()
+    # A lost or misshapen array is not the end of a stage.
+    del theirs["net.3.b"]
+    assert foreign.find(theirs, names.file) == found
+    # What has other stages has no names, rather than wrong ones.
+    assert foreign.find({"net.0.a": numbers(2)}, names.file) == names
+
+
 def test_a_form_may_have_names_of_its_own():
     axes = {
         "one": {"w/kernel": "c dc"},
@@ -106,11 +152,11 @@ def test_a_form_may_have_names_of_its_own():
     }
     tables = {"one": (("fc2", "w"),), "two": (("fc1", "w"), ("fc2", "v"))}
     file = a_file(tables, axes, FORM="form")
-    assert foreign.find(["fc2.weight"], file) == Names(file, "authors", "one")
-    both_there = ["fc1.weight", "fc2.weight"]
-    assert foreign.find(both_there, file) == Names(file, "authors", "two")
-    assert foreign.find(["fc3.weight"], file) is None
-    one = Names(file, "authors", "one").with_our_names({"fc2.weight": numbers(2, 3)})
+    fc1, fc2, fc3 = ({f"fc{i}.weight": numbers(2, 3)} for i in (1, 2, 3))
+    assert foreign.find(fc2, file) == Names(file, "authors", "one")
+    assert foreign.find(fc1 | fc2, file) == Names(file, "authors", "two")
+    assert foreign.find(fc3, file) is None
+    one = Names(file, "authors", "one").with_our_names(fc2)
     assert one["w/kernel"].shape == (3, 2)
     with pytest.raises(ValueError, match=r"timm has no names for .*--names=timm out"):
         foreign.names_of(models.smlpnet, "timm", {"name": "smlpnet_t"})
