@@ -269,20 +269,20 @@ def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
 
 
 def _depths(found: Shapes, file: ModuleType, form: Any) -> dict[str, int]:
-    """{"*": number of blocks}, or {"*0": of the first stage, …} of a pyramid.
+    """{"*": number of blocks}, or {"*0": of the first row of a pyramid, …}.
 
-    A stage may have several rows of blocks.
+    A stage may have several rows of blocks, in the order of `AXES`.
     """
     rows: dict[str, list[str]] = {}
     for path in axes_by_form(file)[form]:
         if "*" in path:
             rows.setdefault(_before_number(path), []).append(path)
-    names, depths = matches(found, file), Counter[str]()
-    for row, paths in rows.items():
-        stage = re.match("stage([0-9]+)_", row)
-        if stage or len(rows) == 1:
-            depths[f"*{stage[1] if stage else ''}"] += _num_blocks(names, paths)
-    return dict(depths)
+    names, alone = matches(found, file), len(rows) == 1
+    return {
+        f"*{'' if alone else i}": _num_blocks(names, paths)
+        for i, (row, paths) in enumerate(rows.items())
+        if alone or row.startswith("stage")
+    }
 
 
 def _ratios(sized: Mapping[str, int]) -> dict[str, Any]:
