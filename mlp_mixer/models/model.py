@@ -93,8 +93,10 @@ class Run:
         if remat is None:
             remat = "pre_gelu" if scan else "none"
         run = cls(dtype, scan, remat, images_at_once, mesh)
-        channels = getattr(model, "hidden_dim", None)
+        channels: Any = getattr(model, "hidden_dim", None)
         if images_at_once is None and channels and run.flat:
+            if isinstance(channels, tuple):  # the first stage's state is the largest
+                channels = channels[0]
             (h, w), (ph, pw) = image_size, model.patch_size
             state = (h // ph) * (w // pw) * channels * jnp.dtype(dtype).itemsize
             limit = max(1, CACHED_STATE // state)

@@ -285,7 +285,9 @@ class Planner:
             )
             (h, w), (ph, pw) = model.image_size, model.patch_size
             size = 2 if self.config.run.dtype == "bfloat16" else 4
-            one = images * (h // ph) * (w // pw) * model.get("hidden_dim", 0) * size
+            # Of the first stage, whose maps are the largest, if there are several.
+            channels = int(np.ravel(model.get("hidden_dim", 0))[0])
+            one = images * (h // ph) * (w // pw) * channels * size
             count, carried = found["all-reduce"]
             times = 2 * mlps
             if self.config.run.remat != "none":  # once more, but for a block's last
