@@ -270,6 +270,36 @@ FACTS = {
         # torch's Linear(S, G): uniform in ±1/√S.
         {"MixerBlock_0/token_mixing/kernel": (0, (3 * 196) ** -0.5)},
     ),
+    "spach_ms": Facts(
+        # Of the authors' code.
+        {
+            "spach_ms_xxs_mlp": 6_562_446,
+            "spach_ms_xs_mlp": 20_260_283,
+            "spach_ms_s_mlp": 46_542_011,
+            "spach_ms_xxs_conv": 5_085_224,
+            "spach_ms_xs_conv": 17_302_120,
+            "spach_ms_s_conv": 43_576_168,
+            "spach_ms_xxs_attn": 2_372_744,
+            "spach_ms_xs_attn": 14_479_080,
+            "spach_ms_s_attn": 39_537_544,
+            "spach_ms_hybrid_xs": 27_956_584,
+            "spach_ms_hybrid_s": 63_028_584,
+            "spach_ms_hybrid_s_plus": 63_138_728,
+        },
+        # As SPACH's.
+        {
+            "stem/kernel": (0, (2 / (16 * 64)) ** 0.5),
+            "stem/bias": (0, 0),
+            "stage0_conv_0/depthwise/kernel": (0, (2 / (9 * 64)) ** 0.5),
+            "stage1_mlp_0/scale": (1e-4, 0),
+            "stage1_mlp_0/token_mixing/Dense_0/kernel": (0, (2 / (784 + 392)) ** 0.5),
+            "stage3_mlp_0/channel_mixing/Dense_1/kernel": (0, (2 / (3 * 512)) ** 0.5),
+            "stage3_mlp_0/channel_mixing/Dense_1/bias": (0, 0),
+            "down1/conv/kernel": (0, (2 / (4 * 128)) ** 0.5),
+            "down1/norm/scale": (1, 0),
+            "head/kernel": (0, 0),
+        },
+    ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
 every_size = pytest.mark.parametrize(("name", "size"), SIZES)

@@ -26,6 +26,7 @@ from mlp_mixer.models import (
     s2mlp,
     smlpnet,
     spach,
+    spach_ms,
 )
 from mlp_mixer.models.model import Model, Run
 
@@ -53,6 +54,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    spach_ms,
 )
 
 

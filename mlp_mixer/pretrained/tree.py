@@ -30,6 +30,7 @@ FIELDS = {
     "c": "hidden_dim",
     "ds": "tokens_mlp_dim",
     "dc": "channels_mlp_dim",
+    "e": "stem_dim",
     "dc/c": "mlp_ratio",
     "g": "groups",
     "x": "image_channels",
