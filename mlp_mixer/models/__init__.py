@@ -13,6 +13,8 @@ from numbers import Integral
 from types import ModuleType
 from typing import Any, get_args, get_origin
 
+from jaxtyping import Array, Float
+
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
@@ -38,8 +40,11 @@ __all__ = [
     "declared",
     "families",
     "family",
+    "features",
     "fields",
     "names",
+    "pyramids",
+    "stage_names",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -143,6 +148,65 @@ def create(
         _check_size("image_size", image_size, tuple[int, int])
         model.check_size(image_size)
     return model
+
+
+# --- Dense features -------------------------------------------------------------------
+
+
+def features(
+    model: Model, variables: Any, image: Float[Array, "n h w 3"]
+) -> dict[str, Float[Array, "n _ _ _"]]:
+    """Returns the maps after the stages of a pyramid, e.g. for segmentation.
+
+        dense = jax.jit(models.features, static_argnums=0)
+        dense(model, variables, image)["stage_4"]
+
+    They are the states before any final norm, in the dtype of the model's activations.
+
+    Args:
+      model: a model with stages.
+      variables: what `model.apply` takes: {"params": …} and the model's statistics.
+      image: images of any size that the model takes, values in [-1, 1].
+
+    Returns:
+      `stage_1`, … `stage_4` (n, h, w, c). A position is as many pixels as
+      `model.patch_size`, then two, four and eight times as many: 4, 8, 16 and 32 in
+      all papers.
+
+    Raises:
+      ValueError: the model has no stages, or the images do not fit it.
+    """
+    names = stage_names(model)
+    _, out = model.apply(variables, image)
+    return {name: out[name] for name in names}
+
+
+def stage_names(model: Model) -> tuple[str, str, str, str]:
+    """Returns the names that the maps of a pyramid's four stages have in its `out`.
+
+    Raises:
+      ValueError: the model has no stages; its `num_blocks` does not count by stage.
+    """
+    if not isinstance(getattr(model, "num_blocks", None), tuple):
+        called = {file.MODEL: name for name, file in families().items()}
+        name = called.get(type(model), type(model).__name__)
+        raise ValueError(
+            f"{name} has no stages: its state keeps one size from the first block to "
+            f"the last. Models with stages are those of {', '.join(pyramids())}."
+        )
+    return "stage_1", "stage_2", "stage_3", "stage_4"
+
+
+def pyramids() -> list[str]:
+    """Returns the names of the architectures that have stages."""
+    return [
+        name
+        for name, file in families().items()
+        if all(isinstance(row["num_blocks"], tuple) for row in file.SIZES.values())
+    ]
+
+
+# --- Checks ---------------------------------------------------------------------------
 
 
 def _check_size(field: str, value: Any, kind: Any) -> None:

@@ -193,7 +193,7 @@ TOP_1 = {
     "smlpnet_b": 83.4,
     "smlpnet_t_star": 81.3,
 }
-CHECKED = "counts; its equations in float64"
+CHECKED = "counts; logits and statistics of the authors' code"
 _BLOCK = {
     "BatchNorm_0/scale": "c",
     "BatchNorm_0/bias": "c",

@@ -9,9 +9,15 @@ their repository, which is only run; the second the case, a key of `CASES`:
 The images are what the model itself takes: whoever normalises is before it. The npz
 file holds our model's name and those of its fields that no shape tells, as JSON, and
 the command.
+
+Of a model with BatchNorm the running statistics are random too, and the npz file also
+holds what three steps of training make of it: plain SGD on these images and `labels`,
+at the learning rate `rate`, with the mean cross-entropy. `after/NAME` are the running
+statistics then, and `logits_after` the logits in evaluation.
 """
 
 import ast
+import functools
 import importlib
 import json
 import pathlib
@@ -23,6 +29,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 CLASSES = 5
+NUM_STEPS = 3
 
 
 def spach(mixing):
@@ -98,6 +105,30 @@ def resmlp():
     )
 
 
+def smlpnet():
+    """A sMLPNet; it wants a square image."""
+    return importlib.import_module("models.smlp").sMLPNet(
+        dim=6, alpha=2, num_classes=CLASSES, image_size=64, depths=[1, 2, 1, 1]
+    )
+
+
+def spach_ms(stem, patch_size, *stages):
+    """A SPACH of four stages, of 8 x 8 tokens and fewer."""
+    stems = importlib.import_module("models.spach.layers.stem")
+    stems.STEM_LAYER["conv4"] = functools.partial(
+        stems.Conv4PatchEmbed, hidden_chans=6
+    )
+    return importlib.import_module("models.spach").SpachMS(
+        num_classes=CLASSES,
+        img_size=tuple(8 * side for side in patch_size),
+        patch_size=patch_size,
+        hidden_dim=4,
+        num_heads=2,
+        net_arch=[[("pass", 1)], *stages],
+        stem_type=stem,
+    )
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -106,12 +137,16 @@ class Case(NamedTuple):
       arguments: arguments of `make`.
       image_size: (height, width) in pixels.
       model: our model's name, and its fields that no shape tells.
+      images: number of images.
+      rate: learning rate of the steps of training.
     """
 
     make: Any
     arguments: tuple[Any, ...]
     image_size: tuple[int, int]
     model: dict[str, Any]
+    images: int = 2
+    rate: float = 0.05
 
 
 CASES = {
@@ -142,34 +177,91 @@ CASES = {
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
+    **{
+        f"spach_ms_{mixing}": Case(
+            spach_ms,
+            ("conv1", (4, 8), [(word, 1)], [(word, 2)], [(word, 1)]),
+            (32, 64),
+            {"name": "spach_ms", **heads},
+        )
+        for mixing, word, heads in (
+            ("mlp", "mlp", {}),
+            ("conv", "pass", {}),
+            ("attn", "attn", {"num_heads": 2}),
+        )
+    },
+    # With as many layers before attention as in the published models.
+    "spach_ms_hybrid": Case(
+        spach_ms,
+        (
+            *("conv4", (4, 4)),  # the patch is as published: no shape tells it
+            *[[("pass", 2), ("attn", i)] for i in (1, 2)],
+            [("pass", 1), ("attn", 1)],
+        ),
+        (32, 32),
+        {"name": "spach_ms", "num_heads": 2},
+        images=4,
+    ),
+    "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
 }
+
+
+def three_steps(model, image, rate):
+    """Trains a model, and returns what the npz file holds of that."""
+    import torch
+
+    labels = torch.arange(len(image)) % CLASSES
+    optimiser = torch.optim.SGD(model.parameters(), lr=rate)
+    model.train()
+    for _ in range(NUM_STEPS):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(image), labels).backward()
+        optimiser.step()
+    running = {k: x for k, x in model.named_buffers() if "running_" in k}
+    with torch.no_grad():
+        logits = model.eval()(image)
+    return {
+        "labels": labels.numpy(),
+        "rate": np.array(rate),
+        "logits_after": logits.float().numpy(),
+        **{f"after/{name}": x.float().numpy() for name, x in running.items()},
+    }
 
 
 def main():
     """Records what the command line says."""
     import safetensors.torch
+    import timm.layers
     import torch
 
     code, name = sys.argv[1:]
     case = CASES[name]
-    sys.path.insert(0, str(pathlib.Path(code).absolute()))
+    # Last, for a clone may hold a timm of its own.
+    sys.path.append(str(pathlib.Path(code).absolute()))
+    # A module of an older timm, which the authors' code imports.
+    sys.modules["timm.models.layers.helpers"] = timm.layers.helpers
     warnings.simplefilter("ignore")  # of an older timm's names
     torch.manual_seed(0)
     model = case.make(*case.arguments).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        image = torch.rand(2, 3, *case.image_size) * 2 - 1
+        running = {k: x for k, x in model.named_buffers() if "running_" in k}
+        for key, buffer in running.items():
+            drawn = 0.2 * torch.randn_like(buffer)
+            buffer.copy_(drawn.exp() if key.endswith("running_var") else drawn)
+        image = torch.randint(-64, 65, (case.images, 3, *case.image_size)) / 64
         state = {k: x.contiguous() for k, x in model.state_dict().items()}
         safetensors.torch.save_file(state, HERE / f"authors_{name}.safetensors")
-        exact = model.double()(image.double()).float()
+        logits = model.double()(image.double()).float()
     folder = pathlib.Path(code).name
-    np.savez(
+    np.savez_compressed(
         HERE / f"authors_{name}.npz",
         image=image.permute(0, 2, 3, 1).numpy(),
-        logits=exact.numpy(),
+        logits=logits.numpy(),
         model=np.array(json.dumps(case.model)),
         command=np.array(f"record_authors.py {folder} {name}"),
+        **three_steps(model, image.double(), case.rate) if running else {},
     )
 
 
