@@ -115,9 +115,7 @@ def smlpnet():
 def spach_ms(stem, patch_size, *stages):
     """A SPACH of four stages, of 8 x 8 tokens and fewer."""
     stems = importlib.import_module("models.spach.layers.stem")
-    stems.STEM_LAYER["conv4"] = functools.partial(
-        stems.Conv4PatchEmbed, hidden_chans=6
-    )
+    stems.STEM_LAYER["conv4"] = functools.partial(stems.Conv4PatchEmbed, hidden_chans=6)
     return importlib.import_module("models.spach").SpachMS(
         num_classes=CLASSES,
         img_size=tuple(8 * side for side in patch_size),

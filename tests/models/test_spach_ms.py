@@ -195,8 +195,9 @@ def test_between_stages_all_values_of_an_image_are_normalised_together():
         theirs = Numpy({"params": {}}, {}).down(
             np.asarray(x), jax.tree.map(np.asarray, variables["params"])
         )
-        found = module.apply(variables, x).reshape(2, 3, 2, 8)
-        assert_close(jnp.moveaxis(found, 2, 0), theirs, 1e-12)
+        tokens: Any = module.apply(variables, x)
+        found = jnp.moveaxis(tokens.reshape(2, 3, 2, 8), 2, 0)
+        assert_close(found, theirs, 1e-12)
         y = module.apply(variables, 1e3 * x)
         assert_close(y, module.apply(variables, 2e3 * x), 1e-6)
 
@@ -257,9 +258,7 @@ def test_shapes_tell_each_size(size):
 
 def test_weights_without_an_mlp_of_tokens_change_their_resolution_as_they_are():
     model = models.create("spach_ms", **HYBRID)
-    params = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), shapes(model)["params"]
-    )
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(model)["params"])
     given = {"num_heads": 2, "patch_size": (2, 4)}
     weights = pretrained.Weights(params, "made here", image_size=SIZE, model=given)
     wide = pretrained.resized(weights, (16, 128), "interpolate")
