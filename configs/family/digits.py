@@ -189,6 +189,24 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "optim": {"learning_rate": 0.01},
     },
+    "cyclemlp": {
+        "model": {
+            "name": "cyclemlp_b1",
+            "image_size": (32, 32),
+            "hidden_dim": (16, 24, 32, 48),
+            "num_blocks": (1, 1, 2, 1),
+            "stochastic_depth": 0.1,
+        },
+    },
+    "convmlp": {
+        "model": {
+            "name": "convmlp_s",
+            # Stages of 8x8, 4x4, 2x2 positions and one.
+            "image_size": (32, 32),
+            "hidden_dim": (16, 24, 32, 48),
+            "num_blocks": (1, 1, 2, 1),
+        },
+    },
     "spach_ms": {"model": {**_SPACH_MS, "name": "spach_ms_xxs_mlp"}},
     "spach_ms-conv": {"model": {**_SPACH_MS, "name": "spach_ms_xxs_conv"}},
     "spach_ms-attn": {

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
+    convmlp,
+    cyclemlp,
     gmlp,
     imlp,
     kan_mixer,
@@ -59,6 +61,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    cyclemlp,
+    convmlp,
     spach_ms,
 )
 

@@ -1,8 +1,9 @@
 """Moves of tokens in the plane and along their sequence: pure functions on arrays.
 
 Here a map is (h, w, …, c), the state of `layers` with its tokens s = (h w) as rows and
-columns of the image; a sequence is (s, n, c), tokens in raster order. Each function is
-linear in `x`, and its docstring states the law that its test holds it to.
+columns of the image; a sequence is (s, n, c), tokens in raster order. A pyramid's maps
+are (n, h, w, c), and their moves are told the axis. Each function is linear in `x`, and
+its docstring states the law that its test holds it to.
 """
 
 import itertools
@@ -45,6 +46,32 @@ def _moved(x: Float[Array, "..."], axis: int, by: int) -> Float[Array, "..."]:
 
 def _part(x: Array, axis: int, start: int | None, stop: int | None) -> Array:
     return x[(slice(None),) * axis + (slice(start, stop),)]
+
+
+def cycle(x: Float[Array, "n h w c"], axis: int) -> Float[Array, "n h w c"]:
+    """Returns a map whose channels come by turns from here, the next, the last place.
+
+    CycleMLP's, with its step of three (arXiv 2107.10224; offsets of the authors' code):
+    channel i of position p is read from p + `cycle_offsets`[i] along `axis`; outside of
+    the map are zeros.
+
+    Law: it is a depthwise convolution of three weights, of which one is 1.
+
+    Args:
+      x: the map.
+      axis: 1 moves along columns, from row to row; 2 along rows.
+    """
+    size, pads = x.shape[axis], [(0, 0)] * x.ndim
+    pads[axis] = (1, 1)
+    padded = jnp.pad(x, pads)
+    before, here, after = (_part(padded, axis, i, i + size) for i in range(3))
+    offsets = cycle_offsets(x.shape[-1]).reshape(1, 1, 1, -1)
+    return jnp.where(offsets == 0, here, jnp.where(offsets == 1, after, before))
+
+
+def cycle_offsets(channels: int) -> np.ndarray:
+    """Returns how many places further `cycle` reads each channel: 0, 1, −1, 0, …"""
+    return (np.arange(channels) + 1) % 3 - 1
 
 
 def circulant(

@@ -183,7 +183,8 @@ def pooled(
     out = {**out, "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out
-    return Dense(num_classes, **head_fields, name="head")(pre_logits), out
+    head = Dense(num_classes, run=Run(pre_logits.dtype), **head_fields, name="head")
+    return head(pre_logits), out
 
 
 class Convolution(nn.Module):

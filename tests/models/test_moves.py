@@ -9,6 +9,7 @@ from jax import lax
 from mlp_mixer.models import moves
 
 shift4, circulant = jax.jit(moves.shift4), jax.jit(moves.circulant)
+cycle = jax.jit(moves.cycle, static_argnames="axis")
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,71 @@ def test_a_constant_map_is_its_own_shift_and_a_border_keeps_its_values():
     y, x = np.asarray(shift4(x)), np.asarray(x)
     assert abs((y[0] - x[0]).sum()) > 0.1
     close(y[0, ..., :2], x[0, ..., :2])
+
+
+# --- The cycle of channels ------------------------------------------------------------
+
+AXES = pytest.mark.parametrize("axis", [1, 2])
+
+
+def deformable(x, offset):
+    """The authors' form: each value read between four others, zeros outside of a map.
+
+    Args:
+      x: maps (n, h, w, c).
+      offset: (c, 2), rows and columns further to read.
+    """
+    _, h, w, c = x.shape
+    y = np.zeros(x.shape)
+    for i, j, k in np.ndindex(h, w, c):
+        row, column = i + offset[k, 0], j + offset[k, 1]
+        top, left = int(np.floor(row)), int(np.floor(column))
+        for a, b in np.ndindex(2, 2):
+            weight = (1 - abs(row - top - a)) * (1 - abs(column - left - b))
+            if 0 <= top + a < h and 0 <= left + b < w:
+                y[:, i, j, k] += weight * x[:, top + a, left + b, k]
+    return y
+
+
+@AXES
+@pytest.mark.parametrize("channels", [6, 7, 8])
+def test_a_cycle_is_the_authors_deformable_reading(axis, channels):
+    """Channel i by ((i + 1) mod 3) − 1, also where three does not divide channels."""
+    x, offset = drawn(2, 4, 5, channels), np.zeros((channels, 2))
+    for i in range(channels):
+        offset[i, axis - 1] = (i + 1) % 3 - 1
+    np.testing.assert_array_equal(offset[:3, axis - 1], [0, 1, -1])
+    close(cycle(x, axis=axis), deformable(np.asarray(x), offset))
+
+
+@AXES
+def test_a_cycle_is_a_depthwise_convolution_with_one_weight(axis):
+    x, kernel = drawn(2, 4, 5, 8), np.zeros((3, 8))
+    for i, at in enumerate([1, 2, 0]):
+        kernel[at, i::3] = 1
+    shape = (3, 1, 1, 8) if axis == 1 else (1, 3, 1, 8)
+    convolved = lax.conv_general_dilated(
+        x,
+        jnp.asarray(kernel.reshape(shape)),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=8,
+    )
+    close(cycle(x, axis=axis), convolved)
+
+
+def test_cycles_along_rows_and_along_columns_commute():
+    """Also at the borders, where each reads zeros of its own."""
+    x = drawn(2, 4, 5, 7)
+    close(cycle(cycle(x, axis=1), axis=2), cycle(cycle(x, axis=2), axis=1))
+
+
+@AXES
+def test_a_map_of_one_position_keeps_a_third_of_its_channels(axis):
+    x = drawn(1, 1, 1, 6)
+    expected = np.asarray(x) * np.array([1.0, 0, 0, 1, 0, 0]).reshape(1, 1, 1, 6)
+    close(cycle(x, axis=axis), expected)
 
 
 # --- The circulant product ------------------------------------------------------------
