@@ -185,12 +185,8 @@ def paper_of(file: ModuleType) -> tuple[str, str]:
 
 
 def parameters(size: str) -> int:
-    """Returns the number of parameters of a size, with the paper's images and classes.
-
-    They are 224 px and 1,000 classes, unless the model's file says otherwise in
-    `COUNTED`.
-    """
-    side, classes = getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
+    """Returns the number of parameters of a size, for the paper's images, classes."""
+    side, classes = models.counted(size)
 
     def count(num_blocks: Any) -> int:
         model = models.create(size, num_classes=classes, num_blocks=num_blocks)
@@ -247,7 +243,7 @@ def all_sizes() -> str:
     rows = []
     for file in models.FAMILIES:
         for size in file.SIZES:
-            side, classes = getattr(file, "COUNTED", {}).get(size, (224, 1000))
+            side, classes = models.counted(size)
             top1 = file.TOP_1.get(size)
             rows.append(
                 [

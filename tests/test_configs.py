@@ -30,6 +30,7 @@ RECIPES = [
     ("family/imlp", "prior"),
     ("family/imlp", "digits"),
     ("family/imlp", "digits,prior"),
+    ("family/hiremlp", "base"),
     ("family/kan_mixer", "mnist,c64"),
     ("family/kan_mixer", "cifar100,canuto"),
     ("finetune/digits", ""),

@@ -297,6 +297,30 @@ FACTS = {
             "head/bias": (0, 0),
         },
     ),
+    "hiremlp": Facts(
+        # Of the authors' code; in the paper's table 18, 33, 58 and 96 million.
+        {
+            "hiremlp_tiny": 18_041_672,
+            "hiremlp_small": 33_113_848,
+            "hiremlp_base": 58_226_856,
+            "hiremlp_large": 95_723_944,
+        },
+        # Every kernel of it, convolutions too.
+        {
+            "stem/Convolution_0/kernel": (0, 0.02),
+            "stem/Convolution_0/bias": (0, 0),
+            "stem/BatchNorm_0/scale": (1, 0),
+            "stage0_block_0/mlp_h/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/bias": (0, 0),
+            "stage0_block_0/mlp_c/kernel": (0, 0.02),
+            "stage0_block_0/fusion/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "down3/Convolution_0/kernel": (0, 0.02),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+    ),
     "convmlp": Facts(
         # Of the authors' code; in the paper's table 9.0, 17.4 and 42.7 million.
         {
@@ -403,14 +427,9 @@ def shapes(model, size=(224, 224)):
 
 def shapes_of(size, num_blocks):
     """Of the parameters of a size with another depth, as the facts are for."""
-    side, classes = counted(size)
+    side, classes = models.counted(size)
     model = models.create(size, num_classes=classes, num_blocks=num_blocks)
     return shapes(model, (side, side))["params"]
-
-
-def counted(size):
-    """The sides of the images, and the number of classes, that a count is for."""
-    return getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
 
 
 def once(size):
@@ -476,7 +495,7 @@ def test_parameter_counts_are_the_papers(name, size):
 def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = shapes_of(size, once(size))
-    file, found = models.family(name), {"rgb": 3, "k": counted(size)[1]}
+    file, found = models.family(name), {"rgb": 3, "k": models.counted(size)[1]}
     axes = axes_by_form(file)[form_of(file, models.fields(size))]
     used = set()
     for path, leaf in leaves(params):
@@ -492,7 +511,7 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
 def test_initial_values_are_the_papers(name):
     size = next(iter(FACTS[name].counts))
     model = models.create(size, num_classes=1000, num_blocks=once(size))
-    side, _ = counted(size)
+    side, _ = models.counted(size)
     image = jnp.zeros((1, side, side, 3))
     init = jax.jit(model.init)
     params = dict(leaves(init(jax.random.key(3), image)))

@@ -67,6 +67,8 @@ def normalised(
             f"mean is {mean} and std {std}; expected {image.shape[-1]} numbers each, "
             "one for each channel of the image."
         )
+    if {*mean, *std} == {0.5}:
+        return image
     less, by = (jnp.array([[[levels]]], image.dtype) for levels in (mean, std))
     return ((image + 1) / 2 - less) / by
 

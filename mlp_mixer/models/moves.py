@@ -7,9 +7,11 @@ its docstring states the law that its test holds it to.
 """
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 # Channels of a group from which on `circulant` is a product of matrices. Measured on a
@@ -72,6 +74,51 @@ def cycle(x: Float[Array, "n h w c"], axis: int) -> Float[Array, "n h w c"]:
 def cycle_offsets(channels: int) -> np.ndarray:
     """Returns how many places further `cycle` reads each channel: 0, 1, −1, 0, …"""
     return (np.arange(channels) + 1) % 3 - 1
+
+
+def fold(
+    x: Float[Array, "*map c"], axis: int, pixel: int, step: Any = 0
+) -> Float[Array, "*folded p c"]:
+    """Returns a map with `pixel` neighbours along an axis gathered at one position.
+
+    Hire-MLP's rearrangement (arXiv 2108.13341, section 3.2): the axis is rolled by
+    `step`, continued from its beginning to a multiple of `pixel`, and cut into regions
+    of `pixel` positions. Entry i of the axis is then region i, whose positions are an
+    axis of their own before the channels.
+
+    Laws: `unfold` undoes it, for all sizes, regions and steps; a fold after a roll by
+    one region more is the fold, one region further, where regions tile the axis.
+
+    Args:
+      x: the map.
+      axis: the axis that is cut, counted from 0; not that of the channels.
+      pixel: number of positions of a region, p.
+      step: number of positions that the axis is rolled by, perhaps traced.
+    """
+    x = jnp.roll(x, step, axis)
+    before, (size, *after) = x.shape[:axis], x.shape[axis:]
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, -size % pixel)
+    x = jnp.pad(x, pads, mode="wrap").reshape(*before, -1, pixel, *after)
+    return jnp.moveaxis(x, axis + 1, -2)
+
+
+def unfold(
+    y: Float[Array, "*folded p c"], axis: int, size: int, step: Any = 0
+) -> Float[Array, "*map c"]:
+    """Returns the map, of `size` positions along `axis`, of which `y` is a `fold`.
+
+    What continued the axis is left out: only the first value of a position counts.
+
+    Args:
+      y: regions, each of its positions with its channels.
+      axis: the axis that was cut.
+      size: number of positions along it.
+      step: number of positions that it was rolled by, perhaps traced.
+    """
+    y = jnp.moveaxis(y, -2, axis + 1)
+    y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+    return jnp.roll(lax.slice_in_dim(y, 0, size, axis=axis), -step, axis)
 
 
 def circulant(

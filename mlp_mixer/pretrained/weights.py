@@ -62,8 +62,9 @@ class Weights:
         that has these fields, else of the architecture. Given without a name, it is
         what the shapes say, but for the fields that are given.
       stats: the model's other variables by collection, e.g. "batch_stats".
-      image_size: (height, width) in pixels; None if the file does not say and the
-        tokens make no square.
+      image_size: (height, width) in pixels; None if neither the file nor the shapes of
+        its arrays say it. Of a file with others' names, whose model takes any size, it
+        is what the paper trains at.
       class_names: names by class; None if they have none.
       preprocess: the evaluation protocol of the run; None if it is not known.
       source: the name that they were read by; None if they were made.
@@ -191,7 +192,7 @@ def read(
         stats = cast(stats, "float32")
     for array, count in not_finite({**params, **stats}).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
-    size = weights.image_size or tree.square_image(params, weights.model)
+    size = weights.image_size or tree.told_image_size(params, weights.model)
     weights = dataclasses.replace(
         weights, params=params, stats=stats, image_size=size, source=name
     )
@@ -201,8 +202,14 @@ def read(
     return weights
 
 
-def checked_image_size(weights: Weights) -> tuple[int, int]:
+def checked_image_size(
+    weights: Weights, called: Callable[[str], str] = str
+) -> tuple[int, int]:
     """Returns the image size, if all that a model needs to know is there and fits.
+
+    Args:
+      weights: weights of a model.
+      called: gives the name of an array for people, by that in our tree.
 
     Raises:
       ValueError: the image size is not known; the arrays are not those of the model at
@@ -237,7 +244,7 @@ def checked_image_size(weights: Weights) -> tuple[int, int]:
         )
     raise ValueError(
         f"{weights} has not the arrays of its model, {tree.describe(weights.model)}:\n"
-        + listed(tree.differences(found, expected))
+        + listed(tree.differences(found, expected, called))
     )
 
 
@@ -388,9 +395,41 @@ def _read_file(
         if found.names is not None:
             found.names.check_buffers(arrays, found.params)
         params = unflatten_dict(fold(found.params, images), sep="/")
-        return Weights(params, origin, normalisation=images, **fields)
+        weights = Weights(params, origin, normalisation=images, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if found.names is not None and METADATA not in metadata:
+        weights = _with_usual_image_size(weights, path)
+    if found.names is not None and weights.image_size:
+        checked_image_size(
+            dataclasses.replace(weights, source=os.fspath(path)), found.names.for_people
+        )
+    return weights
+
+
+def _with_usual_image_size(weights: Weights, path: pathlib.Path) -> Weights:
+    """The weights with the image size of their paper, where nothing says another.
+
+    Only of a model that takes any size, or arrays would be tied to theirs.
+    """
+    size = weights.image_size or tree.told_image_size(weights.params, weights.model)
+    if size or tree.tokens(weights.params) is not None:
+        return dataclasses.replace(weights, image_size=size)
+    side, _ = models.counted(weights.model["name"])
+    try:
+        model = models.create(**weights.model, num_classes=weights.num_classes)
+        variables = tree.variables(model, (side, side))
+    except ValueError:
+        return weights
+    if tree.shapes(variables["params"]) != tree.shapes(weights.params):
+        return weights
+    logger.warning(
+        "%s does not say its image size, and a %s takes any: %d x %d px are assumed. "
+        "If it is for others, `python -m mlp_mixer.convert %s NEW.safetensors "
+        "--image_size=HEIGHT,WIDTH` makes it say so.",
+        *(path, tree.describe(weights.model), side, side, path),
+    )
+    return dataclasses.replace(weights, image_size=(side, side))
 
 
 class _ModelArrays(NamedTuple):
@@ -430,10 +469,7 @@ def _model_arrays(
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
 
-    def name_for_people(name: str) -> str:
-        its = names.their_name(name) if names else name
-        return name if its == name else f"{its} as {name}"
-
+    called = names.for_people if names else str
     collections = {tree.STATISTICS} if names else fields.get("stats", ())
     starts = tuple(f"{collection}/" for collection in collections)
     stats = {name: x for name, x in flat.items() if name.startswith(starts)}
@@ -441,12 +477,12 @@ def _model_arrays(
         flat = {name: x for name, x in flat.items() if name not in stats}
     expected = tree.layout(flat, file)
     wrong = [
-        f"dtype: {name_for_people(name)} is {x.dtype}, expected floats"
+        f"dtype: {called(name)} is {x.dtype}, expected floats"
         for name, x in flat.items()
         if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
     shapes = {name: x.shape for name, x in flat.items()}
-    wrong += tree.problems(shapes, file, name_for_people)
+    wrong += tree.problems(shapes, file, called)
     if not wrong and "name" in stated:
         wrong = [
             f"{field}: {stated[field]} is stated, the arrays have {value}"
@@ -603,7 +639,7 @@ def lost_in_npz(weights: Weights) -> dict[str, Any]:
     lost = {k: v for k, v in weights.model.items() if type(v) is str}
     lost = {k: v for k, v in lost.items() if k != "name" and v != again.model[k]}
     size = weights.image_size
-    if size and size != tree.square_image(weights.params, weights.model):
+    if size and size != tree.told_image_size(weights.params, weights.model):
         lost["image_size"] = f"{size[0]} × {size[1]} px"
     return lost
 

@@ -123,6 +123,19 @@ def cyclemlp():
     )
 
 
+def hiremlp():
+    """A Hire-MLP of all regions and steps; its image is not square."""
+    return importlib.import_module("mlp_based.hire_mlp").HireMLPNet(
+        layers=[2, 2, 3, 2],
+        num_classes=CLASSES,
+        embed_dims=[8, 8, 12, 16],
+        mlp_ratios=[4, 4, 4, 4],
+        pixel=[4, 3, 3, 2],
+        step_stride=[2, 2, 3, 2],
+        step_dilation=[2, 2, 1, 1],
+    )
+
+
 def convmlp():
     """A ConvMLP, without the drop-path that it always has."""
     model = importlib.import_module("src.convmlp").ConvMLP(
@@ -229,6 +242,7 @@ CASES = {
     ),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
+    "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
     "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 

@@ -89,7 +89,7 @@ def test_names_and_shapes_of_every_variant_go_to_timm_and_back(name, num_classes
     fields = pretrained.model_of(params)
     assert fields.pop("name") == name
     assert all(getattr(model, field) == value for field, value in fields.items())
-    assert pretrained.square_image(params, fields) == (224, 224)
+    assert pretrained.told_image_size(params, fields) == (224, 224)
 
 
 @pytest.mark.parametrize(
