@@ -27,6 +27,7 @@ RECIPES = [
     ("family/ninformer", "cifar100"),
     ("family/paramixer", "asym"),
     ("family/spach", "s_attn"),
+    ("family/msmlp", "s,paper"),
     ("family/imlp", "prior"),
     ("family/imlp", "digits"),
     ("family/imlp", "digits,prior"),

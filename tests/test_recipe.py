@@ -140,6 +140,25 @@ def test_a_papers_recipe_trains_each_of_its_sizes(name):
         load(f"family/{name}", f"{word},{first}")
 
 
+def test_msmlps_recipe_has_the_rates_of_its_authors_code_or_of_its_paper():
+    """The rest is config.py's, for 8 GPUs of 128 images."""
+    for size, of_code, of_paper in (("t", 0.1, 0.2), ("s", 0.4, 0.3), ("b", 0.5, 0.5)):
+        config = load("family/msmlp", size)
+        recipe.check_fields(config)
+        assert config.model.name == f"msmlp_{size}"
+        fields = models.fields(config.model.name)
+        assert "stochastic_depth" not in config.model
+        assert fields["stochastic_depth"] == of_code
+        paper = load("family/msmlp", f"{size},paper")
+        assert paper.model.stochastic_depth == of_paper
+    optim = config.optim
+    assert (optim.clip_norm, optim.warmup_steps) == (5.0, 25_023)
+    assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)
+    assert (config.input.repeats, optim.ema) == (1, 0.0)
+    with pytest.raises(ValueError, match="exclude each other"):
+        load("family/msmlp", "t,s")
+
+
 def test_convmlps_recipe_is_its_authors():
     """Their configs/classification/convmlp_s_imagenet.yml, on 8 GPUs."""
     config = load("family/convmlp")

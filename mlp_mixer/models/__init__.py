@@ -25,6 +25,7 @@ from mlp_mixer.models import (
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
@@ -65,6 +66,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     ccs,
     cyclemlp,
     hiremlp,
+    msmlp,
     convmlp,
     spach_ms,
 )

@@ -97,7 +97,11 @@ def stages(
 
 
 def linear_noise(
-    model: Model, image: Array, train: bool, counts: Sequence[int] | None = None
+    model: Model,
+    image: Array,
+    train: bool,
+    branches: int = 2,
+    counts: Sequence[int] | None = None,
 ) -> list[Noise]:
     """Returns the noise of each stage; the rate rises linearly over all blocks.
 
@@ -108,6 +112,7 @@ def linear_noise(
       model: the module whose random stream it is.
       image: the images, for their number.
       train: whether this is training; otherwise there is no noise.
+      branches: number of branches of a block.
       counts: number of blocks of each stage; None: the model's field `num_blocks`.
     """
     fields: Any = model
@@ -119,6 +124,7 @@ def linear_noise(
         train=train,
         rates=(0.0, fields.stochastic_depth),
         rescale=True,
+        branches=branches,
     )
     ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
     return [
@@ -169,17 +175,21 @@ def pooled(
     y: Float[Array, "n h w c"],
     out: Mapping[str, Array],
     num_classes: int | None,
+    norm: Callable[[Array], Array] | None = None,
     **head_fields: Any,
 ) -> Outputs:
     """Returns (logits, out) of a model that averages positions before its head.
 
     Args:
-      y: the last map, normalised.
+      y: the last map, normalised unless its mean is.
       out: the other outputs.
       num_classes: None leaves the head out; the first result are the features.
+      norm: what normalises the mean; None: nothing.
       **head_fields: fields of the `Dense` that is the head, its initial values.
     """
     pre_logits = y.mean((1, 2), dtype=at_least_float32(y.dtype))
+    if norm is not None:
+        pre_logits = norm(pre_logits)
     out = {**out, "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out

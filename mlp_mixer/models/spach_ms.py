@@ -248,7 +248,10 @@ class SpachMs(Model, kw_only=True):
             begin,
             rows,
             noise=pyramid.linear_noise(
-                self, image, train, [sum(n for _, n in stage) for stage in stages]
+                self,
+                image,
+                train,
+                counts=[sum(n for _, n in stage) for stage in stages],
             ),
             train=train,
             as_map=as_map,

@@ -136,6 +136,18 @@ def hiremlp():
     )
 
 
+def msmlp():
+    """An MS-MLP with the chunks and the filters of all published ones."""
+    return importlib.import_module("models.ms_mlp").MS_MLP(
+        num_classes=CLASSES,
+        img_size=(32, 64),
+        embed_dim=9,
+        depths=[2, 1, 1, 1],
+        mix_size=[[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]],
+        mlp_ratio=1,
+    )
+
+
 def convmlp():
     """A ConvMLP, without the drop-path that it always has."""
     model = importlib.import_module("src.convmlp").ConvMLP(
@@ -243,6 +255,7 @@ CASES = {
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
+    "msmlp": Case(msmlp, (), (32, 64), {"name": "msmlp"}),
     "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 
