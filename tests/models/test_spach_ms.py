@@ -257,12 +257,16 @@ def test_shapes_tell_each_size(size):
 
 
 def test_weights_without_an_mlp_of_tokens_change_their_resolution_as_they_are():
-    model = models.create("spach_ms", **HYBRID)
-    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(model)["params"])
-    given = {"num_heads": 2, "patch_size": (2, 4)}
-    weights = pretrained.Weights(params, "made here", image_size=SIZE, model=given)
-    wide = pretrained.resized(weights, (16, 128), "interpolate")
-    assert wide.image_size == (16, 128)
+    model = models.create("spach_ms", **HYBRID | {"stem": "conv1"})
+    params = random_variables(model, jnp.zeros((1, *SIZE, 3)), dtype="float32")
+    fields = tree.model_of(params["params"], num_heads=2)
+    assert fields["patch_size"] == (2, 4)
+    weights = pretrained.Weights(
+        params["params"], "made here", image_size=SIZE, model=fields
+    )
+    wide = pretrained.resized(weights, (32, 32), "interpolate")
+    assert wide.image_size == (32, 32)
+    jax.tree.map(np.testing.assert_array_equal, wide.params, params["params"])
 
 
 @pytest.mark.parametrize(
