@@ -179,7 +179,8 @@ class ConvMlp(Model, kw_only=True):
       gelu: "exact" (the published models) or "tanh".
       stochastic_depth: rate of the last block of each stage but the first; within a
         stage it rises linearly from 0. A branch that is kept is divided by 1 − rate.
-      mean, std: what levels from 0 to 1 are normalised by, in each channel.
+      mean, std: what levels from 0 to 1 are normalised by, red, green and blue. The
+        tokeniser sees zeros around the image, so that they are a part of the model.
     """
 
     patch_size: tuple[int, int] = STRIDE
@@ -188,8 +189,8 @@ class ConvMlp(Model, kw_only=True):
     mlp_ratio: int
     gelu: str = "exact"
     stochastic_depth: float = 0.0
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
