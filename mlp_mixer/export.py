@@ -9,6 +9,8 @@ Both kinds hold the parameters, in float32, and take and give the same:
                 (level - 127.5) / 127.5
     logits      float32 (n, k); left out if the weights have no head
     pre_logits  float32 (n, c), the features that the head sees
+    stage_1 …   float32 (n, h, w, c), the maps of a pyramid's stages; of StableHLO, with
+                --stages
 
 What else is known (source, geometry, preprocessing, class names) is in the metadata of
 the ONNX file, and beside the StableHLO file as NAME.stablehlo.json.
@@ -27,7 +29,7 @@ import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +68,11 @@ class Difference(NamedTuple):
 
 
 def export_stablehlo(
-    weights: pretrained.Weights, path: Path, *, gradients: bool = True
+    weights: pretrained.Weights,
+    path: Path,
+    *,
+    gradients: bool = True,
+    stages: bool = False,
 ) -> list[Difference]:
     """Writes a serialised `jax.export.Exported` of image → {output: array}.
 
@@ -81,6 +87,7 @@ def export_stablehlo(
       path: the file to write; its folder is made.
       gradients: whether the outputs can be differentiated (once) by the image. The
         derivative's program has its own copy of the parameters: twice the size.
+      stages: whether the maps of a pyramid's stages, `stage_1`, …, are outputs too.
 
     Returns:
       How far the reloaded file is from the model.
@@ -88,7 +95,8 @@ def export_stablehlo(
     Raises:
       ModuleNotFoundError: an optional package is not installed.
       ValueError: the file is not right, and not kept; or the weights have values that
-        are not finite, no image size, or more than a file can hold.
+        are not finite, no image size, or more than a file can hold; or the model has
+        no stages.
     """
     _require_modules("flatbuffers")
     weights = _in_float32(weights)
@@ -100,9 +108,10 @@ def export_stablehlo(
             f"{times}: {size / 1e9:.1f} GB; try {instead}."
         )
     model = pretrained.create_model(weights)
+    also = models.stage_names(model) if stages else ()
 
     def mixer(image: jax.Array) -> dict[str, Any]:
-        return _outputs(model, weights.variables, image)
+        return _outputs(model, also, weights.variables, image)
 
     def write_file(file: pathlib.Path) -> None:
         (n,) = jax.export.symbolic_shape("n")
@@ -123,7 +132,7 @@ def export_stablehlo(
         # compilation makes is held at a time.
         return lambda image: jax.device_get(jax.jit(lambda x: exported.call(x))(image))
 
-    return _write_verified(weights, path, write_file, load)
+    return _write_verified(weights, path, write_file, load, also)
 
 
 @contextlib.contextmanager
@@ -291,10 +300,12 @@ def _metadata(weights: pretrained.Weights) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _outputs(model: Any, variables: Any, image: Any) -> dict[str, Any]:
+def _outputs(
+    model: Any, also: Sequence[str], variables: Any, image: Any
+) -> dict[str, Any]:
     logits, out = model.apply(variables, image)
     head = {} if model.num_classes is None else {"logits": logits}
-    return head | {"pre_logits": out["pre_logits"]}
+    return head | {name: out[name] for name in ("pre_logits", *also)}
 
 
 def _write_verified(
@@ -302,6 +313,7 @@ def _write_verified(
     path: Path,
     write_file: Callable[[pathlib.Path], None],
     load: Callable[[pathlib.Path], Callable[[np.ndarray], Outputs]],
+    also: Sequence[str] = (),
 ) -> list[Difference]:
     """Writes, loads and compares; files get their names only if they are right."""
     path = pathlib.Path(path).expanduser()
@@ -315,7 +327,7 @@ def _write_verified(
             draft.stat().st_size / 1e6,
             " and ".join(map(str, BATCHES)),
         )
-        found = _differences(load(draft), weights)
+        found = _differences(load(draft), weights, also)
         for one in found:
             if not one.difference <= one.allowed:  # nan is not
                 raise ValueError(
@@ -332,11 +344,13 @@ def _write_verified(
 
 
 def _differences(
-    call: Callable[[np.ndarray], Outputs], weights: pretrained.Weights
+    call: Callable[[np.ndarray], Outputs],
+    weights: pretrained.Weights,
+    also: Sequence[str],
 ) -> list[Difference]:
     """Compares with the model, on the CPU: elsewhere products round their operands."""
     model, rng = pretrained.create_model(weights), np.random.default_rng(0)
-    reference = jax.jit(functools.partial(_outputs, model))
+    reference = jax.jit(functools.partial(_outputs, model, also))
     found = []
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         for n in BATCHES:
@@ -373,6 +387,11 @@ def main(arguments: list[str]) -> None:
     for path in paths:
         suffix = pathlib.Path(path).suffix.lower()
         _require_modules(*known.pick(f"{path}: the ending", suffix, FORMATS))
+    if flags.FLAGS.stages and any(path.lower().endswith(".onnx") for path in paths):
+        raise ValueError(
+            "Pyramids have no ONNX graph, and no other model has stages: end all files "
+            "in .stablehlo, or leave out --stages."
+        )
     weights = pretrained.read(
         source, dtype=None, step=flags.FLAGS.step, ema=flags.FLAGS.ema
     )
@@ -391,8 +410,12 @@ def main(arguments: list[str]) -> None:
             if path.lower().endswith(".onnx"):
                 found[path] = export_onnx(weights, path)
             else:
-                gradients = flags.FLAGS.gradients
-                found[path] = export_stablehlo(weights, path, gradients=gradients)
+                found[path] = export_stablehlo(
+                    weights,
+                    path,
+                    gradients=flags.FLAGS.gradients,
+                    stages=flags.FLAGS.stages,
+                )
     finally:  # a stdout that fails costs no file
         for path, differences in found.items():
             console.Table(
@@ -413,7 +436,13 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "image_size",
         None,
-        "HEIGHT,WIDTH in pixels, for weights that do not say it and are not square.",
+        "HEIGHT,WIDTH in pixels, or a square's side: of weights that do not say it, or "
+        "another one, of a model that takes any.",
+    )
+    flags.DEFINE_boolean(
+        "stages",
+        False,
+        "Whether the StableHLO file also gives the maps of a pyramid's stages.",
     )
     flags.DEFINE_enum(
         "gelu",

@@ -5,6 +5,7 @@
     python -m mlp_mixer.predict --weights=b16.npz --format=csv photos > photos.csv
     find . -name '*.jpg' | python -m mlp_mixer.predict --weights=b16.npz -
     python -m mlp_mixer.predict --weights=b16.npz --features=features.npz photos
+    python -m mlp_mixer.predict --weights=cyclemlp_b1.pth --features=stages photos
 
 Images are files, folders with all below them, globs, or - for a list on stdin (a file
 of that name is ./-; after -- nothing is a flag). The probabilities are the softmax of
@@ -25,7 +26,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float32
 
-from mlp_mixer import console, program, runs, sharding, text
+from mlp_mixer import console, models, program, runs, sharding, steps, text
 from mlp_mixer.data import decoding, folders, image_ops, pipeline
 from mlp_mixer.files import writing
 
@@ -49,7 +50,8 @@ class Prediction(NamedTuple):
 
     `classes` are its most likely ones, `indices` their numbers and `probabilities`
     their softmax, highest first; all are empty for weights without a head. `features`
-    are the pre-logits.
+    are the pre-logits. `stages` are the maps of a pyramid's stages, by the names of
+    `models.stage_names`, if they were asked for.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Prediction(NamedTuple):
     probabilities: tuple[float, ...]
     indices: tuple[int, ...]
     features: Float32[np.ndarray, " c"]
+    stages: Mapping[str, Float32[np.ndarray, "h w c"]]
 
 
 def predict(
@@ -66,6 +69,7 @@ def predict(
     top: int = 5,
     exif: bool = False,
     batch_size: int = BATCH_SIZE,
+    stages: bool = False,
     **options: Any,
 ) -> Iterator[Prediction]:
     """Returns an iterator of a prediction for every readable image, in their order.
@@ -82,16 +86,23 @@ def predict(
       exif: whether images are turned as their Exif orientation says; the authors do
         not, and the log says how many would be.
       batch_size: images at once.
-      **options: step, ema, preprocess, labels and dtype, as in `runs.open_model`.
+      stages: whether predictions have the maps of a pyramid's stages.
+      **options: step, ema, preprocess, labels, dtype and image_size, as in
+        `runs.open_model`.
 
     Raises:
       FileNotFoundError: there are no such weights, or no such file or folder.
-      ValueError: a folder holds no image; or see `runs.open_model` and `classify`.
+      ValueError: a folder holds no image; the model has no stages; or see
+        `runs.open_model` and `classify`.
     """
     files = [file for path in paths for file in folders.find_images(os.fspath(path))]
     _check_counts(files, top, batch_size)
     model = runs.open_model(source, **options)
-    return classify(model, files, top=top, exif=exif, batch_size=batch_size)
+    if stages:
+        models.stage_names(model.model)  # raises if there are none
+    return classify(
+        model, files, top=top, exif=exif, batch_size=batch_size, stages=stages
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +125,7 @@ def classify(
     top: int,
     exif: bool = False,
     batch_size: int = BATCH_SIZE,
+    stages: bool = False,
 ) -> Iterator[Prediction]:
     """Yields what an open model makes of every readable file, as `predict` does.
 
@@ -123,6 +135,12 @@ def classify(
     _check_counts(files, top, batch_size)
     images = _Files(**vars(folders.open_files(files)))
     turned = 0
+    kept = models.stage_names(model.model) if stages else ()
+    forward = (
+        steps.make_predict(model.model, model.mesh, also=kept)
+        if stages
+        else model.predict
+    )
     # Decodes ahead in threads, and names what is broken.
     batches = pipeline.eval_batches(
         images,
@@ -133,7 +151,7 @@ def classify(
     )
     for batch in batches:
         cut = sharding.place_rows({"image": batch["image"]}, model.mesh)
-        out = jax.device_get(model.predict(model.variables, cut))
+        out = jax.device_get(forward(model.variables, cut))
         logits, features = out["logits"], out["pre_logits"]
         for i in np.flatnonzero(batch["mask"]):
             turned += batch["index"][i] in images.turned
@@ -146,6 +164,7 @@ def classify(
                 probabilities,
                 best,
                 features[i],
+                {name: np.asarray(out[name][i], np.float32) for name in kept},
             )
     if turned:
         manner = (
@@ -191,7 +210,8 @@ def run(
 ) -> int:
     """Writes predictions, and features and a picture if wanted.
 
-    Files are written whole, at the end, or not at all.
+    Files are written whole, at the end, or not at all; those of stages as soon as a
+    batch is computed, so that memory does not grow with the number of images.
 
     Args:
       files: image files, as `find_images` gives them.
@@ -200,21 +220,27 @@ def run(
       format: a key of `FORMATS`.
       out: a file for what else goes to stdout.
       features: an npz file for `path` (n,) and `features` (n, c) float32, in the order
-        of the images.
+        of the images; or, ending in anything else, a new folder for one npz file for
+        each image, as `stage_files` names them, with its `path` () and the maps
+        `stage_1`, … `stage_4` (h, w, c) float32.
       sheet: a PNG file with up to `SHEET` of the images and their classes.
 
     Returns:
       How many images could not be read.
 
     Raises:
+      FileExistsError: the folder for features is not empty.
       OSError: stdout cannot be written.
       RuntimeError: the sheet cannot be drawn; all else is written.
-      ValueError: no image at all could be read; the model has no head, or a file
-        another ending; or as in `classify`.
+      ValueError: no image at all could be read; the model has no head, or no stages
+        where a folder is for them; the sheet has another ending; or as in `classify`.
     """
-    for name, suffix in ((features, ".npz"), (sheet, ".png")):
-        if name and not name.lower().endswith(suffix):
-            raise ValueError(f"{name} will be a {suffix[1:]} file: end it in {suffix}.")
+    if sheet and not sheet.lower().endswith(".png"):
+        raise ValueError(f"{sheet} will be a png file: end it in .png.")
+    of_stages: Mapping[str, str] = {}
+    if features and not features.lower().endswith(".npz"):
+        _check_stages_folder(features, model)
+        of_stages = stage_files(files, features)
     if not model.class_names and (sheet or out or not features):
         raise ValueError(
             f"{model.origin} has no head, so there are no classes to name; "
@@ -237,13 +263,18 @@ def run(
     with _lines_to(out) as write_line, progress as advance:
         if model.class_names:
             write_line(header)
-        for image in classify(model, files, top=top, exif=exif):
+        for image in classify(model, files, top=top, exif=exif, stages=bool(of_stages)):
             if model.class_names:
                 write_line(line(image))
-            if features:
+            if of_stages:
+                arrays: Any = {"path": np.array(image.path), **image.stages}
+                with writing(of_stages[image.path]) as npz:
+                    np.savez(npz, **arrays)
+            elif features:
                 vectors.append(image.features)
             if image.path in on_sheet:
-                shown.append(image._replace(features=np.empty(0, np.float32)))
+                nothing = np.empty(0, np.float32)
+                shown.append(image._replace(features=nothing, stages={}))
             paths.append(image.path)
             advance(1)
         if not paths:
@@ -251,7 +282,9 @@ def run(
         advance(len(files) - len(paths))
     if out:
         logger.info("Wrote %d predictions to %s.", len(paths), out)
-    if features:
+    if of_stages:
+        logger.info("Wrote the stages of %d images to %s.", len(paths), features)
+    elif features:
         with writing(features) as npz:
             np.savez(npz, path=np.array(paths), features=np.stack(vectors))
         shape = (*np.shape(vectors), features)
@@ -264,6 +297,47 @@ def run(
                 f"{sheet} is not drawn: {error}. All else is written."
             ) from error
     return len(files) - len(paths)
+
+
+def stage_files(files: Sequence[str], folder: str) -> dict[str, str]:
+    """Returns the npz file of each image: its own path and name, below a folder.
+
+        >>> stage_files(["/photos/a/1.png", "/photos/2.png"], "stages")
+        {'/photos/a/1.png': 'stages/a/1.png.npz', '/photos/2.png': 'stages/2.png.npz'}
+
+    The path is from the folder that all images have in common, with links to folders
+    followed: two images never get the same file.
+
+    Args:
+      files: image files, which need not exist.
+      folder: where the npz files will lie.
+    """
+    folders = {os.path.dirname(file) for file in files}
+    real = {path: os.path.realpath(path) for path in folders}
+    common = os.path.commonpath(real.values())
+
+    def npz(file: str) -> str:
+        place, name = os.path.split(file)
+        below = os.path.relpath(real[place], common)
+        return os.path.normpath(os.path.join(folder, below, f"{name}.npz"))
+
+    return {file: npz(file) for file in files}
+
+
+def _check_stages_folder(folder: str, model: runs.Opened) -> None:
+    """Raises unless a model has stages and its folder holds no others yet."""
+    try:
+        models.stage_names(model.model)
+    except ValueError as error:
+        raise ValueError(
+            f"--features={folder} is a folder for the maps of stages, but {error} End "
+            f"it in .npz for the features that there are: --features={folder}.npz."
+        ) from error
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise FileExistsError(
+            f"{folder} is not empty, and features of other images or weights would "
+            "stay between the new ones; name a new folder, or empty it."
+        )
 
 
 @contextlib.contextmanager
@@ -411,8 +485,11 @@ def main(arguments: list[str]) -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     files = find_images([program.path(argument) for argument in arguments])
     of_model = ("step", "ema", "preprocess", "labels", "dtype")
+    size = program.size("image_size")
     of_run = ("top", "exif", "format", "out", "features", "sheet")
-    model = runs.open_model(values["weights"], **{k: values[k] for k in of_model})
+    model = runs.open_model(
+        values["weights"], **{k: values[k] for k in of_model}, image_size=size
+    )
     if broken := run(files, model, **{k: values[k] for k in of_run}):
         sys.exit(f"{broken} of {len(files)} images could not be read.")
 
@@ -439,11 +516,22 @@ if __name__ == "__main__":
     flags.DEFINE_boolean(
         "exif", False, "Turns images as Exif says; the authors leave them as stored."
     )
+    flags.DEFINE_list(
+        "image_size",
+        None,
+        "HEIGHT,WIDTH in pixels, or a square's side, that images are resized to, of a "
+        "model that takes any; the weights' own if not set.",
+    )
     program.define_path("labels", None, "A text file with a class's name a line.")
     flags.DEFINE_enum("format", "table", list(FORMATS), "Of the predictions.")
     program.define_dtype()
     program.define_path("out", None, "A file for them; stdout if not set.")
-    program.define_path("features", None, "An npz file for features (pre-logits).")
+    program.define_path(
+        "features",
+        None,
+        "FILE.npz for features (pre-logits) of all images; or, with any other ending, "
+        "a new folder for the maps of a pyramid's stages, an npz file for each image.",
+    )
     program.define_path("sheet", None, "A PNG file: images and classes to look at.")
     # Flags may also follow the images.
     flags.FLAGS.set_gnu_getopt()

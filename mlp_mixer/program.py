@@ -157,12 +157,12 @@ def define_dtype() -> None:
 
 
 def define_ema() -> None:
-    """Defines --ema for programs that read a run."""
+    """Defines --ema for programs that read weights."""
     flags.DEFINE_bool(
         "ema",
         None,
-        "A run's averaged parameters; --noema: its last ones. If not set, the averaged "
-        "ones where its recipe has optim.ema.",
+        "The averaged parameters of a run or a torch file; --noema: the last ones. If "
+        "not set, the averaged ones where it keeps them.",
     )
 
 
@@ -303,15 +303,20 @@ def _exit_with(message: str) -> NoReturn:
 
 
 def size(flag: str) -> tuple[int, int] | None:
-    """(height, width) in pixels of a list flag; None if it is not set."""
+    """(height, width) in pixels of a list flag, one number for a square; None if unset.
+
+    Raises:
+      ValueError: it is neither.
+    """
     words = flags.FLAGS[flag].value
     if words is None:
         return None
-    if len(words) != 2 or not all(word.strip().isdecimal() for word in words):
+    if len(words) not in (1, 2) or not all(word.strip().isdecimal() for word in words):
         raise ValueError(
-            f"--{flag} is {','.join(words)!r}; expected HEIGHT,WIDTH, e.g. 224,224."
+            f"--{flag} is {','.join(words)!r}; expected HEIGHT,WIDTH, e.g. 224,224, or "
+            "the side of a square."
         )
-    return int(words[0]), int(words[1])
+    return int(words[0]), int(words[-1])
 
 
 def _parse(argv: list[str]) -> list[str]:

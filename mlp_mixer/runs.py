@@ -1,5 +1,6 @@
 """Opens weights from anywhere, and what the processes of a run agree on."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ class Opened(NamedTuple):
     """Weights from anywhere as a model that predicts, on all devices."""
 
     origin: str  # where they come from, for people
+    model: models.Model
     mesh: Mesh
     predict: Callable[[Any, Any], dict[str, jax.Array]]  # steps.make_predict
     variables: dict[str, Any]  # what predict takes
@@ -64,6 +66,7 @@ def open_model(
     preprocess: str | None = None,
     labels: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Opened:
     """Opens weights as a model that predicts, and says what they are in the log.
 
@@ -78,6 +81,8 @@ def open_model(
       labels: a text file with the names of the classes, one a line.
       dtype: dtype of activations and products; by default that of the run's recipe,
         else float32.
+      image_size: (height, width) in pixels, of a model that takes images of any size;
+        by default that of the weights.
 
     Raises:
       FileNotFoundError: nothing is there.
@@ -100,6 +105,8 @@ def open_model(
     processes.compare(**run_files, step=step, best=best, ema=ema)
     with processes.together():
         weights = pretrained.read(source, step=step, best=best, ema=ema)
+        if image_size is not None:
+            weights = dataclasses.replace(weights, image_size=image_size)
         size, count = pretrained.checked_image_size(weights), weights.num_classes
         if count is None and labels is not None:
             raise ValueError(
@@ -130,6 +137,7 @@ def open_model(
     )
     return Opened(
         str(weights),
+        model,
         mesh,
         steps.make_predict(model, mesh),
         sharding.place(

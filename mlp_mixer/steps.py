@@ -1,6 +1,6 @@
 """What one step is: pure functions of a TrainState, compiled for a mesh."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -304,7 +304,7 @@ def _gathered(model: Model, mesh: Mesh, params: PyTree) -> dict[str, PyTree]:
 
 
 def make_predict(
-    model: Model, mesh: Mesh
+    model: Model, mesh: Mesh, *, also: Sequence[str] = ()
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Array]]:
     """Returns `predict(variables, batch) -> {"logits": (n, k), "pre_logits": (n, c)}`.
 
@@ -315,6 +315,7 @@ def make_predict(
     Args:
       model: the model.
       mesh: mesh of `sharding.make_mesh`.
+      also: names of what else is returned of the model's `out`.
     """
 
     def predict(variables: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
@@ -322,7 +323,7 @@ def make_predict(
 
         def forward(image: Array) -> dict[str, Array]:
             logits, out = model.apply(variables, value_range(image))
-            return {"logits": logits, "pre_logits": out["pre_logits"]}
+            return {"logits": logits} | {k: out[k] for k in ("pre_logits", *also)}
 
         image = batch["image"]
         count = model.run.parts(len(image) // sharding.rows(mesh))

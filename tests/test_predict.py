@@ -565,7 +565,7 @@ MISTAKES = {
         ["{images}"],
         {"features": "f.csv"},
         ValueError,
-        r"f\.csv will be a npz file: end it in \.npz",
+        r"mixer has no stages.* --features=f\.csv\.npz",
     ),
     "a sheet elsewhere": (
         ["{images}"],

@@ -410,8 +410,8 @@ def test_another_pipe_that_breaks_is_an_error():
         raise BrokenPipeError
 
 
-@pytest.mark.parametrize("words", [["224"], ["224", "x"], ["1", "2", "3"], ["-1", "2"]])
-def test_a_size_is_two_numbers(words, monkeypatch):
+@pytest.mark.parametrize("words", [[], ["224", "x"], ["1", "2", "3"], ["-1", "2"]])
+def test_a_size_is_two_numbers_or_a_squares_side(words, monkeypatch):
     values = flags.FlagValues()
     flags.DEFINE_list("image_size", None, "HEIGHT,WIDTH", flag_values=values)
     values.mark_as_parsed()
@@ -419,6 +419,8 @@ def test_a_size_is_two_numbers(words, monkeypatch):
     assert program_module.size("image_size") is None
     values["image_size"].value = ["224", "160"]
     assert program_module.size("image_size") == (224, 160)
+    values["image_size"].value = ["512"]
+    assert program_module.size("image_size") == (512, 512)
     values["image_size"].value = words
     with pytest.raises(ValueError, match=r"--image_size is .*; expected HEIGHT,WIDTH"):
         program_module.size("image_size")

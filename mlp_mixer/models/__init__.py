@@ -13,13 +13,19 @@ from numbers import Integral
 from types import ModuleType
 from typing import Any, get_args, get_origin
 
+from jaxtyping import Array, Float
+
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
+    convmlp,
+    cyclemlp,
     gmlp,
+    hiremlp,
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
@@ -33,12 +39,16 @@ __all__ = [
     "FAMILIES",
     "Model",
     "Run",
+    "counted",
     "create",
     "declared",
     "families",
     "family",
+    "features",
     "fields",
     "names",
+    "pyramids",
+    "stage_names",
 ]
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -53,6 +63,10 @@ FAMILIES: tuple[ModuleType, ...] = (
     imlp,
     s2mlp,
     ccs,
+    cyclemlp,
+    hiremlp,
+    msmlp,
+    convmlp,
 )
 
 
@@ -77,6 +91,17 @@ def family(name: str) -> ModuleType:
         tries = known.nearest(str(name).lower(), [*names(), *families()])
         raise ValueError(f"model {name!r} is unknown; try {tries}.")
     return found[name]
+
+
+def counted(name: str) -> tuple[int, int]:
+    """Returns the paper's (side of the images in pixels, number of classes).
+
+    Of the size called `name`, or of the first of an architecture: 224 px and 1,000
+    classes, unless its file says otherwise in `COUNTED`.
+    """
+    file = family(name)
+    size = name if name in file.SIZES else next(iter(file.SIZES))
+    return getattr(file, "COUNTED", {}).get(size, (224, 1000))
 
 
 def declared(name: str) -> dict[str, dataclasses.Field]:
@@ -141,6 +166,65 @@ def create(
         _check_size("image_size", image_size, tuple[int, int])
         model.check_size(image_size)
     return model
+
+
+# --- Dense features -------------------------------------------------------------------
+
+
+def features(
+    model: Model, variables: Any, image: Float[Array, "n h w 3"]
+) -> dict[str, Float[Array, "n _ _ _"]]:
+    """Returns the maps after the stages of a pyramid, e.g. for segmentation.
+
+        dense = jax.jit(models.features, static_argnums=0)
+        dense(model, variables, image)["stage_4"]
+
+    They are the states before any final norm, in the dtype of the model's activations.
+
+    Args:
+      model: a model with stages.
+      variables: what `model.apply` takes: {"params": …} and the model's statistics.
+      image: images of any size that the model takes, values in [-1, 1].
+
+    Returns:
+      `stage_1`, … `stage_4` (n, h, w, c). A position is as many pixels as
+      `model.patch_size`, then two, four and eight times as many: 4, 8, 16 and 32 in
+      all papers.
+
+    Raises:
+      ValueError: the model has no stages, or the images do not fit it.
+    """
+    names = stage_names(model)
+    _, out = model.apply(variables, image)
+    return {name: out[name] for name in names}
+
+
+def stage_names(model: Model) -> tuple[str, str, str, str]:
+    """Returns the names that the maps of a pyramid's four stages have in its `out`.
+
+    Raises:
+      ValueError: the model has no stages; its `num_blocks` does not count by stage.
+    """
+    if not isinstance(getattr(model, "num_blocks", None), tuple):
+        called = {file.MODEL: name for name, file in families().items()}
+        name = called.get(type(model), type(model).__name__)
+        raise ValueError(
+            f"{name} has no stages: its state keeps one size from the first block to "
+            f"the last. Models with stages are those of {', '.join(pyramids())}."
+        )
+    return "stage_1", "stage_2", "stage_3", "stage_4"
+
+
+def pyramids() -> list[str]:
+    """Returns the names of the architectures that have stages."""
+    return [
+        name
+        for name, file in families().items()
+        if all(isinstance(row["num_blocks"], tuple) for row in file.SIZES.values())
+    ]
+
+
+# --- Checks ---------------------------------------------------------------------------
 
 
 def _check_size(field: str, value: Any, kind: Any) -> None:

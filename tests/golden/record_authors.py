@@ -9,6 +9,11 @@ their repository, which is only run; the second the case, a key of `CASES`:
 The images are what the model itself takes: whoever normalises is before it. The npz
 file holds our model's name and those of its fields that no shape tells, as JSON, and
 the command.
+
+Of a model with BatchNorm the running statistics are random too, and the npz file also
+holds what three steps of training make of it: plain SGD on these images and `labels`,
+at the learning rate `rate`, with the mean cross-entropy. `after/NAME` are the running
+statistics then, and `logits_after` the logits in evaluation.
 """
 
 import ast
@@ -23,6 +28,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 CLASSES = 5
+NUM_STEPS = 3
 
 
 def spach(mixing):
@@ -98,6 +104,65 @@ def resmlp():
     )
 
 
+def smlpnet():
+    """A sMLPNet; it wants a square image."""
+    return importlib.import_module("models.smlp").sMLPNet(
+        dim=6, alpha=2, num_classes=CLASSES, image_size=64, depths=[1, 2, 1, 1]
+    )
+
+
+def cyclemlp():
+    """A CycleMLP, some of whose layers are deformable convolutions of torchvision."""
+    return importlib.import_module("cycle_mlp").CycleNet(
+        layers=[1, 2, 1, 1],
+        embed_dims=[8, 12, 16, 20],
+        mlp_ratios=[4, 2, 3, 2],
+        transitions=[True] * 4,
+        num_classes=CLASSES,
+    )
+
+
+def hiremlp():
+    """A Hire-MLP of all regions and steps; its image is not square."""
+    return importlib.import_module("mlp_based.hire_mlp").HireMLPNet(
+        layers=[2, 2, 3, 2],
+        num_classes=CLASSES,
+        embed_dims=[8, 8, 12, 16],
+        mlp_ratios=[4, 4, 4, 4],
+        pixel=[4, 3, 3, 2],
+        step_stride=[2, 2, 3, 2],
+        step_dilation=[2, 2, 1, 1],
+    )
+
+
+def msmlp():
+    """An MS-MLP with the chunks and the filters of all published ones."""
+    return importlib.import_module("models.ms_mlp").MS_MLP(
+        num_classes=CLASSES,
+        img_size=(32, 64),
+        embed_dim=9,
+        depths=[2, 1, 1, 1],
+        mix_size=[[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]],
+        mlp_ratio=1,
+    )
+
+
+def convmlp():
+    """A ConvMLP, without the drop-path that it always has."""
+    model = importlib.import_module("src.convmlp").ConvMLP(
+        blocks=[1, 2, 1],
+        dims=[10, 12, 14],
+        mlp_ratios=[3, 3, 3],
+        channels=8,
+        n_conv_blocks=2,
+        num_classes=CLASSES,
+    )
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -106,12 +171,16 @@ class Case(NamedTuple):
       arguments: arguments of `make`.
       image_size: (height, width) in pixels.
       model: our model's name, and its fields that no shape tells.
+      images: number of images.
+      rate: learning rate of the steps of training.
     """
 
     make: Any
     arguments: tuple[Any, ...]
     image_size: tuple[int, int]
     model: dict[str, Any]
+    images: int = 2
+    rate: float = 0.05
 
 
 CASES = {
@@ -142,34 +211,70 @@ CASES = {
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
+    "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
+    "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
+    "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
+    "msmlp": Case(msmlp, (), (32, 64), {"name": "msmlp"}),
+    "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
+
+
+def three_steps(model, image, rate):
+    """Trains a model, and returns what the npz file holds of that."""
+    import torch
+
+    labels = torch.arange(len(image)) % CLASSES
+    optimiser = torch.optim.SGD(model.parameters(), lr=rate)
+    model.train()
+    for _ in range(NUM_STEPS):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(image), labels).backward()
+        optimiser.step()
+    running = {k: x for k, x in model.named_buffers() if "running_" in k}
+    with torch.no_grad():
+        logits = model.eval()(image)
+    return {
+        "labels": labels.numpy(),
+        "rate": np.array(rate),
+        "logits_after": logits.float().numpy(),
+        **{f"after/{name}": x.float().numpy() for name, x in running.items()},
+    }
 
 
 def main():
     """Records what the command line says."""
     import safetensors.torch
+    import timm.layers
     import torch
 
     code, name = sys.argv[1:]
     case = CASES[name]
-    sys.path.insert(0, str(pathlib.Path(code).absolute()))
+    # Last, for a clone may hold a timm of its own.
+    sys.path.append(str(pathlib.Path(code).absolute()))
+    # A module of an older timm, which the authors' code imports.
+    sys.modules["timm.models.layers.helpers"] = timm.layers.helpers
     warnings.simplefilter("ignore")  # of an older timm's names
     torch.manual_seed(0)
     model = case.make(*case.arguments).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-        image = torch.rand(2, 3, *case.image_size) * 2 - 1
+        running = {k: x for k, x in model.named_buffers() if "running_" in k}
+        for key, buffer in running.items():
+            drawn = 0.2 * torch.randn_like(buffer)
+            buffer.copy_(drawn.exp() if key.endswith("running_var") else drawn)
+        image = torch.randint(-64, 65, (case.images, 3, *case.image_size)) / 64
         state = {k: x.contiguous() for k, x in model.state_dict().items()}
         safetensors.torch.save_file(state, HERE / f"authors_{name}.safetensors")
-        exact = model.double()(image.double()).float()
+        logits = model.double()(image.double()).float()
     folder = pathlib.Path(code).name
-    np.savez(
+    np.savez_compressed(
         HERE / f"authors_{name}.npz",
         image=image.permute(0, 2, 3, 1).numpy(),
-        logits=exact.numpy(),
+        logits=logits.numpy(),
         model=np.array(json.dumps(case.model)),
         command=np.array(f"record_authors.py {folder} {name}"),
+        **three_steps(model, image.double(), case.rate) if running else {},
     )
 
 
