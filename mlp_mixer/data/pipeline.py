@@ -260,7 +260,8 @@ def _timm(
     min_area: float,
     interpolation: str,
 ) -> Cropped:
-    box = image_ops.timm_crop_box(rng, *image.shape[:2], min_area=min_area)
+    height, width = image.shape[:2]
+    box = image_ops.timm_crop_box(rng, height, width, min_area)
     chosen = image_ops.draw_filter(rng, interpolation)
     return image_ops.timm_crop_and_resize(image, box, size, chosen)
 
