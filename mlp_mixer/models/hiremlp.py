@@ -240,11 +240,6 @@ class HireMlp(Model, kw_only=True):
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless images, and the fields of stages, fit together."""
-        if self.patch_size != (4, 4):
-            raise ValueError(
-                f"patch_size is {self.patch_size}, but the 7x7 convolution of the stem "
-                "moves by (4, 4) pixels; enlarge small images instead."
-            )
         for field in ("hidden_dim", "pixel", "step_stride", "step_dilation"):
             value, count = getattr(self, field), len(self.num_blocks)
             if len(value) != count:
@@ -252,7 +247,7 @@ class HireMlp(Model, kw_only=True):
                     f"{field} is {value}, but num_blocks has {count} stages; give one "
                     "number for each."
                 )
-        pyramid.check_stages(self, image_size)
+        pyramid.check_stages(self, image_size, stem=(4, 4))
 
     def steps(self, stage: int) -> np.ndarray:
         """Returns what each block of a stage, counted from 0, rolls its map by."""

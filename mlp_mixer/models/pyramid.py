@@ -133,14 +133,22 @@ def linear_noise(
     ]
 
 
-def check_stages(model: Model, image_size: tuple[int, int]) -> None:
+def check_stages(
+    model: Model, image_size: tuple[int, int], stem: tuple[int, int] | None = None
+) -> None:
     """Raises ValueError unless the last stage's positions tile the image.
 
     Args:
       model: a model whose stages, one for each entry of its field `num_blocks`, have
         half as many positions on a side as the stage before.
       image_size: (height, width) in pixels.
+      stem: the only `patch_size` that the model's stem has; None: it takes any.
     """
+    if stem not in (None, model.patch_size):
+        raise ValueError(
+            f"patch_size is {model.patch_size}, but the convolutions of the stem move "
+            f"by {stem} pixels; leave it out, and enlarge small images instead."
+        )
     fields: Any = model
     height, width = (
         side * 2 ** (len(fields.num_blocks) - 1) for side in model.patch_size

@@ -148,6 +148,8 @@ class SpachMs(Model, kw_only=True):
       gelu: "exact" (the published models) or "tanh".
       stochastic_depth: the last layer's rate; it rises linearly from 0 over all
         stages. A branch that is kept is divided by 1 − rate.
+      mean, std: what levels from 0 to 1 are normalised by, red, green and blue. The
+        stem conv4 sees zeros around the image, so that they are a part of the model.
     """
 
     patch_size: tuple[int, int] = (4, 4)  # which the stem conv4 does not tell
@@ -160,6 +162,8 @@ class SpachMs(Model, kw_only=True):
     stem_dim: int = 64
     gelu: str = "exact"
     stochastic_depth: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's tokens tile the image.
@@ -244,7 +248,7 @@ class SpachMs(Model, kw_only=True):
 
         x, out = pyramid.stages(
             self,
-            image,
+            layers.normalised(image, self.mean, self.std),
             begin,
             rows,
             noise=pyramid.linear_noise(
