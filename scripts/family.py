@@ -10,8 +10,11 @@ ended is repeated for what is missing.
 """
 
 import argparse
+import collections
 import datetime
+import functools
 import json
+import operator
 import pathlib
 import re
 import resource
@@ -21,8 +24,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import measurement
 import numpy as np
@@ -184,23 +188,79 @@ def paper_of(file: ModuleType) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def parameters(size: str) -> int:
-    """Returns the number of parameters of a size, with the paper's images and classes.
+def one_block_each(size: str) -> models.Model:
+    """Returns a model of a size with one block in each row, as the paper counts it."""
+    few = jax.tree.map(lambda n: min(n, 1), models.fields(size)["num_blocks"])
+    return models.create(size, num_classes=models.counted(size)[1], num_blocks=few)
 
-    They are 224 px and 1,000 classes, unless the model's file says otherwise in
-    `COUNTED`.
+
+@functools.cache
+def shapes_of_one_block_each(size: str) -> Any:
+    """Returns the shapes of the variables of `one_block_each`."""
+    side, _ = models.counted(size)
+    return tree.variables(one_block_each(size), (side, side))
+
+
+class Cost(NamedTuple):
+    """What a size has and does, for one image.
+
+    Attributes:
+      parameters: number of parameters.
+      macs: multiply-adds of products and convolutions.
+      norms: operations of norms as fvcore counts them, 5 for each value that a norm
+        normalises, 2 where BatchNorm does it with its running statistics. fvcore, with
+        which most papers count, adds them to the multiply-adds.
     """
-    side, classes = getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
 
-    def count(num_blocks: Any) -> int:
-        model = models.create(size, num_classes=classes, num_blocks=num_blocks)
-        params = tree.variables(model, (side, side))["params"]
-        return sum(leaf.size for leaf in jax.tree.leaves(params))
+    parameters: int
+    macs: int
+    norms: int
 
-    depth = models.fields(size)["num_blocks"]
-    if isinstance(depth, tuple):
-        return count(depth)
-    return count(1) + (depth - 1) * (count(2) - count(1))  # all blocks are alike
+
+@functools.cache
+def cost(size: str) -> Cost:
+    """Returns what a size costs, with the paper's images and classes.
+
+    Counted from shapes, with one block in each row: all blocks of a row are alike.
+    """
+    side, _ = models.counted(size)
+    model, given = one_block_each(size), shapes_of_one_block_each(size)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), "float32")
+    norms, part = collections.Counter[str](), ""
+
+    def count_norms(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal part
+        # A module without a path, as I-MLP's prior, is of the part that was last.
+        part = next(iter(context.module.path), part)
+        kind = type(context.module).__name__
+        if context.method_name == "__call__" and kind.endswith("Norm"):
+            norms[part] += (2 if kind == "BatchNorm" else 5) * args[0].size
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(count_norms):
+        jaxpr = jax.make_jaxpr(model.apply)(given, image)
+    sizes = {
+        name: sum(x.size for x in jax.tree.leaves(part))
+        for name, part in given["params"].items()
+    }
+    found = Cost(sum(sizes.values()), counts.flops(jaxpr) // 2, norms.total())
+    depth = [n for n in np.atleast_1d(models.fields(size)["num_blocks"]) if n]
+    for block, n in zip(_blocks(model, jaxpr), depth, strict=True):
+        of_block = sizes[block], counts.flops(jaxpr, block) // 2, norms[block]
+        more = (int(n - 1) * each for each in of_block)
+        found = Cost(*map(operator.add, found, more))
+    return found
+
+
+def _blocks(model: models.Model, jaxpr: Any) -> list[str]:
+    """The first block of each row, in the order in which they are computed."""
+    first = {
+        path.partition("/")[0].replace("*", "0")
+        for path in model.declared_axes()
+        if "*" in path
+    }
+    parts = (part for x in counts.equations(jaxpr) for part in x.scope.split("/"))
+    return [*dict.fromkeys(part for part in parts if part in first)]
 
 
 def papers(results: dict[str, Any]) -> str:
@@ -208,7 +268,7 @@ def papers(results: dict[str, Any]) -> str:
     rows = []
     for name, file in models.families().items():
         title, number = paper_of(file)
-        counted = [parameters(size) / 1e6 for size in file.SIZES]
+        millions = [cost(size).parameters / 1e6 for size in file.SIZES]
         scores = [file.TOP_1[size] for size in file.SIZES if size in file.TOP_1]
         trained = {
             word: results["digits"][word]
@@ -220,7 +280,7 @@ def papers(results: dict[str, Any]) -> str:
                 f"[{title}](https://arxiv.org/abs/{number})",
                 f"[{name}.py](../mlp_mixer/models/{name}.py)",
                 f"{len(file.SIZES)}",
-                _range(counted, ".1f"),
+                _range(millions, ".1f"),
                 _range(scores, ".1f") or "–",
                 file.CHECKED,
                 " / ".join(f"{100 * x['top1']:.2f}" for x in trained.values()) or "–",
@@ -247,18 +307,20 @@ def all_sizes() -> str:
     rows = []
     for file in models.FAMILIES:
         for size in file.SIZES:
-            side, classes = getattr(file, "COUNTED", {}).get(size, (224, 1000))
-            top1 = file.TOP_1.get(size)
+            side, classes = models.counted(size)
+            found, top1 = cost(size), file.TOP_1.get(size)
             rows.append(
                 [
                     f"`{size}`",
-                    f"{parameters(size):,}",
+                    f"{found.parameters:,}",
+                    f"{found.macs / 1e9:.3f}",
+                    f"{(found.macs + found.norms) / 1e9:.3f}",
                     f"{side}, {classes:,}",
                     "–" if top1 is None else f"{top1:.1f}",
                 ]
             )
-    columns = ["size", "parameters", "at pixels, classes", "published top-1, %"]
-    return _markdown(columns, rows)
+    columns = ["size", "parameters", "GMACs", "and norms", "at pixels, classes"]
+    return _markdown([*columns, "published top-1, %"], rows)
 
 
 def speeds(results: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+import family
 import flax.errors
 import jax
 import jax.export
@@ -33,6 +34,7 @@ from mlp_mixer import (
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import Run
 from mlp_mixer.models.model import axes_by_form
+from mlp_mixer.planning import counts
 from mlp_mixer.pretrained import foreign
 from mlp_mixer.pretrained.foreign import Names
 
@@ -48,10 +50,13 @@ class Facts:
       counts: size → number of parameters, for the images and classes of `COUNTED`.
       initial: parameter → mean and standard deviation of its initial values, in the
         first size.
+      gmacs: size → billions of multiply-adds of an image, norms included, as fvcore
+        counts the authors' code, or as the paper says with a digit behind the point.
     """
 
     counts: dict[str, int]
     initial: dict[str, tuple[float, float]]
+    gmacs: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 FACTS = {
@@ -89,6 +94,12 @@ FACTS = {
             "ResMlpBlock_0/scale_1": (0.1, 0),
             "head/kernel": (0, 0.02),
         },
+        {
+            "resmlp_12": 3.010,
+            "resmlp_24": 5.961,
+            "resmlp_36": 8.913,
+            "resmlp_big_24": 100.2,
+        },
     ),
     "gmlp": Facts(
         # timm's counts and initial values.
@@ -101,6 +112,7 @@ FACTS = {
             "GMlpBlock_0/gating/Dense_0/bias": (1, 0),
             "head/kernel": (0, 0),
         },
+        {"gmlp_ti16": 1.344, "gmlp_s16": 4.422, "gmlp_b16": 15.781},
     ),
     "smlpnet": Facts(
         # Of the authors' code; in the paper's table 24.1, 48.6, 65.9 and 19.2 million.
@@ -125,6 +137,12 @@ FACTS = {
             "down3/kernel": (0, (3 * 4 * 320) ** -0.5),
             "head/kernel": (0, (3 * 640) ** -0.5),
             "head/bias": (0, (3 * 640) ** -0.5),
+        },
+        {
+            "smlpnet_t": 5.012,
+            "smlpnet_s": 10.348,
+            "smlpnet_b": 14.028,
+            "smlpnet_t_star": 3.968,
         },
     ),
     "paramixer": Facts(
@@ -164,6 +182,17 @@ FACTS = {
             "ParaMixerBlock_0/channel_mixing/Dense_1/kernel": (0, (2 / 2560) ** 0.5),
             "head/kernel": (0, 0),
         },
+        {
+            "paramixer_s32": 1.004,
+            "paramixer_s16": 3.785,
+            "paramixer_b16": 12.62,
+            "paramixer_l16": 44.60,
+            "symmixer_s32": 1.004,
+            "symmixer_s16": 3.785,
+            "symmixer_b16": 12.62,
+            "symmixer_l16": 44.60,
+            # AsymMixer's 5.635 has three products where ours has two.
+        },
     ),
     "ninformer": Facts(
         # The authors' model for CIFAR-10.
@@ -180,6 +209,7 @@ FACTS = {
             "head/kernel": (0, (3 * 256) ** -0.5),
             "head/bias": (0, (3 * 256) ** -0.5),
         },
+        {"ninformer_cifar": 0.220},
     ),
     "kan_mixer": Facts(
         # The authors' models for CIFAR-10.
@@ -198,6 +228,10 @@ FACTS = {
             "KanMixerBlock_0/token_mixing_0/spline": (0, 0.008806),
             "head/kernel": (0, (3 * 16) ** -0.5),
             "head/scale": (0, (3 * 16) ** -0.5),
+        },
+        {
+            "kan_mixer_c32_h64": 0.039,
+            "kan_mixer_c64_h128": 0.153,
         },
     ),
     "spach": Facts(
@@ -224,6 +258,17 @@ FACTS = {
             "SpachBlock_0/token_mixing/Dense_0/bias": (0, 0),
             "SpachBlock_0/channel_mixing/Dense_1/kernel": (0, (2 / (3 * 384)) ** 0.5),
             "head/kernel": (0, 0),
+        },
+        {
+            "spach_xxs_mlp": 1.640,
+            "spach_xs_mlp": 3.222,
+            "spach_s_mlp": 7.995,
+            "spach_xxs_conv": 1.459,
+            "spach_xs_conv": 2.859,
+            "spach_s_conv": 7.511,
+            "spach_xxs_attn": 0.909,
+            "spach_xs_attn": 3.205,
+            "spach_s_attn": 6.739,
         },
     ),
     "imlp": Facts(
@@ -259,6 +304,7 @@ FACTS = {
             "S2MlpBlock_0/token_mixing/Dense_1/bias": (0, 0),
             "S2MlpBlock_0/channel_norm/bias": (0, 0),
         },
+        {"s2mlp_wide": 14.0, "s2mlp_deep": 10.5},
     ),
     "ccs": Facts(
         # The base's without token mixing, and G·S in each layer; a head.
@@ -296,6 +342,90 @@ FACTS = {
             "head/kernel": (0, 0.02),
             "head/bias": (0, 0),
         },
+        {
+            "cyclemlp_b1": 2.1,
+            "cyclemlp_b2": 3.9,
+            "cyclemlp_b3": 6.9,
+            "cyclemlp_b4": 10.1,
+            "cyclemlp_b5": 12.3,
+        },
+    ),
+    "hiremlp": Facts(
+        # Of the authors' code; in the paper's table 18, 33, 58 and 96 million.
+        {
+            "hiremlp_tiny": 18_041_672,
+            "hiremlp_small": 33_113_848,
+            "hiremlp_base": 58_226_856,
+            "hiremlp_large": 95_723_944,
+        },
+        # Every kernel of it, convolutions too.
+        {
+            "stem/Convolution_0/kernel": (0, 0.02),
+            "stem/Convolution_0/bias": (0, 0),
+            "stem/BatchNorm_0/scale": (1, 0),
+            "stage0_block_0/mlp_h/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/mlp_w/Dense_1/bias": (0, 0),
+            "stage0_block_0/mlp_c/kernel": (0, 0.02),
+            "stage0_block_0/fusion/Dense_1/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "down3/Convolution_0/kernel": (0, 0.02),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+        {
+            "hiremlp_tiny": 2.149,
+            "hiremlp_small": 4.240,
+            "hiremlp_base": 8.125,
+            "hiremlp_large": 13.442,
+        },
+    ),
+    "msmlp": Facts(
+        # Of the authors' code; in the paper's table 28, 50 and 88 million.
+        {"msmlp_t": 28_656_232, "msmlp_s": 50_303_752, "msmlp_b": 88_696_792},
+        # torch's for convolutions, N(0, 0.02) for what are Linears there.
+        {
+            "stem/proj/kernel": (0, (3 * 48) ** -0.5),
+            "stem/proj/bias": (0, (3 * 48) ** -0.5),
+            "stem/norm/scale": (1, 0),
+            "stage0_block_0/mix_shift/w_4/kernel": (0, (3 * 49) ** -0.5),
+            "stage3_block_0/mix_shift/h_1/bias": (0, (3 * 49) ** -0.5),
+            "stage0_block_0/LayerNorm_0/bias": (0, 0),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_1/bias": (0, 0),
+            "stage0_block_0/scale": (1e-6, 0),
+            "down1/proj/kernel": (0, (3 * 4 * 96) ** -0.5),
+            "norm/scale": (1, 0),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+        gmacs={"msmlp_t": 4.451, "msmlp_s": 8.687, "msmlp_b": 15.361},
+    ),
+    "convmlp": Facts(
+        # Of the authors' code; in the paper's table 9.0, 17.4 and 42.7 million.
+        {
+            "convmlp_s": 9_022_920,
+            "convmlp_m": 17_410_504,
+            "convmlp_l": 42_728_440,
+        },
+        # Convolutions have Kaiming's over the fan-out, and torch's biases; linear maps
+        # a normal of 0.02.
+        {
+            "stem/Convolution_0/kernel": (0, (2 / (9 * 32)) ** 0.5),
+            "stem/BatchNorm_2/scale": (1, 0),
+            "stage0_block_0/Dense_0/kernel": (0, (2 / 128) ** 0.5),
+            "stage0_block_0/Convolution_0/kernel": (0, (2 / (9 * 128)) ** 0.5),
+            "stage0_block_0/Dense_1/kernel": (0, (2 / 64) ** 0.5),
+            "down1/kernel": (0, (2 / (9 * 128)) ** 0.5),
+            "down1/bias": (0, (3 * 9 * 64) ** -0.5),
+            "stage1_block_0/channel_mixing_0/Dense_0/kernel": (0, 0.02),
+            "stage1_block_0/channel_mixing_1/Dense_1/bias": (0, 0),
+            "stage1_block_0/depthwise/kernel": (0, (2 / (9 * 128)) ** 0.5),
+            "down3/bias": (0, (3 * 9 * 256) ** -0.5),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+        {"convmlp_s": 2.399, "convmlp_m": 3.948, "convmlp_l": 9.904},
     ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
@@ -346,23 +476,6 @@ def shapes(model, size=(224, 224)):
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
-def shapes_of(size, num_blocks):
-    """Of the parameters of a size with another depth, as the facts are for."""
-    side, classes = counted(size)
-    model = models.create(size, num_classes=classes, num_blocks=num_blocks)
-    return shapes(model, (side, side))["params"]
-
-
-def counted(size):
-    """The sides of the images, and the number of classes, that a count is for."""
-    return getattr(models.family(size), "COUNTED", {}).get(size, (224, 1000))
-
-
-def once(size):
-    """One block, or one in each stage."""
-    return jax.tree.map(lambda count: 1, models.fields(size)["num_blocks"])
-
-
 @functools.cache
 def small(name, **fields):
     """The model of the digits' recipe, with noise."""
@@ -402,26 +515,34 @@ def test_all_families_have_facts():
 
 
 @every_size
-def test_parameter_counts_are_the_papers(name, size):
-    """All blocks of a row have the same: the second one is counted for the others."""
+def test_parameters_and_multiply_adds_are_as_many_as_the_papers(name, size):
+    found = family.cost(size)
+    assert found.parameters == FACTS[name].counts[size]
+    if size in FACTS[name].gmacs:
+        expected, gmacs = FACTS[name].gmacs[size], (found.macs + found.norms) / 1e9
+        rounded = round(gmacs, 1) == expected  # as papers have it
+        assert rounded or gmacs == pytest.approx(expected, rel=0.01)
 
-    def count(num_blocks):
-        found = jax.tree.leaves(shapes_of(size, num_blocks))
-        return sum(x.size for x in found)
 
-    depth = models.fields(size)["num_blocks"]
-    if isinstance(depth, tuple):
-        found = count(depth)
-    else:
-        found = count(1) + (depth - 1) * (count(2) - count(1))
-    assert found == FACTS[name].counts[size]
+@pytest.mark.parametrize(
+    "size", ["mixer_s32", pytest.param("smlpnet_t", marks=pytest.mark.slow)]
+)
+def test_a_block_of_each_row_tells_what_all_of_them_cost(size):
+    """Of a model with as many blocks as it has."""
+    side, classes = models.counted(size)
+    model = models.create(size, num_classes=classes)
+    given, image = shapes(model), jnp.zeros((1, side, side, 3))
+    found = family.cost(size)
+    parameters = (x.size for x in jax.tree.leaves(given["params"]))
+    assert found.parameters == sum(parameters)
+    assert found.macs == counts.flops(jax.make_jaxpr(model.apply)(given, image)) // 2
 
 
 @every_size
 def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
-    params = shapes_of(size, once(size))
-    file, found = models.family(name), {"rgb": 3, "k": counted(size)[1]}
+    params = family.shapes_of_one_block_each(size)["params"]
+    file, found = models.family(name), {"rgb": 3, "k": models.counted(size)[1]}
     form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
     axes = axes_by_form(file)[form]
     used = set()
@@ -437,10 +558,9 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
 @pytest.mark.parametrize("name", MIXER_FIRST)
 def test_initial_values_are_the_papers(name):
     size = next(iter(FACTS[name].counts))
-    model = models.create(size, num_classes=1000, num_blocks=once(size))
-    side, _ = counted(size)
+    side, _ = models.counted(size)
     image = jnp.zeros((1, side, side, 3))
-    init = jax.jit(model.init)
+    init = jax.jit(family.one_block_each(size).init)
     params = dict(leaves(init(jax.random.key(3), image)))
     for path, (mean, spread) in FACTS[name].initial.items():
         x = np.asarray(params[f"params/{path}"], np.float64)
@@ -509,6 +629,8 @@ def test_stochastic_depth_leaves_out_whole_branches_of_some_images(name):
     )[0]
     blocks = [k for k in out if k.startswith("block_")]
     before, after = (out[k].reshape(64, -1) for k in blocks[-2:])
+    if name == "convmlp":  # whose depthwise convolution nothing passes by
+        before = 0 * before
     still = (before == after).all(1)
     assert 0 < still.sum() < 64
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import roofline
 
 from mlp_mixer import deit, models, plan, recipe
+from mlp_mixer.models import layers
 from mlp_mixer.planning import chips, counts, duration, report, search, targets
 from mlp_mixer.planning.step import Planner, refused_bytes
 
@@ -123,6 +124,30 @@ def test_a_convolution_counts_each_multiply_add():
 
     jaxpr = jax.make_jaxpr(convolve)(jnp.zeros((2, 3, 8, 8)), jnp.zeros((5, 3, 3, 3)))
     assert counts.flops(jaxpr) == 2 * (2 * 5 * 6 * 6) * (3 * 3 * 3)
+
+
+def test_a_filter_of_each_channel_counts_as_a_convolution():
+    """Though it is a sum of shifted maps; and its gradients cost as much, each."""
+    x, kernel = jnp.zeros((8, 6, 2, 5)), jnp.zeros((3, 5, 1, 5))
+
+    def gradients(x, kernel):
+        y, back = jax.vjp(layers.filter_channels, x, kernel)
+        return back(2 * y)
+
+    forward = jax.make_jaxpr(layers.filter_channels)(x, kernel)
+    assert counts.flops(forward) == 2 * (8 * 6 * 2 * 5) * (3 * 5)
+    backward = jax.make_jaxpr(jax.jit(gradients))(x, kernel)
+    assert counts.flops(backward) == 3 * counts.flops(forward)
+
+
+def test_a_part_of_a_model_is_counted_alone():
+    model = models.create("mixer_s32", num_classes=7, num_blocks=3)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    jaxpr = jax.make_jaxpr(model.apply)(variables, image)
+    assert counts.flops(jaxpr, "head") == 2 * 512 * 7
+    blocks = [counts.flops(jaxpr, f"MixerBlock_{i}") for i in range(3)]
+    assert blocks == [2 * 2 * 49 * 512 * (256 + 2048)] * 3
 
 
 def test_the_peak_is_what_lives_at_once():

@@ -191,6 +191,39 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
+    "hiremlp": {
+        "model": {
+            "name": "hiremlp_tiny",
+            "image_size": (32, 32),
+            # Stages of 8x8, 4x4, 2x2 positions and one.
+            "hidden_dim": (16, 24, 32, 48),
+            "num_blocks": (1, 1, 2, 1),
+            "mlp_ratio": 2,
+            "stochastic_depth": 0.1,
+        },
+    },
+    "msmlp": {
+        "model": {
+            "name": "msmlp_t",
+            "image_size": (32, 32),
+            # Stages of 8x8, 4x4, 2x2 positions and one.
+            "patch_size": (4, 4),
+            "hidden_dim": 10,
+            "num_blocks": (1, 1, 2, 1),
+            "layer_scale": 0.1,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
+    },
+    "convmlp": {
+        "model": {
+            "name": "convmlp_s",
+            # Stages of 8x8, 4x4, 2x2 positions and one.
+            "image_size": (32, 32),
+            "hidden_dim": (16, 24, 32, 48),
+            "num_blocks": (1, 1, 2, 1),
+        },
+    },
 }
 
 

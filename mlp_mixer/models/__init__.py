@@ -18,11 +18,14 @@ from jaxtyping import Array, Float
 from mlp_mixer import known
 from mlp_mixer.models import (
     ccs,
+    convmlp,
     cyclemlp,
     gmlp,
+    hiremlp,
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
@@ -36,6 +39,7 @@ __all__ = [
     "FAMILIES",
     "Model",
     "Run",
+    "counted",
     "create",
     "declared",
     "families",
@@ -60,6 +64,9 @@ FAMILIES: tuple[ModuleType, ...] = (
     s2mlp,
     ccs,
     cyclemlp,
+    hiremlp,
+    msmlp,
+    convmlp,
 )
 
 
@@ -84,6 +91,17 @@ def family(name: str) -> ModuleType:
         tries = known.nearest(str(name).lower(), [*names(), *families()])
         raise ValueError(f"model {name!r} is unknown; try {tries}.")
     return found[name]
+
+
+def counted(name: str) -> tuple[int, int]:
+    """Returns the paper's (side of the images in pixels, number of classes).
+
+    Of the size called `name`, or of the first of an architecture: 224 px and 1,000
+    classes, unless its file says otherwise in `COUNTED`.
+    """
+    file = family(name)
+    size = name if name in file.SIZES else next(iter(file.SIZES))
+    return getattr(file, "COUNTED", {}).get(size, (224, 1000))
 
 
 def declared(name: str) -> dict[str, dataclasses.Field]:

@@ -34,6 +34,9 @@ from mlp_mixer.models.model import Noise, Outputs, Run
 
 # The name of what rematerialisation keeps: a hidden layer before its GELU.
 PRE_GELU = "pre_gelu"
+# The scope of the products of a filter that is computed as a sum of shifted maps, by
+# which `planning.counts` knows them.
+FILTER = "filter_channels"
 # What torch's truncated normal with a deviation of 0.02 is: it is cut at ±2.
 NORMAL = nn.initializers.normal(0.02)
 
@@ -67,6 +70,8 @@ def normalised(
             f"mean is {mean} and std {std}; expected {image.shape[-1]} numbers each, "
             "one for each channel of the image."
         )
+    if {*mean, *std} == {0.5}:
+        return image
     less, by = (jnp.array([[[levels]]], image.dtype) for levels in (mean, std))
     return ((image + 1) / 2 - less) / by
 
@@ -196,10 +201,11 @@ def _sum_of_shifted(
 
 def _filtered(x: Array, kernel: Float[Array, "kh kw 1 c"], first: int) -> Array:
     """Filters each channel of maps, whose height is the axis `first` of `x`."""
-    terms = [
-        shifted * kernel[i, j].reshape(1, 1, 1, -1)
-        for (i, j), shifted in _shifted(x, kernel.shape, first).items()
-    ]
+    with jax.named_scope(FILTER):
+        terms = [
+            shifted * kernel[i, j].reshape(1, 1, 1, -1)
+            for (i, j), shifted in _shifted(x, kernel.shape, first).items()
+        ]
     return functools.reduce(jnp.add, terms)
 
 
@@ -216,10 +222,6 @@ def _shifted(x: Array, size: Sequence[int], first: int) -> dict[tuple[int, int],
     }
 
 
-# Automatic differentiation would keep each of the shifted maps.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def filter_channels(
     x: Float[Array, "..."], kernel: Float[Array, "kh kw 1 c"], first: int = 0
 ) -> Float[Array, "..."]:
@@ -233,6 +235,21 @@ def filter_channels(
       kernel: the filters.
       first: the axis of `x` that is the height, 0 or 1.
     """
+    (h, w), (kh, kw) = x.shape[first : first + 2], kernel.shape[:2]
+    # Of a filter larger than the map, the outer weights only meet zeros.
+    down, right = max(0, kh // 2 - h + 1), max(0, kw // 2 - w + 1)
+    kernel = kernel[down : kh - down, right : kw - right]
+    return _filter_channels(x, kernel, first)
+
+
+# Traced once for all maps and filters of the same shapes.
+_filtered_again = jax.jit(_filtered, static_argnums=2)
+
+# Automatic differentiation would keep each of the shifted maps.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _filter_channels(x: Array, kernel: Array, first: int) -> Array:
     return _filter_channels_fwd(x, kernel, first)[0]
 
 
@@ -240,7 +257,7 @@ def _filter_channels_fwd(
     x: Array, kernel: Array, first: int
 ) -> tuple[Array, tuple[Any, ...]]:
     wide = at_least_float32(x.dtype)
-    y = _filtered(x.astype(wide), kernel.astype(wide), first)
+    y = _filtered_again(x.astype(wide), kernel.astype(wide), first)
     return y.astype(x.dtype), (x, kernel)
 
 
@@ -249,13 +266,37 @@ def _filter_channels_bwd(
 ) -> tuple[Array, Array]:
     x, kernel = kept
     wide = at_least_float32(x.dtype)
-    shifted = _shifted(x.astype(wide), kernel.shape, first)
-    sums = [(y * dy.astype(wide)).sum((0, 1, 2)) for y in shifted.values()]
-    dkernel = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
-    return filter_channels(dy, kernel[::-1, ::-1], first), dkernel
+    gradient = _by_products if kernel.size > 9 * kernel.shape[-1] else _by_sums
+    dkernel = gradient(x.astype(wide), dy.astype(wide), kernel.shape, first)
+    return _filter_channels(dy, kernel[::-1, ::-1], first), dkernel.astype(kernel.dtype)
 
 
-filter_channels.defvjp(_filter_channels_fwd, _filter_channels_bwd)
+def _by_sums(x: Array, dy: Array, shape: Sequence[int], first: int) -> Array:
+    """The gradient of filters: for each weight the sum of a shifted map times `dy`."""
+    with jax.named_scope(FILTER):
+        sums = [(y * dy).sum((0, 1, 2)) for y in _shifted(x, shape, first).values()]
+    return jnp.stack(sums).reshape(shape)
+
+
+def _by_products(x: Array, dy: Array, shape: Sequence[int], first: int) -> Array:
+    """The same as one product of matrices (kh, positions) (positions, kw) per channel.
+
+    For 5x5 weights and more: on one CPU up to ten times as fast as the sums, each of
+    which is one chain of additions.
+    """
+    kh, kw = shape[:2]
+    down, right = kh // 2, kw // 2
+    order = 3, 2 if first == 0 else 0, first, first + 1
+    x, dy = x.transpose(order), dy.transpose(order)  # (c, n, h, w)
+    h, w = x.shape[2:]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (right, right)))
+    dy = jnp.pad(dy, ((0, 0), (0, 0), (down, down), (0, 0)))
+    columns = jnp.stack([x[..., j : j + w] for j in range(kw)])
+    rows = jnp.stack([dy[:, :, i : i + h] for i in reversed(range(kh))])
+    return jnp.einsum("icnhw,jcnhw->ijc", rows, columns)[:, :, None]
+
+
+_filter_channels.defvjp(_filter_channels_fwd, _filter_channels_bwd)
 
 
 class Depthwise(nn.Module):

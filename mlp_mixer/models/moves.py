@@ -7,9 +7,12 @@ its docstring states the law that its test holds it to.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 # Channels of a group from which on `circulant` is a product of matrices. Measured on a
@@ -74,6 +77,51 @@ def cycle_offsets(channels: int) -> np.ndarray:
     return (np.arange(channels) + 1) % 3 - 1
 
 
+def fold(
+    x: Float[Array, "*map c"], axis: int, pixel: int, step: Any = 0
+) -> Float[Array, "*folded p c"]:
+    """Returns a map with `pixel` neighbours along an axis gathered at one position.
+
+    Hire-MLP's rearrangement (arXiv 2108.13341, section 3.2): the axis is rolled by
+    `step`, continued from its beginning to a multiple of `pixel`, and cut into regions
+    of `pixel` positions. Entry i of the axis is then region i, whose positions are an
+    axis of their own before the channels.
+
+    Laws: `unfold` undoes it, for all sizes, regions and steps; a fold after a roll by
+    one region more is the fold, one region further, where regions tile the axis.
+
+    Args:
+      x: the map.
+      axis: the axis that is cut, counted from 0; not that of the channels.
+      pixel: number of positions of a region, p.
+      step: number of positions that the axis is rolled by, perhaps traced.
+    """
+    x = jnp.roll(x, step, axis)
+    before, (size, *after) = x.shape[:axis], x.shape[axis:]
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, -size % pixel)
+    x = jnp.pad(x, pads, mode="wrap").reshape(*before, -1, pixel, *after)
+    return jnp.moveaxis(x, axis + 1, -2)
+
+
+def unfold(
+    y: Float[Array, "*folded p c"], axis: int, size: int, step: Any = 0
+) -> Float[Array, "*map c"]:
+    """Returns the map, of `size` positions along `axis`, of which `y` is a `fold`.
+
+    What continued the axis is left out: only the first value of a position counts.
+
+    Args:
+      y: regions, each of its positions with its channels.
+      axis: the axis that was cut.
+      size: number of positions along it.
+      step: number of positions that it was rolled by, perhaps traced.
+    """
+    y = jnp.moveaxis(y, -2, axis + 1)
+    y = y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+    return jnp.roll(lax.slice_in_dim(y, 0, size, axis=axis), -step, axis)
+
+
 def circulant(
     x: Float[Array, "s n c"], w: Float[Array, "g s"]
 ) -> Float[Array, "s n c"]:
@@ -114,3 +162,42 @@ def _circulant_by_fft(
     )  # channel c has group c mod g
     spectrum = jnp.fft.rfft(x.astype(dtype), axis=0) * factors[:, None]
     return jnp.fft.irfft(spectrum, n=len(x), axis=0).astype(x.dtype)
+
+
+def roll_chunks(
+    x: Float[Array, "..."], by: Sequence[int], axis: int
+) -> Float[Array, "..."]:
+    """Returns a map with each chunk of its channels rolled along an axis.
+
+    MS-MLP's shift, as its authors' code has it: chunk i moves `by[i]` positions on, and
+    what leaves at one end comes in at the other.
+
+    Law: it commutes with rolling the whole map, and rolled by 0 a map is itself.
+
+    Args:
+      x: the map, in any layout whose last axis is the channels.
+      by: positions that each of the chunks moves; as many numbers as chunks.
+      axis: the axis of `x` that is the height or the width.
+    """
+    chunks = (x[..., i:j] for i, j in itertools.pairwise(chunk_ends(x.shape[-1], by)))
+    rolled = [jnp.roll(z, d, axis) for z, d in zip(chunks, by, strict=True)]
+    return jnp.concatenate(rolled, axis=-1)
+
+
+def chunk_ends(channels: int, chunks: Sequence[object]) -> list[int]:
+    """Returns where the chunks of channels begin and end: 0, …, `channels`.
+
+    As torch.chunk cuts: each has the quotient, rounded up, of which the last one gets
+    what is left.
+
+    Raises:
+      ValueError: nothing is left for the last one.
+    """
+    count = len(chunks)
+    size = -(-channels // count)
+    if size * (count - 1) >= channels:
+        raise ValueError(
+            f"{channels} channels are {-(-channels // size)} chunks of {size}, not "
+            f"{count}; try {count * size} channels."
+        )
+    return [*range(0, channels, size), channels]

@@ -93,7 +93,9 @@ def stages(
     return x, out | {f"block_{j}": state for j, state in enumerate(states)}
 
 
-def linear_noise(model: Model, image: Array, train: bool) -> list[Noise]:
+def linear_noise(
+    model: Model, image: Array, train: bool, branches: int = 2
+) -> list[Noise]:
     """Returns the noise of each stage; the rate rises linearly over all blocks.
 
     The model's fields `num_blocks` and `stochastic_depth` say how many blocks each
@@ -103,6 +105,7 @@ def linear_noise(model: Model, image: Array, train: bool) -> list[Noise]:
       model: the module whose random stream it is.
       image: the images, for their number.
       train: whether this is training; otherwise there is no noise.
+      branches: number of branches of a block.
     """
     fields: Any = model
     noise = trunk.draw(
@@ -112,6 +115,7 @@ def linear_noise(model: Model, image: Array, train: bool) -> list[Noise]:
         train=train,
         rates=(0.0, fields.stochastic_depth),
         rescale=True,
+        branches=branches,
     )
     ends = [sum(fields.num_blocks[:i]) for i in range(len(fields.num_blocks) + 1)]
     return [
@@ -162,21 +166,26 @@ def pooled(
     y: Float[Array, "n h w c"],
     out: Mapping[str, Array],
     num_classes: int | None,
+    norm: Callable[[Array], Array] | None = None,
     **head_fields: Any,
 ) -> Outputs:
     """Returns (logits, out) of a model that averages positions before its head.
 
     Args:
-      y: the last map, normalised.
+      y: the last map, normalised unless its mean is.
       out: the other outputs.
       num_classes: None leaves the head out; the first result are the features.
+      norm: what normalises the mean; None: nothing.
       **head_fields: fields of the `Dense` that is the head, its initial values.
     """
     pre_logits = y.mean((1, 2), dtype=at_least_float32(y.dtype))
+    if norm is not None:
+        pre_logits = norm(pre_logits)
     out = {**out, "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out
-    return Dense(num_classes, **head_fields, name="head")(pre_logits), out
+    head = Dense(num_classes, run=Run(pre_logits.dtype), **head_fields, name="head")
+    return head(pre_logits), out
 
 
 class Convolution(nn.Module):

@@ -103,6 +103,8 @@ class SmlpNet(Model):
       mlp_ratio: number of hidden units of an MLP per channel, α.
       stochastic_depth: the last block's rate; it rises linearly from 0 over all
         stages. A branch that is kept is divided by 1 − rate.
+      mean, std: what levels from 0 to 1 are normalised by, in each channel: no stem
+        without a bias makes weights for other images weights for these.
     """
 
     patch_size: tuple[int, int]
@@ -110,6 +112,8 @@ class SmlpNet(Model):
     num_blocks: tuple[int, int, int, int]
     mlp_ratio: int
     stochastic_depth: float = 0.0
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
@@ -164,7 +168,7 @@ class SmlpNet(Model):
 
         x, out = pyramid.stages(
             self,
-            image,
+            layers.normalised(image, self.mean, self.std),
             begin,
             lambda i: [pyramid.Row(block, self.num_blocks[i])],
             noise=pyramid.linear_noise(self, image, train),

@@ -6,7 +6,9 @@ counts the same in what is unrolled, counts its body once.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+from mlp_mixer.models.layers import FILTER
 
 # What a compiler computes where the result is read, without an array of its own.
 _FUSED = {
@@ -18,41 +20,75 @@ _FUSED = {
 }
 
 
-def products(jaxpr: Any, turns: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yields every product and convolution of a jaxpr, and how often it runs.
+class Turn(NamedTuple):
+    """An equation, how often it runs, and the modules that it is of, as "A/b_0/c"."""
+
+    equation: Any
+    turns: int
+    scope: str
+
+
+def equations(jaxpr: Any, turns: int = 1, scope: str = "") -> Iterator[Turn]:
+    """Yields every equation of a jaxpr, those inside of others too, as they run.
 
     Args:
       jaxpr: jaxpr of `jax.make_jaxpr`.
       turns: how often the jaxpr itself runs.
+      scope: the modules that it is of.
     """
     for equation in _open(jaxpr).eqns:
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            yield equation, turns
+        own = f"{scope}/{equation.source_info.name_stack}".strip("/")
+        yield Turn(equation, turns, own)
         for inner, times in _inside(equation):
-            yield from products(inner, turns * times)
+            yield from equations(inner, turns * times, own)
 
 
-def flops(jaxpr: Any) -> int:
-    """Returns the operations of all products, 2 per multiply-add."""
-    return sum(turns * _flops(equation) for equation, turns in products(jaxpr))
+def products(jaxpr: Any) -> Iterator[Turn]:
+    """Yields every product and convolution of a jaxpr."""
+    for turn in equations(jaxpr):
+        if turn.equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield turn
+
+
+def flops(jaxpr: Any, part: str = "") -> int:
+    """Returns the operations of products and convolutions, 2 per multiply-add.
+
+    Also of those convolutions that `layers.filter_channels` computes as sums of shifted
+    maps. What is computed element by element, as norms are, is not counted.
+
+    Args:
+      jaxpr: jaxpr of `jax.make_jaxpr`.
+      part: name of a module, such as a block, of which alone they are counted.
+    """
+    return sum(
+        turn.turns * _flops(turn)
+        for turn in equations(jaxpr)
+        if not part or f"/{part}/" in f"/{turn.scope}/"
+    )
 
 
 def product_bytes(jaxpr: Any) -> int:
     """Returns the bytes that products read and write: the least that a step moves."""
     return sum(
         turns * sum(_bytes(v.aval) for v in (*equation.invars, *equation.outvars))
-        for equation, turns in products(jaxpr)
+        for equation, turns, _ in products(jaxpr)
     )
 
 
-def _flops(equation: Any) -> int:
-    left, right = (v.aval.shape for v in equation.invars[:2])
+def _flops(turn: Turn) -> int:
+    kind, equation = turn.equation.primitive.name, turn.equation
     result = math.prod(equation.outvars[0].aval.shape)
-    if equation.primitive.name == "dot_general":
+    if kind == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
         return 2 * result * math.prod(left[axis] for axis in contracted)
-    out_axis, *_ = equation.params["dimension_numbers"].rhs_spec
-    return 2 * result * math.prod(right) // right[out_axis]
+    if kind == "conv_general_dilated":
+        right = equation.invars[1].aval.shape
+        out_axis, *_ = equation.params["dimension_numbers"].rhs_spec
+        return 2 * result * math.prod(right) // right[out_axis]
+    if kind == "mul" and FILTER in turn.scope:
+        return 2 * result
+    return 0
 
 
 def peak(jaxpr: Any, bytes_of: Callable[[Any], float]) -> float:

@@ -27,8 +27,8 @@ from mlp_mixer.pretrained.tree import (
     describe,
     model_of,
     sizes_of,
-    square_image,
     tokens,
+    told_image_size,
 )
 from mlp_mixer.pretrained.weights import (
     DTYPES,
@@ -67,8 +67,8 @@ __all__ = [
     "read",
     "resized",
     "sizes_of",
-    "square_image",
     "tokens",
+    "told_image_size",
     "with_fields",
     "write_npz",
     "write_safetensors",

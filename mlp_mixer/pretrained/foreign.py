@@ -150,6 +150,11 @@ class Names:
         found = self._find_ours(name)
         return name if found is None else self._in_block(*found)
 
+    def for_people(self, name: str) -> str:
+        """The name of an array of our tree, behind theirs if it has one."""
+        theirs = self.their_name(name)
+        return name if theirs == name else f"{theirs} as {name}"
+
     def _in_block(self, entry: Entry, number: int | None) -> str:
         """The name there of an array of a block, by its number here."""
         if number is not None and len(_entries(self)[entry.theirs]) > 1:

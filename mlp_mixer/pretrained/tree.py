@@ -48,10 +48,17 @@ def shapes(tree: Any) -> dict[str, Shape]:
     return {name: tuple(x.shape) for name, x in leaves(tree)}
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Lines for people: each array that is unexpected, missing, or of another shape."""
+def differences(
+    found: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    called: Callable[[str], str] = str,
+) -> list[str]:
+    """Lines for people: each array that is unexpected, missing, or of another shape.
+
+    `called` gives the name of an array for people, by that in our tree.
+    """
     return [
-        f"{name}: got {found.get(name, 'nothing')}, "
+        f"{called(name)}: got {found.get(name, 'nothing')}, "
         f"expected {expected.get(name, 'nothing')}"
         for name in {**found, **expected}
         if found.get(name) != expected.get(name)
@@ -389,13 +396,21 @@ def num_classes(params: Mapping[str, Any]) -> int | None:
     return next((x.shape[-1] for _, x in arrays), None)
 
 
-def square_image(params: Any, model: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) in pixels if the tokens make a square grid, else None."""
-    count = tokens(params)
-    if count is None or math.isqrt(count) ** 2 != count:
+def told_image_size(params: Any, model: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) in pixels that the parameters tell, else None.
+
+    They do where rows and columns are mixed (`h0`, `w0`: positions of the first stage),
+    or where tokens (`s`) make a square grid.
+    """
+    found = shapes(params)
+    sized = sizes(found, family(found))
+    side = math.isqrt(sized.get("s", 0))
+    if side and side**2 == sized["s"]:
+        sized |= {"h0": side, "w0": side}
+    if not {"h0", "w0"} <= sized.keys():
         return None
     height, width = model["patch_size"]
-    return math.isqrt(count) * height, math.isqrt(count) * width
+    return sized["h0"] * height, sized["w0"] * width
 
 
 def family_name(file: ModuleType) -> str:

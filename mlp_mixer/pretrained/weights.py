@@ -46,7 +46,7 @@ from mlp_mixer.text import brief, listed
 logger = logging.getLogger(__name__)
 
 NAMES = ("ours", *foreign.TABLES)
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_SUFFIXES = torch_files.SUFFIXES
 Flat = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -62,8 +62,9 @@ class Weights:
         that has these fields, else of the architecture. Given without a name, it is
         what the shapes say, but for the fields that are given.
       stats: the model's other variables by collection, e.g. "batch_stats".
-      image_size: (height, width) in pixels; None if the file does not say and the
-        tokens make no square.
+      image_size: (height, width) in pixels; None if neither the file nor the shapes of
+        its arrays say it. Of a file with others' names, whose model takes any size, it
+        is what the paper trains at.
       class_names: names by class; None if they have none.
       preprocess: the evaluation protocol of the run; None if it is not known.
       source: the name that they were read by; None if they were made.
@@ -142,8 +143,8 @@ def read(
       step: step of a run's checkpoint; the newest intact one by default.
       best: instead of a step, the score whose best value chooses the checkpoint, the
         highest or the lowest, as its evaluator says.
-      ema: whether a run's averaged parameters are read, or its last ones; None: the
-        averaged ones, if it keeps them.
+      ema: whether averaged weights are read, of a run or of a torch file, or the last
+        ones; None: the averaged ones, if it keeps them.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
       model: fields of the model that the source does not say, or not right.
@@ -162,19 +163,26 @@ def read(
             f"name: {', '.join(published.PUBLISHED)}."
         )
     path = epath.Path(name).expanduser()
+    entry = published.PUBLISHED.get(name)
+    suffix = path.suffix if entry is None else entry.suffix
     if path.is_dir():
         weights = _read_run(path, step, best, ema)
         _check_agreed(f"{name} is a run, which", CENTRED, given)
-    elif step is not None or best is not None or ema:
+    elif (
+        step is not None
+        or best is not None
+        or (ema and suffix.lower() not in TORCH_SUFFIXES)
+    ):
         wanted = f"no step {step}" if best is None else "no best checkpoint"
         wanted = "no averaged parameters" if ema else wanted
         raise ValueError(f"{name} is no run's folder: it has {wanted}.")
     elif path.exists():
-        weights = _read_any_file(path, given, model or {})
-    elif name in published.PUBLISHED:
-        entry = published.PUBLISHED[name]
+        weights = _read_any_file(path, given, model or {}, ema)
+    elif entry is not None:
         _check_agreed(f"{name} is published, and", entry.normalisation, given)
-        weights = _read_file(published.fetch(name), entry.normalisation, {})
+        ema = entry.ema if ema is None else ema
+        file = published.fetch(name)
+        weights = _read_file(file, entry.normalisation, {}, ema)
         weights = dataclasses.replace(
             weights, origin="published", preprocess=entry.preprocess
         )
@@ -191,7 +199,7 @@ def read(
         stats = cast(stats, "float32")
     for array, count in not_finite({**params, **stats}).items():
         logger.warning("%s: %d values of %s are not finite.", name, count, array)
-    size = weights.image_size or tree.square_image(params, weights.model)
+    size = weights.image_size or tree.told_image_size(params, weights.model)
     weights = dataclasses.replace(
         weights, params=params, stats=stats, image_size=size, source=name
     )
@@ -201,8 +209,14 @@ def read(
     return weights
 
 
-def checked_image_size(weights: Weights) -> tuple[int, int]:
+def checked_image_size(
+    weights: Weights, called: Callable[[str], str] = str
+) -> tuple[int, int]:
     """Returns the image size, if all that a model needs to know is there and fits.
+
+    Args:
+      weights: weights of a model.
+      called: gives the name of an array for people, by that in our tree.
 
     Raises:
       ValueError: the image size is not known; the arrays are not those of the model at
@@ -237,7 +251,7 @@ def checked_image_size(weights: Weights) -> tuple[int, int]:
         )
     raise ValueError(
         f"{weights} has not the arrays of its model, {tree.describe(weights.model)}:\n"
-        + listed(tree.differences(found, expected))
+        + listed(tree.differences(found, expected, called))
     )
 
 
@@ -317,20 +331,26 @@ def _read_run(
 
 
 def _read_any_file(
-    path: epath.Path, given: Normalisation | None, model: Mapping[str, Any]
+    path: epath.Path,
+    given: Normalisation | None,
+    model: Mapping[str, Any],
+    ema: bool | None,
 ) -> Weights:
     """Reads a file that is here, or on a bucket, which is copied for that long."""
     if "://" not in os.fspath(path):
-        return _read_file(pathlib.Path(path), given, model)
+        return _read_file(pathlib.Path(path), given, model, ema)
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, path.name)
         with path.open("rb") as there, copy.open("wb") as here:
             shutil.copyfileobj(there, here, 2**24)
-        return _read_file(copy, given, model)
+        return _read_file(copy, given, model, ema)
 
 
 def _read_file(
-    path: pathlib.Path, given: Normalisation | None, model: Mapping[str, Any]
+    path: pathlib.Path,
+    given: Normalisation | None,
+    model: Mapping[str, Any],
+    ema: bool | None = None,
 ) -> Weights:
     """The arrays and what the file states of them, with the normalisation folded."""
     suffix = path.suffix.lower()
@@ -344,7 +364,9 @@ def _read_file(
     elif suffix == ".safetensors":
         arrays, metadata = safetensors.read(path, model_arrays)
     elif suffix in TORCH_SUFFIXES:
-        arrays = torch_files.read(path, lambda arrays: model_arrays(arrays, {}))
+        arrays = torch_files.read(
+            path, lambda arrays: model_arrays(arrays, {}), ema=ema
+        )
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "
@@ -388,9 +410,41 @@ def _read_file(
         if found.names is not None:
             found.names.check_buffers(arrays, found.params)
         params = unflatten_dict(fold(found.params, images), sep="/")
-        return Weights(params, origin, normalisation=images, **fields)
+        weights = Weights(params, origin, normalisation=images, **fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if found.names is not None and METADATA not in metadata:
+        weights = _with_usual_image_size(weights, path)
+    if found.names is not None and weights.image_size:
+        checked_image_size(
+            dataclasses.replace(weights, source=os.fspath(path)), found.names.for_people
+        )
+    return weights
+
+
+def _with_usual_image_size(weights: Weights, path: pathlib.Path) -> Weights:
+    """The weights with the image size of their paper, where nothing says another.
+
+    Only of a model that takes any size, or arrays would be tied to theirs.
+    """
+    size = weights.image_size or tree.told_image_size(weights.params, weights.model)
+    if size or tree.tokens(weights.params) is not None:
+        return dataclasses.replace(weights, image_size=size)
+    side, _ = models.counted(weights.model["name"])
+    try:
+        model = models.create(**weights.model, num_classes=weights.num_classes)
+        variables = tree.variables(model, (side, side))
+    except ValueError:
+        return weights
+    if tree.shapes(variables["params"]) != tree.shapes(weights.params):
+        return weights
+    logger.warning(
+        "%s does not say its image size, and a %s takes any: %d x %d px are assumed. "
+        "If it is for others, `python -m mlp_mixer.convert %s NEW.safetensors "
+        "--image_size=HEIGHT,WIDTH` makes it say so.",
+        *(path, tree.describe(weights.model), side, side, path),
+    )
+    return dataclasses.replace(weights, image_size=(side, side))
 
 
 class _ModelArrays(NamedTuple):
@@ -430,10 +484,7 @@ def _model_arrays(
     except ValueError as error:
         raise ValueError(f"{source}: {error}.") from error
 
-    def name_for_people(name: str) -> str:
-        its = names.their_name(name) if names else name
-        return name if its == name else f"{its} as {name}"
-
+    called = names.for_people if names else str
     collections = {tree.STATISTICS} if names else fields.get("stats", ())
     starts = tuple(f"{collection}/" for collection in collections)
     stats = {name: x for name, x in flat.items() if name.startswith(starts)}
@@ -441,12 +492,12 @@ def _model_arrays(
         flat = {name: x for name, x in flat.items() if name not in stats}
     expected = tree.layout(flat, file)
     wrong = [
-        f"dtype: {name_for_people(name)} is {x.dtype}, expected floats"
+        f"dtype: {called(name)} is {x.dtype}, expected floats"
         for name, x in flat.items()
         if name in expected and not jnp.issubdtype(x.dtype, jnp.floating)
     ]
     shapes = {name: x.shape for name, x in flat.items()}
-    wrong += tree.problems(shapes, file, name_for_people)
+    wrong += tree.problems(shapes, file, called)
     if not wrong and "name" in stated:
         wrong = [
             f"{field}: {stated[field]} is stated, the arrays have {value}"
@@ -603,7 +654,7 @@ def lost_in_npz(weights: Weights) -> dict[str, Any]:
     lost = {k: v for k, v in weights.model.items() if type(v) is str}
     lost = {k: v for k, v in lost.items() if k != "name" and v != again.model[k]}
     size = weights.image_size
-    if size and size != tree.square_image(weights.params, weights.model):
+    if size and size != tree.told_image_size(weights.params, weights.model):
         lost["image_size"] = f"{size[0]} × {size[1]} px"
     return lost
 

@@ -122,6 +122,47 @@ def cyclemlp():
     )
 
 
+def hiremlp():
+    """A Hire-MLP of all regions and steps; its image is not square."""
+    return importlib.import_module("mlp_based.hire_mlp").HireMLPNet(
+        layers=[2, 2, 3, 2],
+        num_classes=CLASSES,
+        embed_dims=[8, 8, 12, 16],
+        mlp_ratios=[4, 4, 4, 4],
+        pixel=[4, 3, 3, 2],
+        step_stride=[2, 2, 3, 2],
+        step_dilation=[2, 2, 1, 1],
+    )
+
+
+def msmlp():
+    """An MS-MLP with the chunks and the filters of all published ones."""
+    return importlib.import_module("models.ms_mlp").MS_MLP(
+        num_classes=CLASSES,
+        img_size=(32, 64),
+        embed_dim=9,
+        depths=[2, 1, 1, 1],
+        mix_size=[[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]],
+        mlp_ratio=1,
+    )
+
+
+def convmlp():
+    """A ConvMLP, without the drop-path that it always has."""
+    model = importlib.import_module("src.convmlp").ConvMLP(
+        blocks=[1, 2, 1],
+        dims=[10, 12, 14],
+        mlp_ratios=[3, 3, 3],
+        channels=8,
+        n_conv_blocks=2,
+        num_classes=CLASSES,
+    )
+    for module in model.modules():
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -172,6 +213,9 @@ CASES = {
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
+    "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
+    "msmlp": Case(msmlp, (), (32, 64), {"name": "msmlp"}),
+    "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 
 

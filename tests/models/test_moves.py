@@ -1,5 +1,7 @@
 """Each move's law, in float64, and what it is in NumPy, written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,3 +187,113 @@ def test_both_forms_of_the_product_are_within_float32s_rounding():
         found = form(x.astype(jnp.float32), w.astype(jnp.float32))
         assert found.dtype == jnp.float32
         assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
+
+
+# --- Regions --------------------------------------------------------------------------
+
+# Positions of a side, of a region, and a step: Hire-MLP's at 224 px; odd ones; regions
+# larger than the map.
+REGIONS = [
+    *((56, 4, 0), (56, 4, 2), (28, 3, 2), (14, 3, 1), (14, 3, 2), (7, 2, 1)),
+    *((5, 4, 7), (6, 1, 3), (2, 5, 1), (1, 3, 2)),
+]
+
+
+def maps_of(size):
+    """Maps (n, h, w, c), of so many positions on a side, by axis of that side."""
+    return {1: drawn(2, size, 3, 4), 2: drawn(2, 3, size, 4)}
+
+
+@functools.cache
+def folded():
+    """{(axis, size, pixel, step): (x, its fold, that unfolded)}, all compiled at once.
+
+    Steps are traced in every second one.
+    """
+    cases = [(axis, *region) for axis in (1, 2) for region in REGIONS]
+    traced = cases[1::2]
+
+    @jax.jit
+    def all_cases(steps):
+        given = dict(zip(traced, steps, strict=True))
+        found = []
+        for axis, size, pixel, step in cases:
+            x = maps_of(size)[axis]
+            step = given.get((axis, size, pixel, step), step)
+            y = moves.fold(x, axis, pixel, step)
+            found.append((x, y, moves.unfold(y, axis, size, step)))
+        return found
+
+    found = all_cases([step for _, _, _, step in traced])
+    return dict(zip(cases, jax.tree.map(np.asarray, found), strict=True))
+
+
+def test_to_unfold_undoes_a_fold_of_any_size_region_and_step():
+    for x, _, unfolded in folded().values():
+        np.testing.assert_array_equal(unfolded, x)
+
+
+def test_a_fold_is_the_authors_roll_circular_padding_and_reshape():
+    """On (n, c, h, w), with channel c of a region's position r at c·p + r."""
+    for (axis, size, pixel, step), (x, y, _) in folded().items():
+        z = np.roll(x.transpose(0, 3, 1, 2), step, axis + 1)
+        extra = (pixel - size % pixel) % pixel
+        n, c = z.shape[:2]
+        if axis == 1:
+            z = np.pad(z, ((0, 0), (0, 0), (0, extra), (0, 0)), "wrap")
+            z = z.reshape(n, c, -1, pixel, 3).transpose(0, 1, 3, 2, 4)
+        else:
+            z = np.pad(z, ((0, 0), (0, 0), (0, 0), (0, extra)), "wrap")
+            z = z.reshape(n, c, 3, -1, pixel).transpose(0, 1, 4, 2, 3)
+        regions = (size + extra) // pixel
+        sides = (regions, 3) if axis == 1 else (3, regions)
+        expected = z.reshape(n, c * pixel, *sides).transpose(0, 2, 3, 1)
+        close(y.swapaxes(-1, -2).reshape(n, *sides, c * pixel), expected)
+
+
+def test_a_fold_after_a_roll_by_a_region_is_the_fold_one_region_further():
+    x = drawn(2, 12, 3, 4)
+    for step in (0, 1):
+        y = moves.fold(x, 1, 4, step)
+        np.testing.assert_array_equal(
+            moves.fold(x, 1, 4, step + 4), np.roll(y, 1, axis=1)
+        )
+
+
+# --- The chunked roll -----------------------------------------------------------------
+
+SHIFTS = (-2, -1, 0, 1, 2)
+roll_chunks = jax.jit(moves.roll_chunks, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_chunked_roll_is_the_authors(axis):
+    """Which is of channels first, in torch's chunks: 3, 3, 3, 3 and 2 of 14."""
+    x = drawn(2, 6, 5, 14)
+    first, rolled = np.asarray(x).transpose(0, 3, 1, 2), []
+    for q, d in enumerate(SHIFTS):
+        rolled.append(np.roll(first[:, 3 * q : 3 * q + 3], d, axis + 1))
+    expected = np.concatenate(rolled, axis=1).transpose(0, 2, 3, 1)
+    close(roll_chunks(x, SHIFTS, axis), expected)
+
+
+def test_a_chunked_roll_commutes_with_shifts_and_goes_back():
+    x = drawn(2, 6, 5, 14)
+    shifted = roll_chunks(jnp.asarray(np.roll(x, (1, 3), (1, 2))), SHIFTS, 2)
+    rolled = roll_chunks(x, SHIFTS, 2)
+    close(shifted, np.roll(rolled, (1, 3), (1, 2)))
+    close(roll_chunks(rolled, SHIFTS[::-1], 2), x)
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes"),
+    [(96, [20] * 4 + [16]), (128, [26] * 4 + [24]), (768, [154] * 4 + [152])],
+)
+def test_chunks_are_torchs(channels, sizes):
+    np.testing.assert_array_equal(np.diff(moves.chunk_ends(channels, SHIFTS)), sizes)
+
+
+def test_channels_for_fewer_chunks_are_refused():
+    """torch.chunk returns four of them, and the authors' code stops."""
+    with pytest.raises(ValueError, match="try 20 channels"):
+        moves.chunk_ends(16, SHIFTS)

@@ -122,12 +122,20 @@ def test_the_paper_says_what_no_shape_tells(tmp_path):
     assert pretrained.create_model(params).num_blocks == 3
 
 
-@pytest.mark.parametrize("name", models.names())
+# Those of a pyramid take long: the quick suite does the first of each.
+ALL_SIZES = [
+    pytest.param(name, marks=[pytest.mark.slow] if slow else [])
+    for file in models.FAMILIES
+    for i, (name, fields) in enumerate(file.SIZES.items())
+    for slow in [i > 0 and isinstance(fields["num_blocks"], tuple)]
+]
+
+
+@pytest.mark.parametrize("name", ALL_SIZES)
 def test_parameters_alone_are_a_model_or_say_what_they_lack(name):
     """A field that no shape tells is named, with what to try; which then works."""
     model = models.create(name, num_classes=10)
-    counted = getattr(models.family(name), "COUNTED", {})
-    side, _ = counted.get(name, (224, 1000))
+    side, _ = models.counted(name)
     params = tree.variables(model, (side, side))["params"]
     family = tree.family_name(models.family(name))
     try:

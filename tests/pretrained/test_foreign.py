@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import types
 
 import numpy as np
@@ -201,6 +202,64 @@ def test_a_silent_file_is_taken_to_be_for_what_its_authors_normalise_by(whose, c
     assert str(weights).endswith(" names, normalisation assumed)")
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "is taken to be for mean 0.485, 0.456, 0.406 and std 0.229, 0.2" in warning
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"token_mix.2.1.BN.running_var": None},
+            "missing: token_mix.2.1.BN.running_var as batch_stats/stage1_block_1/Batch",
+        ),
+        (
+            {"token_mix.2.1.BN.running_var": numbers(5)},
+            "shape: token_mix.2.1.BN.running_var as batch_stats/stage1_block_1/BatchN",
+        ),
+        ({"token_mix.2.1.BN.moment": numbers(12)}, "unexpected: token_mix.2.1.BN.mo"),
+        (
+            {"batch_norm.running_mean": None, "batch_norm.running_var": None},
+            "  batch_norm.running_mean as batch_stats/norm/mean: got nothing, expected",
+        ),
+    ],
+)
+def test_statistics_are_held_to_the_model_as_parameters_are(changed, message, tmp_path):
+    arrays = safetensors.numpy.load_file(GOLDEN / "authors_smlpnet.safetensors")
+    arrays |= {name: x for name, x in changed.items() if x is not None}
+    arrays = {k: x for k, x in arrays.items() if changed.get(k, x) is not None}
+    safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pretrained.read(tmp_path / "w.safetensors")
+
+
+def test_shapes_tell_the_fields_of_a_pyramid(tmp_path):
+    """Its rows and columns tell the image, and so do our own files of it."""
+    weights = pretrained.read(GOLDEN / "authors_smlpnet.safetensors")
+    told = {"patch_size": (4, 4), "hidden_dim": 6, "num_blocks": (1, 2, 1, 1)}
+    told |= {"mlp_ratio": 2, "stochastic_depth": 0.0}
+    told |= {"mean": IMAGENET[0], "std": IMAGENET[1]}
+    assert weights.model == {"name": "smlpnet", **told}
+    assert weights.image_size == (64, 64)
+    for form in ("npz", "safetensors"):
+        path = tmp_path / f"w.{form}"
+        pretrained.__dict__[f"write_{form}"](weights, path)
+        assert pretrained.read(path).model == weights.model
+    arrays = pretrained.model_of(weights.params)
+    assert arrays == weights.model | {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def test_what_takes_any_image_is_taken_to_be_for_the_papers(tmp_path, caplog):
+    path = GOLDEN / "authors_spach_conv.safetensors"
+    weights = pretrained.read(path, mean=0.5, std=0.5)
+    assert weights.image_size == (224, 224)
+    text = "a spach of .* takes any: 224 x 224 px are assumed. .* --image_size=HEIGHT,W"
+    assert re.search(text, caplog.text)
+    # A file that says it is believed, and so are arrays that do.
+    other = dataclasses.replace(weights, image_size=(16, 32))
+    pretrained.write_safetensors(other, tmp_path / "w.safetensors", names="authors")
+    caplog.clear()
+    assert pretrained.read(tmp_path / "w.safetensors").image_size == (16, 32)
+    pretrained.read(GOLDEN / "authors_smlpnet.safetensors", mean=0.5, std=0.5)
+    assert not caplog.records
 
 
 def test_authors_have_no_names_for_what_they_have_not_published(tmp_path):
