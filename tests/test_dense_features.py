@@ -137,7 +137,21 @@ def shallow(fields):
     return models.create(**fields | {"num_blocks": once})
 
 
-@pytest.mark.parametrize("name", models.pyramids())
+def fresh(tree):
+    """Statistics as training begins with them, and zeros."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: np.full(x.shape, path[-1].key == "var", np.float32), tree
+    )
+
+
+# Tracing alone takes a second; the quick suite does one of them.
+ONE_FIRST = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "cyclemlp"))
+    for name in models.pyramids()
+]
+
+
+@pytest.mark.parametrize("name", ONE_FIRST)
 def test_features_have_the_stated_shapes_at_three_sizes(name):
     """Those of a published size."""
     size, fields = next(iter(models.family(name).SIZES.items()))
@@ -156,11 +170,12 @@ def test_features_have_the_stated_shapes_at_three_sizes(name):
         }
 
 
-def test_what_is_tied_to_positions_is_known():
-    for word, fields in PYRAMIDS.items():
-        model = shallow(fields)
-        tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
-        assert tied == (word in TIED), word
+@pytest.mark.slow
+@pytest.mark.parametrize("word", PYRAMIDS)
+def test_what_is_tied_to_positions_is_known(word):
+    model = shallow(PYRAMIDS[word])
+    tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
+    assert tied == (word in TIED)
 
 
 @pytest.mark.slow
@@ -175,8 +190,8 @@ def test_features_move_with_the_image(word):
     """
     pixels, side = (192, 960) if word == "hiremlp" else (32, 768)
     model = shallow(PYRAMIDS[word])
-    stats = jax.tree.map(lambda x: np.ones(x.shape, "f4"), shapes(model, (64, 64)))
-    given = stats | {"params": random_params(model, (64, 64))}
+    given = fresh(shapes(model, (64, 64)))
+    given |= {"params": random_params(model, (64, 64))}
     image = np.full((side, side, 3), 0.3, np.float32)
     at = slice((side - 64 - pixels) // 2, (side + 64 - pixels) // 2)
     image[at, at] = np.random.default_rng(0).uniform(-1, 1, (64, 64, 3))

@@ -109,12 +109,7 @@ class CycleMlp(Model, kw_only=True):
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
-        if self.patch_size != (4, 4):
-            raise ValueError(
-                f"patch_size is {self.patch_size}, but the 7x7 convolution of the stem "
-                "moves by (4, 4) pixels; enlarge small images instead."
-            )
-        pyramid.check_stages(self, image_size)
+        pyramid.check_stages(self, image_size, stem=(4, 4))
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:

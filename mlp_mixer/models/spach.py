@@ -108,6 +108,37 @@ class SpachBlock(nn.Module):
         return u + channel_mixing(LayerNorm(name="LayerNorm_1")(u), second)
 
 
+def layer(
+    mixing: str,
+    grid: tuple[int, int],
+    *,
+    channels_mlp_dim: int,
+    tokens_mlp_dim: Any = None,
+    num_heads: Any = None,
+    gelu: str,
+    run: Run,
+) -> Callable[..., SpachBlock]:
+    """Returns what makes a layer, given its name.
+
+    Args:
+      mixing: one of `MIXINGS`.
+      grid: (height, width) of the map in tokens.
+      channels_mlp_dim: number of hidden units of channel mixing.
+      tokens_mlp_dim: number of hidden units of token mixing; of the form mlp.
+      num_heads: number of attention's heads; of the form attn.
+      gelu: "exact" or "tanh".
+      run: how it is computed.
+    """
+    mlp = functools.partial(layers.MlpBlock, gelu=gelu, run=run, kernel_init=XAVIER)
+    mixings: dict[str, Callable[[], nn.Module] | None] = {
+        "mlp": functools.partial(mlp, tokens_mlp_dim, axis=0, name="token_mixing"),
+        "conv": None,
+        "attn": functools.partial(Attention, num_heads, run, name="attention"),
+    }
+    channel_mixing = functools.partial(mlp, channels_mlp_dim)
+    return functools.partial(SpachBlock, grid, mixings[mixing], channel_mixing, run)
+
+
 class Spach(Model):
     """SPACH of one stage. The number of tokens comes from the image given to `init`.
 
@@ -160,17 +191,6 @@ class Spach(Model):
         """
         self.check_image(image)
         (h, w), (ph, pw) = image.shape[1:3], self.patch_size
-        mlp = functools.partial(
-            layers.MlpBlock, gelu=self.gelu, run=self.run, kernel_init=XAVIER
-        )
-        heads: Any = self.num_heads  # which the form attn has
-        mixings: dict[str, Callable[[], nn.Module] | None] = {
-            "mlp": functools.partial(
-                mlp, self.tokens_mlp_dim, axis=0, name="token_mixing"
-            ),
-            "conv": None,
-            "attn": functools.partial(Attention, heads, self.run, name="attention"),
-        }
         stem = layers.PatchEmbed(
             self.hidden_dim,
             self.patch_size,
@@ -178,21 +198,17 @@ class Spach(Model):
             kernel_init=KAIMING,
             name="stem",
         )
-        block = functools.partial(
-            SpachBlock,
+        block = layer(
+            self.mixing,
             (h // ph, w // pw),
-            mixings[self.mixing],
-            functools.partial(mlp, self.channels_mlp_dim),
-            self.run,
+            channels_mlp_dim=self.channels_mlp_dim,
+            tokens_mlp_dim=self.tokens_mlp_dim,
+            num_heads=self.num_heads,
+            gelu=self.gelu,
+            run=self.run,
         )
         x = LayerNorm(name="stem_layer_norm")(stem(image))
-        y, states = trunk.row(
-            self,
-            block,
-            x,
-            name="SpachBlock",
-            train=train,
-        )
+        y, states = trunk.row(self, block, x, name="SpachBlock", train=train)
         y = LayerNorm(name="pre_head_layer_norm")(y)
         return layers.readout(y, [x, *states], self.num_classes)
 

@@ -191,5 +191,5 @@ def test_an_image_that_the_last_stride_does_not_divide_is_refused():
 
 
 def test_another_stride_of_the_stem_is_refused():
-    with pytest.raises(ValueError, match=r"patch_size is \(2, 2\), but the 7x7"):
+    with pytest.raises(ValueError, match=r"patch_size is \(2, 2\), but the conv"):
         models.create("cyclemlp_b1", image_size=(32, 32), patch_size=(2, 2))
