@@ -193,3 +193,9 @@ def test_an_image_that_the_last_stride_does_not_divide_is_refused():
 def test_another_stride_of_the_stem_is_refused():
     with pytest.raises(ValueError, match=r"patch_size is \(2, 2\), but the conv"):
         models.create("cyclemlp_b1", image_size=(32, 32), patch_size=(2, 2))
+
+
+def test_an_unknown_gelu_is_refused():
+    model = models.create("cyclemlp_b1", gelu="erf")
+    with pytest.raises(ValueError, match="gelu 'erf' is unknown; try"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
