@@ -17,6 +17,7 @@ from flax.typing import Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
+from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import (
     GELUS,
@@ -335,8 +336,9 @@ class Fusion(nn.Module):
         c, wide = first.shape[-1], at_least_float32(first.dtype)
         dense = functools.partial(Dense, run=self.run, kernel_init=layers.NORMAL)
         mean = functools.reduce(jnp.add, branches).mean((1, 2), dtype=wide)
-        weights = dense(c // 4, name="Dense_0")(mean.astype(first.dtype))
-        weights = dense(3 * c, name="Dense_1")(GELUS[self.gelu](weights))
+        gelu = known.pick("gelu", self.gelu, GELUS)
+        weights = gelu(dense(c // 4, name="Dense_0")(mean.astype(first.dtype)))
+        weights = dense(3 * c, name="Dense_1")(weights)
         weights = weights.reshape(-1, 1, 1, c, 3).astype(wide)
         weights = jax.nn.softmax(weights).astype(first.dtype)
         y = functools.reduce(

@@ -240,6 +240,23 @@ PUBLISHED: dict[str, Published] = {
         )
         for size in "sml"
     },
+    **{
+        f"hiremlp/hire_mlp_{size}": _released(
+            f"hiremlp_{size}",
+            GITHUB,
+            f"ggjy/Hire-Wave-MLP.pytorch/releases/download/log/hire_mlp_{size}.pth",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"msmlp/msmlp_{name}_patch4": _released(
+            f"msmlp_{name[0]}",
+            MS_MLP,
+            f"projectshzheng/MSMLP/released_model/msmlp_{name}_patch4/"
+            f"msmlp_{name}_patch4_ckpt_epoch299.pth",
+        )
+        for name in ("tiny", "small", "base")
+    },
     "spach/smlp_s": _spach("smlpnet_s", "smlp_s"),
     "spach/smlp_b": _spach("smlpnet_b", "smlp_b"),
 }
