@@ -370,3 +370,21 @@ def test_an_export_of_a_model_without_stages_has_none(s2mlp, tmp_path):
     with pytest.raises(ValueError, match="mixer has no stages"):
         export.export_stablehlo(weights, tmp_path / "m.stablehlo", stages=True)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_an_export_gives_the_stages_at_another_size_too(tmp_path):
+    fields = PYRAMIDS["cyclemlp"] | {"num_blocks": (1, 1, 1, 1), "image_size": (64, 32)}
+    size = fields.pop("image_size")
+    model = models.create(**fields)
+    weights = pretrained.Weights(
+        random_params(model, (32, 32)), "random", model=fields, image_size=size
+    )
+    path = tmp_path / "m.stablehlo"
+    export.export_stablehlo(weights, path, gradients=False, stages=True)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype("f4")
+    found = jax.export.deserialize(path.read_bytes()).call(image)
+    assert found.keys() == {"pre_logits", *models.stage_names(model)}
+    dense = jax.jit(models.features, static_argnums=0)
+    for stage, x in dense(model, weights.variables, image).items():
+        np.testing.assert_allclose(found[stage], x, atol=1e-4)
