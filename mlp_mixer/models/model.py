@@ -4,7 +4,8 @@ A file of this package is one paper. It declares
 
 * `MODEL`: a `Model`, called as `model.apply(variables, image, train=…)`, that returns
   (logits, out). `out["pre_logits"]` (n, c) are the features, also the first result
-  where `num_classes` is None; what else is in `out` is the paper's own.
+  where `num_classes` is None; what else is in `out` is the paper's own. A pyramid,
+  whose `num_blocks` is a tuple, has `stage_1` … `stage_4` (n, h, w, c) there.
 * `SIZES`: name → fields, laid out like the paper's table.
 * `AXES`: path of a parameter (`*` for the number of a block) → letters of its axes:
   `s` tokens, `c` channels, `d…` hidden units, `k` classes, `ph pw rgb` a patch. A model

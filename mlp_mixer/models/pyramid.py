@@ -17,6 +17,7 @@ from flax.typing import Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
+from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import (
     GELUS,
@@ -133,14 +134,22 @@ def linear_noise(
     ]
 
 
-def check_stages(model: Model, image_size: tuple[int, int]) -> None:
+def check_stages(
+    model: Model, image_size: tuple[int, int], stem: tuple[int, int] | None = None
+) -> None:
     """Raises ValueError unless the last stage's positions tile the image.
 
     Args:
       model: a model whose stages, one for each entry of its field `num_blocks`, have
         half as many positions on a side as the stage before.
       image_size: (height, width) in pixels.
+      stem: the only `patch_size` that the model's stem has; None: it takes any.
     """
+    if stem not in (None, model.patch_size):
+        raise ValueError(
+            f"patch_size is {model.patch_size}, but the convolutions of the stem move "
+            f"by {stem} pixels; leave it out, and enlarge small images instead."
+        )
     fields: Any = model
     height, width = (
         side * 2 ** (len(fields.num_blocks) - 1) for side in model.patch_size
@@ -195,6 +204,27 @@ def pooled(
         return pre_logits, out
     head = Dense(num_classes, run=Run(pre_logits.dtype), **head_fields, name="head")
     return head(pre_logits), out
+
+
+def channel_mixing(
+    hidden: int, gelu: str, run: Run, name: str = "channel_mixing"
+) -> layers.MlpBlock:
+    """Returns the MLP of a map's channels, with the initial values of most papers.
+
+    Args:
+      hidden: number of hidden units.
+      gelu: "exact" or "tanh".
+      run: the products' dtype and form.
+      name: its name in the block.
+    """
+    return layers.MlpBlock(
+        hidden,
+        gelu=gelu,
+        run=run,
+        kernel_init=layers.NORMAL,
+        image_axis=0,
+        name=name,
+    )
 
 
 class Convolution(nn.Module):
@@ -327,8 +357,9 @@ class Fusion(nn.Module):
         c, wide = first.shape[-1], at_least_float32(first.dtype)
         dense = functools.partial(Dense, run=self.run, kernel_init=layers.NORMAL)
         mean = functools.reduce(jnp.add, branches).mean((1, 2), dtype=wide)
-        weights = dense(c // 4, name="Dense_0")(mean.astype(first.dtype))
-        weights = dense(3 * c, name="Dense_1")(GELUS[self.gelu](weights))
+        gelu = known.pick("gelu", self.gelu, GELUS)
+        weights = gelu(dense(c // 4, name="Dense_0")(mean.astype(first.dtype)))
+        weights = dense(3 * c, name="Dense_1")(weights)
         weights = weights.reshape(-1, 1, 1, c, 3).astype(wide)
         weights = jax.nn.softmax(weights).astype(first.dtype)
         y = functools.reduce(

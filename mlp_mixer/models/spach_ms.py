@@ -93,7 +93,7 @@ class Conv4Stem(nn.Module):
                 size // 2,
                 self.run,
                 use_bias=False,
-                kernel_init=spach.KAIMING,
+                kernel_init=layers.KAIMING,
                 name=f"conv{i}",
             )
             x = pyramid.BatchNorm(self.train, name=f"norm{i}")(convolution(x))
@@ -103,7 +103,7 @@ class Conv4Stem(nn.Module):
             self.features,
             (height // 2, width // 2),
             self.run,
-            kernel_init=spach.KAIMING,
+            kernel_init=layers.KAIMING,
             name="conv3",
         )(x)
 
@@ -127,7 +127,7 @@ class Down(nn.Module):
             (2, 2),
             self.run,
             use_bias=False,
-            kernel_init=spach.KAIMING,
+            kernel_init=layers.KAIMING,
             name="conv",
         )
         return layers.TokenChannelNorm(1e-5, by_token=False, name="norm")(merge(x))
@@ -148,6 +148,8 @@ class SpachMs(Model, kw_only=True):
       gelu: "exact" (the published models) or "tanh".
       stochastic_depth: the last layer's rate; it rises linearly from 0 over all
         stages. A branch that is kept is divided by 1 − rate.
+      mean, std: what levels from 0 to 1 are normalised by, red, green and blue. The
+        stem conv4 sees zeros around the image, so that they are a part of the model.
     """
 
     patch_size: tuple[int, int] = (4, 4)  # which the stem conv4 does not tell
@@ -160,6 +162,8 @@ class SpachMs(Model, kw_only=True):
     stem_dim: int = 64
     gelu: str = "exact"
     stochastic_depth: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's tokens tile the image.
@@ -244,7 +248,7 @@ class SpachMs(Model, kw_only=True):
 
         x, out = pyramid.stages(
             self,
-            image,
+            layers.normalised(image, self.mean, self.std),
             begin,
             rows,
             noise=pyramid.linear_noise(
@@ -274,7 +278,7 @@ class SpachMs(Model, kw_only=True):
             self.hidden_dim,
             self.patch_size,
             self.run,
-            kernel_init=spach.KAIMING,
+            kernel_init=layers.KAIMING,
             name="stem",
         )
 

@@ -99,8 +99,8 @@ class Published:
       preprocess: the evaluation protocol of its published accuracy, a key of
         `data.image_ops.PROTOCOLS`; None: the default.
       path: path of the file on its host, where its name does not say it.
-      ema: of a file that holds averaged weights too, whether they are what its
-        published accuracy is of; None: nothing says so, and they are read.
+      ema: whether the published accuracy is that of the averaged weights, where a file
+        holds both; None: nothing says so, and the averaged ones are read.
     """
 
     model: str
@@ -239,6 +239,23 @@ PUBLISHED: dict[str, Published] = {
             preprocess="timm-0.9",
         )
         for size in "sml"
+    },
+    **{
+        f"hiremlp/hire_mlp_{size}": _released(
+            f"hiremlp_{size}",
+            GITHUB,
+            f"ggjy/Hire-Wave-MLP.pytorch/releases/download/log/hire_mlp_{size}.pth",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"msmlp/msmlp_{name}_patch4": _released(
+            f"msmlp_{name[0]}",
+            MS_MLP,
+            f"projectshzheng/MSMLP/released_model/msmlp_{name}_patch4/"
+            f"msmlp_{name}_patch4_ckpt_epoch299.pth",
+        )
+        for name in ("tiny", "small", "base")
     },
     "spach/smlp_s": _spach("smlpnet_s", "smlp_s"),
     "spach/smlp_b": _spach("smlpnet_b", "smlp_b"),

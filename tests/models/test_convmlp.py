@@ -344,5 +344,5 @@ def test_a_normalisation_has_a_number_for_each_channel():
 
 def test_a_stem_of_another_stride_is_refused():
     model = ConvMlp(**SMALL, patch_size=(2, 2))
-    with pytest.raises(ValueError, match=r"is \(2, 2\); .* Leave patch_size out"):
+    with pytest.raises(ValueError, match=r"is \(2, 2\), .*leave it out"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

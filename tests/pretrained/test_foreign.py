@@ -5,11 +5,14 @@ import pathlib
 import re
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlp_mixer import convert, models, pretrained
+from mlp_mixer import convert, models, predict, pretrained, runs
+from mlp_mixer.data import decoding, image_ops
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import model
 from mlp_mixer.models.model import IMAGENET
@@ -294,6 +297,27 @@ def test_shapes_tell_the_fields_of_a_pyramid(tmp_path):
         assert pretrained.read(path).model == weights.model
     arrays = pretrained.model_of(weights.params)
     assert arrays == weights.model | {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+@pytest.mark.slow
+def test_a_photograph_goes_all_the_way_through_an_authors_file(tmp_path):
+    """File, run, crop, normalisation, classes: beside the steps one by one."""
+    path, photo = (
+        GOLDEN / name
+        for name in ("authors_smlpnet.safetensors", "photos/astronaut.jpg")
+    )
+    runs.write_run(pretrained.read(path), str(tmp_path / "run"))
+    (found,) = predict.predict(tmp_path / "run", [photo], preprocess="timm-0.9")
+    pixels = decoding.decode(photo.read_bytes(), image_ops.dct_of("timm-0.9"))
+    levels = image_ops.preprocess(pixels, "timm-0.9", (64, 64)) / np.float32(255)
+    mean, std = np.array(IMAGENET, np.float32)
+    image = (levels - mean) / std
+    theirs = pretrained.read(path, mean=0.5, std=0.5)  # images as their code has them
+    model = pretrained.create_model(theirs)
+    logits, out = jax.jit(model.apply)(theirs.variables, jnp.asarray(image[None]))
+    np.testing.assert_allclose(found.features, out["pre_logits"][0], atol=1e-5)
+    expected = np.asarray(jax.nn.softmax(logits[0]))[list(found.indices)]
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
 
 
 def test_what_takes_any_image_is_taken_to_be_for_the_papers(tmp_path, caplog):

@@ -248,11 +248,27 @@ RELEASED = {
         for size in "sml"
     },
     **{
-        f"spach/smlp_{size}": (
-            f"https://github.com/microsoft/SPACH/releases/download/v1.0/smlp_{size}.pth",
+        f"hiremlp/hire_mlp_{size}": (
+            "https://github.com/ggjy/Hire-Wave-MLP.pytorch/releases/download/log/"
+            f"hire_mlp_{size}.pth",
             "timm",
         )
-        for size in "sb"
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"msmlp/msmlp_{size}_patch4": (
+            "https://tsciencescu.blob.core.windows.net/projectshzheng/MSMLP/"
+            f"released_model/msmlp_{size}_patch4/msmlp_{size}_patch4_ckpt_epoch299.pth",
+            "timm",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"spach/{name}": (
+            f"https://github.com/microsoft/SPACH/releases/download/v1.0/{name}.pth",
+            "timm",
+        )
+        for name in ("smlp_s", "smlp_b")
     },
     **{
         f"spach/spach_ms_{file}": (
