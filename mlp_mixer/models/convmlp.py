@@ -45,7 +45,6 @@ from jaxtyping import Array, Float
 from mlp_mixer.models import layers, pyramid, trunk
 from mlp_mixer.models.derivatives import Dense, LayerNorm
 from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, axes, sizes
-from mlp_mixer.models.spach import KAIMING
 
 
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n y x c"]:
@@ -114,7 +113,7 @@ class ConvBlock(nn.Module):
     ) -> Float[Array, "n h w c"]:
         """Returns the next state; it draws no noise."""
         pointwise = functools.partial(
-            Dense, run=self.run, use_bias=False, kernel_init=KAIMING
+            Dense, run=self.run, use_bias=False, kernel_init=layers.KAIMING
         )
         y = x
         for convolution in (
@@ -146,17 +145,15 @@ class ConvMlpBlock(nn.Module):
         """Returns the next state; `noise` is that of both MLPs."""
         norm = functools.partial(LayerNorm, epsilon=1e-5)
         mlp = functools.partial(
-            layers.MlpBlock,
+            pyramid.channel_mixing,
             self.mlp_ratio * x.shape[-1],
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
+            self.gelu,
+            self.run,
         )
         depthwise = layers.Depthwise(
             run=self.run,
             use_bias=False,
-            kernel_init=KAIMING,
+            kernel_init=layers.KAIMING,
             name="depthwise",
         )
         first, second = noise.branches(2)
@@ -255,7 +252,7 @@ def _convolution(
         padding=1,
         run=run,
         use_bias=use_bias,
-        kernel_init=KAIMING,
+        kernel_init=layers.KAIMING,
         **fields,
     )
 

@@ -62,14 +62,7 @@ class CycleBlock(nn.Module):
         """Returns the next state; `noise` is that of both branches."""
         c = x.shape[-1]
         linear = functools.partial(Dense, c, run=self.run, kernel_init=layers.NORMAL)
-        channel_mixing = layers.MlpBlock(
-            self.mlp_ratio * c,
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
-            name="channel_mixing",
-        )
+        channel_mixing = pyramid.channel_mixing(self.mlp_ratio * c, self.gelu, self.run)
         norm = functools.partial(LayerNorm, epsilon=1e-5)
         first, second = noise.branches(2)
         z = norm(name="LayerNorm_0")(x)

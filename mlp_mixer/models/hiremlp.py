@@ -155,14 +155,7 @@ class HireBlock(nn.Module):
         along = functools.partial(
             RegionMlp, pixel=self.pixel, train=self.train, run=self.run
         )
-        channel_mixing = layers.MlpBlock(
-            self.mlp_ratio * c,
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
-            name="channel_mixing",
-        )
+        channel_mixing = pyramid.channel_mixing(self.mlp_ratio * c, self.gelu, self.run)
         first, second = noise.branches(2)
         z = BatchNorm(self.train, name="BatchNorm_0")(x)
         branches = [

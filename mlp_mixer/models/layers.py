@@ -39,6 +39,9 @@ PRE_GELU = "pre_gelu"
 FILTER = "filter_channels"
 # What torch's truncated normal with a deviation of 0.02 is: it is cut at ±2.
 NORMAL = nn.initializers.normal(0.02)
+# Kaiming's normal over the fan-out, in which torch counts all channels of a depthwise
+# convolution too.
+KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def patches(

@@ -123,14 +123,7 @@ class MixShiftBlock(nn.Module):
     ) -> Float[Array, "n h w c"]:
         """Returns the next state; `noise` is that of the one branch."""
         c = x.shape[-1]
-        channel_mixing = layers.MlpBlock(
-            self.mlp_ratio * c,
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
-            name="channel_mixing",
-        )
+        channel_mixing = pyramid.channel_mixing(self.mlp_ratio * c, self.gelu, self.run)
         (branch,) = noise.branches(1)
         start = nn.initializers.constant(self.layer_scale)
         scale = self.param("scale", start, (c,), jnp.float32)

@@ -206,6 +206,27 @@ def pooled(
     return head(pre_logits), out
 
 
+def channel_mixing(
+    hidden: int, gelu: str, run: Run, name: str = "channel_mixing"
+) -> layers.MlpBlock:
+    """Returns the MLP of a map's channels, with the initial values of most papers.
+
+    Args:
+      hidden: number of hidden units.
+      gelu: "exact" or "tanh".
+      run: the products' dtype and form.
+      name: its name in the block.
+    """
+    return layers.MlpBlock(
+        hidden,
+        gelu=gelu,
+        run=run,
+        kernel_init=layers.NORMAL,
+        image_axis=0,
+        name=name,
+    )
+
+
 class Convolution(nn.Module):
     """torch's Conv2d: zeros around the map, as many on each side.
 

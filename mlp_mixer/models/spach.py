@@ -42,9 +42,6 @@ from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, axes, s
 
 MIXINGS = ("mlp", "conv", "attn")
 XAVIER = nn.initializers.xavier_uniform()
-# Kaiming's normal over the fan-out, in which torch counts all channels of a depthwise
-# convolution too.
-KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Attention(nn.Module):
@@ -95,7 +92,7 @@ class SpachBlock(nn.Module):
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
         depthwise = layers.Depthwise(
-            self.grid, self.run, kernel_init=KAIMING, name="depthwise"
+            self.grid, self.run, kernel_init=layers.KAIMING, name="depthwise"
         )
         channel_mixing = self.channel_mixing(name="channel_mixing")
         first, second = noise.branches(2)
@@ -195,7 +192,7 @@ class Spach(Model):
             self.hidden_dim,
             self.patch_size,
             self.run,
-            kernel_init=KAIMING,
+            kernel_init=layers.KAIMING,
             name="stem",
         )
         block = layer(

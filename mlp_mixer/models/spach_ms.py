@@ -93,7 +93,7 @@ class Conv4Stem(nn.Module):
                 size // 2,
                 self.run,
                 use_bias=False,
-                kernel_init=spach.KAIMING,
+                kernel_init=layers.KAIMING,
                 name=f"conv{i}",
             )
             x = pyramid.BatchNorm(self.train, name=f"norm{i}")(convolution(x))
@@ -103,7 +103,7 @@ class Conv4Stem(nn.Module):
             self.features,
             (height // 2, width // 2),
             self.run,
-            kernel_init=spach.KAIMING,
+            kernel_init=layers.KAIMING,
             name="conv3",
         )(x)
 
@@ -127,7 +127,7 @@ class Down(nn.Module):
             (2, 2),
             self.run,
             use_bias=False,
-            kernel_init=spach.KAIMING,
+            kernel_init=layers.KAIMING,
             name="conv",
         )
         return layers.TokenChannelNorm(1e-5, by_token=False, name="norm")(merge(x))
@@ -278,7 +278,7 @@ class SpachMs(Model, kw_only=True):
             self.hidden_dim,
             self.patch_size,
             self.run,
-            kernel_init=spach.KAIMING,
+            kernel_init=layers.KAIMING,
             name="stem",
         )
 

@@ -99,8 +99,8 @@ class Published:
       preprocess: the evaluation protocol of its published accuracy, a key of
         `data.image_ops.PROTOCOLS`; None: the default.
       path: path of the file on its host, where its name does not say it.
-      ema: of a file that holds averaged weights too, whether they are what its
-        published accuracy is of; None: nothing says so, and they are read.
+      ema: whether the published accuracy is that of the averaged weights, where a file
+        holds both; None: nothing says so, and the averaged ones are read.
     """
 
     model: str
