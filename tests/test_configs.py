@@ -34,6 +34,7 @@ RECIPES = [
     ("family/hiremlp", "base"),
     ("family/kan_mixer", "mnist,c64"),
     ("family/kan_mixer", "cifar100,canuto"),
+    ("family/convmlp", "l,cifar100"),
     ("finetune/digits", ""),
     ("finetune/digits", "select"),
     ("finetune/imagenet2012", ""),

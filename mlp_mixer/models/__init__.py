@@ -32,6 +32,7 @@ from mlp_mixer.models import (
     s2mlp,
     smlpnet,
     spach,
+    spach_ms,
 )
 from mlp_mixer.models.model import Model, Run
 
@@ -67,6 +68,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     hiremlp,
     msmlp,
     convmlp,
+    spach_ms,
 )
 
 

@@ -39,6 +39,9 @@ PRE_GELU = "pre_gelu"
 FILTER = "filter_channels"
 # What torch's truncated normal with a deviation of 0.02 is: it is cut at ±2.
 NORMAL = nn.initializers.normal(0.02)
+# Kaiming's normal over the fan-out, in which torch counts all channels of a depthwise
+# convolution too.
+KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def patches(
@@ -85,22 +88,26 @@ class PatchEmbed(nn.Module):
       features: number of channels c.
       patch_size: (height, width) of a patch in pixels.
       run: the product's dtype.
+      use_bias: whether a bias is added.
       kernel_init, bias_init: other initial values.
     """
 
     features: int
     patch_size: tuple[int, int]
     run: Run = Run()
+    use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, image: Float[Array, "n h w 3"]) -> Float[Array, "s n c"]:
+    def __call__(self, image: Float[Array, "n h w x"]) -> Float[Array, "s n c"]:
         """Returns the tokens in raster order, rows first."""
         ph, pw = self.patch_size
         shape = (ph, pw, image.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[-1:], jnp.float32)
         image, kernel, bias = nn.dtypes.promote_dtype(
             image, kernel, bias, dtype=self.run.dtype
         )
@@ -164,22 +171,28 @@ class MlpBlock(nn.Module):
 class TokenChannelNorm(nn.Module):
     """LayerNorm over the tokens and the channels of each image together.
 
-    `scale` and `bias` (s, c) are float32, as the statistics are.
+    `scale` and `bias` are float32, as the statistics are.
+
+    Attributes:
+      epsilon: what is added to the variance.
+      by_token: whether `scale` and `bias` are (s, c) or, as in torch's GroupNorm with
+        one group, (c,).
     """
 
     epsilon: float = 1e-6
+    by_token: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "s n c"]) -> Float[Array, "s n c"]:
         """Returns `x` normalised, in the dtype of `x`."""
-        shape = x.shape[::2]
+        shape = x.shape[::2] if self.by_token else x.shape[2:]
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         z = x.astype(at_least_float32(x.dtype))
         z = z - z.mean((0, 2), keepdims=True)
         z = z * lax.rsqrt((z * z).mean((0, 2), keepdims=True) + self.epsilon)
-        y = z * jnp.expand_dims(scale, 1) + jnp.expand_dims(bias, 1)
-        return y.astype(x.dtype)
+        row = (-1, 1, x.shape[2])
+        return (z * scale.reshape(row) + bias.reshape(row)).astype(x.dtype)
 
 
 def depthwise(run: Run) -> Callable[..., Array]:

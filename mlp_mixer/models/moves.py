@@ -82,7 +82,7 @@ def fold(
 ) -> Float[Array, "*folded p c"]:
     """Returns a map with `pixel` neighbours along an axis gathered at one position.
 
-    Hire-MLP's rearrangement (arXiv 2108.13341, section 3.2): the axis is rolled by
+    Hire-MLP's (arXiv 2108.13341, as in the authors' code): the axis is rolled by
     `step`, continued from its beginning to a multiple of `pixel`, and cut into regions
     of `pixel` positions. Entry i of the axis is then region i, whose positions are an
     axis of their own before the channels.

@@ -123,14 +123,7 @@ class MixShiftBlock(nn.Module):
     ) -> Float[Array, "n h w c"]:
         """Returns the next state; `noise` is that of the one branch."""
         c = x.shape[-1]
-        channel_mixing = layers.MlpBlock(
-            self.mlp_ratio * c,
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
-            name="channel_mixing",
-        )
+        channel_mixing = pyramid.channel_mixing(self.mlp_ratio * c, self.gelu, self.run)
         (branch,) = noise.branches(1)
         start = nn.initializers.constant(self.layer_scale)
         scale = self.param("scale", start, (c,), jnp.float32)
@@ -151,6 +144,7 @@ class MsMlp(Model):
       mlp_ratio: number of hidden units of an MLP per channel.
       layer_scale: initial value of the branches' scales γ.
       gelu: "exact" (the published models) or "tanh".
+      mean, std: what levels from 0 to 1 are normalised by, red, green and blue.
     """
 
     patch_size: tuple[int, int]
@@ -160,6 +154,8 @@ class MsMlp(Model):
     mlp_ratio: int = 4
     layer_scale: float = 1e-6
     gelu: str = "exact"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless patches tile the image and channels make chunks."""
@@ -192,7 +188,14 @@ class MsMlp(Model):
             return [pyramid.Row(block, self.num_blocks[i])]
 
         noise = pyramid.linear_noise(self, image, train, branches=1)
-        x, out = pyramid.stages(self, image, begin, rows, noise=noise, train=train)
+        x, out = pyramid.stages(
+            self,
+            layers.normalised(image, self.mean, self.std),
+            begin,
+            rows,
+            noise=noise,
+            train=train,
+        )
         return pyramid.pooled(
             x,
             out,

@@ -17,6 +17,7 @@ statistics then, and `logits_after` the logits in evaluation.
 """
 
 import ast
+import functools
 import importlib
 import json
 import pathlib
@@ -163,6 +164,21 @@ def convmlp():
     return model
 
 
+def spach_ms(stem, patch_size, *stages):
+    """A SPACH of four stages, of 8 x 8 tokens and fewer."""
+    stems = importlib.import_module("models.spach.layers.stem")
+    stems.STEM_LAYER["conv4"] = functools.partial(stems.Conv4PatchEmbed, hidden_chans=6)
+    return importlib.import_module("models.spach").SpachMS(
+        num_classes=CLASSES,
+        img_size=tuple(8 * side for side in patch_size),
+        patch_size=patch_size,
+        hidden_dim=4,
+        num_heads=2,
+        net_arch=[[("pass", 1)], *stages],
+        stem_type=stem,
+    )
+
+
 class Case(NamedTuple):
     """What is recorded of one model.
 
@@ -211,6 +227,31 @@ CASES = {
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
+    **{
+        f"spach_ms_{mixing}": Case(
+            spach_ms,
+            ("conv1", (4, 8), [(word, 1)], [(word, 2)], [(word, 1)]),
+            (32, 64),
+            {"name": "spach_ms", **heads},
+        )
+        for mixing, word, heads in (
+            ("mlp", "mlp", {}),
+            ("conv", "pass", {}),
+            ("attn", "attn", {"num_heads": 2}),
+        )
+    },
+    # With as many layers before attention as in the published models.
+    "spach_ms_hybrid": Case(
+        spach_ms,
+        (
+            *("conv4", (4, 4)),  # the patch is as published: no shape tells it
+            *[[("pass", 2), ("attn", i)] for i in (1, 2)],
+            [("pass", 1), ("attn", 1)],
+        ),
+        (32, 32),
+        {"name": "spach_ms", "num_heads": 2},
+        images=4,
+    ),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
