@@ -10,8 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mlp_mixer import models, paper, recipe
-from mlp_mixer.models.model import IMAGENET
+from mlp_mixer import paper, recipe
 
 # Images of ImageNet-1k's whole training split.
 NUM_EXAMPLES = 1_281_167
@@ -43,7 +42,6 @@ def training(
 ) -> ConfigDict:
     """Returns the training of a model on all of ImageNet-1k, watched on its validation.
 
-    A model that normalises its images does so by ImageNet's mean and deviation.
     ReaL, ImageNet-v2 and 5-shot on ImageNet have every_steps = 0, as in
     `paper.pretraining`.
 
@@ -86,8 +84,6 @@ def training(
         config.input.randaugment_std = 0.5
 
     config.model.update({"name": model, "image_size": image_size, **model_fields})
-    if "mean" in models.declared(model):  # it normalises its images itself
-        config.model.mean, config.model.std = IMAGENET
     if drop_path is not None:
         config.model.stochastic_depth = drop_path
 

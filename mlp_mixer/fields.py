@@ -143,6 +143,7 @@ def _text(words: str, **more: Any) -> Row:
 _SWITCH = Row("true or false", (bool,))
 _DTYPE = _choice("float32", "bfloat16")
 _COUNT = _whole(1, none=True)
+_SHARE = dataclasses.replace(_positive(), values="a number above 0 to 1", high=1.0)
 _SIZE = 2**20  # of an axis of a parameter
 _SIDES = Row("height and width in pixels, e.g. (16, 16)", (int,), 1, 2**15, length=2)
 
@@ -188,6 +189,7 @@ RECIPE: dict[str, Row] = {
     "mesh.model": _whole(1),
     **_section("dataset", _DATASET),
     "input.crop": _choice("inception", "timm", "resize_crop", "resize"),
+    "input.min_area": _SHARE,
     "input.interpolation": _choice("bicubic", "random"),
     "input.flip": _SWITCH,
     "input.shift": _whole(0, 2**15),
@@ -214,9 +216,7 @@ RECIPE: dict[str, Row] = {
     "optim.end_factor": _real(0, 1, none=True),
     "optim.weight_decay": _real(0),
     "optim.decayed": _choice("kernels", "matrices", "all"),
-    "optim.layer_decay": dataclasses.replace(
-        _positive(), values="a number above 0 to 1", high=1.0
-    ),
+    "optim.layer_decay": _SHARE,
     "optim.rates": Row(
         "words PATTERN=FACTOR, e.g. (head/*=10, stem/*=0.1); or none",
         (str,),
@@ -276,7 +276,9 @@ MODEL: dict[str, Row] = {
     "channels_mlp_dim": _whole(1, _SIZE),
     "num_heads": _whole(1, _SIZE),
     "alpha": _real(0, 1),
-    "mixing": _choice("mlp", "conv", "attn"),
+    "mixing": _choice("mlp", "conv", "attn", "hybrid", "hybrid_late"),
+    "stem": _choice("conv1", "conv4"),
+    "stem_dim": _whole(1, _SIZE),
     "gelu": _choice("tanh", "exact"),
     "dropout": _rate(),
     "stochastic_depth": _rate(),

@@ -157,12 +157,12 @@ def define_dtype() -> None:
 
 
 def define_ema() -> None:
-    """Defines --ema for programs that read a run."""
+    """Defines --ema for programs that read weights."""
     flags.DEFINE_bool(
         "ema",
         None,
-        "A run's averaged parameters; --noema: its last ones. If not set, the averaged "
-        "ones where its recipe has optim.ema.",
+        "The averaged parameters of a run or a torch file; --noema: the last ones. If "
+        "not set, the averaged ones where it keeps them.",
     )
 
 

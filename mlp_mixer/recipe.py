@@ -85,6 +85,7 @@ def base() -> ConfigDict:
     # data.pipeline.train_batches
     config.input = ConfigDict()
     config.input.crop = "inception"  # or "timm", "resize_crop", "resize"
+    config.input.min_area = 0.08  # least share of an image's that timm's crop takes
     # Of timm's crop and RandAugment, or "random": bilinear or bicubic, drawn each time.
     config.input.interpolation = "bicubic"
     config.input.flip = True  # horizontally, with probability 1/2
@@ -370,6 +371,12 @@ def _contradictions_of_randaugment(section: ConfigDict) -> list[str]:
             f"config.input.randaugment_std is {std}, which only timm's RandAugment "
             f"reads, but config.input.randaugment is {whose!r} with {layers} layers; "
             "set randaugment='timm' and its layers, or the std to 0."
+        )
+    if section.min_area != 0.08 and section.crop != "timm":
+        found.append(
+            f"config.input.min_area is {section.min_area}, which only timm's crop "
+            f"reads, but config.input.crop is {section.crop!r}; set it to 'timm', or "
+            "the area to 0.08."
         )
     if section.interpolation != "bicubic" and "timm" not in (section.crop, whose):
         found.append(

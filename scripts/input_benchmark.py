@@ -126,6 +126,7 @@ def fields(size: int, layers: int, magnitude: float, deit: bool) -> dict[str, An
         whose = {"crop": "timm", "randaugment": "timm", "randaugment_std": 0.5}
     return whose | {
         "image_size": (size, size),
+        "min_area": 0.08,
         "interpolation": "bicubic",
         "flip": True,
         "shift": 0,

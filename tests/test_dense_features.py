@@ -137,7 +137,21 @@ def shallow(fields):
     return models.create(**fields | {"num_blocks": once})
 
 
-@pytest.mark.parametrize("name", models.pyramids())
+def fresh(tree):
+    """Statistics as training begins with them, and zeros."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: np.full(x.shape, path[-1].key == "var", np.float32), tree
+    )
+
+
+# Tracing alone takes a second; the quick suite does one of them.
+ONE_FIRST = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "cyclemlp"))
+    for name in models.pyramids()
+]
+
+
+@pytest.mark.parametrize("name", ONE_FIRST)
 def test_features_have_the_stated_shapes_at_three_sizes(name):
     """Those of a published size."""
     size, fields = next(iter(models.family(name).SIZES.items()))
@@ -156,11 +170,12 @@ def test_features_have_the_stated_shapes_at_three_sizes(name):
         }
 
 
-def test_what_is_tied_to_positions_is_known():
-    for word, fields in PYRAMIDS.items():
-        model = shallow(fields)
-        tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
-        assert tied == (word in TIED), word
+@pytest.mark.slow
+@pytest.mark.parametrize("word", PYRAMIDS)
+def test_what_is_tied_to_positions_is_known(word):
+    model = shallow(PYRAMIDS[word])
+    tied = shapes(model, (64, 64)) != shapes(model, (128, 128))
+    assert tied == (word in TIED)
 
 
 @pytest.mark.slow
@@ -175,8 +190,8 @@ def test_features_move_with_the_image(word):
     """
     pixels, side = (192, 960) if word == "hiremlp" else (32, 768)
     model = shallow(PYRAMIDS[word])
-    stats = jax.tree.map(lambda x: np.ones(x.shape, "f4"), shapes(model, (64, 64)))
-    given = stats | {"params": random_params(model, (64, 64))}
+    given = fresh(shapes(model, (64, 64)))
+    given |= {"params": random_params(model, (64, 64))}
     image = np.full((side, side, 3), 0.3, np.float32)
     at = slice((side - 64 - pixels) // 2, (side + 64 - pixels) // 2)
     image[at, at] = np.random.default_rng(0).uniform(-1, 1, (64, 64, 3))
@@ -355,3 +370,21 @@ def test_an_export_of_a_model_without_stages_has_none(s2mlp, tmp_path):
     with pytest.raises(ValueError, match="mixer has no stages"):
         export.export_stablehlo(weights, tmp_path / "m.stablehlo", stages=True)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_an_export_gives_the_stages_at_another_size_too(tmp_path):
+    fields = PYRAMIDS["cyclemlp"] | {"num_blocks": (1, 1, 1, 1), "image_size": (64, 32)}
+    size = fields.pop("image_size")
+    model = models.create(**fields)
+    weights = pretrained.Weights(
+        random_params(model, (32, 32)), "random", model=fields, image_size=size
+    )
+    path = tmp_path / "m.stablehlo"
+    export.export_stablehlo(weights, path, gradients=False, stages=True)
+    image = np.random.default_rng(0).uniform(-1, 1, (2, *size, 3)).astype("f4")
+    found = jax.export.deserialize(path.read_bytes()).call(image)
+    assert found.keys() == {"pre_logits", *models.stage_names(model)}
+    dense = jax.jit(models.features, static_argnums=0)
+    for stage, x in dense(model, weights.variables, image).items():
+        np.testing.assert_allclose(found[stage], x, atol=1e-4)

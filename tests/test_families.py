@@ -33,7 +33,7 @@ from mlp_mixer import (
 )
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models import Run
-from mlp_mixer.models.model import axes_by_form
+from mlp_mixer.models.model import axes_by_form, form_of
 from mlp_mixer.planning import counts
 from mlp_mixer.pretrained import foreign
 from mlp_mixer.pretrained.foreign import Names
@@ -380,6 +380,27 @@ FACTS = {
             "hiremlp_large": 13.442,
         },
     ),
+    "msmlp": Facts(
+        # Of the authors' code; in the paper's table 28, 50 and 88 million.
+        {"msmlp_t": 28_656_232, "msmlp_s": 50_303_752, "msmlp_b": 88_696_792},
+        # torch's for convolutions, N(0, 0.02) for what are Linears there.
+        {
+            "stem/proj/kernel": (0, (3 * 48) ** -0.5),
+            "stem/proj/bias": (0, (3 * 48) ** -0.5),
+            "stem/norm/scale": (1, 0),
+            "stage0_block_0/mix_shift/w_4/kernel": (0, (3 * 49) ** -0.5),
+            "stage3_block_0/mix_shift/h_1/bias": (0, (3 * 49) ** -0.5),
+            "stage0_block_0/LayerNorm_0/bias": (0, 0),
+            "stage0_block_0/channel_mixing/Dense_0/kernel": (0, 0.02),
+            "stage0_block_0/channel_mixing/Dense_1/bias": (0, 0),
+            "stage0_block_0/scale": (1e-6, 0),
+            "down1/proj/kernel": (0, (3 * 4 * 96) ** -0.5),
+            "norm/scale": (1, 0),
+            "head/kernel": (0, 0.02),
+            "head/bias": (0, 0),
+        },
+        gmacs={"msmlp_t": 4.451, "msmlp_s": 8.687, "msmlp_b": 15.361},
+    ),
     "convmlp": Facts(
         # Of the authors' code; in the paper's table 9.0, 17.4 and 42.7 million.
         {
@@ -405,6 +426,44 @@ FACTS = {
             "head/bias": (0, 0),
         },
         {"convmlp_s": 2.399, "convmlp_m": 3.948, "convmlp_l": 9.904},
+    ),
+    "spach_ms": Facts(
+        # Of the authors' code.
+        {
+            "spach_ms_xxs_mlp": 6_562_446,
+            "spach_ms_xs_mlp": 20_260_283,
+            "spach_ms_s_mlp": 46_542_011,
+            "spach_ms_xxs_conv": 5_085_224,
+            "spach_ms_xs_conv": 17_302_120,
+            "spach_ms_s_conv": 43_576_168,
+            "spach_ms_xxs_attn": 2_372_744,
+            "spach_ms_xs_attn": 14_479_080,
+            "spach_ms_s_attn": 39_537_544,
+            "spach_ms_hybrid_xs": 27_956_584,
+            "spach_ms_hybrid_s": 63_028_584,
+            "spach_ms_hybrid_s_plus": 63_138_728,
+        },
+        # As SPACH's.
+        {
+            "stem/kernel": (0, (2 / (16 * 64)) ** 0.5),
+            "stem/bias": (0, 0),
+            "stage0_conv_0/depthwise/kernel": (0, (2 / (9 * 64)) ** 0.5),
+            "stage1_mlp_0/scale": (1e-4, 0),
+            "stage1_mlp_0/token_mixing/Dense_0/kernel": (0, (2 / (784 + 392)) ** 0.5),
+            "stage3_mlp_0/channel_mixing/Dense_1/kernel": (0, (2 / (3 * 512)) ** 0.5),
+            "stage3_mlp_0/channel_mixing/Dense_1/bias": (0, 0),
+            "down1/conv/kernel": (0, (2 / (4 * 128)) ** 0.5),
+            "down1/norm/scale": (1, 0),
+            "head/kernel": (0, 0),
+        },
+        gmacs={
+            **{"spach_ms_xxs_mlp": 0.941, "spach_ms_xs_mlp": 3.433},
+            **{"spach_ms_s_mlp": 8.045, "spach_ms_xxs_conv": 0.719},
+            **{"spach_ms_xs_conv": 2.770, "spach_ms_s_conv": 7.162},
+            **{"spach_ms_xxs_attn": 0.535, "spach_ms_xs_attn": 3.098},
+            **{"spach_ms_s_attn": 7.556, "spach_ms_hybrid_xs": 4.464},
+            **{"spach_ms_hybrid_s": 11.079, "spach_ms_hybrid_s_plus": 12.210},
+        },
     ),
 }
 SIZES = [(name, size) for name, facts in FACTS.items() for size in facts.counts]
@@ -526,8 +585,7 @@ def test_axes_name_every_axis_of_every_parameter(name, size):
     """And a letter stands for one number, in all parameters of the model."""
     params = family.shapes_of_one_block_each(size)["params"]
     file, found = models.family(name), {"rgb": 3, "k": models.counted(size)[1]}
-    form = models.fields(size)[file.FORM] if hasattr(file, "FORM") else None
-    axes = axes_by_form(file)[form]
+    axes = axes_by_form(file)[form_of(file, models.fields(size))]
     used = set()
     for path, leaf in leaves(params):
         pattern = re.sub(r"^([^/]*_)[0-9]+/", r"\1*/", path)

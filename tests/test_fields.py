@@ -225,6 +225,10 @@ def test_a_wrong_value_is_named_before_any_data_is_opened(
             "randaugment_std is 0.5, .* config.input.randaugment is 'timm' with 0",
         ),
         (
+            {"input.min_area": 0.8},
+            "min_area is 0.8, which only timm's crop reads, but .*crop is 'inception'",
+        ),
+        (
             {"input.interpolation": "random"},
             "interpolation is 'random', which only timm's crop and RandAugment read",
         ),

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from mlp_mixer import deit, errors, evaluators, models, program, recipe, shipped
 from mlp_mixer.data.preparation import vtab
-from mlp_mixer.models.model import IMAGENET
 
 SIZES = ["s32", "s16", "b32", "b16", "l32", "l16", "h14"]
 IMAGENET_STEPS = 92_897  # round(300 · 1,268,355 / 4096)
@@ -126,7 +125,7 @@ def test_the_recipe_of_the_field_is_deits():
     assert config.evals.val.dataset.split == "validation"
 
 
-@pytest.mark.parametrize("name", ["resmlp", "gmlp", "smlpnet", "convmlp"])
+@pytest.mark.parametrize("name", ["resmlp", "gmlp", "smlpnet"])
 def test_a_papers_recipe_trains_each_of_its_sizes(name):
     """On all of ImageNet-1k; the first size if none is named."""
     for size in models.families()[name].SIZES:
@@ -140,6 +139,25 @@ def test_a_papers_recipe_trains_each_of_its_sizes(name):
         load(f"family/{name}", f"{word},{first}")
 
 
+def test_msmlps_recipe_has_the_rates_of_its_authors_code_or_of_its_paper():
+    """The rest is config.py's, for 8 GPUs of 128 images."""
+    for size, of_code, of_paper in (("t", 0.1, 0.2), ("s", 0.4, 0.3), ("b", 0.5, 0.5)):
+        config = load("family/msmlp", size)
+        recipe.check_fields(config)
+        assert config.model.name == f"msmlp_{size}"
+        fields = models.fields(config.model.name)
+        assert "stochastic_depth" not in config.model
+        assert fields["stochastic_depth"] == of_code
+        paper = load("family/msmlp", f"{size},paper")
+        assert paper.model.stochastic_depth == of_paper
+    optim = config.optim
+    assert (optim.clip_norm, optim.warmup_steps) == (5.0, 25_023)
+    assert (optim.learning_rate, optim.end_learning_rate) == (1e-3, 1e-5)
+    assert (config.input.repeats, optim.ema) == (1, 0.0)
+    with pytest.raises(ValueError, match="exclude each other"):
+        load("family/msmlp", "t,s")
+
+
 def test_convmlps_recipe_is_its_authors():
     """Their configs/classification/convmlp_s_imagenet.yml, on 8 GPUs."""
     config = load("family/convmlp")
@@ -149,8 +167,23 @@ def test_convmlps_recipe_is_its_authors():
     assert (optim.warmup_learning_rate, optim.learning_rate) == (1e-4, 5e-4)
     assert (optim.end_learning_rate, optim.ema) == (1e-5, 0.99996)
     assert config.evals.val.preprocess == "timm-0.9"
-    assert config.model.mean == IMAGENET[0]
-    assert config.model.std == IMAGENET[1]
+    assert load("family/convmlp", "m").model.name == "convmlp_m"
+
+
+def test_convmlps_fine_tuning_is_its_authors():
+    """Their configs/classification/finetuned, on as many GPUs as ImageNet's."""
+    for size, batch_size in (("s", 8 * 128), ("l", 8 * 64)):
+        config = load("family/convmlp", f"{size},cifar100")
+        recipe.check_fields(config)
+        assert (config.batch_size, config.epochs) == (batch_size, 60)
+        epoch = 50_000 / batch_size
+        steps = config.optim.warmup_steps, config.optim.cooldown_steps
+        assert steps == pytest.approx((10 * epoch, 10 * epoch), abs=1)
+        assert (config.optim.learning_rate, config.optim.ema) == (3e-4, 0.0)
+        assert config.optim.warmup_learning_rate == 1e-6
+        assert (config.input.min_area, config.input.interpolation) == (0.8, "random")
+        assert config.model.mean == (0.5071, 0.4867, 0.4408)
+        assert config.init_from == f"convmlp/convmlp_{size}_imagenet"
 
 
 # Recipe → data set, its classes, training images (all, with "select"), test split,

@@ -22,6 +22,13 @@ _PARAMIXER: dict[str, Any] = {
     "tokens_mlp_dim": 32,
     "channels_mlp_dim": 256,
 }
+# Of SPACH-MS in all its forms: stages of 8x8, 4x4, 2x2 tokens and one.
+_SPACH_MS: dict[str, Any] = {
+    "image_size": (32, 32),
+    "hidden_dim": 16,
+    "num_blocks": (1, 1, 2, 1),
+    "stochastic_depth": 0.1,
+}
 # Fields of the model, and of the optimiser where Mixer's are not good enough.
 MODELS: dict[str, dict[str, Any]] = {
     "resmlp": {
@@ -202,6 +209,19 @@ MODELS: dict[str, dict[str, Any]] = {
             "stochastic_depth": 0.1,
         },
     },
+    "msmlp": {
+        "model": {
+            "name": "msmlp_t",
+            "image_size": (32, 32),
+            # Stages of 8x8, 4x4, 2x2 positions and one.
+            "patch_size": (4, 4),
+            "hidden_dim": 10,
+            "num_blocks": (1, 1, 2, 1),
+            "layer_scale": 0.1,
+            "stochastic_depth": 0.1,
+        },
+        "optim": {"learning_rate": 0.01},
+    },
     "convmlp": {
         "model": {
             "name": "convmlp_s",
@@ -209,6 +229,22 @@ MODELS: dict[str, dict[str, Any]] = {
             "image_size": (32, 32),
             "hidden_dim": (16, 24, 32, 48),
             "num_blocks": (1, 1, 2, 1),
+        },
+    },
+    "spach_ms": {"model": {**_SPACH_MS, "name": "spach_ms_xxs_mlp"}},
+    "spach_ms-conv": {"model": {**_SPACH_MS, "name": "spach_ms_xxs_conv"}},
+    "spach_ms-attn": {
+        "model": {**_SPACH_MS, "name": "spach_ms_xxs_attn", "num_heads": 2},
+    },
+    # With BatchNorm in the stem.
+    "spach_ms-hybrid": {
+        "model": {
+            **_SPACH_MS,
+            "name": "spach_ms_hybrid_s_plus",
+            "num_blocks": (1, 1, 1, 1, 1, 1, 1),
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "stem_dim": 16,
         },
     },
 }

@@ -2,9 +2,8 @@
 
 Options after a colon: tiny, small, base or large, the size (default: tiny).
 
-Expected: 79.7 % top-1 (tiny), 82.1 % (small), 83.2 % (base), 83.8 % (large), of the
-  released weights; arXiv 2108.13341, whose branches are summed, has 78.9, 81.8, 83.1
-  and 83.4.
+Expected: 79.7 % top-1 (tiny), 82.1 % (small), 83.2 % (base), 83.8 % (large), says the
+  repository; arXiv 2108.13341v1, which sums the branches, has 78.9, 81.8, 83.1, 83.4.
 Cost: 193,927 steps of 2048 with tiny, 387,853 of 1024 with the others; 5 EFLOP with
   tiny, 10 with small, 19 with base, 32 with large.
 Source: README and train.py of ggjy/Hire-Wave-MLP.pytorch, commit 7ef7ddd: DeiT's recipe

@@ -3,8 +3,8 @@
 Options after a colon: the model, a size (xxs, xs, s) and a form (mlp, conv, attn), e.g.
   s_attn (default: xxs_mlp).
 
-Expected: unknown; the figures for one stage were not at hand, and the released weights
-  are those of pyramids.
+Expected: unknown; the figures for one stage were not at hand. The released weights are
+  those of four stages: spach_ms.py.
 Cost: 375,350 steps of 1024; 2 EFLOP with xxs_attn, 4 with xxs_mlp, 18 with s_mlp.
 Source: microsoft/SPACH, commit dcede1e, whose defaults are DeiT's recipe with a warm-up
   of 20 epochs, stochastic depth of 0.1 in every block and a moving average of 0.99996.

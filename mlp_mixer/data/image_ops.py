@@ -203,16 +203,17 @@ def inception_crop_box(
 
 
 def timm_crop_box(
-    rng: np.random.Generator, height: int, width: int
+    rng: np.random.Generator, height: int, width: int, min_area: float = 0.08
 ) -> tuple[int, int, int, int]:
     """Draws timm's and torchvision's random resized crop, as (y, x, height, width).
 
-    Area 8 to 100 % of the image, uniform; aspect 3/4 to 4/3 (width/height), uniform in
-    its logarithm; 10 attempts, else the largest central part of such an aspect.
+    Area `min_area` to 1 of the image's, uniform; aspect 3/4 to 4/3 (width/height),
+    uniform in its logarithm; 10 attempts, else the largest central part of such an
+    aspect.
     """
     least, most = 3 / 4, 4 / 3
     for _ in range(10):
-        area = rng.uniform(0.08, 1.0) * (height * width)
+        area = rng.uniform(min_area, 1.0) * (height * width)
         ratio = math.exp(rng.uniform(math.log(least), math.log(most)))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:

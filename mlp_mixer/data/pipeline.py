@@ -54,6 +54,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     crop: str,
+    min_area: float,
     interpolation: str,
     flip: bool,
     shift: int,
@@ -76,6 +77,8 @@ def train_batches(
       seed: seed of order and augmentation, 0 ... 2**32 - 1.
       crop: a key of `CROPS`: "inception" (pretraining), "timm" (DeiT's recipe),
         "resize_crop" (fine-tuning, see `_resize_crop`) or "resize" (the whole image).
+      min_area: least share of an image's area that timm's crop takes; the others do not
+        read it.
       interpolation: a key of `image_ops.INTERPOLATIONS`: how timm's crop and timm's
         RandAugment interpolate; the others do not read it.
       flip: whether images are mirrored with probability 1/2.
@@ -112,6 +115,7 @@ def train_batches(
     changes = augmentation(
         image_size=image_size,
         crop=crop,
+        min_area=min_area,
         interpolation=interpolation,
         flip=flip,
         shift=shift,
@@ -146,6 +150,7 @@ def augmentation(
     *,
     image_size: tuple[int, int],
     crop: str,
+    min_area: float,
     interpolation: str,
     flip: bool,
     shift: int,
@@ -165,8 +170,8 @@ def augmentation(
     known.require("randaugment", randaugment, RANDAUGMENTS)
     known.require("interpolation", interpolation, image_ops.INTERPOLATIONS)
     _check_least("shift", shift, 0)
-    of_timm = {"interpolation": interpolation}
-    more: dict[str, Any] = of_timm if crop == "timm" else {}
+    of_timm: dict[str, Any] = {"interpolation": interpolation}
+    more = {"min_area": min_area, **of_timm} if crop == "timm" else {}
     changes: list[Change] = [functools.partial(CROPS[crop], size=image_size, **more)]
     if flip:
         changes.append(_flip)
@@ -249,9 +254,14 @@ def _resize_crop(
 
 
 def _timm(
-    image: Image, rng: np.random.Generator, size: tuple[int, int], interpolation: str
+    image: Image,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    min_area: float,
+    interpolation: str,
 ) -> Cropped:
-    box = image_ops.timm_crop_box(rng, *image.shape[:2])
+    height, width = image.shape[:2]
+    box = image_ops.timm_crop_box(rng, height, width, min_area)
     chosen = image_ops.draw_filter(rng, interpolation)
     return image_ops.timm_crop_and_resize(image, box, size, chosen)
 

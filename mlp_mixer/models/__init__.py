@@ -25,12 +25,14 @@ from mlp_mixer.models import (
     imlp,
     kan_mixer,
     mixer,
+    msmlp,
     ninformer,
     paramixer,
     resmlp,
     s2mlp,
     smlpnet,
     spach,
+    spach_ms,
 )
 from mlp_mixer.models.model import Model, Run
 
@@ -64,7 +66,9 @@ FAMILIES: tuple[ModuleType, ...] = (
     ccs,
     cyclemlp,
     hiremlp,
+    msmlp,
     convmlp,
+    spach_ms,
 )
 
 

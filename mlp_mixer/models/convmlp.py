@@ -45,9 +45,6 @@ from jaxtyping import Array, Float
 from mlp_mixer.models import layers, pyramid, trunk
 from mlp_mixer.models.derivatives import Dense, LayerNorm
 from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, axes, sizes
-from mlp_mixer.models.spach import KAIMING
-
-STRIDE = (4, 4)
 
 
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n y x c"]:
@@ -116,7 +113,7 @@ class ConvBlock(nn.Module):
     ) -> Float[Array, "n h w c"]:
         """Returns the next state; it draws no noise."""
         pointwise = functools.partial(
-            Dense, run=self.run, use_bias=False, kernel_init=KAIMING
+            Dense, run=self.run, use_bias=False, kernel_init=layers.KAIMING
         )
         y = x
         for convolution in (
@@ -148,17 +145,15 @@ class ConvMlpBlock(nn.Module):
         """Returns the next state; `noise` is that of both MLPs."""
         norm = functools.partial(LayerNorm, epsilon=1e-5)
         mlp = functools.partial(
-            layers.MlpBlock,
+            pyramid.channel_mixing,
             self.mlp_ratio * x.shape[-1],
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
+            self.gelu,
+            self.run,
         )
         depthwise = layers.Depthwise(
             run=self.run,
             use_bias=False,
-            kernel_init=KAIMING,
+            kernel_init=layers.KAIMING,
             name="depthwise",
         )
         first, second = noise.branches(2)
@@ -179,26 +174,22 @@ class ConvMlp(Model, kw_only=True):
       gelu: "exact" (the published models) or "tanh".
       stochastic_depth: rate of the last block of each stage but the first; within a
         stage it rises linearly from 0. A branch that is kept is divided by 1 − rate.
-      mean, std: what levels from 0 to 1 are normalised by, in each channel.
+      mean, std: what levels from 0 to 1 are normalised by, red, green and blue. The
+        tokeniser sees zeros around the image, so that they are a part of the model.
     """
 
-    patch_size: tuple[int, int] = STRIDE
+    patch_size: tuple[int, int] = (4, 4)
     hidden_dim: tuple[int, int, int, int]
     num_blocks: tuple[int, int, int, int]
     mlp_ratio: int
     gelu: str = "exact"
     stochastic_depth: float = 0.0
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
-        if self.patch_size != STRIDE:
-            raise ValueError(
-                f"patch_size is {self.patch_size}; ConvMLP's tokeniser makes positions "
-                f"of {STRIDE} pixels. Leave patch_size out."
-            )
-        pyramid.check_stages(self, image_size)
+        pyramid.check_stages(self, image_size, stem=(4, 4))
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:
@@ -261,7 +252,7 @@ def _convolution(
         padding=1,
         run=run,
         use_bias=use_bias,
-        kernel_init=KAIMING,
+        kernel_init=layers.KAIMING,
         **fields,
     )
 
@@ -269,9 +260,9 @@ def _convolution(
 MODEL = ConvMlp
 # The authors' models: patch, channels, blocks, α, exact GELU, rate.
 _ROWS = {
-    "convmlp_s": (STRIDE, (64, 128, 256, 512), (2, 2, 4, 2), 2, "exact", 0.1),
-    "convmlp_m": (STRIDE, (64, 128, 256, 512), (3, 3, 6, 3), 3, "exact", 0.1),
-    "convmlp_l": (STRIDE, (96, 192, 384, 768), (3, 4, 8, 3), 3, "exact", 0.1),
+    "convmlp_s": ((4, 4), (64, 128, 256, 512), (2, 2, 4, 2), 2, "exact", 0.1),
+    "convmlp_m": ((4, 4), (64, 128, 256, 512), (3, 3, 6, 3), 3, "exact", 0.1),
+    "convmlp_l": ((4, 4), (96, 192, 384, 768), (3, 4, 8, 3), 3, "exact", 0.1),
 }
 SIZES = {name: sizes(ConvMlp, row) for name, row in _ROWS.items()}
 TOP_1 = {"convmlp_s": 76.8, "convmlp_m": 79.0, "convmlp_l": 80.2}

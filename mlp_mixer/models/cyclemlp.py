@@ -62,14 +62,7 @@ class CycleBlock(nn.Module):
         """Returns the next state; `noise` is that of both branches."""
         c = x.shape[-1]
         linear = functools.partial(Dense, c, run=self.run, kernel_init=layers.NORMAL)
-        channel_mixing = layers.MlpBlock(
-            self.mlp_ratio * c,
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
-            name="channel_mixing",
-        )
+        channel_mixing = pyramid.channel_mixing(self.mlp_ratio * c, self.gelu, self.run)
         norm = functools.partial(LayerNorm, epsilon=1e-5)
         first, second = noise.branches(2)
         z = norm(name="LayerNorm_0")(x)
@@ -109,12 +102,7 @@ class CycleMlp(Model, kw_only=True):
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless the last stage's positions tile the image."""
-        if self.patch_size != (4, 4):
-            raise ValueError(
-                f"patch_size is {self.patch_size}, but the 7x7 convolution of the stem "
-                "moves by (4, 4) pixels; enlarge small images instead."
-            )
-        pyramid.check_stages(self, image_size)
+        pyramid.check_stages(self, image_size, stem=(4, 4))
 
     @nn.compact
     def __call__(self, image: Array, *, train: bool = False) -> Outputs:

@@ -1,33 +1,37 @@
-"""Hire-MLP (Guo et al. 2021, arXiv 2108.13341, section 3).
+"""Hire-MLP (Guo et al. 2021, arXiv 2108.13341): a pyramid that folds regions of a map.
 
-A pyramid of maps X (H, W, C). A block mixes positions, then channels, and normalises
-each channel before:
+The state X is a map of H by W positions with C channels. A block mixes positions, then
+channels, and normalises each channel before:
 
     U = X + Hire(BN(X))
     Y = U + W4 gelu(W3 BN(U) + b3) + b4                    W3 (αC, C), W4 (C, αC)
 
     Hire(Z) = fuse(F_H(Z), F_W(Z), W Z + b)                W (C, C)
-    F(Z)    = roll⁻¹ unfold(W2 relu(BN(W1 fold(roll Z))) + b2)
+    F(Z)    = unroll unfold(W2 relu(BN(W1 fold(roll Z))) + b2)
 
-F_H rolls the rows of a map by s, gathers p neighbouring rows at one position, and maps
-their pC channels together: W1 (C/2, pC) has no bias, W2 (pC, C/2). Then each row goes
-back to its place. F_W does the same with columns, and weights of its own. So positions
-are mixed within regions of p, which lie otherwise in the next block: p is 4, 3, 3 and 2
-in the four stages, s rises by 2, 2, 1 and 1 from block to block and begins again from 0
-with each second block; in the third stage with each third one. Where p does not divide
-a side, the map is continued from its beginning (`moves.fold`).
+F_H rolls the rows of a map by s, gathers p neighbouring rows at one position (the map
+is continued from its beginning where p does not divide H), and maps their pC channels
+together: W1 (C/2, pC) has no bias, W2 (pC, C/2). Then each row goes back to its place:
+see `moves.fold`. F_W does the same with columns, and weights of its own. So positions
+are mixed within regions, whose borders lie elsewhere in the next block:
+
+    stage              1               2               3               4
+    p                  4               3               3               2
+    s of blocks 0, …   0, 2, 0, 2, …   0, 2, 0, 2, …   0, 1, 2, 0, …   0, 1, 0, 1, …
 
 Stages see the image at 1/4, 1/8, 1/16 and 1/32: a 7x7 convolution of stride 4 begins
 the first, one of 3x3 and stride 2 each of the others, both with BN and ReLU behind.
-After the last: BN, the mean over positions, a linear head. Any image size that is a
-multiple of 32 will do.
+After the last: BN, the mean over positions, a linear head. Nothing is tied to the
+resolution. Maps move with the image, away from borders, where it moves by 192 pixels,
+which are whole regions of every stage.
 
-This is the authors' code (ggjy/Hire-Wave-MLP.pytorch, mlp_based/hire_mlp.py), of which
-the released weights are, and not in all the paper: there LayerNorm stands for BN, and
-the three branches are summed; the code fuses them as CycleMLP does
-(`pyramid.Fusion`). All kernels begin normal with a deviation of 0.02, all biases at 0.
-In training the authors normalise with the statistics of each device's images; here they
-are the whole batch's.
+All this is the authors' code (mlp_based/hire_mlp.py in ggjy/Hire-Wave-MLP.pytorch), for
+which the released weights are. The paper has LayerNorm for BN, and sums the branches;
+the code fuses them as CycleMLP does (`pyramid.Fusion`). All kernels begin normal with a
+deviation of 0.02, all biases at 0. In training, the authors' BN normalises by the
+statistics of each device's images, ours by those of the whole batch.
+
+Unknown: the stochastic depth that small and large were trained with.
 """
 
 import functools
@@ -151,14 +155,7 @@ class HireBlock(nn.Module):
         along = functools.partial(
             RegionMlp, pixel=self.pixel, train=self.train, run=self.run
         )
-        channel_mixing = layers.MlpBlock(
-            self.mlp_ratio * c,
-            gelu=self.gelu,
-            run=self.run,
-            kernel_init=layers.NORMAL,
-            image_axis=0,
-            name="channel_mixing",
-        )
+        channel_mixing = pyramid.channel_mixing(self.mlp_ratio * c, self.gelu, self.run)
         first, second = noise.branches(2)
         z = BatchNorm(self.train, name="BatchNorm_0")(x)
         branches = [
@@ -236,11 +233,6 @@ class HireMlp(Model, kw_only=True):
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless images, and the fields of stages, fit together."""
-        if self.patch_size != (4, 4):
-            raise ValueError(
-                f"patch_size is {self.patch_size}, but the 7x7 convolution of the stem "
-                "moves by (4, 4) pixels; enlarge small images instead."
-            )
         for field in ("hidden_dim", "pixel", "step_stride", "step_dilation"):
             value, count = getattr(self, field), len(self.num_blocks)
             if len(value) != count:
@@ -248,7 +240,7 @@ class HireMlp(Model, kw_only=True):
                     f"{field} is {value}, but num_blocks has {count} stages; give one "
                     "number for each."
                 )
-        pyramid.check_stages(self, image_size)
+        pyramid.check_stages(self, image_size, stem=(4, 4))
 
     def steps(self, stage: int) -> np.ndarray:
         """Returns what each block of a stage, counted from 0, rolls its map by."""
@@ -298,7 +290,7 @@ class HireMlp(Model, kw_only=True):
 
 
 MODEL = HireMlp
-# The paper's variants, as the code has them: patch, C, blocks, α.
+# The authors' models: patch, C, blocks, α.
 _ROWS = {
     "hiremlp_tiny": ((4, 4), (64, 128, 320, 512), (2, 2, 4, 2), 4),
     "hiremlp_small": ((4, 4), (64, 128, 320, 512), (3, 4, 10, 3), 4),
@@ -306,8 +298,8 @@ _ROWS = {
     "hiremlp_large": ((4, 4), (96, 192, 384, 768), (4, 6, 24, 3), 4),
 }
 SIZES = {name: sizes(HireMlp, row) for name, row in _ROWS.items()}
-# The released weights'. Table 1 of the paper, whose branches are summed, has 78.9,
-# 81.8, 83.1 and 83.4.
+# The repository's. The paper's first version, which sums the branches, has 78.9, 81.8,
+# 83.1 and 83.4.
 TOP_1 = {
     "hiremlp_tiny": 79.7,
     "hiremlp_small": 82.1,

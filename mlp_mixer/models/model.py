@@ -4,12 +4,14 @@ A file of this package is one paper. It declares
 
 * `MODEL`: a `Model`, called as `model.apply(variables, image, train=…)`, that returns
   (logits, out). `out["pre_logits"]` (n, c) are the features, also the first result
-  where `num_classes` is None; what else is in `out` is the paper's own.
+  where `num_classes` is None; what else is in `out` is the paper's own. A pyramid,
+  whose `num_blocks` is a tuple, has `stage_1` … `stage_4` (n, h, w, c) there.
 * `SIZES`: name → fields, laid out like the paper's table.
 * `AXES`: path of a parameter (`*` for the number of a block) → letters of its axes:
   `s` tokens, `c` channels, `d…` hidden units, `k` classes, `ph pw rgb` a patch. A model
   whose parameters depend on one of its fields calls that field `FORM`, and has a table
-  for each of its values: {value: {path: letters}}.
+  for each of its values: {value: {path: letters}}. Of several fields `FORM` is a tuple,
+  and so is what has a table.
 * `TOP_1`: name → top-1 accuracy on ImageNet, in percent, where the paper prints one.
 * `CHECKED`: what the file was checked against, in a few words.
 * `CANNOT_RESIZE`, where parameters have an axis of tokens and yet no other grid of
@@ -276,11 +278,28 @@ def check_divisible(
 
 
 def axes_by_form(file: ModuleType) -> Mapping[Any, Mapping[str, str]]:
-    """Returns {value of the field `FORM`: {path: letters}} of an architecture's file.
+    """Returns {form: {path: letters}} of an architecture's file.
 
-    An architecture whose parameters are always the same has one form, None.
+    A form is the value of the field `FORM`, or the values of the fields. An
+    architecture whose parameters are always the same has one form, None.
     """
     return file.AXES if hasattr(file, "FORM") else {None: file.AXES}
+
+
+def form_of(file: ModuleType, fields: Mapping[str, Any]) -> Any:
+    """Returns the form of a model of an architecture, by the model's fields."""
+    names = getattr(file, "FORM", None)
+    if isinstance(names, tuple):
+        return tuple(fields.get(name) for name in names)
+    return fields.get(names) if names else None
+
+
+def fields_of_form(file: ModuleType, form: Any) -> dict[str, Any]:
+    """Returns {field: value} of what makes a form of an architecture."""
+    names = getattr(file, "FORM", ())
+    if isinstance(names, tuple):
+        return dict(zip(names, form or (), strict=True))
+    return {names: form}
 
 
 def all_axes(file: ModuleType) -> dict[str, str]:

@@ -7,6 +7,7 @@ its docstring states the law that its test holds it to.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ def fold(
 ) -> Float[Array, "*folded p c"]:
     """Returns a map with `pixel` neighbours along an axis gathered at one position.
 
-    Hire-MLP's rearrangement (arXiv 2108.13341, section 3.2): the axis is rolled by
+    Hire-MLP's (arXiv 2108.13341, as in the authors' code): the axis is rolled by
     `step`, continued from its beginning to a multiple of `pixel`, and cut into regions
     of `pixel` positions. Entry i of the axis is then region i, whose positions are an
     axis of their own before the channels.
@@ -161,3 +162,42 @@ def _circulant_by_fft(
     )  # channel c has group c mod g
     spectrum = jnp.fft.rfft(x.astype(dtype), axis=0) * factors[:, None]
     return jnp.fft.irfft(spectrum, n=len(x), axis=0).astype(x.dtype)
+
+
+def roll_chunks(
+    x: Float[Array, "..."], by: Sequence[int], axis: int
+) -> Float[Array, "..."]:
+    """Returns a map with each chunk of its channels rolled along an axis.
+
+    MS-MLP's shift, as its authors' code has it: chunk i moves `by[i]` positions on, and
+    what leaves at one end comes in at the other.
+
+    Law: it commutes with rolling the whole map, and rolled by 0 a map is itself.
+
+    Args:
+      x: the map, in any layout whose last axis is the channels.
+      by: positions that each of the chunks moves; as many numbers as chunks.
+      axis: the axis of `x` that is the height or the width.
+    """
+    chunks = (x[..., i:j] for i, j in itertools.pairwise(chunk_ends(x.shape[-1], by)))
+    rolled = [jnp.roll(z, d, axis) for z, d in zip(chunks, by, strict=True)]
+    return jnp.concatenate(rolled, axis=-1)
+
+
+def chunk_ends(channels: int, chunks: Sequence[object]) -> list[int]:
+    """Returns where the chunks of channels begin and end: 0, …, `channels`.
+
+    As torch.chunk cuts: each has the quotient, rounded up, of which the last one gets
+    what is left.
+
+    Raises:
+      ValueError: nothing is left for the last one.
+    """
+    count = len(chunks)
+    size = -(-channels // count)
+    if size * (count - 1) >= channels:
+        raise ValueError(
+            f"{channels} channels are {-(-channels // size)} chunks of {size}, not "
+            f"{count}; try {count * size} channels."
+        )
+    return [*range(0, channels, size), channels]

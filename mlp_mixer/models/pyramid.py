@@ -17,6 +17,7 @@ from flax.typing import Initializer
 from jax import lax
 from jaxtyping import Array, Float
 
+from mlp_mixer import known
 from mlp_mixer.models import layers, trunk
 from mlp_mixer.models.derivatives import (
     GELUS,
@@ -52,7 +53,8 @@ def stages(
     *,
     noise: Sequence[Noise],
     train: bool,
-) -> tuple[Float[Array, "n y x c"], dict[str, Array]]:
+    as_map: Callable[[int, Array], Array] = lambda _, x: x,
+) -> tuple[Array, dict[str, Array]]:
     """Returns the last map, and what `out` has of all of them.
 
     These are `stem`, `block_0`, … of all stages, and `stage_1`, …: the map that a stage
@@ -67,11 +69,13 @@ def stages(
       rows: the rows of a stage, of its number from 0.
       noise: noise of all blocks of each stage, as `linear_noise` returns it.
       train: whether this is training.
+      as_map: makes a map of what the blocks of a stage, given its number, have in its
+        place. It is for `out` alone.
     """
     x, states, out = image, list[Array](), dict[str, Array]()
     for i, of_stage in enumerate(noise):
         x = begin(i)(x)
-        out |= {} if i else {"stem": x}
+        out |= {} if i else {"stem": as_map(i, x)}
         done = 0
         for row in rows(i):
             if not row.depth:
@@ -87,47 +91,65 @@ def stages(
                 noise=jax.tree.map(lambda z, at=part: z[at], of_stage),
                 constants=row.constants,
             )
-            states += after
+            states += [as_map(i, state) for state in after]
             done += row.depth
-        out[f"stage_{i + 1}"] = x
+        out[f"stage_{i + 1}"] = as_map(i, x)
     return x, out | {f"block_{j}": state for j, state in enumerate(states)}
 
 
-def linear_noise(model: Model, image: Array, train: bool) -> list[Noise]:
+def linear_noise(
+    model: Model,
+    image: Array,
+    train: bool,
+    branches: int = 2,
+    counts: Sequence[int] | None = None,
+) -> list[Noise]:
     """Returns the noise of each stage; the rate rises linearly over all blocks.
 
-    The model's fields `num_blocks` and `stochastic_depth` say how many blocks each
-    stage has, and the last one's rate. A branch that is kept is divided by 1 − rate.
+    The model's field `stochastic_depth` is the last one's rate. A branch that is kept
+    is divided by 1 − rate.
 
     Args:
       model: the module whose random stream it is.
       image: the images, for their number.
       train: whether this is training; otherwise there is no noise.
+      branches: number of branches of a block.
+      counts: number of blocks of each stage; None: the model's field `num_blocks`.
     """
     fields: Any = model
+    counts = fields.num_blocks if counts is None else counts
     noise = trunk.draw(
         model,
-        sum(fields.num_blocks),
+        sum(counts),
         image.shape[0],
         train=train,
         rates=(0.0, fields.stochastic_depth),
         rescale=True,
+        branches=branches,
     )
-    ends = [sum(fields.num_blocks[:i]) for i in range(len(fields.num_blocks) + 1)]
+    ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
     return [
         jax.tree.map(lambda z, at=slice(*both): z[at], noise)
         for both in itertools.pairwise(ends)
     ]
 
 
-def check_stages(model: Model, image_size: tuple[int, int]) -> None:
+def check_stages(
+    model: Model, image_size: tuple[int, int], stem: tuple[int, int] | None = None
+) -> None:
     """Raises ValueError unless the last stage's positions tile the image.
 
     Args:
       model: a model whose stages, one for each entry of its field `num_blocks`, have
         half as many positions on a side as the stage before.
       image_size: (height, width) in pixels.
+      stem: the only `patch_size` that the model's stem has; None: it takes any.
     """
+    if stem not in (None, model.patch_size):
+        raise ValueError(
+            f"patch_size is {model.patch_size}, but the convolutions of the stem move "
+            f"by {stem} pixels; leave it out, and enlarge small images instead."
+        )
     fields: Any = model
     height, width = (
         side * 2 ** (len(fields.num_blocks) - 1) for side in model.patch_size
@@ -162,22 +184,47 @@ def pooled(
     y: Float[Array, "n h w c"],
     out: Mapping[str, Array],
     num_classes: int | None,
+    norm: Callable[[Array], Array] | None = None,
     **head_fields: Any,
 ) -> Outputs:
     """Returns (logits, out) of a model that averages positions before its head.
 
     Args:
-      y: the last map, normalised.
+      y: the last map, normalised unless its mean is.
       out: the other outputs.
       num_classes: None leaves the head out; the first result are the features.
+      norm: what normalises the mean; None: nothing.
       **head_fields: fields of the `Dense` that is the head, its initial values.
     """
     pre_logits = y.mean((1, 2), dtype=at_least_float32(y.dtype))
+    if norm is not None:
+        pre_logits = norm(pre_logits)
     out = {**out, "pre_logits": pre_logits}
     if num_classes is None:
         return pre_logits, out
     head = Dense(num_classes, run=Run(pre_logits.dtype), **head_fields, name="head")
     return head(pre_logits), out
+
+
+def channel_mixing(
+    hidden: int, gelu: str, run: Run, name: str = "channel_mixing"
+) -> layers.MlpBlock:
+    """Returns the MLP of a map's channels, with the initial values of most papers.
+
+    Args:
+      hidden: number of hidden units.
+      gelu: "exact" or "tanh".
+      run: the products' dtype and form.
+      name: its name in the block.
+    """
+    return layers.MlpBlock(
+        hidden,
+        gelu=gelu,
+        run=run,
+        kernel_init=layers.NORMAL,
+        image_axis=0,
+        name=name,
+    )
 
 
 class Convolution(nn.Module):
@@ -310,8 +357,9 @@ class Fusion(nn.Module):
         c, wide = first.shape[-1], at_least_float32(first.dtype)
         dense = functools.partial(Dense, run=self.run, kernel_init=layers.NORMAL)
         mean = functools.reduce(jnp.add, branches).mean((1, 2), dtype=wide)
-        weights = dense(c // 4, name="Dense_0")(mean.astype(first.dtype))
-        weights = dense(3 * c, name="Dense_1")(GELUS[self.gelu](weights))
+        gelu = known.pick("gelu", self.gelu, GELUS)
+        weights = gelu(dense(c // 4, name="Dense_0")(mean.astype(first.dtype)))
+        weights = dense(3 * c, name="Dense_1")(weights)
         weights = weights.reshape(-1, 1, 1, c, 3).astype(wide)
         weights = jax.nn.softmax(weights).astype(first.dtype)
         y = functools.reduce(

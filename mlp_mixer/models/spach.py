@@ -42,9 +42,6 @@ from mlp_mixer.models.model import IMAGENET, Model, Noise, Outputs, Run, axes, s
 
 MIXINGS = ("mlp", "conv", "attn")
 XAVIER = nn.initializers.xavier_uniform()
-# Kaiming's normal over the fan-out, in which torch counts all channels of a depthwise
-# convolution too.
-KAIMING = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Attention(nn.Module):
@@ -95,7 +92,7 @@ class SpachBlock(nn.Module):
     def __call__(self, x: Float[Array, "s n c"], noise: Noise) -> Float[Array, "s n c"]:
         """Returns the next state; `noise` is that of both branches."""
         depthwise = layers.Depthwise(
-            self.grid, self.run, kernel_init=KAIMING, name="depthwise"
+            self.grid, self.run, kernel_init=layers.KAIMING, name="depthwise"
         )
         channel_mixing = self.channel_mixing(name="channel_mixing")
         first, second = noise.branches(2)
@@ -106,6 +103,37 @@ class SpachBlock(nn.Module):
             y = self.mix()(LayerNorm(name="LayerNorm_0")(x), first)
             u = u + (y * scale.reshape(1, 1, -1)).astype(y.dtype)
         return u + channel_mixing(LayerNorm(name="LayerNorm_1")(u), second)
+
+
+def layer(
+    mixing: str,
+    grid: tuple[int, int],
+    *,
+    channels_mlp_dim: int,
+    tokens_mlp_dim: Any = None,
+    num_heads: Any = None,
+    gelu: str,
+    run: Run,
+) -> Callable[..., SpachBlock]:
+    """Returns what makes a layer, given its name.
+
+    Args:
+      mixing: one of `MIXINGS`.
+      grid: (height, width) of the map in tokens.
+      channels_mlp_dim: number of hidden units of channel mixing.
+      tokens_mlp_dim: number of hidden units of token mixing; of the form mlp.
+      num_heads: number of attention's heads; of the form attn.
+      gelu: "exact" or "tanh".
+      run: how it is computed.
+    """
+    mlp = functools.partial(layers.MlpBlock, gelu=gelu, run=run, kernel_init=XAVIER)
+    mixings: dict[str, Callable[[], nn.Module] | None] = {
+        "mlp": functools.partial(mlp, tokens_mlp_dim, axis=0, name="token_mixing"),
+        "conv": None,
+        "attn": functools.partial(Attention, num_heads, run, name="attention"),
+    }
+    channel_mixing = functools.partial(mlp, channels_mlp_dim)
+    return functools.partial(SpachBlock, grid, mixings[mixing], channel_mixing, run)
 
 
 class Spach(Model):
@@ -160,39 +188,24 @@ class Spach(Model):
         """
         self.check_image(image)
         (h, w), (ph, pw) = image.shape[1:3], self.patch_size
-        mlp = functools.partial(
-            layers.MlpBlock, gelu=self.gelu, run=self.run, kernel_init=XAVIER
-        )
-        heads: Any = self.num_heads  # which the form attn has
-        mixings: dict[str, Callable[[], nn.Module] | None] = {
-            "mlp": functools.partial(
-                mlp, self.tokens_mlp_dim, axis=0, name="token_mixing"
-            ),
-            "conv": None,
-            "attn": functools.partial(Attention, heads, self.run, name="attention"),
-        }
         stem = layers.PatchEmbed(
             self.hidden_dim,
             self.patch_size,
             self.run,
-            kernel_init=KAIMING,
+            kernel_init=layers.KAIMING,
             name="stem",
         )
-        block = functools.partial(
-            SpachBlock,
+        block = layer(
+            self.mixing,
             (h // ph, w // pw),
-            mixings[self.mixing],
-            functools.partial(mlp, self.channels_mlp_dim),
-            self.run,
+            channels_mlp_dim=self.channels_mlp_dim,
+            tokens_mlp_dim=self.tokens_mlp_dim,
+            num_heads=self.num_heads,
+            gelu=self.gelu,
+            run=self.run,
         )
         x = LayerNorm(name="stem_layer_norm")(stem(image))
-        y, states = trunk.row(
-            self,
-            block,
-            x,
-            name="SpachBlock",
-            train=train,
-        )
+        y, states = trunk.row(self, block, x, name="SpachBlock", train=train)
         y = LayerNorm(name="pre_head_layer_norm")(y)
         return layers.readout(y, [x, *states], self.num_classes)
 

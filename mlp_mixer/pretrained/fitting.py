@@ -170,13 +170,16 @@ def _fitted(
 ) -> dict[str, Params]:
     """The variables of weights, fitted to a model whose variables are `target`."""
     for field, value in weights.model.items():
-        # A word chooses what is computed; numbers show in shapes, or in training.
+        # A word chooses what is computed; numbers show in shapes, or in training, but
+        # for those that images are normalised by.
         ours = getattr(model, field, value)
-        if field != "name" and isinstance(value, str) and ours != value:
+        chooses = isinstance(value, str) or field in ("mean", "std")
+        if field != "name" and chooses and ours != value:
+            words = f"'{value}'" if isinstance(value, tuple) else value
             logger.warning(
                 "%s are for %s %s, this model computes %s; --config.model.%s=%s "
                 "keeps theirs.",
-                *(weights.source, field, value, ours, field, value),
+                *(weights.source, field, value, ours, field, words),
             )
     weights = _for_image_size(weights, model, image_size, resize_by)
     source, given = weights.source, weights.variables

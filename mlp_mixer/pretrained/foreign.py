@@ -1,10 +1,10 @@
 """The names that others give the arrays of a model: timm, and the model's authors.
 
 A model's file has tables of pairs, `TIMM` and `AUTHORS`: a module or a single array of
-theirs, and ours, with {} for the number of a block. A model with a `FORM` may have such
-a table for each form, {form: pairs}. Where several pairs have the same name of theirs,
-their blocks are numbered through all stages, which the pairs name in order; where a
-stage begins is what the shapes say.
+theirs, and ours, with {} for the number of a block; {3}, if theirs of our block 0 is 3.
+A model with a `FORM` may have such a table for each form, {form: pairs}. Where several
+pairs have the same name of theirs, their blocks are numbered through all stages, which
+the pairs name in order; where a stage begins is what the shapes say, or such a 3.
 
 A kernel is torch's Linear (out, in) or Conv2d (out, in, height, width); any other array
 is the same there and here. A third entry says it otherwise:
@@ -33,7 +33,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 
 from mlp_mixer import models
-from mlp_mixer.models.model import axes_by_form
+from mlp_mixer.models.model import axes_by_form, form_of
 from mlp_mixer.pretrained import tree
 from mlp_mixer.text import brief
 
@@ -64,12 +64,14 @@ class Entry(NamedTuple):
       ours: its path in `AXES`; None: it is not here.
       how: how theirs becomes ours.
       stage: stage of its block, where they number blocks through all stages.
+      first: number there of our block 0, as the table states it.
     """
 
     theirs: str
     ours: str | None
     how: Any
     stage: int = 0
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +105,14 @@ class Names:
         entries, number = found
         if number is None:
             return entries[0], None
-        if len(entries) == 1:
-            return entries[0], number
-        stage = bisect.bisect_right(self.first_blocks, number) - 1
-        return entries[stage], number - self.first_blocks[stage]
+        firsts = self._firsts(entries)
+        stage = bisect.bisect_right(firsts, number) - 1
+        return (entries[stage], number - firsts[stage]) if stage >= 0 else None
+
+    def _firsts(self, entries: tuple[Entry, ...]) -> Sequence[int]:
+        """The number there of the first block of each of the entries of one name."""
+        stated = [entry.first for entry in entries]
+        return stated if len(entries) == 1 or any(stated) else self.first_blocks
 
     def _find_theirs(self, name: str) -> tuple[tuple[Entry, ...], int | None] | None:
         """All entries of that name, and the number of the block there."""
@@ -157,8 +163,8 @@ class Names:
 
     def _in_block(self, entry: Entry, number: int | None) -> str:
         """The name there of an array of a block, by its number here."""
-        if number is not None and len(_entries(self)[entry.theirs]) > 1:
-            number += self.first_blocks[entry.stage]
+        if number is not None:
+            number += self._firsts(_entries(self)[entry.theirs])[entry.stage]
         return entry.theirs.format(number)
 
     def _find_ours(self, name: str) -> tuple[Entry, int | None] | None:
@@ -199,7 +205,7 @@ class Names:
         """{name there: array} of {name in our tree: array}, buffers included.
 
         Raises:
-          ValueError: an array has no name there.
+          ValueError: an array has no name there, or two arrays have the same.
         """
         flat: Flat = {}
         for name, array in params.items():
@@ -209,9 +215,13 @@ class Names:
             entry, number = found
             # Ours has as many axes as a Linear or a Conv2d there.
             there, _, here = (self._pattern(entry, array.ndim) or "").partition("->")
-            flat[self._in_block(entry, number)] = _turned(
-                array, f"{here} -> {there}" if here else None
-            )
+            theirs = self._in_block(entry, number)
+            if theirs in flat:
+                raise ValueError(
+                    f"{name} would be {theirs} among {self}, and so is another array: "
+                    "blocks are counted there as in the published models"
+                )
+            flat[theirs] = _turned(array, f"{here} -> {there}" if here else None)
         return flat | dict(self.buffers(params))
 
     def buffers(
@@ -281,17 +291,19 @@ def find(
 ) -> Names | None:
     """The names that the most arrays of a file have; None: none has any.
 
-    Of names that know as many, those of which the file lacks the fewest.
+    Of names that know as many, those of which the file lacks the fewest, and then those
+    that tell more arrays from each other.
 
     Args:
       arrays: {name: array} of a file.
       file: the architecture, if it is known.
     """
-    best: tuple[tuple[int, int], Names] | None = None
+    best: tuple[tuple[int, int, int], Names] | None = None
     for candidate in all_names(file):
         candidate = candidate.numbered(arrays)
         found = [match[0] for x in arrays if (match := candidate.find(x))]
-        score = len(found), -len(_required(candidate).difference(found))
+        lacking = _required(candidate).difference(found)
+        score = len(found), -len(lacking), len({*found})
         if found and (best is None or score > best[0]):
             best = score, candidate
     return best and best[1]
@@ -308,7 +320,7 @@ def names_of(file: ModuleType, whose: str, model: Mapping[str, Any]) -> Names:
     Raises:
       ValueError: they have none.
     """
-    form = model.get(getattr(file, "FORM", ""))
+    form = form_of(file, model)
     if form not in tables(file, whose):
         who = "timm has" if whose == "timm" else "its authors have"
         raise ValueError(
@@ -346,6 +358,7 @@ def _entries(names: Names) -> dict[str, tuple[Entry, ...]]:
     axes, entries = _axes(names), dict[str, tuple[Entry, ...]]()
     for theirs, ours, *rest in tables(names.file, names.whose)[names.form]:
         path, how = ours and ours.replace("{}", "*"), rest[0] if rest else None
+        theirs, first = _with_first(theirs)
         pairs = [(theirs, path, how)]
         if path is not None and path not in axes:
             statistics = f"{tree.STATISTICS}/{path}"
@@ -361,8 +374,15 @@ def _entries(names: Names) -> dict[str, tuple[Entry, ...]]:
         for name, path, how in pairs:
             if path is None or path in axes:
                 before = entries.get(name, ())
-                entries[name] = (*before, Entry(name, path, how, len(before)))
+                entry = Entry(name, path, how, len(before), first)
+                entries[name] = (*before, entry)
     return entries
+
+
+def _with_first(theirs: str) -> tuple[str, int]:
+    """A name with {} for the number of a block, and the number there of our block 0."""
+    first = re.search(r"\{(\d+)\}", theirs)
+    return (theirs.replace(first[0], "{}"), int(first[1])) if first else (theirs, 0)
 
 
 def _turned(array: np.ndarray, pattern: str | None) -> np.ndarray:

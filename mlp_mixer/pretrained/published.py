@@ -9,9 +9,13 @@ every value finite. Its SHA-256 is recorded beside it, in the format of `sha256s
 every later load is compared with that. A file that is put into the cache by hand is
 treated alike.
 
+What authors have released as torch files has the address that their READMEs give; to
+read it, or to check it when it first comes, torch has to be installed.
+
 Environment: `MLP_MIXER_CACHE` is the folder of the files; `MLP_MIXER_WEIGHTS_URL` a
 mirror (https) of the Mixer authors' bucket, `HF_ENDPOINT` one of the hub, as for its
-own programs; `SSL_CERT_FILE` the certificates to trust.
+own programs, `MLP_MIXER_AUTHORS_URL` one of all authors' torch files, with the paths
+that they have at home; `SSL_CERT_FILE` the certificates to trust.
 """
 
 import dataclasses
@@ -29,7 +33,14 @@ import numpy as np
 
 from mlp_mixer import files, known, models
 from mlp_mixer.models.model import IMAGENET
-from mlp_mixer.pretrained import downloads, foreign, npz, safetensors, tree
+from mlp_mixer.pretrained import (
+    downloads,
+    foreign,
+    npz,
+    safetensors,
+    torch_files,
+    tree,
+)
 from mlp_mixer.pretrained.normalisation import CENTRED, Normalisation
 from mlp_mixer.text import brief, listed
 
@@ -42,17 +53,12 @@ class Host(NamedTuple):
     Attributes:
       url: its address.
       variable: environment variable that names a mirror.
-      path: path of a file there, by its {name}.
+      path: path of a file there, by its {name}; a file's own otherwise.
     """
 
     url: str
     variable: str
-    path: str
-
-    @property
-    def suffix(self) -> str:
-        """Of its files."""
-        return pathlib.PurePath(self.path).suffix
+    path: str = ""
 
 
 BUCKET = Host(
@@ -61,6 +67,17 @@ BUCKET = Host(
 HUB = Host(
     "https://huggingface.co", "HF_ENDPOINT", "{name}/resolve/main/model.safetensors"
 )
+# Where authors have put torch files, which may hold more than weights.
+GITHUB, SHI_LABS, MS_MLP = (
+    Host(url, "MLP_MIXER_AUTHORS_URL")
+    for url in (
+        "https://github.com",
+        "https://shi-labs.com",
+        "https://tsciencescu.blob.core.windows.net",
+    )
+)
+# The weights, their average, and two moments of AdamW, and one to spare.
+MOST_IN_A_TORCH_FILE = 5
 # Names and headers of the largest file's 510 arrays; the sizes that are listed of the
 # bucket's files need 0.085 MiB.
 OVERHEAD_BYTES = 2**20 // 10
@@ -68,7 +85,9 @@ OVERHEAD_BYTES = 2**20 // 10
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One published file: float32 parameters for 224 px, without optimiser state.
+    """One published file: float32 weights for 224 px.
+
+    A torch file may also hold what else its training program saves.
 
     Attributes:
       model: name of a size of an architecture.
@@ -79,6 +98,9 @@ class Published:
       normalisation: what its images are normalised by.
       preprocess: the evaluation protocol of its published accuracy, a key of
         `data.image_ops.PROTOCOLS`; None: the default.
+      path: path of the file on its host, where its name does not say it.
+      ema: whether the published accuracy is that of the averaged weights, where a file
+        holds both; None: nothing says so, and the averaged ones are read.
     """
 
     model: str
@@ -88,24 +110,34 @@ class Published:
     host: Host = BUCKET
     normalisation: Normalisation = CENTRED
     preprocess: str | None = None
+    path: str = ""
+    ema: bool | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Of its file."""
+        return pathlib.PurePath(self.path or self.host.path).suffix
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{name in our tree: shape} of its parameters."""
+        """{name in our tree: shape} of its parameters and statistics."""
         model = models.create(
             self.model, num_classes=self.num_classes, **self.overrides
         )
-        return tree.shapes(tree.variables(model, (224, 224))["params"])
+        stats = dict(tree.variables(model, (224, 224)))
+        return tree.shapes(stats.pop("params")) | tree.shapes(stats)
 
     @property
     def num_bytes(self) -> int:
-        """Of its parameters."""
+        """Of its parameters and statistics."""
         return 4 * sum(map(math.prod, self.shapes.values()))
 
     @property
     def sizes(self) -> range:
         """The sizes in bytes that its file can have."""
-        return range(self.num_bytes, self.num_bytes + OVERHEAD_BYTES + 1)
+        least = self.num_bytes
+        factor = MOST_IN_A_TORCH_FILE if self.suffix in torch_files.SUFFIXES else 1
+        return range(least, factor * least + OVERHEAD_BYTES + 1)
 
 
 _ONLY = "pre-trained only, never fine-tuned to ImageNet's 1,000 classes"
@@ -114,6 +146,7 @@ _GSAM = "not of the Mixer paper: trained with GSAM (arXiv 2203.08065)"
 _DISTILLED = "trained with a teacher (distillation)"
 _IN22K = "pre-trained on ImageNet-22k, then fine-tuned to ImageNet-1k"
 _DINO = "pre-trained without labels (DINO), for its features"
+_UNREAD = "a torch file that nobody has read here: it may hold more than weights"
 
 
 def _resmlp(size: str, note: str = "") -> Published:
@@ -125,6 +158,37 @@ def _resmlp(size: str, note: str = "") -> Published:
         normalisation=Normalisation(*IMAGENET),
         preprocess="timm-0.9",
     )
+
+
+def _released(
+    size: str,
+    host: Host,
+    path: str,
+    *,
+    preprocess: str = "timm",
+    ema: bool | None = None,
+) -> Published:
+    """A torch file of a paper's authors, at the address that their README gives."""
+    return Published(
+        size,
+        note=_UNREAD,
+        host=host,
+        normalisation=Normalisation(*IMAGENET),
+        preprocess=preprocess,
+        path=path,
+        ema=ema,
+    )
+
+
+def _spach(size: str, file: str) -> Published:
+    """A model of microsoft/SPACH, whose program evaluates weights of the last step."""
+    path = f"microsoft/SPACH/releases/download/v1.0/{file}.pth"
+    return _released(size, GITHUB, path, ema=False)
+
+
+def _cyclemlp(size: str, preprocess: str) -> Published:
+    path = f"ShoufaChen/CycleMLP/releases/download/v0.1/CycleMLP_{size.upper()}.pth"
+    return _released(f"cyclemlp_{size}", GITHUB, path, preprocess=preprocess, ema=False)
 
 
 # All that vision_transformer's vit_jax.ipynb lists: no JFT model, no S/32, L/32
@@ -162,6 +226,39 @@ PUBLISHED: dict[str, Published] = {
         host=HUB,
         preprocess="timm",
     ),
+    # What the authors' READMEs link to of models that are here, and have themselves.
+    **{
+        f"cyclemlp/CycleMLP_B{i}": _cyclemlp(f"b{i}", "timm-0.9" if i < 4 else "timm")
+        for i in range(1, 6)
+    },
+    **{
+        f"convmlp/convmlp_{size}_imagenet": _released(
+            f"convmlp_{size}",
+            SHI_LABS,
+            f"projects/convmlp/checkpoints/convmlp_{size}_imagenet.pth",
+            preprocess="timm-0.9",
+        )
+        for size in "sml"
+    },
+    **{
+        f"hiremlp/hire_mlp_{size}": _released(
+            f"hiremlp_{size}",
+            GITHUB,
+            f"ggjy/Hire-Wave-MLP.pytorch/releases/download/log/hire_mlp_{size}.pth",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"msmlp/msmlp_{name}_patch4": _released(
+            f"msmlp_{name[0]}",
+            MS_MLP,
+            f"projectshzheng/MSMLP/released_model/msmlp_{name}_patch4/"
+            f"msmlp_{name}_patch4_ckpt_epoch299.pth",
+        )
+        for name in ("tiny", "small", "base")
+    },
+    "spach/smlp_s": _spach("smlpnet_s", "smlp_s"),
+    "spach/smlp_b": _spach("smlpnet_b", "smlp_b"),
 }
 
 
@@ -184,7 +281,8 @@ def download_url(name: str) -> str:
             f"{host.variable} is {base!r}; expected https://…, since nothing but TLS "
             "vouches for the first download."
         )
-    return f"{base.rstrip('/')}/{host.path.format(name=name)}"
+    path = PUBLISHED[name].path or host.path.format(name=name)
+    return f"{base.rstrip('/')}/{path}"
 
 
 def fetch(name: str, *, waits_s: Sequence[float] = (1.0, 4.0, 16.0)) -> pathlib.Path:
@@ -201,6 +299,7 @@ def fetch(name: str, *, waits_s: Sequence[float] = (1.0, 4.0, 16.0)) -> pathlib.
     Raises:
       FileNotFoundError: it is not here and cannot be downloaded: no network, no such
         file, or too many cuts.
+      ModuleNotFoundError: it is a torch file, and torch is not installed.
       OSError: no room on the disk.
       ValueError: unknown name; a size that the model's file cannot have; not what was
         recorded when the file first came.
@@ -209,9 +308,11 @@ def fetch(name: str, *, waits_s: Sequence[float] = (1.0, 4.0, 16.0)) -> pathlib.
         near = known.nearest(name, PUBLISHED)
         raise ValueError(f"No weights {name!r} are published; try {near}.")
     entry = PUBLISHED[name]
-    path = files.default_cache_dir() / f"{name}{entry.host.suffix}"
+    path = files.default_cache_dir() / f"{name}{entry.suffix}"
     if entry.note:
         logger.info("%s is %s.", name, entry.note)
+    if entry.suffix in torch_files.SUFFIXES:
+        torch_files.check_installed(name)
     try:
         if path.exists() and _record_of(path).exists():
             _verify_or_record(path, path, entry)  # No lock: a cache may be read-only.
@@ -295,8 +396,11 @@ def _check_content(file: pathlib.Path, entry: Published) -> None:
         refuse(tree.differences(found, wanted))
 
     # The file's own name may be that of a part, which has another ending.
-    read = {".npz": npz.read, ".safetensors": safetensors.read}[entry.host.suffix]
-    arrays, _ = read(file, check_declared)
+    if entry.suffix in torch_files.SUFFIXES:
+        arrays = torch_files.read(file, check_declared)
+    else:
+        read = {".npz": npz.read, ".safetensors": safetensors.read}[entry.suffix]
+        arrays, _ = read(file, check_declared)
     check_declared(arrays)  # a header of safetensors was read without its dtypes
     refuse(
         [

@@ -4,6 +4,8 @@ Such a file is a pickle, and torch is told to unpickle no code.
 """
 
 import argparse
+import collections
+import importlib.util
 import logging
 import os
 import pickle
@@ -21,34 +23,49 @@ logger = logging.getLogger(__name__)
 
 Flat = dict[str, np.ndarray]
 
+SUFFIXES = (".pth", ".pt", ".bin")
 # Where training programs keep the weights in what they save; the first that is there.
 NESTS = ("state_dict_ema", "state_dict", "model_ema", "model")
+# Classes besides tensors that training programs save: their arguments, and settings of
+# Swin's program and of those that were made from it, which are dictionaries.
+CLASSES = (argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode"))
+
+
+def check_installed(what: object) -> None:
+    """Raises ModuleNotFoundError unless torch is installed, which `what` needs."""
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError(
+            f"{what} is a torch file, and torch is not installed: pip install torch, "
+            "or convert it to safetensors where torch is."
+        )
 
 
 def read(
-    path: str | os.PathLike[str], refuse: Callable[[Flat], object] = lambda flat: None
+    path: str | os.PathLike[str],
+    refuse: Callable[[Flat], object] = lambda flat: None,
+    *,
+    ema: bool | None = None,
 ) -> Flat:
     """Returns {name: array} of a torch state dict, bare or beside plain values.
 
     What training programs save beside it may be plain values and their arguments (an
-    `argparse.Namespace`). Averaged weights are preferred to the last step's.
+    `argparse.Namespace`, or the settings of `yacs`).
 
     Args:
       path: the file.
       refuse: raises if arrays of these names and shapes are not wanted. They are
         stand-ins: a tensor may declare more than the file holds.
+      ema: whether averaged weights are read, or the last step's; None: the averaged
+        ones, if there are any.
 
     Raises:
       ModuleNotFoundError: torch is not installed.
-      ValueError: it is damaged, or holds more than tensors, which is code to torch.
+      ValueError: it is damaged, or holds more than tensors, which is code to torch; or
+        the weights that are wanted are not among them.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"{path} is a torch file, and torch is not installed: pip install torch, "
-            "or convert it to safetensors where torch is."
-        ) from error
+    check_installed(path)
+    import torch
+
     with damage.reported(
         path,
         "torch file of weights alone",
@@ -56,15 +73,21 @@ def read(
     ):
         if zipfile.is_zipfile(path):
             _check_zip(path)
-        # Never unpickles code: a Namespace is no more than a dictionary.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Never unpickles code.
+        with torch.serialization.safe_globals([*CLASSES]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     held = content if isinstance(content, dict) else {}
     nests = [nest for nest in NESTS if isinstance(held.get(nest), dict)]
-    if nests:
-        content = held[nests[0]]
-    if len(nests) > 1:
-        logger.info("%s: read %s; it holds %s too.", path, nests[0], nests[1:])
+    wanted = [nest for nest in nests if ema is None or nest.endswith("_ema") == ema]
+    if not wanted and (nests or ema):
+        raise ValueError(
+            f"{path} holds {'no' if ema else 'only'} averaged weights; "
+            f"--{'no' if ema else ''}ema reads what it holds."
+        )
+    if wanted:
+        content = held[wanted[0]]
+        if others := [nest for nest in nests if nest != wanted[0]]:
+            logger.info("%s: read %s; it holds %s too.", path, wanted[0], others)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}.")
     for name, x in content.items():

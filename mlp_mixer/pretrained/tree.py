@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mlp_mixer import models
 from mlp_mixer.fingerprints import leaves
-from mlp_mixer.models.model import all_axes, axes_by_form
+from mlp_mixer.models.model import all_axes, axes_by_form, fields_of_form
 from mlp_mixer.text import brief, listed
 
 # The collection of running statistics, BatchNorm's `mean` and `var`.
@@ -30,6 +30,7 @@ FIELDS = {
     "c": "hidden_dim",
     "ds": "tokens_mlp_dim",
     "dc": "channels_mlp_dim",
+    "e": "stem_dim",
     "dc/c": "mlp_ratio",
     "g": "groups",
     "x": "image_channels",
@@ -269,28 +270,27 @@ def geometry(found: Shapes, file: ModuleType) -> dict[str, Any]:
             values = tuple(of_stages[stage] for stage in stages)
             one = "" in of_stages or declared[field].type is int
             fields[field] = values[0] if one else values
-    if form is not None:
-        fields[file.FORM] = form
+    fields |= fields_of_form(file, form)
     if {"ph", "pw"} <= sized.keys():
         fields["patch_size"] = (sized["ph"], sized["pw"])
     return {field: value for field, value in fields.items() if field in declared}
 
 
 def _depths(found: Shapes, file: ModuleType, form: Any) -> dict[str, int]:
-    """{"*": number of blocks}, or {"*0": of the first stage, …} of a pyramid.
+    """{"*": number of blocks}, or {"*0": of the first row of a pyramid, …}.
 
-    A stage may have several rows of blocks.
+    A stage may have several rows of blocks, in the order of `AXES`.
     """
     rows: dict[str, list[str]] = {}
     for path in axes_by_form(file)[form]:
         if "*" in path:
             rows.setdefault(_before_number(path), []).append(path)
-    names, depths = matches(found, file), Counter[str]()
-    for row, paths in rows.items():
-        stage = re.match("stage([0-9]+)_", row)
-        if stage or len(rows) == 1:
-            depths[f"*{stage[1] if stage else ''}"] += _num_blocks(names, paths)
-    return dict(depths)
+    names, alone = matches(found, file), len(rows) == 1
+    return {
+        f"*{'' if alone else i}": _num_blocks(names, paths)
+        for i, (row, paths) in enumerate(rows.items())
+        if alone or row.startswith("stage")
+    }
 
 
 def _ratios(sized: Mapping[str, int]) -> dict[str, Any]:

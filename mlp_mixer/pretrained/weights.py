@@ -46,7 +46,7 @@ from mlp_mixer.text import brief, listed
 logger = logging.getLogger(__name__)
 
 NAMES = ("ours", *foreign.TABLES)
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+TORCH_SUFFIXES = torch_files.SUFFIXES
 Flat = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
@@ -143,8 +143,8 @@ def read(
       step: step of a run's checkpoint; the newest intact one by default.
       best: instead of a step, the score whose best value chooses the checkpoint, the
         highest or the lowest, as its evaluator says.
-      ema: whether a run's averaged parameters are read, or its last ones; None: the
-        averaged ones, if it keeps them.
+      ema: whether averaged weights are read, of a run or of a torch file, or the last
+        ones; None: the averaged ones, if it keeps them.
       mean, std: what the images that the weights are for were normalised by, in levels
         from 0 to 1, if the source does not say it: a number, or red, green, blue.
       model: fields of the model that the source does not say, or not right.
@@ -163,19 +163,26 @@ def read(
             f"name: {', '.join(published.PUBLISHED)}."
         )
     path = epath.Path(name).expanduser()
+    entry = published.PUBLISHED.get(name)
+    suffix = path.suffix if entry is None else entry.suffix
     if path.is_dir():
         weights = _read_run(path, step, best, ema)
         _check_agreed(f"{name} is a run, which", CENTRED, given)
-    elif step is not None or best is not None or ema:
+    elif (
+        step is not None
+        or best is not None
+        or (ema and suffix.lower() not in TORCH_SUFFIXES)
+    ):
         wanted = f"no step {step}" if best is None else "no best checkpoint"
         wanted = "no averaged parameters" if ema else wanted
         raise ValueError(f"{name} is no run's folder: it has {wanted}.")
     elif path.exists():
-        weights = _read_any_file(path, given, model or {})
-    elif name in published.PUBLISHED:
-        entry = published.PUBLISHED[name]
+        weights = _read_any_file(path, given, model or {}, ema)
+    elif entry is not None:
         _check_agreed(f"{name} is published, and", entry.normalisation, given)
-        weights = _read_file(published.fetch(name), entry.normalisation, {})
+        ema = entry.ema if ema is None else ema
+        file = published.fetch(name)
+        weights = _read_file(file, entry.normalisation, {}, ema)
         weights = dataclasses.replace(
             weights, origin="published", preprocess=entry.preprocess
         )
@@ -324,20 +331,26 @@ def _read_run(
 
 
 def _read_any_file(
-    path: epath.Path, given: Normalisation | None, model: Mapping[str, Any]
+    path: epath.Path,
+    given: Normalisation | None,
+    model: Mapping[str, Any],
+    ema: bool | None,
 ) -> Weights:
     """Reads a file that is here, or on a bucket, which is copied for that long."""
     if "://" not in os.fspath(path):
-        return _read_file(pathlib.Path(path), given, model)
+        return _read_file(pathlib.Path(path), given, model, ema)
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder, path.name)
         with path.open("rb") as there, copy.open("wb") as here:
             shutil.copyfileobj(there, here, 2**24)
-        return _read_file(copy, given, model)
+        return _read_file(copy, given, model, ema)
 
 
 def _read_file(
-    path: pathlib.Path, given: Normalisation | None, model: Mapping[str, Any]
+    path: pathlib.Path,
+    given: Normalisation | None,
+    model: Mapping[str, Any],
+    ema: bool | None = None,
 ) -> Weights:
     """The arrays and what the file states of them, with the normalisation folded."""
     suffix = path.suffix.lower()
@@ -351,7 +364,9 @@ def _read_file(
     elif suffix == ".safetensors":
         arrays, metadata = safetensors.read(path, model_arrays)
     elif suffix in TORCH_SUFFIXES:
-        arrays = torch_files.read(path, lambda arrays: model_arrays(arrays, {}))
+        arrays = torch_files.read(
+            path, lambda arrays: model_arrays(arrays, {}), ema=ema
+        )
     else:
         raise ValueError(
             f"{path} ends in {suffix!r}; weights are read from a run's folder, from "

@@ -125,6 +125,17 @@ def test_tiny_images_give_legal_crops_of_timm(shape):
         assert 0 <= x < x + w <= shape[1]
 
 
+def test_timms_crops_have_at_least_the_area_that_is_asked_for():
+    rng = np.random.default_rng(0)
+    areas = [
+        h * w / 400**2
+        for _, _, h, w in (
+            image_ops.timm_crop_box(rng, 400, 400, 0.6) for _ in range(900)
+        )
+    ]
+    assert 0.595 < min(areas) < 0.61
+
+
 def test_timms_crops_reach_every_edge():
     rng = np.random.default_rng(0)
     boxes = [image_ops.timm_crop_box(rng, 9, 11) for _ in range(300)]

@@ -293,9 +293,9 @@ def test_timms_crop_and_operations_get_what_a_recipe_says(monkeypatch):
     monkeypatch.setitem(pipeline.CROPS, "timm", crop)
     monkeypatch.setitem(pipeline.RANDAUGMENTS, "timm", operate)
     fields: dict[str, Any] = {"randaugment_layers": 3, "randaugment_magnitude": 7}
-    fields |= {"randaugment_std": 0.25, "interpolation": "random"}
+    fields |= {"randaugment_std": 0.25, "interpolation": "random", "min_area": 0.8}
     train(noise(8, 8, 8, 3), 1, crop="timm", randaugment="timm", **fields)
-    assert crops[0] == {"size": (8, 8), "interpolation": "random"}
+    assert crops[0] == {"size": (8, 8), "min_area": 0.8, "interpolation": "random"}
     assert operations[0] == {
         **{"num_layers": 3, "magnitude": 7, "std": 0.25},
         "interpolation": "random",

@@ -17,6 +17,7 @@ statistics then, and `logits_after` the logits in evaluation.
 """
 
 import ast
+import functools
 import importlib
 import json
 import pathlib
@@ -135,6 +136,18 @@ def hiremlp():
     )
 
 
+def msmlp():
+    """An MS-MLP with the chunks and the filters of all published ones."""
+    return importlib.import_module("models.ms_mlp").MS_MLP(
+        num_classes=CLASSES,
+        img_size=(32, 64),
+        embed_dim=9,
+        depths=[2, 1, 1, 1],
+        mix_size=[[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]],
+        mlp_ratio=1,
+    )
+
+
 def convmlp():
     """A ConvMLP, without the drop-path that it always has."""
     model = importlib.import_module("src.convmlp").ConvMLP(
@@ -149,6 +162,21 @@ def convmlp():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
     return model
+
+
+def spach_ms(stem, patch_size, *stages):
+    """A SPACH of four stages, of 8 x 8 tokens and fewer."""
+    stems = importlib.import_module("models.spach.layers.stem")
+    stems.STEM_LAYER["conv4"] = functools.partial(stems.Conv4PatchEmbed, hidden_chans=6)
+    return importlib.import_module("models.spach").SpachMS(
+        num_classes=CLASSES,
+        img_size=tuple(8 * side for side in patch_size),
+        patch_size=patch_size,
+        hidden_dim=4,
+        num_heads=2,
+        net_arch=[[("pass", 1)], *stages],
+        stem_type=stem,
+    )
 
 
 class Case(NamedTuple):
@@ -199,9 +227,35 @@ CASES = {
     "spach_mlp": Case(spach, ("mlp",), (16, 32), {"name": "spach"}),
     "spach_conv": Case(spach, ("pass",), (16, 32), {"name": "spach"}),
     "spach_attn": Case(spach, ("attn",), (16, 32), {"name": "spach", "num_heads": 3}),
+    **{
+        f"spach_ms_{mixing}": Case(
+            spach_ms,
+            ("conv1", (4, 8), [(word, 1)], [(word, 2)], [(word, 1)]),
+            (32, 64),
+            {"name": "spach_ms", **heads},
+        )
+        for mixing, word, heads in (
+            ("mlp", "mlp", {}),
+            ("conv", "pass", {}),
+            ("attn", "attn", {"num_heads": 2}),
+        )
+    },
+    # With as many layers before attention as in the published models.
+    "spach_ms_hybrid": Case(
+        spach_ms,
+        (
+            *("conv4", (4, 4)),  # the patch is as published: no shape tells it
+            *[[("pass", 2), ("attn", i)] for i in (1, 2)],
+            [("pass", 1), ("attn", 1)],
+        ),
+        (32, 32),
+        {"name": "spach_ms", "num_heads": 2},
+        images=4,
+    ),
     "smlpnet": Case(smlpnet, (), (64, 64), {"name": "smlpnet"}, images=4),
     "cyclemlp": Case(cyclemlp, (), (32, 64), {"name": "cyclemlp"}),
     "hiremlp": Case(hiremlp, (), (64, 96), {"name": "hiremlp"}, images=4),
+    "msmlp": Case(msmlp, (), (32, 64), {"name": "msmlp"}),
     "convmlp": Case(convmlp, (), (32, 64), {"name": "convmlp"}, images=4),
 }
 

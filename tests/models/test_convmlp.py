@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlp_mixer import models
 from mlp_mixer.models import Run, layers
 from mlp_mixer.models.convmlp import (
     ConvBlock,
@@ -23,6 +24,8 @@ SMALL: dict[str, Any] = {
     "hidden_dim": (4, 6, 8, 10),
     "num_blocks": (2, 1, 2, 1),
     "mlp_ratio": 3,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
     "num_classes": 5,
 }
 # dtype, error relative to the largest value.
@@ -330,17 +333,16 @@ def test_images_are_normalised_before_they_are_padded():
     expected = (levels - IMAGENET[0]) / IMAGENET[1]
     found = layers.normalised(jnp.asarray(2 * levels - 1), *IMAGENET)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert ConvMlp(**SMALL).mean == (0.5, 0.5, 0.5)
+    fields = models.fields("convmlp_s")
+    assert (fields["mean"], fields["std"]) == IMAGENET
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"patch_size": (2, 2)}, r"patch_size is \(2, 2\); .* Leave patch_size out"),
-        ({"mean": (0.5,)}, r"mean is \(0.5,\) and std .*; expected 3 numbers each"),
-    ],
-)
-def test_what_the_tokeniser_is_not_is_refused(fields, words):
-    model = ConvMlp(**SMALL | fields)
-    with pytest.raises(ValueError, match=words):
+def test_a_normalisation_has_a_number_for_each_channel():
+    with pytest.raises(ValueError, match="expected 3 numbers each, one for each chan"):
+        layers.normalised(jnp.zeros((1, 2, 2, 3)), (0.5,), (0.5,))
+
+
+def test_a_stem_of_another_stride_is_refused():
+    model = ConvMlp(**SMALL, patch_size=(2, 2))
+    with pytest.raises(ValueError, match=r"is \(2, 2\), .*leave it out"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

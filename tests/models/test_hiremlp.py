@@ -218,7 +218,7 @@ def test_the_steps_of_the_stages_are_the_authors(stage, steps):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"patch_size": (2, 2)}, r"\(2, 2\), but the 7x7 convolution .* by \(4, 4\)"),
+        ({"patch_size": (2, 2)}, r"\(2, 2\), but the convolutions .* by \(4, 4\)"),
         ({"pixel": (4, 3, 3)}, r"pixel is \(4, 3, 3\), but num_blocks has 4 stages"),
         ({"step_stride": (2,)}, r"step_stride is \(2,\), but num_blocks has 4"),
         ({"image_size": (64, 48)}, "48 is not divisible by the last stage's stride 32"),

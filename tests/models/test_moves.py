@@ -258,3 +258,42 @@ def test_a_fold_after_a_roll_by_a_region_is_the_fold_one_region_further():
         np.testing.assert_array_equal(
             moves.fold(x, 1, 4, step + 4), np.roll(y, 1, axis=1)
         )
+
+
+# --- The chunked roll -----------------------------------------------------------------
+
+SHIFTS = (-2, -1, 0, 1, 2)
+roll_chunks = jax.jit(moves.roll_chunks, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_chunked_roll_is_the_authors(axis):
+    """Which is of channels first, in torch's chunks: 3, 3, 3, 3 and 2 of 14."""
+    x = drawn(2, 6, 5, 14)
+    first, rolled = np.asarray(x).transpose(0, 3, 1, 2), []
+    for q, d in enumerate(SHIFTS):
+        rolled.append(np.roll(first[:, 3 * q : 3 * q + 3], d, axis + 1))
+    expected = np.concatenate(rolled, axis=1).transpose(0, 2, 3, 1)
+    close(roll_chunks(x, SHIFTS, axis), expected)
+
+
+def test_a_chunked_roll_commutes_with_shifts_and_goes_back():
+    x = drawn(2, 6, 5, 14)
+    shifted = roll_chunks(jnp.asarray(np.roll(x, (1, 3), (1, 2))), SHIFTS, 2)
+    rolled = roll_chunks(x, SHIFTS, 2)
+    close(shifted, np.roll(rolled, (1, 3), (1, 2)))
+    close(roll_chunks(rolled, SHIFTS[::-1], 2), x)
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes"),
+    [(96, [20] * 4 + [16]), (128, [26] * 4 + [24]), (768, [154] * 4 + [152])],
+)
+def test_chunks_are_torchs(channels, sizes):
+    np.testing.assert_array_equal(np.diff(moves.chunk_ends(channels, SHIFTS)), sizes)
+
+
+def test_channels_for_fewer_chunks_are_refused():
+    """torch.chunk returns four of them, and the authors' code stops."""
+    with pytest.raises(ValueError, match="try 20 channels"):
+        moves.chunk_ends(16, SHIFTS)

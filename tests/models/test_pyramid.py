@@ -73,6 +73,37 @@ def test_a_filter_is_the_same_over_maps_and_over_tokens(size):
     np.testing.assert_allclose(jnp.moveaxis(found, 2, 0), given, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", [(9, 6), (2, 3)])
+def test_a_large_filter_and_its_gradients_are_those_of_a_convolution(grid):
+    """Also on a map that is smaller than the filter; in float64."""
+    with jax.enable_x64(True):
+        x, dy = (jnp.asarray(RNG.normal(size=(2, *grid, 4))) for _ in range(2))
+        kernel = jnp.asarray(RNG.normal(size=(7, 5, 1, 4)))
+
+        def convolution(x, kernel):
+            return jax.lax.conv_general_dilated(
+                *(x, kernel, (1, 1), "SAME"),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=4,
+            )
+
+        def over_tokens(x, kernel):
+            y = layers.filter_channels(jnp.moveaxis(x, 0, 2), kernel)
+            return jnp.moveaxis(y, 2, 0)
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def with_gradients(function):
+            y, gradients = jax.vjp(function, x, kernel)
+            return y, *gradients(dy)
+
+        over_maps = functools.partial(layers.filter_channels, first=1)
+        expected = with_gradients(convolution)
+        for function in (over_maps, over_tokens):
+            found = with_gradients(function)
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
 def test_the_fusion_of_equal_branches_is_its_last_map_of_one():
     """For the weights of a channel sum to one."""
     x, layer = maps(2, 3, 4, 8), Fusion(Run())

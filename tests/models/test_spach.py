@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import spach_equations as equations
 
 from mlp_mixer import models, pretrained
 from mlp_mixer.models import Run, layers, mixer, spach, trunk
@@ -23,16 +24,15 @@ DTYPES = pytest.mark.parametrize(
 
 def block(mixing, dtype="float64"):
     """One of the model below."""
-    run = Run(dtype=dtype)
-    mlp = functools.partial(
-        layers.MlpBlock, gelu="exact", run=run, kernel_init=spach.XAVIER
-    )
-    mixings = {
-        "mlp": functools.partial(mlp, 5, axis=0, name="token_mixing"),
-        "attn": functools.partial(spach.Attention, 3, run, name="attention"),
-    }
-    channel_mixing = functools.partial(mlp, 8)
-    return spach.SpachBlock(GRID, mixings.get(mixing), channel_mixing, run)
+    return spach.layer(
+        mixing,
+        GRID,
+        channels_mlp_dim=8,
+        tokens_mlp_dim=5,
+        num_heads=3,
+        gelu="exact",
+        run=Run(dtype=dtype),
+    )()
 
 
 def state(dtype="float64", n=2):
@@ -63,52 +63,6 @@ def assert_close(found, expected, error):
 # --- The equations --------------------------------------------------------------------
 
 
-def layer_norm(x, p):
-    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    return (x - mean) / np.sqrt(variance + 1e-6) * p["scale"] + p["bias"]
-
-
-def mlp(x, p):
-    h = x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]
-    h = h * 0.5 * (1 + np.vectorize(math.erf)(h / math.sqrt(2)))
-    return h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
-
-
-def attention(x, p):
-    """Of one image (s, c), head by head."""
-    q, k, v = np.split(x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"], 3, axis=-1)
-    heads = []
-    for i in range(0, C, 2):
-        a, b, c = (z[:, i : i + 2] for z in (q, k, v))
-        weights = np.exp(a @ b.T / math.sqrt(2))
-        heads.append(weights / weights.sum(1, keepdims=True) @ c)
-    return np.concatenate(heads, 1) @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"]
-
-
-def depthwise(x, p):
-    """Of one image (s, c): each weight of the filter at each place of the map."""
-    (h, w), image = GRID, x.reshape(*GRID, C)
-    y = np.zeros_like(image) + p["bias"]
-    for i, j, a, b in np.ndindex(h, w, 3, 3):
-        if 0 <= i + a - 1 < h and 0 <= j + b - 1 < w:
-            y[i, j] += p["kernel"][a, b, 0] * image[i + a - 1, j + b - 1]
-    return y.reshape(x.shape)
-
-
-def equations(x, p, mixing):
-    """The block of one image (s, c)."""
-    u = x + depthwise(x, p["depthwise"])
-    if mixing != "conv":
-        z = layer_norm(x, p["LayerNorm_0"])
-        z = (
-            mlp(z.T, p["token_mixing"]).T
-            if mixing == "mlp"
-            else attention(z, p["attention"])
-        )
-        u = u + p["scale"] * z
-    return u + mlp(layer_norm(u, p["LayerNorm_1"]), p["channel_mixing"])
-
-
 @FORMS
 @DTYPES
 def test_a_block_is_the_papers(mixing, dtype, error):
@@ -121,7 +75,8 @@ def test_a_block_is_the_papers(mixing, dtype, error):
         for image, y in zip(
             np.swapaxes(x, 0, 1), np.swapaxes(found, 0, 1), strict=True
         ):
-            assert_close(y, equations(np.float64(image), exact, mixing), error)
+            expected = equations.layer(np.float64(image), exact, mixing, GRID, 3)
+            assert_close(y, expected, error)
 
 
 def test_stochastic_depth_leaves_the_convolution_of_the_input_itself():
@@ -131,7 +86,10 @@ def test_stochastic_depth_leaves_the_convolution_of_the_input_itself():
         dropped = Noise(keep=jnp.zeros((2, 2)))
         found = jax.jit(module.apply)({"params": params}, x, dropped)
         p = jax.tree.map(np.asarray, params["depthwise"])
-        expected = [image + depthwise(image, p) for image in np.swapaxes(x, 0, 1)]
+        expected = [
+            image + equations.depthwise(image, p, GRID)
+            for image in np.swapaxes(x, 0, 1)
+        ]
         assert_close(np.swapaxes(found, 0, 1), np.stack(expected), 1e-12)
 
 

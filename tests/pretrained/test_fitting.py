@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -209,6 +210,20 @@ def test_another_gelu_is_said(saved, make_params, caplog):
     arguments = {"image_size": (16, 16), "head": "match", "resize_by": "grow"}
     pretrained.initial(saved, model, State(target, {}), **arguments)
     assert "are for gelu exact, this model computes tanh; --config" in caplog.text
+
+
+def test_another_normalisation_is_said(caplog):
+    """Of a model that normalises its images itself."""
+    path = pathlib.Path(__file__).parents[1] / "golden" / "authors_smlpnet.safetensors"
+    weights = pretrained.read(path)
+    model = pretrained.create_model(weights, mean=(0.5,) * 3, std=(0.5,) * 3)
+    state = State(weights.params, weights.stats)
+    arguments = {"image_size": (64, 64), "head": "match", "resize_by": "grow"}
+    pretrained.initial(path, model, state, **arguments)
+    assert (
+        "are for mean (0.485, 0.456, 0.406), this model computes (0.5," in caplog.text
+    )
+    assert "--config.model.std='(0.229, 0.224, 0.225)' keeps theirs" in caplog.text
 
 
 def test_a_run_starts_from_foreign_weights_made_for_our_images(

@@ -5,12 +5,16 @@ import pathlib
 import re
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from mlp_mixer import convert, models, pretrained
+from mlp_mixer import convert, models, predict, pretrained, runs
+from mlp_mixer.data import decoding, image_ops
 from mlp_mixer.fingerprints import leaves
+from mlp_mixer.models import model
 from mlp_mixer.models.model import IMAGENET
 from mlp_mixer.pretrained import foreign
 from mlp_mixer.pretrained.foreign import Names
@@ -145,6 +149,36 @@ def test_blocks_that_are_numbered_through_all_stages_are_told_apart_by_shape():
     assert foreign.find({"net.0.a": numbers(2)}, names.file) == names
 
 
+def test_a_row_of_blocks_may_begin_at_another_number_there():
+    """Behind what is counted with the blocks, or behind another row of the stage."""
+    rows = {"conv_*/a": "c", "attn_*/a": "c", "attn_*/b": "c"}
+    axes = {"one": {"attn_*/a": "c", "attn_*/b": "c"}, "two": rows}
+    tables = {
+        "one": (("net.{1}.a", "attn_{}/a"), ("net.{1}.b", "attn_{}/b")),
+        "two": (
+            ("net.{1}.a", "conv_{}/a"),
+            ("net.{3}.a", "attn_{}/a"),
+            ("net.{3}.b", "attn_{}/b"),
+        ),
+    }
+    file = a_file(tables, axes, FORM="form")
+    theirs = ["net.1.a", "net.2.a", "net.3.a", "net.3.b", "net.4.a", "net.4.b"]
+    names = foreign.find({name: numbers(2) for name in theirs}, file)
+    assert names == Names(file, "authors", "two")
+    ours = names.with_our_names({name: i + numbers(2) for i, name in enumerate(theirs)})
+    expected = ["conv_0/a", "conv_1/a", "attn_0/a", "attn_0/b", "attn_1/a", "attn_1/b"]
+    assert list(ours) == expected
+    np.testing.assert_array_equal(ours["attn_1/b"], [5, 6])
+    assert list(names.with_their_names(ours)) == theirs
+    assert names.find("net.0.a") is None
+    assert names.find("net.2.b") is None
+    with pytest.raises(ValueError, match=r"attn_0/a would be net\.3\.a .* another"):
+        names.with_their_names({"conv_2/a": numbers(2), "attn_0/a": numbers(2)})
+    # What has no such row is of the other form.
+    alone = {f"net.{i}.{x}": numbers(2) for i in (1, 2) for x in "ab"}
+    assert foreign.find(alone, file) == Names(file, "authors", "one")
+
+
 def test_a_form_may_have_names_of_its_own():
     axes = {
         "one": {"w/kernel": "c dc"},
@@ -160,6 +194,24 @@ def test_a_form_may_have_names_of_its_own():
     assert one["w/kernel"].shape == (3, 2)
     with pytest.raises(ValueError, match=r"timm has no names for .*--names=timm out"):
         foreign.names_of(models.smlpnet, "timm", {"name": "smlpnet_t"})
+
+
+def test_several_fields_can_make_a_form():
+    axes = {
+        ("mlp", 1): {"w/kernel": "c dc", "v/bias": "c"},
+        ("mlp", 4): {"w/kernel": "c dc", "u/bias": "c"},
+    }
+    file = a_file((("fc", "w"), ("four", "u")), axes, FORM=("mixing", "stem"))
+    assert foreign.find({"four.bias": numbers(2)}, file) == Names(
+        file, "authors", ("mlp", 4)
+    )
+    for form in axes:
+        fields = {"stem": form[1], "mixing": form[0], "patch_size": (4, 4)}
+        assert foreign.names_of(file, "authors", fields).form == form
+        assert model.form_of(file, fields) == form
+        told = {"mixing": form[0], "stem": form[1]}
+        assert model.fields_of_form(file, form) == told
+    assert model.fields_of_form(models.mixer, None) == {}
 
 
 def test_a_name_that_begins_as_a_wrapper_does_is_found_in_and_out_of_wrappers():
@@ -245,6 +297,27 @@ def test_shapes_tell_the_fields_of_a_pyramid(tmp_path):
         assert pretrained.read(path).model == weights.model
     arrays = pretrained.model_of(weights.params)
     assert arrays == weights.model | {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+@pytest.mark.slow
+def test_a_photograph_goes_all_the_way_through_an_authors_file(tmp_path):
+    """File, run, crop, normalisation, classes: beside the steps one by one."""
+    path, photo = (
+        GOLDEN / name
+        for name in ("authors_smlpnet.safetensors", "photos/astronaut.jpg")
+    )
+    runs.write_run(pretrained.read(path), str(tmp_path / "run"))
+    (found,) = predict.predict(tmp_path / "run", [photo], preprocess="timm-0.9")
+    pixels = decoding.decode(photo.read_bytes(), image_ops.dct_of("timm-0.9"))
+    levels = image_ops.preprocess(pixels, "timm-0.9", (64, 64)) / np.float32(255)
+    mean, std = np.array(IMAGENET, np.float32)
+    image = (levels - mean) / std
+    theirs = pretrained.read(path, mean=0.5, std=0.5)  # images as their code has them
+    model = pretrained.create_model(theirs)
+    logits, out = jax.jit(model.apply)(theirs.variables, jnp.asarray(image[None]))
+    np.testing.assert_allclose(found.features, out["pre_logits"][0], atol=1e-5)
+    expected = np.asarray(jax.nn.softmax(logits[0]))[list(found.indices)]
+    np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
 
 
 def test_what_takes_any_image_is_taken_to_be_for_the_papers(tmp_path, caplog):

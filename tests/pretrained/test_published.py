@@ -26,7 +26,7 @@ from mlp_mixer import console, files, models, pretrained
 from mlp_mixer.data import image_ops
 from mlp_mixer.fingerprints import leaves
 from mlp_mixer.models.model import IMAGENET
-from mlp_mixer.pretrained import downloads, npz, published
+from mlp_mixer.pretrained import downloads, foreign, npz, published
 from mlp_mixer.pretrained.foreign import Names
 from mlp_mixer.pretrained.published import PUBLISHED, Published
 
@@ -228,9 +228,54 @@ HUB_MILLIONS = {"resmlp_12": 15.35, "resmlp_24": 30.02, "resmlp_36": 44.69} | {
 }
 
 
+# What the READMEs of the authors' repositories link to, and what the accuracy there was
+# evaluated by.
+RELEASED = {
+    **{
+        f"cyclemlp/CycleMLP_B{i}": (
+            "https://github.com/ShoufaChen/CycleMLP/releases/download/v0.1/"
+            f"CycleMLP_B{i}.pth",
+            "timm-0.9" if i < 4 else "timm",
+        )
+        for i in range(1, 6)
+    },
+    **{
+        f"convmlp/convmlp_{size}_imagenet": (
+            "https://shi-labs.com/projects/convmlp/checkpoints/"
+            f"convmlp_{size}_imagenet.pth",
+            "timm-0.9",
+        )
+        for size in "sml"
+    },
+    **{
+        f"hiremlp/hire_mlp_{size}": (
+            "https://github.com/ggjy/Hire-Wave-MLP.pytorch/releases/download/log/"
+            f"hire_mlp_{size}.pth",
+            "timm",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"msmlp/msmlp_{size}_patch4": (
+            "https://tsciencescu.blob.core.windows.net/projectshzheng/MSMLP/"
+            f"released_model/msmlp_{size}_patch4/msmlp_{size}_patch4_ckpt_epoch299.pth",
+            "timm",
+        )
+        for size in ("tiny", "small", "base")
+    },
+    **{
+        f"spach/{name}": (
+            f"https://github.com/microsoft/SPACH/releases/download/v1.0/{name}.pth",
+            "timm",
+        )
+        for name in ("smlp_s", "smlp_b")
+    },
+}
+
+
 def test_the_table_is_the_listing():
     on_the_hub = {name for name in PUBLISHED if name.startswith("timm/")}
-    assert set(PUBLISHED) - on_the_hub == set(MIB)
+    assert set(PUBLISHED) - on_the_hub == {*MIB, *RELEASED}
     assert len(on_the_hub) == 12
     for name in on_the_hub:
         entry, size = PUBLISHED[name], name.removeprefix("timm/").split("_224.")[0]
@@ -241,6 +286,20 @@ def test_the_table_is_the_listing():
         assert entry.preprocess == ("timm-0.9" if is_resmlp else "timm")
         mean = (0.485, 0.456, 0.406) if is_resmlp else (0.5, 0.5, 0.5)
         assert entry.normalisation.mean == mean
+
+
+def test_what_authors_have_released_is_what_their_readmes_say(monkeypatch):
+    monkeypatch.delenv("MLP_MIXER_AUTHORS_URL", raising=False)
+    for name, (address, protocol) in RELEASED.items():
+        entry = PUBLISHED[name]
+        assert published.download_url(name) == address
+        assert (entry.preprocess, entry.normalisation.mean) == (protocol, IMAGENET[0])
+        assert "nobody has read here" in entry.note
+        assert models.family(entry.model).TOP_1[entry.model]
+    monkeypatch.setenv("MLP_MIXER_AUTHORS_URL", "https://mirror.example")
+    assert published.download_url("spach/smlp_s") == (
+        "https://mirror.example/microsoft/SPACH/releases/download/v1.0/smlp_s.pth"
+    )
 
 
 @pytest.mark.parametrize("name", MIB)
@@ -314,6 +373,63 @@ def test_a_file_of_the_hub_is_a_source_of_weights(site, tmp_path, monkeypatch):
     safetensors.numpy.save_file(whole, tmp_path / "cache" / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"blocks\.0\.ls3: got .* expected nothing"):
         published.fetch(name)
+
+
+@pytest.fixture
+def released(site, monkeypatch):
+    """(name, entry) of a small model that its authors have released."""
+    row = {"num_blocks": (1, 1, 1, 1), "hidden_dim": 2, "mlp_ratio": 1}
+    name, entry = "spach/smlp_toy", PUBLISHED["spach/smlp_s"]
+    entry = dataclasses.replace(entry, num_classes=7, overrides=row)
+    monkeypatch.setitem(PUBLISHED, name, entry)
+    monkeypatch.setenv("MLP_MIXER_AUTHORS_URL", site.url)
+    return name, entry
+
+
+def test_a_torch_file_is_a_source_of_weights(released, site, tmp_path):
+    """It holds an average besides, and what else a training program saves."""
+    torch = pytest.importorskip("torch")
+    name, entry = released
+    rng = np.random.default_rng(0)
+    ours = {k: np.float32(rng.uniform(1, 2, x)) for k, x in entry.shapes.items()}
+    names = foreign.names_of(models.smlpnet, "authors", entry.overrides)
+    state = {
+        k: torch.from_numpy(np.ascontiguousarray(x))
+        for k, x in names.with_their_names(ours).items()
+    }
+    state["batch_norm.num_batches_tracked"] = torch.tensor(9)
+    saved = {"model": state, "model_ema": {k: x + 1 for k, x in state.items()}}
+    moments = {i: {"exp_avg": x, "exp_avg_sq": x} for i, x in enumerate(state.values())}
+    saved["optimizer"] = {"state": moments, "param_groups": [{"lr": 1e-5}]}
+    torch.save(saved, tmp_path / "saved.pth")
+    site.content = (tmp_path / "saved.pth").read_bytes()
+    assert len(site.content) > 2 * entry.num_bytes
+    weights = pretrained.read(name)  # of the last step, as its authors evaluate
+    ((asked, _, _),) = site.requests
+    assert asked == "/microsoft/SPACH/releases/download/v1.0/smlp_s.pth"
+    assert (weights.origin, weights.preprocess) == ("published", "timm")
+    assert (weights.model["mean"], weights.image_size) == (IMAGENET[0], (224, 224))
+    found = dict(leaves(weights.params | weights.stats))
+    assert found.keys() == ours.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(found[path], array)
+    averaged = pretrained.read(name, ema=True).stats["batch_stats"]["norm"]["mean"]
+    np.testing.assert_array_equal(averaged, ours["batch_stats/norm/mean"] + 1)
+    # Another model's file is refused, and what came of it is dropped.
+    del state["batch_norm.running_var"]
+    torch.save(state, tmp_path / "cache" / f"{name}.pth")
+    (tmp_path / "cache" / f"{name}.pth.sha256").unlink()
+    with pytest.raises(ValueError, match=r"batch_stats/norm/var: got nothing, expec"):
+        published.fetch(name)
+
+
+def test_without_torch_no_torch_file_is_downloaded(released, site, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match="smlp_toy is a torch file, and torch"
+    ):
+        pretrained.read(released[0])
+    assert not site.requests
 
 
 # --- Addresses ------------------------------------------------------------------------

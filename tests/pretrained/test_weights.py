@@ -16,6 +16,7 @@ import struct
 import sys
 import time
 import tracemalloc
+import types
 import zipfile
 import zlib
 
@@ -265,6 +266,36 @@ def test_averaged_weights_are_read_among_what_a_training_program_saves(
     with caplog.at_level("INFO"):
         assert_bitwise(pretrained.load(tmp_path / "w.pth"), weights.params)
     assert "read model_ema; it holds ['model'] too" in caplog.text
+    kernels = [
+        pretrained.read(tmp_path / "w.pth", ema=ema).params["head"]["bias"]
+        for ema in (True, False)
+    ]
+    np.testing.assert_array_equal(kernels[0], weights.params["head"]["bias"])
+    np.testing.assert_array_equal(kernels[1], weights.params["head"]["bias"] + 1)
+    for nest, ema, holds in [("model", True, "no"), ("model_ema", False, "only")]:
+        torch.save({nest: state}, tmp_path / "one.pth")
+        with pytest.raises(ValueError, match=f"one.pth holds {holds} averaged weights"):
+            pretrained.read(tmp_path / "one.pth", ema=ema)
+
+
+def test_the_settings_that_swins_program_saves_are_no_obstacle(
+    weights, tmp_path, monkeypatch
+):
+    """A class of yacs, a dictionary with attributes, whether or not it is installed."""
+    torch = pytest.importorskip("torch")
+    module = types.ModuleType("yacs.config")
+    settings = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    vars(module)["CfgNode"] = settings
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    config = settings(DATA=settings(IMG_SIZE=224), OUTPUT="out")
+    config.__dict__["__immutable__"] = True
+    config.__dict__["__deprecated_keys__"] = {"OLD"}
+    arrays = TIMM.with_their_names(dict(leaves(weights.params)))
+    state = {k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in arrays.items()}
+    torch.save({"model": state, "config": config, "epoch": 299}, tmp_path / "w.pth")
+    monkeypatch.undo()
+    assert_bitwise(pretrained.load(tmp_path / "w.pth"), weights.params)
 
 
 def test_a_torch_file_never_runs_code(tmp_path):
