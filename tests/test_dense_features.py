@@ -351,6 +351,18 @@ def s2mlp(tmp_path_factory):
     return folder
 
 
+def test_predictions_have_stages_only_if_the_model_does(s2mlp, tmp_path):
+    paths = write_images(tmp_path, ["0.png"])
+    with pytest.raises(ValueError, match="mixer has no stages"):
+        predict.predict(s2mlp / "mixer_s16.safetensors", paths, stages=True)
+    model = opened(PYRAMID)
+    (without,) = predict.classify(model, paths, top=1)
+    (image,) = predict.classify(model, paths, top=1, stages=True)
+    assert without.stages == {}
+    assert [*image.stages] == [*models.stage_names(PYRAMID)]
+    assert image.stages["stage_4"].shape == (1, 2, 3)
+
+
 def test_another_image_size_is_given_to_a_model_that_takes_any(s2mlp):
     path = s2mlp / "s2mlp_wide.safetensors"
     assert runs.open_model(path).image_size == (16, 16)

@@ -445,9 +445,17 @@ def test_a_missing_package_is_named_with_its_command(
 
 def test_the_step_is_handed_on(tmp_path, monkeypatch):
     pretrained.write_npz(small_weights(), tmp_path / "w.npz")
-    monkeypatch.setattr(export.flags, "FLAGS", types.SimpleNamespace(step=3, ema=None))
+    given = types.SimpleNamespace(step=3, ema=None, stages=False)
+    monkeypatch.setattr(export.flags, "FLAGS", given)
     with pytest.raises(ValueError, match="no run's folder: it has no step 3"):
         export.main([str(tmp_path / "w.npz"), str(tmp_path / "m.onnx")])
+
+
+def test_stages_are_of_stablehlo_alone(monkeypatch):
+    given = types.SimpleNamespace(step=None, ema=None, stages=True)
+    monkeypatch.setattr(export.flags, "FLAGS", given)
+    with pytest.raises(ValueError, match=r"Pyramids have no ONNX graph, .* --stages"):
+        export.main(["no weights are read", "m.stablehlo", "M.ONNX"])
 
 
 # --- The real one ---------------------------------------------------------------------

@@ -786,6 +786,8 @@ def test_a_file_of_the_authors_computes_what_their_code_computed(recorded, tmp_p
     family = fields.pop("name")
     weights = pretrained.read(path, mean=0.5, std=0.5, model=fields)
     assert weights.architecture is models.family(family)
+    # And it becomes one for our images, whatever its authors normalise by.
+    assert pretrained.read(path, model=fields).num_classes == weights.num_classes
     model = pretrained.create_model(weights)
     logits, _ = jax.jit(model.apply)(weights.variables, image)
     assert np.abs(expected).max() > 0.2

@@ -23,8 +23,8 @@ Nothing is tied to the resolution: any image whose sides are multiples of 32 pix
 a map with fewer positions than filters have weights, most of them see zeros.
 
 Filters are sums of shifted maps (`layers.filter_channels`), on every device. On one
-CPU that is 4 to 20 times as fast as XLA's convolution, and a block's forward and
-gradient 3 to 8 times; on GPUs and TPUs neither was measured.
+CPU a model of five blocks at 224 px is 2.3 times as fast forward, and 1.4 times in
+training, as with XLA's convolution; on GPUs and TPUs neither was measured.
 """
 
 import functools

@@ -259,6 +259,15 @@ PUBLISHED: dict[str, Published] = {
     },
     "spach/smlp_s": _spach("smlpnet_s", "smlp_s"),
     "spach/smlp_b": _spach("smlpnet_b", "smlp_b"),
+    **{
+        f"spach/spach_ms_{file}": _spach(f"spach_ms_{size}", f"spach_ms_{file}")
+        for file, size in {
+            **{f"mlp_{size}": f"{size}_mlp" for size in ("xxs", "s")},
+            **{f"conv_{size}": f"{size}_conv" for size in ("xxs", "s")},
+            **{f"trans_{size}": f"{size}_attn" for size in ("xxs", "s")},
+            **{"hybrid_s": "hybrid_s", "hybrid_s+": "hybrid_s_plus"},
+        }.items()
+    },
 }
 
 

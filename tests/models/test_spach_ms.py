@@ -179,7 +179,7 @@ def test_the_model_is_its_equations(train, dtype, error, monkeypatch):
         assert out.keys() == states.keys()
         for name, state in states.items():
             assert_close(out[name], state, error)
-        assert_close(logits, expected, max(error, 1e-6))  # they are float32
+        assert_close(logits, expected, error)
         assert np.abs(expected).max() > 0.5
         jax.tree.map(
             lambda a, b: assert_close(a, b, error), stats["batch_stats"], theirs.stats

@@ -270,6 +270,17 @@ RELEASED = {
         )
         for name in ("smlp_s", "smlp_b")
     },
+    **{
+        f"spach/spach_ms_{file}": (
+            "https://github.com/microsoft/SPACH/releases/download/v1.0/"
+            f"spach_ms_{file}.pth",
+            "timm",
+        )
+        for file in (
+            *("mlp_xxs", "conv_xxs", "trans_xxs", "mlp_s", "conv_s", "trans_s"),
+            *("hybrid_s", "hybrid_s+"),
+        )
+    },
 }
 
 
