@@ -2,9 +2,13 @@
 
     python scripts/family.py digits [WORD ...]   (train each model on the digits)
     python scripts/family.py speed [WORD ...]    (time each model beside a Mixer)
+    python scripts/family.py peers SIZE[=FOLDER] ... --python=PYTHON
+                                                 (time sizes beside their authors' code)
     python scripts/family.py tables              (put all that is known into the page)
 
 Words are those of configs/family/digits.py; without any, all that are not measured yet.
+Sizes are those of authors_peer.py, with the folder of a clone of the authors' code, or
+with none for timm; the interpreter has PyTorch and timm.
 Results are kept in docs/benchmarks/family.json, one at a time, so a command that was
 ended is repeated for what is missing.
 """
@@ -22,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +34,8 @@ import flax.linen as nn
 import jax
 import measurement
 import numpy as np
+from authors_peer import PEERS
+from suite_item import TimmProcess
 
 from mlp_mixer import experiment, known, metrics, models, recipe, sharding, steps
 from mlp_mixer.data import pipeline
@@ -92,15 +98,20 @@ def speed(word: str) -> dict[str, Any]:
       Of both passes: CPU seconds of a batch, operations of its products, and what an
       operation takes as a multiple of what it takes in the Mixer.
     """
-    size = models.fields(recipe.load(recipe_of(word)).model.name)
+    name = recipe.load(recipe_of(word)).model.name
+    size = models.fields(name)
     staged, (side, _) = isinstance(size["num_blocks"], tuple), size["patch_size"]
     pixels = 224 if staged or side >= 8 else 32
     batch, patch = (8, 16) if pixels == 224 else (32, side)
     fields = {"num_blocks": (1,) * len(size["num_blocks"]) if staged else BLOCKS}
-    ours = _Timed(word, fields, pixels, batch)
-    c, blocks = size["hidden_dim"] * (4 if staged else 1), MOST_BLOCKS + 1
+    ours = _Timed(word, {"name": name, **fields}, pixels, batch)
+    c, blocks = size["hidden_dim"], MOST_BLOCKS + 1
+    if isinstance(c, tuple):  # at 1/16, as the Mixer
+        c = c[min(2, len(c) - 1)]
+    elif staged:
+        c *= 4
     while blocks > MOST_BLOCKS:  # else it is wider
-        mixer = {"patch_size": (patch, patch), "hidden_dim": c}
+        mixer = {"name": "mixer_s16", "patch_size": (patch, patch), "hidden_dim": c}
         mixer |= {"tokens_mlp_dim": c // 2, "channels_mlp_dim": 4 * c}
         one, two = (
             _Timed(MIXER, mixer | {"num_blocks": n}, pixels, batch).flops["forward"]
@@ -111,11 +122,7 @@ def speed(word: str) -> dict[str, Any]:
     beside = _Timed(MIXER, mixer | {"num_blocks": blocks}, pixels, batch)
     found: dict[str, Any] = {"pixels": pixels, "batch": batch, "mixer_blocks": blocks}
     for kind in measurement.KINDS:
-        clocks = {"ours": ours.clock(kind), "mixer": beside.clock(kind)}
-        rounds = list(measurement.interleave(clocks, ROUNDS))
-        times = {
-            name: statistics.median(r[name]["cpu_s"] for r in rounds) for name in clocks
-        }
+        times = _in_turn({"ours": ours.clock(kind), "mixer": beside.clock(kind)})
         operations = {"ours": ours.flops[kind], "mixer": beside.flops[kind]}
         per_operation = {name: times[name] / operations[name] for name in times}
         found[kind] = {
@@ -126,15 +133,58 @@ def speed(word: str) -> dict[str, Any]:
     return found
 
 
+def _in_turn(clocks: dict[str, Callable[[], dict[str, float]]]) -> dict[str, float]:
+    """CPU seconds of each clock, the median of some rounds."""
+    rounds = list(measurement.interleave(clocks, ROUNDS))
+    return {
+        name: statistics.median(r[name]["cpu_s"] for r in rounds) for name in clocks
+    }
+
+
+PEER_PIXELS, PEER_BATCH, PEER_SECONDS = 224, 4, 900
+
+
+def beside_peer(size: str, code: str, python: str) -> dict[str, Any]:
+    """Times a size beside the same model of its authors, or of timm, in turn.
+
+    Each on one core, in float32, without stochastic depth; training is a whole step
+    with AdamW.
+
+    Args:
+      size: a key of `authors_peer.PEERS`.
+      code: folder of a clone of the authors' repository; "": timm.
+      python: interpreter that has PyTorch and timm.
+
+    Returns:
+      Of both passes: CPU seconds of a batch, and ours as a multiple of theirs.
+    """
+    model = {"name": size, "stochastic_depth": 0.0}
+    ours = _Timed(MIXER, model, PEER_PIXELS, PEER_BATCH)
+    theirs = TimmProcess(python, "authors_peer.py")
+    found: dict[str, Any] = {"pixels": PEER_PIXELS, "batch": PEER_BATCH}
+    found["peer"] = PEERS[size].repository or "timm"
+    for kind in measurement.KINDS:
+        side = {"label": kind, "kind": kind, "size": size, "code": code}
+        side |= {"image_size": PEER_PIXELS, "batch": PEER_BATCH, "options": {}}
+        asked = {"prepare": side, "dtype": "float32", "threads": 1}
+        found["versions"] = theirs.ask(asked, PEER_SECONDS)["versions"]
+
+        def clock(kind: str = kind) -> dict[str, float]:
+            return theirs.ask({"clock": kind, "times": 1}, PEER_SECONDS)
+
+        times = _in_turn({"ours": ours.clock(kind), "theirs": clock})
+        found[kind] = {"cpu_s": times, "beside": times["ours"] / times["theirs"]}
+    return found
+
+
 class _Timed:
-    """A model of some size with its training step, as its digits' recipe has it."""
+    """A model with its training step, which is that of a recipe for the digits."""
 
     def __init__(
-        self, word: str, fields: dict[str, Any], pixels: int, batch: int
+        self, word: str, model: dict[str, Any], pixels: int, batch: int
     ) -> None:
         config = recipe.load(recipe_of(word))
-        name = config.model.name
-        config.model = {"name": name, "image_size": (pixels, pixels), **fields}
+        config.model = {"image_size": (pixels, pixels), **model}
         config.dataset.num_classes, config.mixup = 1000, 0.0
         config.batch_size = batch
         self.mesh = sharding.make_mesh(1)
@@ -340,6 +390,24 @@ def speeds(results: dict[str, Any]) -> str:
     return _markdown(columns, rows)
 
 
+def peers(results: dict[str, Any]) -> str:
+    """Returns the table of times beside the authors' code."""
+    rows = []
+    for size, found in results.get("peers", {}).items():
+        cells = []
+        for kind in measurement.KINDS:
+            seconds = found[kind]["cpu_s"]
+            cells += [f"{seconds[who]:.3g}" for who in ("ours", "theirs")]
+            cells += [f"{found[kind]['beside']:.2f} ×"]
+        versions = found["versions"]
+        theirs = f"{found['peer']}, torch {versions['torch'].partition('+')[0]}"
+        rows.append([f"`{size}`", theirs, *cells])
+    columns = ["size", "theirs"]
+    for kind in ("forward", "training"):
+        columns += [f"{kind}: ours, s", "theirs, s", "ours / theirs"]
+    return _markdown(columns, rows)
+
+
 _MARKS = r"(<!-- family: {} -->\n).*?(<!-- end of family -->)"
 
 
@@ -360,42 +428,64 @@ def rewritten(page: str, tables: dict[str, str]) -> str:
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """Returns the page's tables by name."""
-    return {"papers": papers(results), "sizes": all_sizes(), "speed": speeds(results)}
+    return {
+        "papers": papers(results),
+        "sizes": all_sizes(),
+        "speed": speeds(results),
+        "peers": peers(results),
+    }
 
 
 # --- The command line -----------------------------------------------------------------
 
 
 def read_results() -> dict[str, Any]:
-    """Returns what was measured: {"digits": {word: …}, "speed": {word: …}}."""
+    """Returns what was measured: {"digits": {word: …}, "speed": …, "peers": …}."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def measured(kind: str, chosen: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def kept(
+    kind: str, measures: Mapping[str, Callable[[], dict[str, Any]]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measures models one after the other; yields each result once it is kept.
 
     Args:
-      kind: "digits" or "speed".
-      chosen: words of the models; none: all that have no result.
+      kind: "digits", "speed" or "peers".
+      measures: word or size → what measures it.
     """
-    done = read_results().get(kind, {})
-    for word in chosen or [word for word in words() if word not in done]:
-        print(f"{kind} of {word}", file=sys.stderr, flush=True)
-        found = {"digits": digits, "speed": speed}[kind](word)
+    for name, measure in measures.items():
+        print(f"{kind} of {name}", file=sys.stderr, flush=True)
+        found = measure()
         found["date"] = datetime.date.today().isoformat()
         results = read_results()
-        results.setdefault(kind, {})[word] = found
-        order = [w for w in words() if w in results[kind]]
-        results[kind] = {w: results[kind][w] for w in order}
+        results.setdefault(kind, {})[name] = found
+        order = [x for x in (*words(), *models.names()) if x in results[kind]]
+        results[kind] = {x: results[kind][x] for x in order}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        yield word, found
+        yield name, found
 
 
-def _word(text: str) -> str:
-    if text not in words():
-        tries = known.nearest(text, words())
-        raise argparse.ArgumentTypeError(f"there is no model {text!r}; try {tries}")
-    return text
+def _measures(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What the command line asks for.
+
+    Raises:
+      ValueError: it names a model that there is not.
+    """
+    chosen, known_names = args.words, [*PEERS] if args.what == "peers" else words()
+    for word in chosen:
+        if word.partition("=")[0] not in known_names:
+            tries = known.nearest(word, known_names)
+            raise ValueError(f"there is no model {word!r} to measure; try {tries}")
+    if args.what == "peers":
+        folders = {size: code for size, _, code in (x.partition("=") for x in chosen)}
+        return {
+            size: functools.partial(beside_peer, size, code, args.python)
+            for size, code in folders.items()
+        }
+    done = read_results().get(args.what, {})
+    measure = {"digits": digits, "speed": speed}[args.what]
+    missing = [word for word in known_names if word not in done]
+    return {word: functools.partial(measure, word) for word in chosen or missing}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -403,16 +493,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["digits", "speed", "tables"])
-    parser.add_argument("words", nargs="*", type=_word, metavar="WORD")
+    parser.add_argument("what", choices=["digits", "speed", "peers", "tables"])
+    parser.add_argument("words", nargs="*", metavar="WORD or SIZE=FOLDER")
+    parser.add_argument(
+        "--python", default=sys.executable, help="has PyTorch and timm; for peers"
+    )
     args = parser.parse_args(argv)
     if args.what == "tables":
         page = rewritten(PAGE.read_text(), tables(read_results()))
         PAGE.write_text(page)
         return
+    try:
+        measures = _measures(args)
+    except ValueError as error:
+        parser.error(str(error))
     measurement.start_devices(1, 1)
-    for word, found in measured(args.what, args.words):
-        print(word, json.dumps(found))
+    for name, found in kept(args.what, measures):
+        print(name, json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -99,11 +99,11 @@ class PeerError(Exception):
 
 
 class TimmProcess:
-    """The process of timm_peer.py."""
+    """The process of timm_peer.py, or of a script that answers as it does."""
 
-    def __init__(self, python: str) -> None:
+    def __init__(self, python: str, script: str = "timm_peer.py") -> None:
         self.process: Any = subprocess.Popen(
-            [python, str(HERE / "timm_peer.py")],
+            [python, str(HERE / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -64,14 +64,15 @@ class Timm:
             result["total_bytes"] = torch.cuda.max_memory_allocated()
         return result | {"versions": versions}
 
-    def _run_of(self, side: dict[str, Any], half: bool) -> Callable[[], Any]:
+    def net_of(self, side: dict[str, Any]) -> Any:
+        """Returns the module of a side, on the CPU."""
         import torch
         from timm.models.mlp_mixer import MlpMixer
 
-        fields, size, batch = side["fields"], side["image_size"], side["batch"]
-        net = MlpMixer(
+        fields = side["fields"]
+        return MlpMixer(
             num_classes=1000,
-            img_size=size,
+            img_size=side["image_size"],
             patch_size=fields["patch_size"][0],
             num_blocks=fields["num_blocks"],
             embed_dim=fields["hidden_dim"],
@@ -80,7 +81,13 @@ class Timm:
                 for name in ("tokens_mlp_dim", "channels_mlp_dim")
             ),
             act_layer=functools.partial(torch.nn.GELU, approximate="tanh"),
-        ).to(self.device)
+        )
+
+    def _run_of(self, side: dict[str, Any], half: bool) -> Callable[[], Any]:
+        import torch
+
+        size, batch = side["image_size"], side["batch"]
+        net = self.net_of(side).to(self.device)
         image = torch.rand(batch, 3, size, size, device=self.device) * 2 - 1
         mode = side["options"].get("mode", "eager")
         if mode == "channels-last":
@@ -149,14 +156,13 @@ def answer(timm: Timm, request: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {lines[0]}"}
 
 
-def main() -> None:
+def main(timm: Timm) -> None:
     """Answers until there are no more requests."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the packages print is no reply
-    timm = Timm()
     for line in sys.stdin:
         print(json.dumps(answer(timm, json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(Timm())

@@ -21,11 +21,11 @@ pytest.importorskip("gcsfs", reason="needs the extra gcs")
 pytestmark = pytest.mark.slow
 RECIPE = [
     "--config=configs/digits.py",
-    "--config.total_steps=120",
+    "--config.total_steps=60",
     "--config.optim.warmup_steps=10",
     "--config.log_every_steps=1",
-    "--config.checkpoint.every_steps=20",
-    "--config.evals.test.every_steps=40",
+    "--config.checkpoint.every_steps=10",
+    "--config.evals.test.every_steps=20",
 ]
 
 
@@ -73,7 +73,7 @@ def test_a_run_on_a_bucket_stops_resumes_and_is_used_as_a_local_one(
 
     workdir = "--workdir=gs://bucket/run"
     stopped = program("train", *RECIPE, data, workdir)
-    saved = "run/checkpoints/00000020/commit_success.txt"
+    saved = "run/checkpoints/00000010/commit_success.txt"
     until(lambda: saved in bucket.objects, stopped)
     assert "run/owner.json" in bucket.objects
     stopped.send_signal(signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_a_run_on_a_bucket_stops_resumes_and_is_used_as_a_local_one(
     resumed = program("train", *RECIPE, data, workdir)
     said, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, said
-    assert "gs://bucket/run is trained to step 120" in said
+    assert "gs://bucket/run is trained to step 60" in said
     assert "Readahead" not in said
 
     here = download(bucket, "run", tmp_path / "copy")
@@ -103,7 +103,7 @@ def test_a_run_on_a_bucket_stops_resumes_and_is_used_as_a_local_one(
         "metrics/00000.jsonl"
     ]
     assert len([name for name in names if name.startswith("tensorboard/")]) == 2
-    assert json.loads(bucket.objects["run/saved.json"].data) == {"saved": 120}
+    assert json.loads(bucket.objects["run/saved.json"].data) == {"saved": 60}
 
     evaluated = program("evaluate", workdir, data)
     predicted = program("predict", workdir, "docs/digits")

@@ -453,6 +453,19 @@ def test_the_tables_of_the_family_are_those_of_its_files():
     assert family.rewritten(TEXTS["docs/family.md"], tables) == TEXTS["docs/family.md"]
 
 
+def test_a_model_that_cannot_be_measured_is_refused_by_name(capsys):
+    assert {*family.PEERS} <= {*models.names()}
+    for what, word, tries in (
+        ("speed", "mixr", "mixer"),
+        ("peers", "smlpnet_tt=build/SPACH", "smlpnet_t"),
+    ):
+        with pytest.raises(SystemExit):
+            family.main([what, word])
+        said = capsys.readouterr().err
+        assert repr(word) in said
+        assert tries in said
+
+
 # --- The checkers see what they should ------------------------------------------------
 
 

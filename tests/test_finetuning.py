@@ -13,22 +13,25 @@ def test_growing_pretrained_digits_beats_training_from_scratch(
 ):
     """On real images, in as many steps of the same recipe; and resuming is bitwise."""
     config = recipe.load("configs/digits.py")
-    config.epochs = 20.0  # a third of the recipe's
+    config.epochs = 15.0  # a quarter of the recipe's
     train.train(config, tmp_path / "pretrained", data_dir=data_dir)
 
     config = recipe.load("configs/finetune/digits.py")
     config.init_from = str(tmp_path / "pretrained")
     config.log_every_steps = 1
+    # Two fifths of the recipe's.
+    config.total_steps, config.optim.warmup_steps = 60, 10
+    config.evals.test.every_steps = 12
     folders = {name: tmp_path / name for name in ("straight", "stopped", "scratch")}
     train.train(config, folders["straight"], data_dir=data_dir)
 
     with monkeypatch.context() as patch:
         # SIGTERM, as the loop sees it.
         asked = checkpoint.Checkpointer
-        patch.setattr(asked, "stop_requested", lambda self, step: step == 70)
+        patch.setattr(asked, "stop_requested", lambda self, step: step == 28)
         state = train.train(config, folders["stopped"], data_dir=data_dir)
-    assert int(state.step) == 70
-    assert pretrained.read(folders["stopped"]).origin == "run at step 70"
+    assert int(state.step) == 28
+    assert pretrained.read(folders["stopped"]).origin == "run at step 28"
     # What it began with is not read again.
     (tmp_path / "pretrained").rename(tmp_path / "elsewhere")
     train.train(config, folders["stopped"], data_dir=data_dir)

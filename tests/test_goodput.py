@@ -261,15 +261,15 @@ def test_the_table_of_a_run_in_three_starts_adds_up_to_what_the_starts_took(
     run = tmp_path / "run"
     arguments = (
         "--config=configs/digits.py",
-        "--config.total_steps=600",
+        "--config.total_steps=240",
         "--config.log_every_steps=5",
-        "--config.checkpoint.every_steps=100",
-        "--config.evals.test.every_steps=200",
+        "--config.checkpoint.every_steps=40",
+        "--config.evals.test.every_steps=80",
         f"--data_dir={data_dir}",
         f"--workdir={run}",
     )
     took = 0.0
-    for end, number in ((180, signal.SIGKILL), (400, signal.SIGTERM), (600, None)):
+    for end, number in ((70, signal.SIGKILL), (160, signal.SIGTERM), (240, None)):
         began = time.monotonic()
         process = program("train", *arguments, devices=1)
         if number is not None:

@@ -139,12 +139,27 @@ def test_unrolled_blocks_are_gathered_again_for_the_backward_pass(remat):
 # --- Ways to say a mesh ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+UNROLLED, SCANNED = NOISE, {"scan": True, "remat": "pre_gelu", "accumulate": 2}
+
+
 @pytest.mark.parametrize(
-    "fields",
-    [NOISE, {"scan": True, "remat": "pre_gelu", "accumulate": 2}],
-    ids=["unrolled, noise", "scan, accumulated"],
+    ("fields", "axis_type", "strategy"),
+    [
+        # Each pair of values is among the first four.
+        (UNROLLED, AxisType.Auto, "replicated"),
+        (UNROLLED, AxisType.Explicit, "fsdp"),
+        (SCANNED, AxisType.Auto, "fsdp"),
+        (SCANNED, AxisType.Explicit, "replicated"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (UNROLLED, AxisType.Auto, "fsdp"),
+                (UNROLLED, AxisType.Explicit, "replicated"),
+                (SCANNED, AxisType.Auto, "replicated"),
+                (SCANNED, AxisType.Explicit, "fsdp"),
+            )
+        ),
+    ],
 )
 def test_a_step_is_the_same_with_a_set_mesh_of_either_type(
     fields, axis_type, strategy, monkeypatch
@@ -163,7 +178,7 @@ REMAT3 = "jax_remat3"
 
 
 @pytest.mark.skipif(not hasattr(jax.config, REMAT3), reason=f"JAX without {REMAT3}")
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_is_the_same_under_the_next_rematerialisation(scan):
     before = getattr(jax.config, REMAT3)
     jax.config.update(REMAT3, True)
