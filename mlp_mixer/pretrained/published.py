@@ -76,6 +76,7 @@ GITHUB, SHI_LABS, MS_MLP = (
         "https://tsciencescu.blob.core.windows.net",
     )
 )
+IMAGE_SIZE = (224, 224)  # that all files here are for
 # The weights, their average, and two moments of AdamW, and one to spare.
 MOST_IN_A_TORCH_FILE = 5
 # Names and headers of the largest file's 510 arrays; the sizes that are listed of the
@@ -124,7 +125,7 @@ class Published:
         model = models.create(
             self.model, num_classes=self.num_classes, **self.overrides
         )
-        stats = dict(tree.variables(model, (224, 224)))
+        stats = dict(tree.variables(model, IMAGE_SIZE))
         return tree.shapes(stats.pop("params")) | tree.shapes(stats)
 
     @property

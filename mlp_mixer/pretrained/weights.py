@@ -182,7 +182,7 @@ def read(
         _check_agreed(f"{name} is published, and", entry.normalisation, given)
         ema = entry.ema if ema is None else ema
         file = published.fetch(name)
-        weights = _read_file(file, entry.normalisation, {}, ema)
+        weights = _read_file(file, entry.normalisation, {}, ema, published.IMAGE_SIZE)
         weights = dataclasses.replace(
             weights, origin="published", preprocess=entry.preprocess
         )
@@ -351,6 +351,7 @@ def _read_file(
     given: Normalisation | None,
     model: Mapping[str, Any],
     ema: bool | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Weights:
     """The arrays and what the file states of them, with the normalisation folded."""
     suffix = path.suffix.lower()
@@ -375,6 +376,8 @@ def _read_file(
     found = model_arrays(arrays, metadata)
     origin, fields = f"{suffix[1:]} file", _stated_fields(metadata, path)
     fields["stats"] = unflatten_dict(found.stats, sep="/")
+    if image_size is not None:
+        fields["image_size"] = image_size
     images, told = given or CENTRED, dict[str, Any]()
     if found.names is not None:
         origin += f", {found.names}"

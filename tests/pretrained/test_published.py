@@ -336,9 +336,10 @@ def test_an_unknown_name_is_told_the_nearest():
         published.fetch("imagenet1k/mixer-B-16")
 
 
-def test_a_name_is_a_source_of_weights(site, path, contents):
+def test_a_name_is_a_source_of_weights(site, path, contents, caplog):
     """In float32, of a folder that is not there: downloaded, and then not again."""
     weights = pretrained.read(NAME)
+    assert not caplog.records  # nothing is assumed of it
     assert (weights.origin, weights.image_size) == ("published", (224, 224))
     assert (weights.model["name"], weights.num_classes) == ("mixer", 7)
     pretrained.load(NAME)
