@@ -140,6 +140,14 @@ def test_a_filter_of_each_channel_counts_as_a_convolution():
     assert counts.flops(backward) == 3 * counts.flops(forward)
 
 
+def test_what_returns_nothing_costs_nothing():
+    def f(x):
+        jax.debug.callback(lambda: None)
+        return x @ x
+
+    assert counts.flops(jax.make_jaxpr(f)(jnp.zeros((4, 4)))) == 2 * 4**3
+
+
 def test_a_part_of_a_model_is_counted_alone():
     model = models.create("mixer_s32", num_classes=7, num_blocks=3)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")

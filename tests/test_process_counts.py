@@ -91,6 +91,31 @@ def test_a_run_goes_on_with_other_numbers_of_processes(
     assert_same_run(uninterrupted, folder)
 
 
+@pytest.mark.slow
+def test_statistics_of_batchnorm_are_the_global_batchs(program, tmp_path, data_dir):
+    """Of two processes of four devices they are what one device makes of all rows."""
+    command = [
+        "--config=configs/family/digits.py:smlpnet",
+        *RUN[1:],
+        *("--config.total_steps=2", "--config.optim.warmup_steps=1"),
+        "--config.model.num_blocks=(1,1,1,1)",
+        f"--data_dir={data_dir}",
+    ]
+    one, two = (tmp_path / name for name in ("one", "two"))
+    alone = program("train", *command, f"--workdir={one}", devices=1)
+    assert alone.wait(300) == 0, alone.stdout.read()
+    codes, said = run_pair(
+        program, "train", [[*command, f"--workdir={two}"]] * 2, devices=4
+    )
+    assert codes == [0, 0], "\n".join(said)
+    config = workdir.load(one)
+    ours, theirs = (named(state_of(config, run).stats) for run in (two, one))
+    for name, x in ours.items():
+        np.testing.assert_allclose(theirs[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
+    for a, b in zip(told(two), told(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
 WORKER = """
 import sys
 import jax, numpy as np

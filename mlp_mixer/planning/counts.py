@@ -77,6 +77,8 @@ def product_bytes(jaxpr: Any) -> int:
 
 def _flops(turn: Turn) -> int:
     kind, equation = turn.equation.primitive.name, turn.equation
+    if kind not in ("dot_general", "conv_general_dilated", "mul"):
+        return 0
     result = math.prod(equation.outvars[0].aval.shape)
     if kind == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
@@ -86,9 +88,7 @@ def _flops(turn: Turn) -> int:
         right = equation.invars[1].aval.shape
         out_axis, *_ = equation.params["dimension_numbers"].rhs_spec
         return 2 * result * math.prod(right) // right[out_axis]
-    if kind == "mul" and FILTER in turn.scope:
-        return 2 * result
-    return 0
+    return 2 * result if FILTER in turn.scope else 0
 
 
 def peak(jaxpr: Any, bytes_of: Callable[[Any], float]) -> float:
