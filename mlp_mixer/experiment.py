@@ -44,7 +44,7 @@ def build(
     if model is None:
         model = create_model(config, mesh, num_classes=config.dataset.num_classes)
     tx, schedule = optim.create(
-        **config.optim, total_steps=total_steps, axes=model.declared_axes()
+        **config.optim, total_steps=total_steps, axes=model.axes_of_form()
     )
     target = steps.state_shapes(model, tx, mesh, example, strategy=config.sharding)
     train_step = steps.make_train_step(

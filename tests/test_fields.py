@@ -77,7 +77,8 @@ def test_the_names_of_closed_sets_are_the_keys_of_the_tables():
     for name, known in sets.items():
         assert set(rows[name].choices) == set(known), name
     assert set(fields.MODEL["gelu"].choices) == set(derivatives.GELUS)
-    assert set(fields.MODEL["mixing"].choices) == set(models.spach.MIXINGS)
+    mixings = {*models.spach.MIXINGS, *models.spach_ms.MIXINGS}
+    assert set(fields.MODEL["mixing"].choices) == mixings
     for row in (accuracy["preprocess"], fewshot["preprocess"]):
         assert set(row.choices) == set(image_ops.PROTOCOLS)
     for name in rows["optim.name"].choices:

@@ -11,6 +11,7 @@ import optimisers
 import pytest
 
 from mlp_mixer import models, optim, recipe
+from mlp_mixer.models.model import axes_by_form
 
 TOTAL, WARMUP, PEAK = 1000, 100, 3e-3
 # A schedule that is the peak from the first step on.
@@ -410,18 +411,17 @@ def test_a_pattern_that_fits_no_parameter_is_explained():
 
 
 FORMS = {
-    f"{name} {form}": (file, axes)
+    f"{name} {form}": axes
     for name, file in models.families().items()
-    for form, axes in (file.AXES if hasattr(file, "FORM") else {"": file.AXES}).items()
+    for form, axes in axes_by_form(file).items()
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_layers_are_counted_from_the_stem_to_the_head(form):
     """As BEiT does: 0, then the blocks, then the head with the norm before it."""
-    file, own = FORMS[form]
-    axes = file.MODEL.declared_axes()
-    paths = [path.replace("*", str(i)) for path in own for i in (0, 10, 9, 3)]
+    axes = FORMS[form]
+    paths = [path.replace("*", str(i)) for path in axes for i in (0, 10, 9, 3)]
     layers = optim.layers_of(paths, axes)
     blocks = {
         path for path in paths if re.search(r"_\d+/", path.partition("/")[0] + "/")
@@ -437,6 +437,16 @@ def test_layers_are_counted_from_the_stem_to_the_head(form):
             assert layer == depth + 1
         else:
             assert 0 < layer <= depth + 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("spach_ms_s_attn", ["attn"]), ("spach_ms_hybrid_s", ["conv", "attn"])],
+)
+def test_a_model_says_the_rows_of_its_own_form_in_their_order(size, expected):
+    rows = [path.partition("_*")[0] for path in models.create(size).axes_of_form()]
+    found = [row for row in dict.fromkeys(rows) if row.startswith("stage1")]
+    assert found == [f"stage1_{row}" for row in expected]
 
 
 def test_the_stages_of_a_pyramid_are_counted_one_after_the_other():

@@ -204,8 +204,20 @@ class Model(nn.Module, kw_only=True):
     @classmethod
     def declared_axes(cls) -> dict[str, str]:
         """Returns `all_axes` of the model's file; none of a file that has no table."""
+        return {} if (file := cls._file()) is None else all_axes(file)
+
+    def axes_of_form(self) -> Mapping[str, str]:
+        """Returns the table of `AXES` for the model's form: in order, and no others."""
+        if (file := self._file()) is None:
+            return {}
+        fields = {name: getattr(self, name) for name in self.declared()}
+        return axes_by_form(file)[form_of(file, fields)]
+
+    @classmethod
+    def _file(cls) -> ModuleType | None:
+        """The file of the architecture, if it has a table of axes."""
         files = (sys.modules[base.__module__] for base in cls.__mro__)
-        return next((all_axes(file) for file in files if hasattr(file, "AXES")), {})
+        return next((file for file in files if hasattr(file, "AXES")), None)
 
     def check_image(self, image: Array) -> None:
         """Raises ValueError unless `image` fits the model and its parameters.
