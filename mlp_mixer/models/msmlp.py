@@ -154,8 +154,8 @@ class MsMlp(Model):
     mlp_ratio: int = 4
     layer_scale: float = 1e-6
     gelu: str = "exact"
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] = IMAGENET[0]
+    std: tuple[float, float, float] = IMAGENET[1]
 
     def check_size(self, image_size: tuple[int, int]) -> None:
         """Raises ValueError unless patches tile the image and channels make chunks."""

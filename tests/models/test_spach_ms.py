@@ -15,6 +15,8 @@ from mlp_mixer.models.model import Noise
 from mlp_mixer.pretrained import tree
 
 SMALL: dict[str, Any] = {
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
     "patch_size": (2, 4),
     "hidden_dim": 4,
     "mlp_ratio": 2,
