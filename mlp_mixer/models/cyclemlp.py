@@ -91,6 +91,8 @@ class CycleMlp(Model, kw_only=True):
         stem sees zeros around the image, so that they are a part of the model.
     """
 
+    in_parts = False
+
     patch_size: tuple[int, int] = (4, 4)
     hidden_dim: tuple[int, int, int, int]
     num_blocks: tuple[int, int, int, int]

@@ -196,6 +196,7 @@ def test_one_cpu_takes_as_many_images_at_a_time_as_its_cache_holds():
     assert images == {"mixer_s16": 10, "mixer_b16": 6, "mixer_h14": 1}
     assert chosen(on("cpu"), dtype="bfloat16").images_at_once == 13
     assert chosen(on("cpu"), images_at_once=3).images_at_once == 3
+    assert chosen(on("cpu"), "cyclemlp_b1", 224).images_at_once is None  # convolves
     for mesh in (on("cpu", 8), on("gpu"), on("tpu")):
         assert chosen(mesh).images_at_once is None
 
