@@ -20,6 +20,9 @@ from mlp_mixer.text import brief, listed
 
 # The collection of running statistics, BatchNorm's `mean` and `var`.
 STATISTICS = "batch_stats"
+# The number of a block, in a name: whole, and without zeros before it.
+NUMBER = re.compile(r"(?<![0-9])(0|[1-9][0-9]{0,8})(?![0-9])")
+
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
@@ -109,12 +112,14 @@ def matches(
 ) -> dict[str, tuple[str, int | None]]:
     """{name: (its path in `AXES`, the number of its block)} of those that are there."""
     found: dict[str, tuple[str, int | None]] = {}
+    paths = _paths(file)
     for name in names:
-        for path, pattern in _patterns(file):
-            if match := pattern.fullmatch(name):
-                number = match[1] if pattern.groups else None
-                found[name] = path, None if number is None else int(number)
-                break
+        if name in paths and "*" not in name:
+            found[name] = name, None
+        for number in NUMBER.finditer(name):
+            path = f"{name[: number.start()]}*{name[number.end() :]}"
+            if path in paths:
+                found[name] = path, int(number[0])
     return found
 
 
@@ -136,10 +141,8 @@ def with_statistics(axes: Mapping[str, str]) -> dict[str, str]:
 
 
 @functools.cache
-def _patterns(file: ModuleType) -> list[tuple[str, re.Pattern[str]]]:
-    number, axes = "(0|[1-9][0-9]{0,8})", with_statistics(all_axes(file))
-    paths = {path: re.escape(path).replace(r"\*", number) for path in axes}
-    return [(path, re.compile(pattern)) for path, pattern in paths.items()]
+def _paths(file: ModuleType) -> frozenset[str]:
+    return frozenset(with_statistics(all_axes(file)))
 
 
 def layout(names: Iterable[str], file: ModuleType) -> dict[str, tuple[str, ...]]:
